@@ -1,0 +1,12 @@
+"""Starts a run under any launcher: argv -> config -> pipeline.
+
+deepspeed [launcher flags] launcher/train.py --config FILE [section.key=value ...]
+python | torchrun | mpirun -np N python | srun python   launcher/train.py --config FILE ...
+"""
+
+import sys
+
+from pkd_dist.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))

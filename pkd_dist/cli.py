@@ -1,0 +1,299 @@
+"""The command line: `launcher/train.py` (a whole run) and `pkd` (single steps).
+
+Whatever ends a run early ends here: one line on stderr from rank 0, the traceback in the rank's log file, and the exit
+status of `errors.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from pkd_dist import config as schema
+from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.telemetry.log import log, to_terminal
+
+STAGE_NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
+
+
+def train(argv: Sequence[str]) -> int:
+    """`launcher/train.py`: runs the pipeline and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="launcher/train.py",
+        description="Distils a student from a teacher: "
+        + ", ".join(STAGE_NAMES)
+        + ". The same command goes on after a stop.",
+        epilog="example: deepspeed launcher/train.py --config configs/demo.yaml train.epochs=2 run.dir=runs/short",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
+    parser.add_argument("--stages", metavar="a,b", help="run only these stages; the others must be done")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; an existing run folder is renamed, never deleted"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan; write nothing"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+    options = parser.parse_intermixed_args(argv)
+    return run(options.config, options.overrides, options.stages, options.fresh, options.dry_run)
+
+
+def run(
+    config_file: str, overrides: Sequence[str], stages: str | None = None, fresh: bool = False, dry_run: bool = False
+) -> int:
+    """Runs a pipeline on this rank among the others and returns the exit status."""
+    from pkd_dist import dist
+
+    ranks = None
+
+    def work() -> None:
+        nonlocal ranks
+        ranks = dist.discover()
+        to_terminal(ranks.main)
+        config = schema.load(config_file, overrides)
+        chosen = _chosen_stages(stages)
+        schema.load_deepspeed(config, config_file)
+        from pkd_dist.pipeline import Pipeline, move_aside
+
+        world = dist.World(ranks, config.run.timeout_seconds)
+        try:
+            if fresh and not dry_run:
+                moved = world.on_main(lambda: move_aside(Path(config.run.dir)))
+                if moved:
+                    log.info("--fresh: the earlier run is kept in %s", moved)
+            pipeline = Pipeline(config, config_file, world)
+            if dry_run:
+                if world.main:
+                    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+                    print("\n".join(["", "plan:", *(f"  {line}" for line in pipeline.plan())]))
+                return
+            pipeline.run(chosen)
+            if chosen[-1] == "report" and world.main:
+                print("\n" + pipeline.summary(), flush=True)
+        finally:
+            world.close()
+
+    return guarded(work, lambda: ranks is None or ranks.main)
+
+
+def guarded(work: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> int:
+    """Runs `work` and turns the known ways to end early into one line and a status."""
+    try:
+        work()
+    except (UserError, DivergedError, Preempted) as error:
+        log.debug("ended with status %d", error.exit_status, exc_info=True)
+        if speaks():
+            print(f"pkd: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except Exception:
+        log.debug("a defect of pkd_dist", exc_info=True)
+        raise
+    return 0
+
+
+def _chosen_stages(stages: str | None) -> list[str]:
+    if stages is None:
+        return list(STAGE_NAMES)
+    wanted = [name.strip() for name in stages.split(",") if name.strip()]
+    for name in wanted:
+        if name not in STAGE_NAMES:
+            raise UserError(f"--stages: {name!r} is not a stage; allowed: {', '.join(STAGE_NAMES)}")
+    if not wanted:
+        raise UserError(f"--stages: name at least one of {', '.join(STAGE_NAMES)}")
+    return [name for name in STAGE_NAMES if name in wanted]
+
+
+# ------------------------------------------------------------------------------------------------------------- pkd
+
+app = typer.Typer(
+    help="Single steps of Patient Knowledge Distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Check, show and document run configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[str, typer.Option("--config", help="The run's YAML.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that win over the file's.", metavar="section.key=value")
+]
+
+
+def _pipeline_command(name: str, last: str, what: str) -> None:
+    def command(config: ConfigFile, overrides: Overrides = None) -> None:
+        stages = STAGE_NAMES[: STAGE_NAMES.index(last) + 1]
+        raise typer.Exit(run(config, overrides or [], ",".join(stages)))
+
+    command.__doc__ = f"{what}\n\nExample: pkd {name} --config configs/demo.yaml"
+    app.command(name)(command)
+
+
+_pipeline_command("finetune", "teacher", "Fine-tune a run's teacher (and prepare its data).")
+_pipeline_command("cache", "cache", "Build a run's teacher cache, with whatever it needs before.")
+_pipeline_command("distill", "distill", "Distil a run's student, with whatever it needs before.")
+_pipeline_command("report", "report", "Write a run's report, with whatever it needs before.")
+_pipeline_command("export", "export", "Export a run's student, with whatever it needs before.")
+
+
+def _exit(work: Callable[[], Any]) -> None:
+    to_terminal(True)
+    status = guarded(work)
+    if status:
+        raise typer.Exit(status)
+
+
+@app.command()
+def prepare(
+    task: Annotated[str, typer.Option(help="A GLUE task, or `custom`.")] = "sst2",
+    data: Annotated[
+        str, typer.Option(help="Folder of train/dev[/test].{tsv,csv,jsonl,parquet}, or hub:NAME.")
+    ] = "data/movie-reviews",
+    text: Annotated[list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs.")] = None,
+    label: Annotated[str | None, typer.Option(help="`custom`: the label column.")] = None,
+    kind: Annotated[str | None, typer.Option(help="`custom`: classification or regression.")] = None,
+) -> None:
+    """Check a data folder and say what is in it: counts, classes, lengths.
+
+    Example: pkd prepare --task sst2 --data data/movie-reviews
+    """
+
+    def work() -> None:
+        import numpy as np
+
+        from pkd_dist.data import tasks
+        from pkd_dist.data.text import SPLITS, find, read
+
+        overrides = ["run.dir=unused", f"task.name={task}", f"task.data={data}"]
+        overrides += [f"task.text={json.dumps(text)}"] if text else []
+        overrides += [f"task.{k}={v}" for k, v in (("label", label), ("kind", kind)) if v]
+        resolved = tasks.resolve(schema.load(None, overrides).task)
+        classes = None
+        for split in SPLITS:
+            if split == "test" and find(data, split) is None:
+                continue
+            part = read(data, split, resolved, classes)
+            classes = part.classes or None
+            words = [sum(len(column[i].split()) for column in part.texts) for i in range(len(part))]
+            counts = np.bincount(part.labels_N, minlength=len(part.classes)).tolist() if part.classes else []
+            shares = ", ".join(
+                f"{name} {count}" for name, count in zip(resolved.names_of(part.classes), counts, strict=True)
+            )
+            print(
+                f"{part.source}: {len(part)} examples; words p50 {np.median(words):.0f}, longest {max(words)}"
+                + (f"; {shares}" if shares else "")
+            )
+
+    _exit(work)
+
+
+@app.command("init-student")
+def init_student(
+    teacher: Annotated[str, typer.Option(help="Hugging Face folder of a fine-tuned classifier.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    layers: Annotated[str, typer.Option(help="Encoder layers to copy, 0-based, such as 2,6,10.")],
+) -> None:
+    """Make a student of chosen teacher layers (0-based), as a Hugging Face folder.
+
+    Example: pkd init-student --teacher runs/demo/teacher --layers 1,3,5 --output student
+    """
+
+    def work() -> None:
+        if output.exists():
+            raise UserError(f"--output: {output} exists; choose a new folder")
+        config = schema.load(None, ["run.dir=unused", f"student.layers=[{layers}]"])
+        from pkd_dist.model import encoder, student
+
+        folder = encoder.locate(teacher, "--teacher")
+        model, what = student.create(config.student, folder, folder, {}, config.run.seed)
+        model.save_pretrained(output)
+        encoder.load_tokenizer(folder, "--teacher").save_pretrained(output)
+        print(f"{output}: {encoder.parameter_count(model):,} parameters, {what}")
+
+    _exit(work)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")],
+    task: Annotated[str, typer.Option(help="A GLUE task.")] = "sst2",
+    data: Annotated[str, typer.Option(help="Data folder.")] = "data/movie-reviews",
+    split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    max_length: Annotated[int, typer.Option(help="Longest input, tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 64,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+) -> None:
+    """Score any fine-tuned folder on a split, in float32, with its size and speed.
+
+    Example: pkd evaluate --model runs/demo/export --task sst2 --data data/movie-reviews --split test
+    """
+
+    def work() -> None:
+        from pkd_dist.pipeline import evaluate_folder
+
+        overrides = [
+            f"task.name={task}",
+            f"task.data={data}",
+            f"task.max_length={max_length}",
+            f"evaluate.batch_size={batch_size}",
+        ]
+        config = schema.load(None, ["run.dir=unused", f"teacher.model={model}", *overrides])
+        figures = evaluate_folder(config, split)
+        print(json.dumps(figures, indent=2))
+        if output is not None:
+            output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+    _exit(work)
+
+
+@config_app.command("check")
+def config_check(file: Annotated[str, typer.Argument(metavar="FILE")], overrides: Overrides = None) -> None:
+    """Check a run configuration and the DeepSpeed JSON it names.
+
+    Example: pkd config check configs/demo.yaml
+    """
+
+    def work() -> None:
+        schema.load_deepspeed(schema.load(file, overrides or []), file)
+        print(f"{file}: valid")
+
+    _exit(work)
+
+
+@config_app.command("show")
+def config_show(file: Annotated[str, typer.Argument(metavar="FILE")], overrides: Overrides = None) -> None:
+    """Print a run configuration as resolved, defaults included.
+
+    Example: pkd config show configs/demo.yaml train.epochs=2
+    """
+    _exit(
+        lambda: print(
+            yaml.safe_dump(schema.load(file, overrides or []).model_dump(mode="json"), sort_keys=False), end=""
+        )
+    )
+
+
+@config_app.command("reference")
+def config_reference() -> None:
+    """Print the documented schema as Markdown (docs/configuration.md).
+
+    Example: pkd config reference > docs/configuration.md
+    """
+    print(schema.reference(), end="")
+
+
+def main() -> None:
+    """Entry point of `pkd`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    app()

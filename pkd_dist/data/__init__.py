@@ -1,0 +1,1 @@
+"""Text files -> examples with stable ids -> flat token arrays -> batches."""

@@ -1,0 +1,139 @@
+"""Examples -> flat arrays of token ids on disk, with a digest.
+
+A token set is a folder of `.npy` files that are read by memory map:
+
+    input_ids.npy  int32 (T,)     all tokens, example after example
+    type_ids.npy   uint8 (T,)     only where the tokenizer makes token types
+    offsets.npy    int64 (N+1,)   example i owns tokens offsets[i]:offsets[i+1]
+    ids.npy        int64 (N,)     example ids, see `text.py`
+    labels.npy     int64 or float32 (N,)
+    meta.json      digest and counts, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkd_dist.data.text import Split
+from pkd_dist.files import write_atomically, write_json
+
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """One tokenised split; see the head of this module for shapes and dtypes.
+
+    Attributes:
+        digest: changes with any token, id, label or their order.
+        input_digest: of ids and tokens alone, whatever their order: what a teacher's answers depend on.
+        truncated: number of examples that were cut to the maximal length.
+    """
+
+    input_ids_T: np.ndarray
+    type_ids_T: np.ndarray | None
+    offsets_N1: np.ndarray
+    ids_N: np.ndarray
+    labels_N: np.ndarray
+    digest: str
+    input_digest: str
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.ids_N)
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        return np.diff(self.offsets_N1)
+
+
+def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> TokenSet:
+    """Tokenises a split into `folder` and opens it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; a pair of columns becomes a pair of segments.
+        max_length: tokens, special ones included.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    typed = "token_type_ids" in tokenizer.model_input_names
+    truncated = 0
+    for start in range(0, len(split), _CHUNK):
+        chunk = [column[start : start + _CHUNK] for column in split.texts]
+        full = tokenizer(*chunk, truncation=False, verbose=False)
+        cut = (
+            tokenizer(*chunk, truncation=True, max_length=max_length)
+            if any(len(x) > max_length for x in full["input_ids"])
+            else full
+        )
+        truncated += sum(len(a) != len(b) for a, b in zip(full["input_ids"], cut["input_ids"], strict=True))
+        lengths += [len(x) for x in cut["input_ids"]]
+        ids.append(np.concatenate([np.asarray(x, dtype=np.int32) for x in cut["input_ids"]]))
+        if typed:
+            types.append(np.concatenate([np.asarray(x, dtype=np.uint8) for x in cut["token_type_ids"]]))
+    arrays = {
+        "input_ids": np.concatenate(ids),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "ids": split.ids_N,
+        "labels": split.labels_N,
+    }
+    if typed:
+        arrays["type_ids"] = np.concatenate(types)
+    for name, array in arrays.items():
+        write_atomically(folder / f"{name}.npy", lambda tmp, array=array: _save(tmp, array))
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + arrays[name].tobytes())
+    meta = {
+        "digest": digest.hexdigest()[:16],
+        "input_digest": _input_digest(arrays),
+        "truncated": truncated,
+        "examples": len(split),
+    }
+    write_json(folder / "meta.json", meta | {"tokens": int(arrays["offsets"][-1])})
+    return open_tokens(folder)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _input_digest(arrays: dict[str, np.ndarray]) -> str:
+    """Sum modulo 2^128 of a hash of each (id, tokens, types): the same for any order of the examples."""
+    total = 0
+    offsets = arrays["offsets"]
+    for i, start, stop in zip(range(len(offsets) - 1), offsets[:-1], offsets[1:], strict=True):
+        content = arrays["ids"][i].tobytes() + arrays["input_ids"][start:stop].tobytes()
+        if "type_ids" in arrays:
+            content += arrays["type_ids"][start:stop].tobytes()
+        total += int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
+    return f"{total % (1 << 128):032x}"[:16]
+
+
+def open_tokens(folder: Path) -> TokenSet:
+    """Opens a token set by memory map: its memory use does not grow with the number of examples."""
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("input_ids", "type_ids", "offsets", "ids", "labels")
+        if (folder / f"{name}.npy").exists()
+    }
+    return TokenSet(
+        arrays["input_ids"],
+        arrays.get("type_ids"),
+        arrays["offsets"],
+        arrays["ids"],
+        arrays["labels"],
+        meta["digest"],
+        meta["input_digest"],
+        meta["truncated"],
+    )

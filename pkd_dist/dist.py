@@ -1,0 +1,190 @@
+"""Process group and ranks: who am I, who are the others, and the few collectives the stages need.
+
+The only user of `torch.distributed` and `mpi4py` (the engine aside). Ranks are found, in this order, from the variables
+that `deepspeed` and `torchrun` set, from SLURM's, through mpi4py under `mpirun`, or there is one rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from pkd_dist.errors import UserError
+
+T = TypeVar("T")
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+_DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. `launcher` is what started it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    launcher: str
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(environ: dict[str, str] | None = None) -> Ranks:
+    """Finds this process's place from its environment; reads nothing else, except MPI's own world under `mpirun`."""
+    env = os.environ if environ is None else environ
+    if all(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        world = int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+        return Ranks(int(env["RANK"]), int(env["LOCAL_RANK"]), world, local, "deepspeed or torchrun")
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        local = int(
+            env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0].split(",")[0]
+        )
+        return Ranks(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]), local, "srun")
+    if any(name in env for name in _MPI_VARIABLES):
+        return _discover_mpi()
+    return Ranks(0, 0, 1, 1, "python")
+
+
+def _discover_mpi() -> Ranks:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by mpirun, but mpi4py cannot load an MPI library ({error}); install Open MPI or MPICH"
+        ) from None
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = world.bcast((socket.gethostname(), _free_port()) if world.Get_rank() == 0 else None)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if node.Get_size() == world.Get_size() else address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    return Ranks(world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size(), "mpirun")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class World:
+    """The ranks of a run and what they do together. Every method but the properties is collective.
+
+    Args:
+        ranks: this process's place.
+        timeout_seconds: how long a collective waits for the others.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_seconds: float = 600.0):
+        self.rank, self.size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
+        self.launcher, self.local_size = ranks.launcher, ranks.local_world_size
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            if "OMP_NUM_THREADS" not in os.environ or ranks.world_size > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        # DeepSpeed reads these even where the group exists already.
+        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
+        if self.size == 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        elif ranks.launcher == "srun":
+            os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+            os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+        torch_dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo",
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        # Objects and small host-side values always travel over gloo, so that they never wait for a GPU stream.
+        self._host = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def node_main(self) -> bool:
+        return self.local_rank == 0
+
+    def barrier(self) -> None:
+        torch_dist.barrier(group=self._host)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """`value` of the source rank, on every rank."""
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=source, group=self._host)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order, on every rank."""
+        out: list[Any] = [None] * self.size
+        torch_dist.all_gather_object(out, value, group=self._host)
+        return out
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0 and returns its value on every rank; an exception is raised on every rank."""
+        outcome: tuple[T | None, BaseException | None] = (None, None)
+        if self.main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:  # handed on to every rank below
+                outcome = (None, error)
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs `work` on every rank and returns its own value; if one fails, every rank raises the first one's exception."""
+        error, value = None, None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        for raised in self.gather(error):
+            if raised is not None:
+                raise raised
+        return value  # type: ignore[return-value]
+
+    def everywhere(self, work: Callable[[], T]) -> list[T]:
+        """Like `together`, and returns every rank's value, in rank order, on every rank."""
+        return self.gather(self.together(work))
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise sum over ranks of a small float64 array."""
+        tensor = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
+        torch_dist.all_reduce(tensor, group=self._host)
+        return tensor.numpy()
+
+    def gather_rows(self, rows: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
+        """Puts every rank's rows at their positions in one array of `total` rows, on every rank.
+
+        Args:
+            rows: (n_rank, ...) of this rank.
+            positions: (n_rank,) where they belong; over all ranks each of 0..total-1 exactly once.
+        """
+        out = np.empty((total, *rows.shape[1:]), dtype=rows.dtype)
+        seen = np.zeros(total, dtype=bool)
+        for part, where in self.gather((rows, positions)):
+            assert not seen[where].any(), "an example was scored twice"
+            out[where], seen[where] = part, True
+        assert seen.all(), "an example was not scored"
+        return out
+
+    def close(self) -> None:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn import metrics as sk
+from torch import nn
+
+from pkd_dist.data.batches import collate, scoring_batches
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+
+Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Any:
+    """Evaluation mode without gradients; the mode of before is put back."""
+    mode = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(mode)
+
+
+def predict(
+    forward: Forward,
+    tokens: TokenSet,
+    world: World,
+    batch_size: int,
+    pad_id: int,
+    tick: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """Logits of every example, on every rank; collective.
+
+    Args:
+        forward: a Hugging Face model's inputs -> logits_BC.
+        tick: told of the examples done.
+
+    Returns:
+        (N, C) float32 in the order of the token set.
+    """
+    mine = scoring_batches(tokens, batch_size, world.rank, world.size, pad_id)
+    logits, positions = [np.empty((0, 0), np.float32)][:0], []
+    for rows_B in mine:
+        batch = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(world.device)
+        logits.append(forward(batch.inputs).float().cpu().numpy())
+        positions.append(rows_B)
+        tick(len(rows_B))
+    width = max(world.gather(logits[0].shape[1] if logits else 0))
+    rows = np.concatenate(logits) if logits else np.empty((0, width), np.float32)
+    return world.gather_rows(rows, np.concatenate(positions) if positions else np.empty(0, np.int64), len(tokens))
+
+
+def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, float]:
+    """The metrics of `results_eval.json`: accuracy, MCC, precision, recall, f_1 (macro beyond two classes), or
+    pearson and spearman and their mean for a regression; `main_metric` is the one that chooses the best epoch.
+
+    A correlation that is not defined (constant predictions) counts as 0.
+    """
+    if task.regression:
+        predicted = logits_NC[:, 0].astype(np.float64)
+        constant = len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(labels_N) == 0
+        pearson = 0.0 if constant else float(pearsonr(predicted, labels_N).statistic)
+        spearman = 0.0 if constant else float(spearmanr(predicted, labels_N).statistic)
+        out = {"pearson": pearson, "spearman": spearman, "pearson_spearman": (pearson + spearman) / 2}
+    else:
+        predicted = logits_NC.argmax(axis=1)
+        average: Any = "binary" if logits_NC.shape[1] == 2 else "macro"
+        precision, recall, f_1, _ = sk.precision_recall_fscore_support(
+            labels_N, predicted, average=average, zero_division=0
+        )
+        out = {
+            "accuracy": float(sk.accuracy_score(labels_N, predicted)),
+            "MCC": float(sk.matthews_corrcoef(labels_N, predicted)),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f_1": float(f_1),
+        }
+    return out | {"main_metric": out[task.main_metric]}
+
+
+def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of n examples."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
+    """Share of examples of which both predict the same class; for a regression the correlation of the two."""
+    if a_NC.shape[1] == 1:
+        return float(np.corrcoef(a_NC[:, 0], b_NC[:, 0])[0, 1])
+    return float((a_NC.argmax(axis=1) == b_NC.argmax(axis=1)).mean())
+
+
+def speed(
+    forwards: dict[str, Forward],
+    tokens: TokenSet,
+    device: torch.device,
+    batch_size: int,
+    samples: int,
+    pad_id: int,
+    repeats: int = 3,
+) -> dict[str, dict[str, float]]:
+    """Latency and throughput of several models on the same inputs, interleaved so that drift hits all alike.
+
+    Args:
+        forwards: name -> forward.
+        samples: single-sentence requests timed for each, at the lengths of the real text.
+        repeats: passes over the batches of throughput; the median counts.
+
+    Returns:
+        name -> `latency_ms_p50`, `latency_ms_p99` (batch 1), `reasoningTime` (samples per second at `batch_size`).
+    """
+
+    def timed(forward: Forward, inputs: dict[str, torch.Tensor]) -> float:
+        start = time.perf_counter()
+        forward(inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    rng = np.random.default_rng(0)
+    singles = [
+        collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs for _ in range(samples)
+    ]
+    rows = [b for b in scoring_batches(tokens, batch_size, 0, 1, pad_id)][:32]
+    batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
+    for forward in forwards.values():  # warm-up
+        for inputs in [*singles[:5], batches[0]]:
+            forward(inputs)
+    latency: dict[str, list[float]] = {name: [] for name in forwards}
+    for inputs in singles:
+        for name, forward in forwards.items():
+            latency[name].append(timed(forward, inputs) * 1e3)
+    seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in forwards}
+    for repeat in range(repeats):
+        for inputs in batches:
+            for name, forward in forwards.items():
+                seconds[name][repeat] += timed(forward, inputs)
+    total = sum(len(r) for r in rows)
+    return {
+        name: {
+            "latency_ms_p50": float(np.percentile(latency[name], 50)),
+            "latency_ms_p99": float(np.percentile(latency[name], 99)),
+            "reasoningTime": total / float(np.median(seconds[name])),
+        }
+        for name in forwards
+    }

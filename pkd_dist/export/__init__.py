@@ -1,0 +1,1 @@
+"""The consolidated student for serving, and its model card."""

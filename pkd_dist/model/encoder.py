@@ -1,0 +1,198 @@
+"""A Hugging Face classifier as distillation sees it: forward -> logits and the chosen layers' states.
+
+Shapes: B rows, L tokens, C classes (1 for a regression), M chosen layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from pkd_dist.errors import UserError
+from pkd_dist.files import digest_of, folder_digest, sha256
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def locate(model: str, key: str = "teacher.model") -> str:
+    """The folder (or hub name) that `model` means: a folder, `package:NAME` of an installed package, or a hub name.
+
+    Raises:
+        UserError: no such folder or package, or a folder without config, weights or tokenizer.
+    """
+    if model.startswith("package:"):
+        name = model.removeprefix("package:")
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{key}: the Python package {name!r} is not installed; run: pip install {name}") from None
+        found = [
+            Path(str(f.locate())).parent
+            for f in files
+            if f.name == "config.json" and f.with_name("model.safetensors") in files
+        ]
+        if not found:
+            raise UserError(f"{key}: the package {name!r} holds no folder with config.json and model.safetensors")
+        return str(found[0])
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UserError(f"{key}: no such folder: {model}")
+        return model
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {model} has no config.json; expected a Hugging Face model folder")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise UserError(f"{key}: {model} has no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{key}: {model} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+    return str(folder)
+
+
+def load_tokenizer(folder: str, key: str = "teacher.model") -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, **overrides)
+    except Exception as error:
+        raise UserError(
+            f"{key}: {folder} is neither a model folder nor a name on the hub: {_first_line(error)}"
+        ) from None
+
+
+def load_model(
+    folder: str, key: str = "teacher.model", new_head: bool = False, dropout: float | None = None, **overrides: Any
+) -> nn.Module:
+    """A sequence classifier in float32, in evaluation mode.
+
+    Args:
+        new_head: the classifier may be absent from the folder and is then drawn at random.
+        dropout: for all of its dropouts; None: its own.
+        overrides: fields of the model's configuration (`num_labels`, ...).
+
+    Raises:
+        UserError: it cannot be loaded, or weights other than a new head are missing.
+    """
+    config = load_config(folder, key, **overrides)
+    set_dropout(config, dropout)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=new_head
+        )
+    except Exception as error:
+        raise UserError(f"{key}: {folder} cannot be loaded: {_first_line(error)}") from None
+    base = model.base_model_prefix + "."
+    missing = sorted(info["missing_keys"])
+    body = [name for name in missing if name.startswith(base) and "pooler" not in name]
+    if body or (missing and not new_head):
+        hint = "" if body else "; it is not fine-tuned: give teacher.finetune, or a fine-tuned folder"
+        raise UserError(f"{key}: {folder} lacks the weights of {(body or missing)[0]}{hint}")
+    return model.eval()
+
+
+def is_fine_tuned(folder: str, key: str = "teacher.model") -> bool:
+    """Whether a folder holds a sequence classifier (by its `architectures`)."""
+    names = load_config(folder, key).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Sets every dropout probability of a model configuration; None leaves it as it is."""
+    if dropout is None:
+        return
+    for name, value in list(vars(config).items()):
+        if (
+            ("dropout" in name or name.endswith("_pdrop"))
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
+            setattr(config, name, float(dropout))
+    if hasattr(config, "classifier_dropout"):
+        config.classifier_dropout = float(dropout)
+
+
+class Encoder(nn.Module):
+    """A classifier, and where needed the projection of its states to the teacher's width.
+
+    Args:
+        model: a Hugging Face sequence classifier.
+        projection: Linear from its hidden size to the teacher's; trained with it, left out of the export.
+    """
+
+    def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
+        super().__init__()
+        self.model = model
+        self.projection = projection
+
+    def forward(
+        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns logits_BC and the states after encoder layers `layers` (from 1): (B, M, H), of [CLS] alone,
+        or (B, L, M, H) where `tokens`; None where no layer is asked for. Dtypes are those of the computation."""
+        out = self.model(**inputs, output_hidden_states=bool(layers), return_dict=True)
+        if not layers:
+            return out.logits, None
+        chosen = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
+        states = torch.stack(chosen, dim=-2)
+        return out.logits, states if self.projection is None else self.projection(states)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def num_layers(config: Any) -> int:
+    return int(config.num_hidden_layers)
+
+
+def weights_digest(folder: str) -> str:
+    """Identity of a model: its configuration's shape and its weights' bytes."""
+    path = Path(folder)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+        shape = json.loads((path / "config.json").read_text())
+        for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
+            shape.pop(volatile, None)
+        return digest_of([shape, [sha256(p) for p in files]])
+    from transformers.utils import cached_file
+
+    return digest_of(
+        [
+            sha256(Path(str(f)))
+            for f in (cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in WEIGHT_FILES)
+            if f
+        ]
+    )
+
+
+def tokenizer_digest(folder: str) -> str:
+    path = Path(folder)
+    return folder_digest(path, list(TOKENIZER_FILES)) if path.is_dir() else digest_of(folder)

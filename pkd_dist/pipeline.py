@@ -1,0 +1,847 @@
+"""The composition root: the stages of a run in order, each resumable.
+
+    data -> teacher -> cache -> init -> distill -> evaluate -> export -> report
+
+A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
+`"done": true`, when it has ended. Found done with the same inputs, it is not run again; found with other inputs, it says
+what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from pkd_dist import __version__, checkpoint
+from pkd_dist.config import Config, load_deepspeed, project_path
+from pkd_dist.data import tasks, text, tokens
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.errors import UserError
+from pkd_dist.evaluate import agreement, evaluating, interval, predict, score, speed
+from pkd_dist.export import card, hf
+from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_json
+from pkd_dist.model import encoder, layers, student
+from pkd_dist.preemption import StopFlag
+from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
+from pkd_dist.teacher import cache
+from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
+from pkd_dist.teacher.cache import CacheReader, Fingerprint
+from pkd_dist.teacher.finetune import finetune
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.log import log, to_file
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.progress import timed
+from pkd_dist.training.engine import resolve_precision
+from pkd_dist.training.loop import Job, Trainer
+
+STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        inputs: -> what decides the outcome, by the name that a change is reported under.
+        run: does the work on all ranks and returns what the marker remembers (rank 0's counts).
+        made: files and folders it makes, moved aside when it must run again.
+        missing: -> why its outcome cannot be used as it stands; None where it can. May raise a UserError.
+    """
+
+    name: str
+    inputs: Callable[[], dict[str, Any]]
+    run: Callable[[], dict[str, Any]]
+    made: tuple[Path, ...]
+    missing: Callable[[dict[str, Any]], str | None]
+
+
+class Pipeline:
+    """A run: its configuration, its folder, and its stages.
+
+    Args:
+        config: as loaded.
+        config_file: for messages.
+        world: the ranks.
+
+    Raises:
+        UserError: whatever can be known to be wrong before anything is written.
+    """
+
+    def __init__(self, config: Config, config_file: str | Path | None, world: World):
+        self.config, self.world = config, world
+        self.dir = Path(config.run.dir)
+        self.deepspeed = load_deepspeed(config, config_file)
+        self.task = tasks.resolve(config.task)
+        self.base = encoder.locate(config.teacher.model)
+        self.base_config = encoder.load_config(self.base)
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self._preflight()
+
+    def _preflight(self) -> None:
+        config = self.config
+        for split in ("train", "dev"):
+            if text.find(config.task.data, split) is None:
+                names = ", ".join(f"{split}.{e}" for e in text.EXTENSIONS)
+                raise UserError(f"task.data: {config.task.data} has no split {split!r}; expected one of {names}")
+        if config.teacher.finetune is None:
+            if not encoder.is_fine_tuned(self.base):
+                raise UserError(
+                    f"teacher.model: {config.teacher.model} is not fine-tuned (it has no sequence classifier); give "
+                    "teacher.finetune to fine-tune it here, or a fine-tuned folder"
+                )
+            self._check_given_classes()
+        depth = encoder.num_layers(self.base_config)
+        chosen = layers.copied_layers(config.student.layers, depth)
+        if config.student.init in ("first_k", "random"):
+            count: int | None = config.student.num_layers or max(1, depth // 2)
+        elif config.student.init == "teacher_layers":
+            count = config.student.num_layers or len(chosen)
+        else:
+            folder = encoder.locate(config.student.init, "student.init")
+            count = config.student.num_layers or encoder.num_layers(encoder.load_config(folder, "student.init"))
+        if config.student.init in ("first_k", "teacher_layers") and count > depth:
+            raise UserError(f"student.num_layers: {count} is more than the teacher's {depth} layers")
+        self.student_depth = count
+        self.pairs = layers.paired_layers(config.distill.patience, depth, count)
+        self.rounded = config.distill.patience == "skip" and layers.skip_is_rounded(depth, count)
+        _, self.precision = resolve_precision(self.deepspeed, self.world.device)
+        self.teacher_precision = resolve_teacher_precision(config.cache.precision, self.world.device)
+
+    def _check_given_classes(self) -> None:
+        """A teacher that is used as it is must have this task's number of outputs."""
+        outputs = int(self.base_config.num_labels)
+        if self.task.regression and outputs != 1:
+            raise UserError(f"teacher.model: {self.config.teacher.model} has {outputs} outputs, a regression needs 1")
+        if self.task.classes and outputs != len(self.task.classes):
+            raise UserError(
+                f"teacher.model: {self.config.teacher.model} has {outputs} classes, {self.task.name} has "
+                f"{len(self.task.classes)} ({', '.join(self.task.classes)}); give a teacher of this task, or teacher.finetune"
+            )
+
+    # ------------------------------------------------------------------------------------------------ the run itself
+
+    def run(self, stages: Sequence[str] = STAGES) -> None:
+        """Runs the stages that are not done; collective.
+
+        Raises:
+            UserError, DivergedError, Preempted: see `errors.py`.
+        """
+        self._open_folder()
+        metrics = RunMetrics()
+        metrics.info.labels(__version__, self.config.run.dir, self.task.name, str(self.world.size), self.precision).set(
+            1
+        )
+        for name in STAGES:
+            metrics.stage.labels(stage=name).set(0)
+        self.telemetry = Telemetry(metrics, self.world.main)
+        server = None
+        if self.config.metrics.enabled and self.world.node_main:
+            server = metrics.serve(self.config.metrics.host, self.config.metrics.port)
+            if server:
+                log.info("metrics: http://%s:%d/metrics", self.config.metrics.host, server[1])
+        self._load_speed_settings()
+        try:
+            with StopFlag() as self.stop:
+                for stage in self.stages():
+                    self._run_stage(stage, stage.name in stages)
+                    if stage.name == stages[-1]:
+                        break
+        finally:
+            if server:
+                server[0].shutdown()
+
+    def _load_speed_settings(self) -> None:
+        torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
+        log.info(
+            "%d rank(s) started by %s on %s; training in %s, the teacher in %s",
+            self.world.size, self.world.launcher, self.world.device.type, self.precision, self.teacher_precision,
+        )  # fmt: skip
+
+    def _open_folder(self) -> None:
+        def open_it() -> None:
+            try:
+                (self.dir / "stages").mkdir(parents=True, exist_ok=True)
+                probe = self.dir / ".writable"
+                probe.write_text("")
+                probe.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"run.dir: {self.dir} is not writable ({error.strerror}); choose another run.dir"
+                ) from None
+            resolved = self.config.model_dump(mode="json")
+            resolved["resolved"] = self._environment()
+            dump = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+            write_atomically(self.dir / "config.yaml", lambda tmp: tmp.write_text(dump, encoding="utf-8"))
+
+        self.world.on_main(open_it)
+        to_file(self.dir / "logs", self.world.rank)
+
+    def _environment(self) -> dict[str, Any]:
+        """What the run was resolved to, beside the settings themselves."""
+        names = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
+        width = int(self.base_config.hidden_size)
+        beta, pairs = self.config.distill.beta, len(self.pairs)
+        scale = max(1, pairs * width)
+        as_mean = self.config.distill.pt_reduction == "mean"
+        return {
+            "versions": {"pkd_dist": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
+            "git_revision": _git_revision(),
+            "world_size": self.world.size,
+            "launcher": self.world.launcher,
+            "device": self.world.device.type,
+            "precision": self.precision,
+            "teacher_precision": self.teacher_precision,
+            "deepspeed": self.deepspeed,
+            "student_layers": self.student_depth,
+            "patience_pairs": [[i + 1, layer] for i, layer in enumerate(self.pairs)],
+            "beta_mean": beta if as_mean else beta * scale,
+            "beta_sum": beta / scale if as_mean else beta,
+        }
+
+    def _run_stage(self, stage: Stage, selected: bool) -> None:
+        state, why = self.world.on_main(lambda: self._state(stage))
+        marker = self.dir / "stages" / f"{stage.name}.json"
+        if state == "done":
+            self.outputs[stage.name] = self.world.on_main(lambda: json.loads(marker.read_text())["outputs"])
+            if selected:
+                log.info("%s: done%s", stage.name, f" ({why})" if why else "")
+            return
+        if not selected:
+            raise UserError(f"the stage {stage.name} is needed first, but {why}; add it to --stages")
+        log.info(
+            "%s: %s",
+            stage.name,
+            {"new": "runs", "started": "goes on", "stale": "runs again, because"}[state]
+            + (f" {why}" if state == "stale" else ""),
+        )
+        inputs = self.world.on_main(stage.inputs)
+
+        def begin() -> None:
+            if state == "stale":
+                self._set_aside(stage)
+            write_json(marker, {"done": False, "inputs": inputs})
+
+        self.world.on_main(begin)
+        self.inputs = inputs
+        self.telemetry.metrics.stage.labels(stage=stage.name).set(1)
+        with timed() as seconds:
+            outputs = self.world.broadcast(stage.run())
+        self.telemetry.metrics.stage.labels(stage=stage.name).set(0)
+        self.outputs[stage.name] = outputs
+        done = {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(seconds[0], 1)}
+        self.world.on_main(lambda: write_json(marker, done))
+        log.info("%s: done in %.1f s", stage.name, seconds[0])
+
+    def _state(self, stage: Stage) -> tuple[str, str]:
+        """(new | started | stale | done, in words)."""
+        path = self.dir / "stages" / f"{stage.name}.json"
+        if not path.exists():
+            return "new", "it has not run yet"
+        marker = json.loads(path.read_text())
+        inputs = json.loads(json.dumps(stage.inputs()))
+        changed = [k for k in inputs if inputs[k] != marker["inputs"].get(k)]
+        if changed:
+            parts = [f"{k} changed ({_short(marker['inputs'].get(k))} -> {_short(inputs[k])})" for k in changed[:3]]
+            return "stale", "; ".join(parts) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        if not marker["done"]:
+            return "started", "it was interrupted"
+        missing = stage.missing(marker["outputs"])
+        return ("stale", missing) if missing else ("done", "")
+
+    def _set_aside(self, stage: Stage) -> None:
+        there = [path for path in stage.made if path.exists()]
+        if not there:
+            return
+        previous = self.dir / "previous"
+        numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
+        target = previous / str(max(numbers, default=0) + 1)
+        target.mkdir(parents=True)
+        for path in there:
+            os.replace(path, target / path.name)
+        log.info("%s: what it made before is kept in %s", stage.name, target)
+
+    def plan(self) -> list[str]:
+        """One line a stage: done, or why it would run. Reads, never writes."""
+        out, behind = [], None
+        for stage in self.stages():
+            if behind:
+                out.append(f"{stage.name}: may run, after {behind}")
+                continue
+            state, why = self._state(stage)
+            if state == "done":
+                self.outputs[stage.name] = json.loads((self.dir / "stages" / f"{stage.name}.json").read_text())[
+                    "outputs"
+                ]
+                out.append(f"{stage.name}: done")
+            else:
+                behind = stage.name
+                out.append(f"{stage.name}: runs, because {why}")
+        return out
+
+    # ---------------------------------------------------------------------------------------------------- the stages
+
+    def stages(self) -> list[Stage]:
+        run, d = self.dir, self._dirs
+        teacher_made = (
+            (run / "teacher", run / "teacher_checkpoints", run / "teacher_metrics.jsonl")
+            if self.config.teacher.finetune
+            else ()
+        )
+        return [
+            Stage("data", self._data_inputs, self._data, (d["data"],), self._data_missing),
+            Stage("teacher", self._teacher_inputs, self._teacher, teacher_made, self._teacher_missing),
+            Stage("cache", self._cache_inputs, self._cache, (run / "cache",), self._cache_missing),
+            Stage("init", self._init_inputs, self._init, (d["init"],), self._init_missing),
+            Stage(
+                "distill",
+                self._distill_inputs,
+                self._distill,
+                (d["checkpoints"], run / "metrics.jsonl"),
+                self._distill_missing,
+            ),
+            Stage(
+                "evaluate",
+                self._evaluate_inputs,
+                self._evaluate,
+                (self._result_file,),
+                lambda out: _absent(self._result_file),
+            ),
+            Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
+            Stage(
+                "report",
+                self._report_inputs,
+                self._report,
+                (run / "report.html",),
+                lambda out: _absent(run / "report.html"),
+            ),
+        ]
+
+    @property
+    def _dirs(self) -> dict[str, Path]:
+        names = {"data": "data", "init": "student_init", "checkpoints": "checkpoints", "export": "export"}
+        return {key: self.dir / name for key, name in names.items()}
+
+    @property
+    def _result_file(self) -> Path:
+        return Path(self.config.evaluate.result_dir or self.dir) / "results_eval.json"
+
+    # data
+
+    def _data_inputs(self) -> dict[str, Any]:
+        sources = {split: text.find(self.config.task.data, split) for split in ("train", "dev")}
+        return {
+            **{str(path): sha256(path) if isinstance(path, Path) else path for path in sources.values()},
+            "task": self.config.task.model_dump(exclude={"data", "max_length"}),
+            "task.max_length": self.config.task.max_length,
+            "tokenizer": encoder.tokenizer_digest(self.base),
+        }
+
+    def _data(self) -> dict[str, Any]:
+        def prepare() -> dict[str, Any]:
+            tokenizer = encoder.load_tokenizer(self.base)
+            train = text.read(self.config.task.data, "train", self.task, self._teacher_class_order())
+            dev = text.read(self.config.task.data, "dev", self.task, train.classes or None)
+            if (
+                self.config.teacher.finetune is None
+                and not self.task.regression
+                and len(train.classes) != self.base_config.num_labels
+            ):
+                raise UserError(
+                    f"teacher.model: {self.config.teacher.model} has {self.base_config.num_labels} classes, {train.source} has "
+                    f"{len(train.classes)} ({', '.join(train.classes[:10])}); give a teacher of this task, or teacher.finetune"
+                )
+            out: dict[str, Any] = {"classes": list(train.classes), "class_names": self.task.names_of(train.classes)}
+            for name, split in (("train", train), ("dev", dev)):
+                made = tokens.tokenize(split, tokenizer, self.config.task.max_length, self._dirs["data"] / name)
+                lengths = made.lengths_N
+                out[name] = {
+                    "source": split.source,
+                    "examples": len(made),
+                    "digest": made.digest,
+                    "input_digest": made.input_digest,
+                    "tokens": int(lengths.sum()),
+                    "longest": int(lengths.max()),
+                    "truncated": made.truncated,
+                }
+                if split.classes:
+                    out[name]["per_class"] = np.bincount(split.labels_N, minlength=len(split.classes)).tolist()
+                cut = f", {made.truncated} cut to {self.config.task.max_length}" if made.truncated else ""
+                log.info("data: %s: %d examples, %d tokens%s", split.source, len(made), int(lengths.sum()), cut)
+            if len(train) < self.world.size:
+                raise UserError(
+                    f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"
+                )
+            sample = {"texts": [column[:8] for column in dev.texts]}
+            write_json(self._dirs["data"] / "sample.json", sample)
+            return out
+
+        return self.world.on_main(prepare)
+
+    def _teacher_class_order(self) -> tuple[str, ...] | None:
+        """Label values in the order of a given teacher's outputs, where its class names say so."""
+        if self.config.teacher.finetune is not None or self.task.regression:
+            return self.task.classes
+        names = [str(self.base_config.id2label[i]) for i in range(self.base_config.num_labels)]
+        if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)):
+            return self.task.classes
+        if self.task.classes is None:
+            return tuple(names)  # reading the data refuses a label that is not among them
+        for own in (self.task.class_names, self.task.classes):
+            if own and sorted(n.lower() for n in names) == sorted(n.lower() for n in own):
+                place = {n.lower(): value for n, value in zip(own, self.task.classes, strict=True)}
+                return tuple(place[n.lower()] for n in names)
+        raise UserError(
+            f"teacher.model: its classes are {', '.join(names)}, those of {self.task.name} are "
+            f"{', '.join(self.task.class_names or self.task.classes)}; give a teacher of this task, or teacher.finetune"
+        )
+
+    def _data_missing(self, outputs: dict[str, Any]) -> str | None:
+        return next(
+            (problem for split in ("train", "dev") if (problem := _absent(self._dirs["data"] / split / "meta.json"))),
+            None,
+        )
+
+    def _tokens(self, split: str) -> TokenSet:
+        return tokens.open_tokens(self._dirs["data"] / split)
+
+    @property
+    def _labels(self) -> dict[str, Any]:
+        """Fields of a model configuration that describe the classes."""
+        if self.task.regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        names = self.outputs["data"]["class_names"]
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return encoder.load_tokenizer(self.base)
+
+    # teacher
+
+    @property
+    def _teacher_folder(self) -> str:
+        return str(self.dir / "teacher") if self.config.teacher.finetune else self.base
+
+    @cached_property
+    def _base_digest(self) -> str:
+        return encoder.weights_digest(self.base)
+
+    def _optimizer_inputs(self) -> dict[str, Any]:
+        train = self.config.train
+        return {
+            "run.seed": self.config.run.seed,
+            "train.max_grad_norm": train.max_grad_norm,
+            "train.adam_epsilon": train.adam_epsilon,
+            "precision": self.precision,
+        }
+
+    def _teacher_inputs(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"teacher.model": self._base_digest, "labels": self._labels}
+        if self.config.teacher.finetune:
+            out |= {f"teacher.finetune.{k}": v for k, v in self.config.teacher.finetune.model_dump().items()}
+            out |= self._optimizer_inputs()
+            out |= {f"the {split} data": self.outputs["data"][split]["digest"] for split in ("train", "dev")}
+        return out
+
+    def _teacher(self) -> dict[str, Any]:
+        if self.config.teacher.finetune is None:
+            return {"weights": self._base_digest, "folder": self.base}
+        folder = self.dir / "teacher"
+        best: dict[str, Any] = {}
+        if not self.world.on_main(folder.exists):
+            progress = finetune(
+                self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
+                self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry, self.stop,
+            )  # fmt: skip
+            best = {"best_epoch": progress.best_epoch, "history": progress.history}
+
+        def finish() -> dict[str, Any]:
+            last = checkpoint.committed(self.dir / "teacher_checkpoints")
+            history = checkpoint.read_state(last[-1]) if last else {}
+            remembered = {"best_epoch": history.get("best_epoch"), "history": history.get("history", [])}
+            return {"weights": encoder.weights_digest(str(folder)), "folder": str(folder), **remembered, **best}
+
+        return self.world.on_main(finish)
+
+    def _teacher_missing(self, outputs: dict[str, Any]) -> str | None:
+        if self.config.teacher.finetune is None:
+            return None
+        absent = _absent(self.dir / "teacher")
+        if not absent and encoder.weights_digest(str(self.dir / "teacher")) != outputs["weights"]:
+            raise UserError(
+                f"{self.dir / 'teacher'}: this is not the teacher that this run made and cached; put that one back, or use --fresh"
+            )
+        return absent
+
+    # cache
+
+    @property
+    def _cache_folder(self) -> Path:
+        return Path(self.config.cache.dir) if self.config.cache.dir else self.dir / "cache"
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(
+            teacher=self.outputs["teacher"]["weights"],
+            tokenizer=encoder.tokenizer_digest(self.base),
+            tokens=self.outputs["data"]["train"]["input_digest"],
+            max_length=self.config.task.max_length,
+            layers=self.pairs,
+            dtype=self.config.cache.dtype,
+            precision=self.teacher_precision,
+            states=self.config.distill.states,
+        )
+
+    def _live_teacher(self) -> LiveTeacher:
+        model = encoder.load_model(self._teacher_folder)
+        return LiveTeacher(
+            model,
+            self.pairs,
+            self.teacher_precision,
+            self.config.cache.dtype,
+            self.config.distill.states == "tokens",
+            self.world.device,
+        )
+
+    def _cache_inputs(self) -> dict[str, Any]:
+        if not self.config.cache.enabled:
+            return {"cache.enabled": False}
+        return {"cache.dir": str(self._cache_folder), **self._fingerprint().as_json()}
+
+    def _cache(self) -> dict[str, Any]:
+        if not self.config.cache.enabled:
+            log.info("cache: not built (cache.enabled is false): the teacher runs in every step")
+            return {"rows": 0, "built": 0}
+        built = build(
+            self._cache_folder, self._fingerprint(), self._tokens("train"), self._live_teacher, self._tokenizer.pad_token_id,
+            self.config.cache.shard_rows, self.world, self.telemetry,
+        )  # fmt: skip
+
+        def size() -> int:
+            return sum(p.stat().st_size for p in self._cache_folder.iterdir())
+
+        return {"rows": self.outputs["data"]["train"]["examples"], "built": built, "bytes": self.world.on_main(size)}
+
+    def _cache_missing(self, outputs: dict[str, Any]) -> str | None:
+        """A shard that is gone is built again; one that is damaged, or another teacher's cache, is refused."""
+        if not self.config.cache.enabled:
+            return None
+        manifest = cache.read_manifest(self._cache_folder)
+        if manifest is None:
+            return f"{self._cache_folder / cache.MANIFEST} is missing"
+        cache.require_fingerprint(self._cache_folder, manifest, self._fingerprint())
+        gone = []
+        for entry in manifest["shards"]:
+            if not (self._cache_folder / entry["file"]).exists():
+                gone.append(entry["file"])
+            elif problem := cache.shard_problem(self._cache_folder, entry):
+                raise UserError(f"{problem}; remove the file to have this shard built again")
+        return f"{', '.join(gone)} is missing" if gone else None
+
+    # init
+
+    def _init_inputs(self) -> dict[str, Any]:
+        settings = self.config.student.model_dump(exclude={"dropout"})
+        out = {f"student.{key}": value for key, value in settings.items()}
+        out |= {"teacher": self.outputs["teacher"]["weights"], "labels": self._labels, "run.seed": self.config.run.seed}
+        if self.config.student.init == "first_k":
+            out["teacher.model"] = self._base_digest
+        elif self.config.student.init not in ("teacher_layers", "random"):
+            out["student.init weights"] = encoder.weights_digest(
+                encoder.locate(self.config.student.init, "student.init")
+            )
+        return out
+
+    def _init(self) -> dict[str, Any]:
+        def create() -> dict[str, Any]:
+            model, what = student.create(
+                self.config.student, self._teacher_folder, self.base, self._labels, self.config.run.seed
+            )
+            folder = self._dirs["init"]
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            remove(temporary)
+            model.save_pretrained(temporary)
+            self._tokenizer.save_pretrained(temporary)
+            remove(folder)
+            os.replace(temporary, folder)
+            log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), what)
+            if self.rounded:
+                log.info("init: %d does not divide by %d, so the patience pairs are rounded to %s",
+                         encoder.num_layers(self.base_config), self.student_depth, list(self.pairs))  # fmt: skip
+            return {
+                "made_of": what,
+                "weights": encoder.weights_digest(str(folder)),
+                "parameters": encoder.parameter_count(model),
+            }
+
+        return self.world.on_main(create)
+
+    def _init_missing(self, outputs: dict[str, Any]) -> str | None:
+        folder = self._dirs["init"]
+        absent = _absent(folder / "config.json")
+        if not absent and encoder.weights_digest(str(folder)) != outputs["weights"]:
+            return f"{folder} was altered"
+        return absent
+
+    # distill
+
+    def _distill_inputs(self) -> dict[str, Any]:
+        config = self.config
+        train = config.train.model_dump(
+            include={"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"}
+        )
+        return {
+            **{f"distill.{k}": v for k, v in config.distill.model_dump().items()},
+            **{f"train.{k}": v for k, v in train.items()},
+            **self._optimizer_inputs(),
+            "student.dropout": config.student.dropout,
+            "evaluate.every_epochs": config.evaluate.every_epochs,
+            "cache.enabled": config.cache.enabled,
+            "the student's starting weights": self.outputs["init"]["weights"],
+            "the teacher's answers": self._fingerprint().digest,
+            **{f"the {split} data": self.outputs["data"][split]["digest"] for split in ("train", "dev")},
+        }
+
+    def _distill(self) -> dict[str, Any]:
+        config = self.config
+        if config.cache.enabled:
+            manifest = self.world.on_main(lambda: cache.read_manifest(self._cache_folder))
+            shards = range(self.world.rank, len(manifest["shards"]) if manifest else 0, self.world.size)
+            reader = self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
+            answers = cached_answers(reader, self.world.device)
+        else:
+            answers = live_answers(self._live_teacher())
+        module = student.open_student(
+            self._dirs["init"], config.student.dropout, int(self.base_config.hidden_size), config.run.seed
+        )
+        job = Job(
+            name="distill",
+            module=module,
+            losses=DistillationLoss(config.distill, answers, tuple(range(1, len(self.pairs) + 1))),
+            train=self._tokens("train"),
+            dev=self._tokens("dev"),
+            task=self.task,
+            pad_id=self._tokenizer.pad_token_id,
+            seed=config.run.seed,
+            epochs=config.train.epochs,
+            batch_size=config.train.batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            learning_rate=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            warmup_ratio=config.train.warmup_ratio,
+            max_grad_norm=config.train.max_grad_norm,
+            adam_epsilon=config.train.adam_epsilon,
+            eval_batch_size=config.evaluate.batch_size,
+            eval_every_epochs=config.evaluate.every_epochs,
+            log_every_steps=config.train.log_every_steps,
+            checkpoint=config.checkpoint,
+            deepspeed=self.deepspeed,
+            folder=self._dirs["checkpoints"],
+            records=self.dir / "metrics.jsonl",
+            fingerprint=digest_of(self.inputs),
+        )
+        progress = Trainer(job, self.world, self.telemetry, self.stop).run()
+        assert progress.best_file is not None
+        best = self._dirs["checkpoints"] / progress.best_file
+        return {
+            "best_file": progress.best_file,
+            "best_epoch": progress.best_epoch,
+            "best_metric": progress.best_metric,
+            "history": progress.history,
+            "weights": self.world.on_main(lambda: sha256(best)),
+            "steps": progress.step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+        }
+
+    def _distill_missing(self, outputs: dict[str, Any]) -> str | None:
+        best = self._dirs["checkpoints"] / outputs["best_file"]
+        if self.config.export.prune and (self.dir / "stages" / "export.json").exists() and not best.exists():
+            return None  # pruned by the export, which is verified
+        absent = _absent(best)
+        return absent or (f"{best} was altered" if sha256(best) != outputs["weights"] else None)
+
+    # evaluate
+
+    def _best_student(self) -> Any:
+        return hf.best_student(self._dirs["init"], self._dirs["checkpoints"] / self.outputs["distill"]["best_file"])
+
+    def _evaluate_inputs(self) -> dict[str, Any]:
+        return {
+            "the student": self.outputs["distill"]["weights"],
+            "the teacher": self.outputs["teacher"]["weights"],
+            "the dev data": self.outputs["data"]["dev"]["digest"],
+            "task.metric": self.task.metric,
+            "evaluate.result_dir": str(self._result_file.parent),
+        }
+
+    def _evaluate(self) -> dict[str, Any]:
+        models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
+        results, marker = compare(models, self._tokens("dev"), self.task, self.world, self.config.evaluate.batch_size,
+                                  self.config.evaluate.latency_samples, self._tokenizer.pad_token_id)  # fmt: skip
+
+        def write() -> None:
+            self._result_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._result_file, results)
+
+        self.world.on_main(write)
+        return {"results": results, **marker}
+
+    # export
+
+    def _export_inputs(self) -> dict[str, Any]:
+        return {"the student": self.outputs["distill"]["weights"], "results": digest_of(self.outputs["evaluate"]["results"]),
+                "export.formats": self.config.export.formats}  # fmt: skip
+
+    def _export(self) -> dict[str, Any]:
+        def write() -> dict[str, Any]:
+            folder = self._dirs["export"]
+            sample = tuple(json.loads((self._dirs["data"] / "sample.json").read_text())["texts"])
+            model_card = card.render(self.config, self._environment(), self.outputs)
+            difference = hf.export(
+                self._best_student(),
+                self._tokenizer,
+                model_card,
+                folder,
+                self._tokens("dev"),
+                sample,
+                self.config.task.max_length,
+            )
+            log.info(
+                "export: %s reloads with plain transformers; largest difference of a logit %.1e", folder, difference
+            )
+            if self.config.export.prune:
+                remove(self._dirs["checkpoints"])
+                log.info("export: verified, checkpoints removed (export.prune)")
+            return {"weights": sha256(folder / "model.safetensors"), "largest_difference": difference}
+
+        return self.world.on_main(write)
+
+    def _export_missing(self, outputs: dict[str, Any]) -> str | None:
+        weights = self._dirs["export"] / "model.safetensors"
+        absent = _absent(weights)
+        return absent or (f"{weights} was altered" if sha256(weights) != outputs["weights"] else None)
+
+    # report
+
+    def _report_inputs(self) -> dict[str, Any]:
+        return {"results": digest_of(self.outputs["evaluate"]["results"]), "export": self.outputs["export"]["weights"]}
+
+    def _report(self) -> dict[str, Any]:
+        from pkd_dist import report
+
+        return self.world.on_main(lambda: report.write(self.dir))
+
+    def summary(self) -> str:
+        """The table a run ends with: teacher beside student, and where to find the export and the report."""
+        return card.summary(self.outputs["evaluate"]["results"], self._dirs["export"], self.dir / "report.html")
+
+
+def compare(
+    models: dict[str, Any], dev: TokenSet, task: Task, world: World, batch_size: int, samples: int, pad_id: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
+
+    Returns:
+        The content of `results_eval.json`, and what the report needs beside it (confusion matrices).
+    """
+    forwards, logits, figures = {}, {}, {}
+    for name, model in models.items():
+        model.to(world.device)
+        forwards[name] = lambda inputs, model=model: model(**inputs).logits
+        with evaluating(model):
+            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id)
+        figures[name] = score(logits[name], np.asarray(dev.labels_N), task)
+
+    def measure() -> dict[str, dict[str, float]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+        try:
+            with torch.inference_mode():
+                return speed(forwards, dev, world.device, batch_size, samples, pad_id)
+        finally:
+            torch.set_num_threads(threads)
+
+    speeds = world.on_main(measure)
+    for name, model in models.items():
+        figures[name]["parameters"] = encoder.parameter_count(model)
+        figures[name]["modelSize"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+        figures[name] |= speeds[name]
+        if not task.regression:
+            figures[name]["accuracy_interval_95"] = list(interval(figures[name]["accuracy"], len(dev)))
+    teacher, pupil = figures["teacher"], figures["student"]
+    results = {
+        "task": task.name,
+        "split": "dev",
+        "n": len(dev),
+        **{
+            k: v
+            for k, v in pupil.items()
+            if k not in ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95")
+        },
+        "teacher": teacher,
+        "student": pupil,
+        "compression": {
+            "parameters": teacher["parameters"] / pupil["parameters"],
+            "size": teacher["modelSize"] / pupil["modelSize"],
+            "throughput": pupil["reasoningTime"] / teacher["reasoningTime"],
+            "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else float("nan"),
+            "agreement": agreement(logits["teacher"], logits["student"]),
+        },
+    }
+    marker: dict[str, Any] = {}
+    if not task.regression:
+        width = logits["student"].shape[1]
+        for name in models:
+            matrix = np.zeros((width, width), dtype=int)
+            np.add.at(matrix, (np.asarray(dev.labels_N), logits[name].argmax(axis=1)), 1)
+            marker[f"confusion_{name}"] = matrix.tolist()
+    return results, marker
+
+
+def _absent(path: Path) -> str | None:
+    return None if path.exists() else f"{path} is missing"
+
+
+def _short(value: Any) -> str:
+    shown = str(value)
+    return shown if len(shown) <= 24 else shown[:12] + "..."
+
+
+def _git_revision() -> str | None:
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=project_path("."), capture_output=True, text=True, timeout=10, check=False
+        )  # fmt: skip
+    except OSError:
+        return None
+    return out.stdout.strip() or None
+
+
+def move_aside(folder: Path) -> Path | None:
+    """`--fresh`: gives an existing run folder a new name, so that the run starts over under the old one."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.replace(folder, target)
+    return target

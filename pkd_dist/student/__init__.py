@@ -1,0 +1,1 @@
+"""The student's losses and its training from the teacher's cache."""

@@ -1,0 +1,75 @@
+"""The loss of Patient Knowledge Distillation (Sun et al. 2019, arXiv 1908.09355), as pure tensor functions.
+
+    L = (1 - alpha) * CE + alpha * DS + beta * PT                                    (section 3.3, equation 8)
+
+Every function returns one value per example; the caller takes the mean over the global batch, so that a sum over
+micro-batches and ranks is exact. All are computed in float32 or wider, whatever the model runs in.
+
+Shapes: B examples, C classes, M patience pairs, H hidden size, L tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def hard_loss(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """CE: cross-entropy with the gold labels; for a regression (C = 1, floating labels) the squared error. Returns (B,)."""
+    logits_BC = _wide(logits_BC)
+    if labels_B.is_floating_point():
+        return (logits_BC.squeeze(-1) - labels_B).square()
+    return F.cross_entropy(logits_BC, labels_B, reduction="none")
+
+
+def soft_loss(
+    student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperature: float, reduction: str = "batchmean"
+) -> torch.Tensor:
+    """DS: the teacher's softened predictions (section 3.1, equation 3). Returns (B,).
+
+    Args:
+        reduction: `batchmean` (default): KL(teacher || student) summed over classes, times T^2. `mean` (the authors'
+            code): that divided by C. `soft_ce_mean` (the seed): soft cross-entropy divided by C, without T^2.
+
+    A regression (C = 1) has no distribution to soften: DS is the squared difference of the two outputs.
+    """
+    student_BC, teacher_BC = _wide(student_BC), _wide(teacher_BC)
+    if student_BC.shape[-1] == 1:
+        return (student_BC - teacher_BC).square().squeeze(-1)
+    log_student_BC = F.log_softmax(student_BC / temperature, dim=-1)
+    teacher_p_BC = F.softmax(teacher_BC / temperature, dim=-1)
+    if reduction == "soft_ce_mean":
+        return -(teacher_p_BC * log_student_BC).mean(dim=-1)
+    kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=-1) * temperature**2
+    return kl_B if reduction == "batchmean" else kl_B / student_BC.shape[-1]
+
+
+def patience_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    normalize: bool = True,
+    reduction: str = "mean",
+    mask_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """PT: squared distance of paired hidden states (section 3.2, equation 7). Returns (B,).
+
+    Args:
+        student, teacher: states of the paired layers: (B, M, H) of [CLS], or (B, L, M, H) of all tokens.
+        normalize: L2-normalise each state first.
+        reduction: `mean` (default; the authors' code): mean over M and H. `sum` (the paper): sum over M and H.
+            beta_sum = beta_mean / (M * H).
+        mask_BL: 1 for real tokens, needed for token states: their mean is taken, padding left out.
+    """
+    student, teacher = _wide(student), _wide(teacher)
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    distance = (student - teacher).square()
+    distance = distance.sum(dim=(-2, -1)) if reduction == "sum" else distance.mean(dim=(-2, -1))
+    if mask_BL is None:
+        return distance
+    mask_BL = mask_BL.to(distance.dtype)
+    return (distance * mask_BL).sum(dim=1) / mask_BL.sum(dim=1)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,1 @@
+"""The teacher: fine-tuned here when asked, run once, and read from its cache ever after."""

@@ -1,0 +1,216 @@
+"""Fills the teacher cache: one half-precision pass over the training text, each rank its own shards.
+
+A shard is written whole or not at all and carries the fingerprint's digest, so a killed build goes on with the missing
+shards. The manifest is committed last, by rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pkd_dist.data.batches import collate
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.errors import UserError
+from pkd_dist.files import sha256, write_atomically, write_json
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.teacher import cache
+from pkd_dist.teacher.cache import FORMAT_VERSION, MANIFEST, Fingerprint, map_tensors, shard_name, shard_problem
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.progress import Bar
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_BATCH_TOKENS = 8192
+
+
+def resolve_teacher_precision(precision: str, device: torch.device) -> str:
+    """`auto`: float16 on a GPU, bfloat16 on a CPU (which has no half-precision products of its own)."""
+    if precision != "auto":
+        return precision
+    return "float16" if device.type == "cuda" else "bfloat16"
+
+
+class LiveTeacher:
+    """A teacher that answers from a forward pass, at the cached precision: what the cache must equal.
+
+    Args:
+        model: fine-tuned classifier.
+        layers: teacher layers (from 1) whose states are kept.
+        precision: the model's own, see `DTYPES`.
+        dtype: of the values handed out.
+        tokens: states of every token, not of [CLS] alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], precision: str, dtype: str, tokens: bool, device: torch.device
+    ):
+        self.encoder = Encoder(model.to(device, DTYPES[precision]).eval())
+        self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device
+        self.hidden = int(model.config.hidden_size)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, C) and states (B, M, H) or (B, L, M, H), in the cache's dtype.
+
+        Raises:
+            UserError: a value is not finite, or does not fit the cache's dtype.
+        """
+        logits, states = self.encoder(inputs, self.layers, self.tokens)
+        if states is None:
+            shape = (*logits.shape[:1], *([inputs["input_ids"].shape[1]] if self.tokens else []), 0, self.hidden)
+            states = logits.new_empty(shape)
+        logits, states = logits.to(self.dtype), states.to(self.dtype)
+        if not (torch.isfinite(logits).all() and torch.isfinite(states).all()):
+            raise UserError(
+                "the teacher's outputs are not finite at this precision; set cache.precision and cache.dtype to float32"
+            )
+        return logits, states
+
+
+def build(
+    folder: Path,
+    fingerprint: Fingerprint,
+    tokens: TokenSet,
+    make_teacher: Callable[[], LiveTeacher],
+    pad_id: int,
+    shard_rows: int,
+    world: World,
+    telemetry: Telemetry,
+) -> int:
+    """Completes the cache in `folder`; collective.
+
+    Args:
+        make_teacher: called only where this rank has a shard to build.
+
+    Returns:
+        Rows that were computed now (0: all shards were there).
+
+    Raises:
+        UserError: the folder holds a cache of another fingerprint, or a shard that is there but damaged.
+    """
+    by_id = np.argsort(np.asarray(tokens.ids_N), kind="stable")
+    manifest = world.on_main(lambda: cache.read_manifest(folder))
+    if manifest is not None:
+        cache.require_fingerprint(folder, manifest, fingerprint)
+        shard_rows = manifest["shard_rows"]
+    parts = [by_id[i : i + shard_rows] for i in range(0, len(by_id), shard_rows)]
+    mine = range(world.rank, len(parts), world.size)
+
+    def find_missing() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = manifest["shards"] if manifest else None
+        return [i for i in mine if _must_build(folder, i, fingerprint, entries)]
+
+    missing = [index for part in world.everywhere(find_missing) for index in part]
+    if manifest is not None and not missing:
+        return 0
+    if len(missing) < len(parts) and world.main:
+        log.info(
+            "cache: building %s, the other %d are there",
+            ", ".join(map(shard_name, sorted(missing)[:5])) or "no shard",
+            len(parts) - len(missing),
+        )
+    todo = [i for i in mine if i in missing]
+    telemetry.metrics.cache_expected.set(sum(len(parts[i]) for i in todo))
+
+    def build_mine() -> list[dict[str, Any]]:
+        teacher = make_teacher() if todo else None
+        with Bar("cache, rows of this rank", sum(len(parts[i]) for i in todo), show=telemetry.show) as bar:
+            for i in todo:
+                assert teacher is not None
+
+                def tick(rows: int) -> None:
+                    telemetry.metrics.cache_rows.inc(rows)
+                    bar.advance(rows)
+
+                _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick)
+        return [_entry(folder, i, tokens, parts[i]) for i in mine]
+
+    entries = sorted(
+        (entry for part in world.everywhere(build_mine) for entry in part), key=lambda entry: entry["file"]
+    )
+
+    def commit() -> None:
+        shapes = map_tensors(folder / entries[0]["file"])[0]
+        write_json(
+            folder / MANIFEST,
+            {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": fingerprint.as_json(),
+                "fingerprint_digest": fingerprint.digest,
+                "rows": len(tokens),
+                "shard_rows": shard_rows,
+                "shapes": {name: ["rows", *array.shape[1:]] for name, array in shapes.items()},
+                "shards": entries,
+            },
+        )
+
+    world.on_main(commit)
+    return sum(len(parts[i]) for i in missing)
+
+
+def _must_build(folder: Path, index: int, fingerprint: Fingerprint, entries: list[dict[str, Any]] | None) -> bool:
+    """A shard that is absent is built. One that is there must be whole and of this fingerprint."""
+    path = folder / shard_name(index)
+    if not path.exists():
+        return True
+    if entries is None:
+        return map_tensors(path)[2].get("fingerprint") != fingerprint.digest
+    problem = shard_problem(folder, entries[index])
+    if problem:
+        raise UserError(f"{problem}; remove the file to have this shard built again")
+    return False
+
+
+def _build_shard(
+    path: Path,
+    rows: np.ndarray,
+    tokens: TokenSet,
+    teacher: LiveTeacher,
+    fingerprint: Fingerprint,
+    pad_id: int,
+    tick: Callable[[int], None],
+) -> None:
+    """Computes the rows in batches of similar length and of about `_BATCH_TOKENS` tokens; stores them in id order."""
+    lengths = tokens.lengths_N[rows]
+    logits: list[Any] = [None] * len(rows)
+    states: list[Any] = [None] * len(rows)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        here = order[start : start + max(1, _BATCH_TOKENS // int(lengths[order[start]]))]
+        batch = collate(tokens, rows[here], np.ones(len(here)), pad_id).to(teacher.device)
+        logits_BC, states_B = (x.cpu() for x in teacher(batch.inputs))
+        for k, place in enumerate(here):
+            logits[place] = logits_BC[k]
+            states[place] = states_B[k, : lengths[place]] if teacher.tokens else states_B[k]
+        start += len(here)
+        tick(len(here))
+    tensors = {"ids": torch.from_numpy(np.asarray(tokens.ids_N[rows])), "logits": torch.stack(logits)}
+    if teacher.tokens:
+        tensors["states"] = torch.cat(states)
+        tensors["offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    else:
+        tensors["states"] = torch.stack(states)
+    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata={"fingerprint": fingerprint.digest}))
+
+
+def _entry(folder: Path, index: int, tokens: TokenSet, rows: np.ndarray) -> dict[str, Any]:
+    path = folder / shard_name(index)
+    ids = tokens.ids_N[rows[[0, -1]]]
+    return {
+        "file": path.name,
+        "rows": len(rows),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "first_id": int(ids[0]),
+        "last_id": int(ids[-1]),
+    }

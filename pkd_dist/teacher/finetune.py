@@ -1,0 +1,100 @@
+"""Fine-tunes a teacher with the same loop as the student's, on the gold labels alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pkd_dist.config import Config
+from pkd_dist.data.batches import Batch
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.files import remove
+from pkd_dist.model.encoder import Encoder, load_model
+from pkd_dist.preemption import StopFlag
+from pkd_dist.student.losses import hard_loss
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.training.engine import Engine
+from pkd_dist.training.loop import Job, Progress, Trainer
+
+
+def gold_loss(engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
+    ce_B = hard_loss(engine(batch.inputs)[0], batch.labels_B)
+    return {"total": ce_B, "ce": ce_B}
+
+
+def finetune(
+    config: Config,
+    base: str,
+    tokenizer: Any,
+    labels: dict[str, Any],
+    task: Task,
+    train: TokenSet,
+    dev: TokenSet,
+    deepspeed: dict[str, Any],
+    output: Path,
+    fingerprint: str,
+    world: World,
+    telemetry: Telemetry,
+    stop: StopFlag,
+) -> Progress:
+    """Trains `base` on the gold labels and writes its best epoch to `output`, a Hugging Face folder; collective.
+
+    Args:
+        base: folder or hub name to start from.
+        labels: configuration fields of the classes.
+        output: made whole at the end, or not at all. Checkpoints live beside it until then.
+    """
+    settings = config.teacher.finetune
+    assert settings is not None
+    torch.manual_seed(config.run.seed)  # the new head is the same on every rank
+    model = load_model(base, new_head=True, dropout=settings.dropout, **labels)
+    checkpoints = output.with_name(f"{output.name}_checkpoints")
+    job = Job(
+        name="teacher",
+        module=Encoder(model),
+        losses=gold_loss,
+        train=train,
+        dev=dev,
+        task=task,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.run.seed,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_ratio=settings.warmup_ratio,
+        max_grad_norm=config.train.max_grad_norm,
+        adam_epsilon=config.train.adam_epsilon,
+        eval_batch_size=config.evaluate.batch_size,
+        eval_every_epochs=1,
+        log_every_steps=config.train.log_every_steps,
+        checkpoint=config.checkpoint,
+        deepspeed=deepspeed,
+        folder=checkpoints,
+        records=output.with_name(f"{output.name}_metrics.jsonl"),
+        fingerprint=fingerprint,
+    )
+    progress = Trainer(job, world, telemetry, stop).run()
+
+    def write() -> None:
+        assert progress.best_file is not None
+        best = load_model(base, new_head=True, **labels)
+        best.load_state_dict(
+            {k.removeprefix("model."): v for k, v in load_file(checkpoints / progress.best_file).items()}
+        )
+        temporary = output.with_name(f".{output.name}.tmp")
+        remove(temporary)
+        best.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        remove(output)
+        os.replace(temporary, output)
+
+    world.on_main(write)
+    return progress

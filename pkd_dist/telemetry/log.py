@@ -1,0 +1,39 @@
+"""Messages: on the terminal from rank 0 alone; in RUN/logs/rank-N.log from every rank, with times and tracebacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+log = logging.getLogger("pkd")
+
+
+class _ToTerminal(logging.Handler):
+    """Prints through whatever `sys.stdout` is now, so that progress bars and tests can redirect it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stdout, flush=True)
+
+
+def to_terminal(show: bool) -> None:
+    """Lets messages through to the terminal where `show`; quiets the libraries, whose news is not the user's."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    if show:
+        handler = _ToTerminal()
+        handler.setLevel(logging.INFO)
+        log.addHandler(handler)
+    for name in ("transformers", "datasets", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def to_file(folder: Path, rank: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)

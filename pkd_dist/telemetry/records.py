@@ -1,0 +1,55 @@
+"""metrics.jsonl: one JSON object a line, append-only, without gaps or doubles across kills and resumes.
+
+A resumed run does again the steps since its checkpoint. Their lines are already there, so they are not written twice: a
+line is known by its step and, for an evaluation, its split. A line torn by a kill is cut off first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; nothing where there is none."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _key(record: dict[str, Any]) -> tuple[int, str | None]:
+    return record["step"], record.get("split")
+
+
+class Records:
+    """The writer; use on one rank alone."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._known = {_key(record) for record in read(path)}
+        self._file = open(path, "ab+")  # noqa: SIM115 - lives as long as the run
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        size = self._file.seek(0, os.SEEK_END)
+        window = min(size, 1 << 16)
+        self._file.seek(size - window)
+        tail = self._file.read(window)
+        if tail and not tail.endswith(b"\n"):
+            self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if _key(record) in self._known:
+            return
+        self._known.add(_key(record))
+        self._file.write((json.dumps(record) + "\n").encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

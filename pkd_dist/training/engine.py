@@ -1,0 +1,213 @@
+"""The DeepSpeed engine: sharded optimizer, precision, clipping, and one learning-rate schedule.
+
+The only importer of deepspeed. What DeepSpeed's JSON leaves to the run's YAML (batch, accumulation, learning rate,
+clipping) is filled in here; what it leaves to the device (`torch_autocast.enabled: "auto"`) is decided here.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkd_dist.dist import World
+from pkd_dist.errors import DivergedError
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What the run's YAML says of the optimizer. `total_steps` are optimizer steps of the whole run."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    max_grad_norm: float
+    adam_epsilon: float
+    total_steps: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+
+
+def resolve_precision(deepspeed: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
+    """Decides `torch_autocast.enabled: "auto"` for a device.
+
+    Returns:
+        The JSON with nothing left to decide, and the precision's name: float32, autocast bfloat16, bfloat16, float16, ...
+    """
+    config = dict(deepspeed)
+    autocast = config.get("torch_autocast")
+    if isinstance(autocast, dict):
+        enabled, dtype = autocast.get("enabled", False), autocast.get("dtype", "auto")
+        if enabled == "auto":
+            enabled = device.type == "cuda" or _cpu_has_bfloat16()
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16"
+        config["torch_autocast"] = {**autocast, "enabled": bool(enabled), "dtype": dtype}
+        if enabled:
+            return config, f"autocast {dtype}"
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if config.get(key, {}).get("enabled"):
+            return config, name
+    return config, "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this CPU."""
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """DeepSpeed reports its own set-up through a logger and warnings; a run's user has no use for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Engine:
+    """One module under DeepSpeed.
+
+    Args:
+        module: trained in place; moved to the device.
+        deepspeed: the DeepSpeed JSON, precision resolved.
+        plan: see `Optimization`.
+        world: the ranks.
+    """
+
+    def __init__(self, module: nn.Module, deepspeed: dict[str, Any], plan: Optimization, world: World):
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed as ds
+        from deepspeed import ops
+
+        if world.device.type == "cpu":
+            ops.__dict__["__compatible_ops__"] = collections.defaultdict(bool)  # nothing is compiled on a CPU
+        self.stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+        self.loss_scale_expected = bool(deepspeed.get("fp16", {}).get("enabled"))
+        self._scale = float(world.size * plan.accumulation)
+        self._plan = plan
+        offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
+        config = {
+            **deepspeed,
+            "train_batch_size": plan.micro_batch_size * plan.accumulation * world.size,
+            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.accumulation,
+            "gradient_clipping": plan.max_grad_norm,
+            "steps_per_print": 10**9,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        decay = [p for n, p in module.named_parameters() if p.requires_grad and _decays(n, p)]
+        plain = [p for n, p in module.named_parameters() if p.requires_grad and not _decays(n, p)]
+        optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=plan.learning_rate,
+            eps=plan.adam_epsilon,
+            fused=not offload,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup(plan.total_steps, plan.warmup_ratio))
+        with _quiet():
+            self._engine, *_ = ds.initialize(
+                model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+            )
+        self.module = module
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulates gradients of one micro-batch's share of the global mean loss (a sum over weighted examples)."""
+        self._engine.backward(loss * self._scale)  # DeepSpeed divides by accumulation and averages over ranks
+
+    def micro_step(self) -> None:
+        """Ends a micro-batch that is not the last of its step."""
+        self._engine.step()
+
+    def step(self) -> float:
+        """Applies the update of a whole step and returns the gradient's norm before clipping.
+
+        Raises:
+            DivergedError: the norm is not finite; no weight was changed. (Under fp16 a step may be skipped while the
+                loss scale falls: then the norm returned is infinite.)
+        """
+        if self.stage == 0 and not self.loss_scale_expected:
+            norm = float(
+                torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            )
+            self._require_finite(norm)
+            self._engine.step()
+            return norm
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if self._engine.skipped_steps > skipped:
+            if self.loss_scale_expected and self.loss_scale > 1.0:
+                return float("inf")
+            self._require_finite(float("nan"))
+        self._require_finite(norm)
+        return norm
+
+    @staticmethod
+    def _require_finite(norm: float) -> None:
+        if not torch.isfinite(torch.tensor(norm)):
+            raise DivergedError("the gradient is not finite")
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0)) if self.loss_scale_expected else 1.0
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes this rank's shards into folder/tag; collective."""
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, checkpoint: Path) -> None:
+        """Loads a committed checkpoint; collective."""
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        assert path is not None, f"DeepSpeed did not load {checkpoint}"
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer whole, in float32 on the CPU, from the float32 master weights; collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if self.stage > 0 and parameter.requires_grad else None
+            weights[name] = (parameter if full is None else full).detach().float().cpu().contiguous().clone()
+        for name, buffer in self.module.named_buffers():
+            if name in self.module.state_dict():
+                weights[name] = buffer.detach().cpu().contiguous().clone()
+        return weights
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """AdamW's decay is for matrices: not for biases, not for LayerNorm."""
+    return parameter.ndim > 1 and not name.endswith("bias")
+
+
+def linear_warmup(total_steps: int, ratio: float) -> Callable[[int], float]:
+    """The factor of the learning rate at step 0, 1, ...: up to 1 over the first `ratio` of the steps, then down to 0."""
+    warmup = int(total_steps * ratio)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / max(1, warmup)
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+    return factor

@@ -1,0 +1,311 @@
+"""The one training loop: step, log, checkpoint, evaluate, keep the best. Teachers and students both go through it.
+
+A step's loss is a weighted sum over the global batch, so the same run on any number of ranks does the same optimisation.
+Position is one number, the optimizer step; the batch follows from (seed, epoch, step, rank), see `data/batches.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from pkd_dist import checkpoint
+from pkd_dist.config import Checkpoint as CheckpointConfig
+from pkd_dist.data.batches import Batch, TrainingBatches, micro_batches
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.errors import DivergedError, Preempted
+from pkd_dist.evaluate import evaluating, predict, score
+from pkd_dist.files import write_atomically
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.preemption import StopFlag
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.progress import Bar, timed
+from pkd_dist.telemetry.records import Records
+from pkd_dist.training.engine import Engine, Optimization, resolve_precision
+
+TERMS = ("total", "ce", "ds", "pt")
+LossTerms = Callable[[Engine, Batch], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one training needs.
+
+    Attributes:
+        name: what it is called in messages.
+        module: trained in place.
+        losses: (engine, batch) -> per-example terms (B,), among `TERMS`, `total` always.
+        train, dev: token sets.
+        deepspeed: the DeepSpeed JSON.
+        folder: where checkpoints live.
+        records: the metrics file.
+        fingerprint: of everything that decides the outcome; a checkpoint of another one is refused.
+    """
+
+    name: str
+    module: Encoder
+    losses: LossTerms
+    train: TokenSet
+    dev: TokenSet
+    task: Task
+    pad_id: int
+    seed: int
+    epochs: int
+    batch_size: int
+    micro_batch_size: int | str
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    max_grad_norm: float
+    adam_epsilon: float
+    eval_batch_size: int
+    eval_every_epochs: int
+    log_every_steps: int
+    checkpoint: CheckpointConfig
+    deepspeed: dict[str, Any]
+    folder: Path
+    records: Path
+    fingerprint: str
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside weights and random state; the same on all ranks."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best_step: int = 0
+    best_epoch: int = 0
+    best_metric: float = float("-inf")
+    best_file: str | None = None
+    history: list[dict[str, Any]] | None = None
+
+    def state(self, fingerprint: str) -> dict[str, Any]:
+        return {"fingerprint": fingerprint, **vars(self)}
+
+
+class Trainer:
+    """Runs one `Job` to its end, from wherever its newest checkpoint stands."""
+
+    def __init__(self, job: Job, world: World, telemetry: Telemetry, stop: StopFlag):
+        self.job, self.world, self.telemetry, self.stop = job, world, telemetry, stop
+        self.batches = TrainingBatches(
+            job.train, job.batch_size, job.micro_batch_size, job.seed, world.rank, world.size, job.pad_id
+        )
+        self.total_steps = job.epochs * self.batches.steps
+        size, count = micro_batches(job.batch_size, world.size, job.micro_batch_size)
+        deepspeed, self.precision = resolve_precision(job.deepspeed, world.device)
+        plan = Optimization(
+            job.learning_rate, job.weight_decay, job.warmup_ratio, job.max_grad_norm, job.adam_epsilon, self.total_steps,
+            job.batch_size, size, count,
+        )  # fmt: skip
+        self.engine = Engine(job.module, deepspeed, plan, world)
+        self.progress = Progress(history=[])
+        self._resume()
+        self.records = Records(job.records) if world.main else None
+
+    def _resume(self) -> None:
+        seed = int(np.random.SeedSequence([self.job.seed, self.world.rank]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        found = checkpoint.find(self.world, self.job.folder, self.job.fingerprint, log.info)
+        if found is None:
+            return
+        path, state = found
+        self.engine.load(path)
+        checkpoint.load_random_state(path, self.world.rank)
+        self.progress = Progress(**{k: v for k, v in state.items() if k != "fingerprint"})
+        if self.progress.step < self.total_steps:
+            log.info(
+                "%s: going on from step %d of %d (%s)", self.job.name, self.progress.step, self.total_steps, path.name
+            )
+
+    def run(self) -> Progress:
+        """Trains to the end.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; nothing of the bad step is saved.
+            Preempted: a stop signal came; a checkpoint is committed.
+        """
+        job, progress = self.job, self.progress
+        self._count_on()
+        epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
+        with Bar(f"{job.name}, {epochs_shown}", self.total_steps, progress.step, self.telemetry.show) as bar:
+            while progress.step < self.total_steps:
+                epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
+                order = self.batches.order(epoch)
+                self.engine.train()
+                for step in range(step_in_epoch, self.batches.steps):
+                    note = self._step(order, step)
+                    bar.advance(1, note)
+                    if progress.step % self.batches.steps == 0:
+                        break  # the epoch's end evaluates first, then saves
+                    if progress.step % job.checkpoint.every_steps == 0:
+                        self._save()
+                if (epoch + 1) % job.eval_every_epochs == 0 or epoch + 1 == job.epochs:
+                    self._evaluate(epoch + 1)
+                self._save()
+        if self.records:
+            self.records.close()
+        return progress
+
+    def _count_on(self) -> None:
+        """Counters and gauges go on where the checkpoint left them."""
+        metrics, progress = self.telemetry.metrics, self.progress
+        metrics.samples.inc(progress.samples)
+        metrics.tokens.inc(progress.tokens)
+        metrics.step.set(progress.step)
+
+    def _step(self, order: np.ndarray, step: int) -> str:
+        start = time.perf_counter()
+        micro = self.batches.step(order, step)
+        waited = time.perf_counter() - start
+        sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
+        for i, batch in enumerate(micro):
+            batch = batch.to(self.world.device)
+            terms = self.job.losses(self.engine, batch)
+            weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
+            self.engine.backward(weighted["total"])
+            for k, name in enumerate(TERMS):
+                if name in weighted:
+                    sums[k] += float(weighted[name].detach())
+            sums[len(TERMS)] += batch.tokens
+            if i + 1 < len(micro):
+                self.engine.micro_step()
+        local = sums[: len(TERMS)].copy()
+        sums[-2] = not np.isfinite(local).all()
+        sums[-1] = self.stop.signal is not None
+        sums = self.world.sum(sums)
+        if sums[-2]:
+            self._diverged("the loss", local)
+        learning_rate = self.engine.learning_rate
+        try:
+            norm = self.engine.step()
+        except DivergedError:
+            self._diverged("the gradient", local)
+        progress = self.progress
+        examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
+        progress.step += 1
+        progress.samples += examples
+        progress.tokens += int(sums[len(TERMS)])
+        seconds = time.perf_counter() - start
+        losses = dict(zip(TERMS, sums.tolist(), strict=False))
+        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), seconds, waited)
+        if sums[-1]:
+            self._preempted()
+        parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
+        return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s"
+
+    def _log_step(
+        self,
+        losses: dict[str, float],
+        learning_rate: float,
+        norm: float,
+        examples: int,
+        tokens: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        metrics, step = self.telemetry.metrics, self.progress.step
+        metrics.step.set(step)
+        metrics.epoch.set(step / self.batches.steps)
+        metrics.samples.inc(examples)
+        metrics.tokens.inc(tokens)
+        metrics.step_seconds.observe(seconds)
+        metrics.data_wait.inc(waited)
+        for name, value in losses.items():
+            metrics.loss.labels(term=name).set(value)
+        metrics.learning_rate.set(learning_rate)
+        metrics.grad_norm.set(norm)
+        metrics.loss_scale.set(self.engine.loss_scale)
+        if self.records and step % self.job.log_every_steps == 0:
+            self.records.write(
+                {
+                    "step": step,
+                    "epoch": round(step / self.batches.steps, 6),
+                    "loss": losses["total"],
+                    **{f"loss_{name}": losses[name] for name in TERMS[1:]},
+                    "learning_rate": learning_rate,
+                    "grad_norm": norm,
+                    "samples_per_second": examples / seconds,
+                    "time": time.time(),
+                }
+            )
+
+    def _evaluate(self, epoch: int) -> None:
+        """Scores dev and keeps the weights where the task's metric is better than ever before."""
+        job, progress = self.job, self.progress
+        with evaluating(job.module):
+            logits = predict(
+                lambda inputs: self.engine(inputs)[0], job.dev, self.world, job.eval_batch_size, job.pad_id
+            )
+        self.engine.train()
+        figures = score(logits, np.asarray(job.dev.labels_N), job.task)
+        assert progress.history is not None
+        progress.history.append({"epoch": epoch, "step": progress.step, **figures})
+        better = figures["main_metric"] > progress.best_metric
+        if better:
+            progress.best_step, progress.best_epoch, progress.best_metric = progress.step, epoch, figures["main_metric"]
+            progress.best_file = checkpoint.best_name(progress.step)
+            weights = self.engine.full_weights()
+
+            def keep() -> None:
+                job.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(job.folder / checkpoint.best_name(progress.step), lambda tmp: save_file(weights, tmp))
+
+            self.world.on_main(keep)
+        for name, value in figures.items():
+            self.telemetry.metrics.eval_metric.labels(split="dev", metric=name).set(value)
+        if self.records:
+            self.records.write({"step": progress.step, "epoch": epoch, "split": "dev", **figures, "time": time.time()})
+        log.info(
+            "%s: epoch %d of %d: dev %s %.4f%s", job.name, epoch, job.epochs, job.task.main_metric, figures["main_metric"],
+            " (best so far, kept)" if better else "",
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        job, progress = self.job, self.progress
+        with timed() as seconds:
+            checkpoint.save(
+                self.world,
+                job.folder,
+                progress.step,
+                self.engine.save,
+                progress.state(job.fingerprint),
+                job.checkpoint.keep,
+            )
+        self.telemetry.metrics.checkpoint_seconds.set(seconds[0])
+        self.telemetry.metrics.checkpoint_time.set(time.time())
+        log.debug("%s: checkpoint at step %d in %.1f s", job.name, progress.step, seconds[0])
+
+    def _diverged(self, what: str, local: np.ndarray) -> None:
+        self.telemetry.metrics.nonfinite.inc()
+        every = self.world.gather(dict(zip(TERMS, local.tolist(), strict=False)))
+        bad = [r for r, terms in enumerate(every) if not np.isfinite(list(terms.values())).all()] or [0]
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in every[bad[0]].items())
+        raise DivergedError(
+            f"{self.job.name}: {what} is not finite at step {self.progress.step + 1} (rank {bad[0]}: {shown}); nothing of this "
+            f"step is saved; lower the learning rate, or look at the data of this step"
+        )
+
+    def _preempted(self) -> None:
+        number = max(self.world.gather(self.stop.signal or 0))
+        if self.progress.step % self.batches.steps == 0:
+            return  # the epoch's own evaluation and checkpoint come first; the next step, or the end, is a second away
+        self._save()
+        self.telemetry.metrics.preemptions.inc()
+        raise Preempted(
+            f"{self.job.name}: stopped by {signal.Signals(number).name}; a checkpoint of step {self.progress.step} is committed "
+            f"in {self.job.folder}; the same command goes on from it"
+        )
