@@ -19,6 +19,8 @@ import yaml
 
 from pkd_dist import config as schema
 from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.memory import keep_freed_blocks
+from pkd_dist.ranks import discover
 from pkd_dist.telemetry.log import log, to_terminal
 
 STAGE_NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
@@ -53,20 +55,20 @@ def run(
     config_file: str, overrides: Sequence[str], stages: str | None = None, fresh: bool = False, dry_run: bool = False
 ) -> int:
     """Runs a pipeline on this rank among the others and returns the exit status."""
-    from pkd_dist import dist
-
+    keep_freed_blocks()
     ranks = None
 
     def work() -> None:
         nonlocal ranks
-        ranks = dist.discover()
+        ranks = discover()
         to_terminal(ranks.main)
         config = schema.load(config_file, overrides)
         chosen = _chosen_stages(stages)
         schema.load_deepspeed(config, config_file)
+        from pkd_dist.dist import World
         from pkd_dist.pipeline import Pipeline, move_aside
 
-        world = dist.World(ranks, config.run.timeout_seconds)
+        world = World(ranks, config.run.timeout_seconds)
         try:
             if fresh and not dry_run:
                 moved = world.on_main(lambda: move_aside(Path(config.run.dir)))

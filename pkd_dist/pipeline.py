@@ -35,6 +35,7 @@ from pkd_dist.evaluate import agreement, evaluating, interval, predict, score, s
 from pkd_dist.export import card, hf
 from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_json
 from pkd_dist.model import encoder, layers, student
+from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.preemption import StopFlag
 from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
 from pkd_dist.teacher import cache
@@ -112,7 +113,13 @@ class Pipeline:
             count = config.student.num_layers or len(chosen)
         else:
             folder = encoder.locate(config.student.init, "student.init")
-            count = config.student.num_layers or encoder.num_layers(encoder.load_config(folder, "student.init"))
+            own = encoder.load_config(folder, "student.init")
+            count = config.student.num_layers or encoder.num_layers(own)
+            if own.vocab_size != self.base_config.vocab_size:
+                raise UserError(
+                    f"student.init: {config.student.init} has a vocabulary of {own.vocab_size}, the teacher's has "
+                    f"{self.base_config.vocab_size}; both must read the same tokens"
+                )
         if config.student.init in ("first_k", "teacher_layers") and count > depth:
             raise UserError(f"student.num_layers: {count} is more than the teacher's {depth} layers")
         self.student_depth = count
@@ -432,6 +439,12 @@ class Pipeline:
         }
 
     @cached_property
+    def _used_vocabulary(self) -> np.ndarray:
+        """Token ids that occur in train or dev."""
+        arrays = [self._tokens(split).input_ids_T for split in ("train", "dev")]
+        return used_vocabulary(arrays, int(self.base_config.vocab_size), self._tokenizer.pad_token_id)
+
+    @cached_property
     def _tokenizer(self) -> Any:
         return encoder.load_tokenizer(self.base)
 
@@ -470,7 +483,7 @@ class Pipeline:
         if not self.world.on_main(folder.exists):
             progress = finetune(
                 self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry, self.stop,
+                self._used_vocabulary, self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry, self.stop,
             )  # fmt: skip
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
 
@@ -630,7 +643,12 @@ class Pipeline:
         else:
             answers = live_answers(self._live_teacher())
         module = student.open_student(
-            self._dirs["init"], config.student.dropout, int(self.base_config.hidden_size), config.run.seed
+            self._dirs["init"],
+            config.student.dropout,
+            int(self.base_config.hidden_size),
+            config.run.seed,
+            self._used_vocabulary,
+            config.distill.states == "tokens",
         )
         job = Job(
             name="distill",

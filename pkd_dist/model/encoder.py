@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, sha256
+from pkd_dist.model.lean import CompactVocabulary, is_tied, only_first_token
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -140,15 +142,27 @@ def set_dropout(config: Any, dropout: float | None) -> None:
 
 
 class Encoder(nn.Module):
-    """A classifier, and where needed the projection of its states to the teacher's width.
+    """A classifier as it is trained or cached: with its savings (see `lean.py`) and, where needed, the projection of its
+    states to the teacher's width.
 
     Args:
-        model: a Hugging Face sequence classifier.
+        model: a Hugging Face sequence classifier; changed in place.
         projection: Linear from its hidden size to the teacher's; trained with it, left out of the export.
+        used_V: the token ids that will occur; None: all.
+        all_tokens: states of every token will be asked for, not of [CLS] alone.
     """
 
-    def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        projection: nn.Linear | None = None,
+        used_V: np.ndarray | None = None,
+        all_tokens: bool = False,
+    ):
         super().__init__()
+        self.lean_last_layer = not all_tokens and only_first_token(model, encoder_layers(model)[1])
+        compact = used_V is not None and not is_tied(model)
+        self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model
         self.projection = projection
 
@@ -157,12 +171,33 @@ class Encoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns logits_BC and the states after encoder layers `layers` (from 1): (B, M, H), of [CLS] alone,
         or (B, L, M, H) where `tokens`; None where no layer is asked for. Dtypes are those of the computation."""
+        if self.vocabulary is not None:
+            inputs = inputs | {"input_ids": self.vocabulary(inputs["input_ids"])}
         out = self.model(**inputs, output_hidden_states=bool(layers), return_dict=True)
         if not layers:
             return out.logits, None
         chosen = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
         states = torch.stack(chosen, dim=-2)
         return out.logits, states if self.projection is None else self.projection(states)
+
+    def whole(self, weights: dict[str, torch.Tensor], decay: float) -> dict[str, torch.Tensor]:
+        """Weights as the plain model has them: rows left out of the trained embedding put back.
+
+        Args:
+            weights: of this module, by name.
+            decay: product of (1 - learning rate * weight decay) over the steps done.
+        """
+        if self.vocabulary is None:
+            return weights
+        name = f"model.{self.vocabulary.name}"
+        return weights | {name: self.vocabulary.whole(weights[name], decay)}
+
+
+def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList | None]:
+    """The name and the list of a model's encoder layers; None where they are not a list of their own (ALBERT)."""
+    depth = num_layers(model.config)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return found[0] if found else ("", None)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -9,30 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from pkd_dist.config import Student as StudentConfig
 from pkd_dist.errors import UserError
-from pkd_dist.model.encoder import Encoder, load_config, load_model, locate, num_layers
+from pkd_dist.model.encoder import Encoder, encoder_layers, load_config, load_model, locate, num_layers
 from pkd_dist.model.layers import copied_layers
-
-
-def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of a model's encoder layers.
-
-    Raises:
-        UserError: the model's layers are not a list of their own (ALBERT shares one).
-    """
-    found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers(model.config)
-    ]
-    if not found:
-        raise UserError(
-            f"{type(model).__name__} has no list of {num_layers(model.config)} encoder layers to copy from; use student.init random or a folder"
-        )
-    return found[0]
 
 
 def take_layers(source: nn.Module, layers: Sequence[int]) -> nn.Module:
@@ -40,7 +25,11 @@ def take_layers(source: nn.Module, layers: Sequence[int]) -> nn.Module:
     config = copy.deepcopy(source.config)
     config.num_hidden_layers = len(layers)
     model = AutoModelForSequenceClassification.from_config(config)
-    prefix = encoder_layers(source)[0]
+    prefix, found = encoder_layers(source)
+    if found is None:
+        raise UserError(
+            f"{type(source).__name__} has no list of encoder layers to copy from; use student.init random or a folder"
+        )
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
     weights = {}
     for name, value in source.state_dict().items():
@@ -109,12 +98,17 @@ def _spread(count: int, total: int) -> tuple[int, ...]:
     return tuple(round((i + 1) * total / count) - 1 for i in range(count))
 
 
-def open_student(folder: Path, dropout: float | None, teacher_hidden: int, seed: int) -> Encoder:
-    """The trainable student: the folder's model and, where its width differs from the teacher's, a new projection."""
+def open_student(
+    folder: Path, dropout: float | None, teacher_hidden: int, seed: int, used_V: np.ndarray, all_tokens: bool
+) -> Encoder:
+    """The trainable student: the folder's model and, where its width differs from the teacher's, a new projection.
+
+    Args:
+        used_V, all_tokens: see `Encoder`.
+    """
     model = load_model(str(folder), "student_init", dropout=dropout)
     width = int(model.config.hidden_size)
-    if width == teacher_hidden:
-        return Encoder(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Encoder(model, nn.Linear(width, teacher_hidden))
+        projection = None if width == teacher_hidden else nn.Linear(width, teacher_hidden)
+    return Encoder(model, projection, used_V, all_tokens)

@@ -52,7 +52,7 @@ class LiveTeacher:
     def __init__(
         self, model: nn.Module, layers: Sequence[int], precision: str, dtype: str, tokens: bool, device: torch.device
     ):
-        self.encoder = Encoder(model.to(device, DTYPES[precision]).eval())
+        self.encoder = Encoder(model.to(device, DTYPES[precision]).eval(), all_tokens=tokens)
         self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device
         self.hidden = int(model.config.hidden_size)
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -36,6 +37,7 @@ def finetune(
     task: Task,
     train: TokenSet,
     dev: TokenSet,
+    used_V: np.ndarray,
     deepspeed: dict[str, Any],
     output: Path,
     fingerprint: str,
@@ -48,6 +50,7 @@ def finetune(
     Args:
         base: folder or hub name to start from.
         labels: configuration fields of the classes.
+        used_V: token ids that occur in train or dev.
         output: made whole at the end, or not at all. Checkpoints live beside it until then.
     """
     settings = config.teacher.finetune
@@ -57,7 +60,7 @@ def finetune(
     checkpoints = output.with_name(f"{output.name}_checkpoints")
     job = Job(
         name="teacher",
-        module=Encoder(model),
+        module=Encoder(model, used_V=used_V),
         losses=gold_loss,
         train=train,
         dev=dev,

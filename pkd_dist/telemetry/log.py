@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +30,10 @@ def to_terminal(show: bool) -> None:
         log.addHandler(handler)
     for name in ("transformers", "datasets", "DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):  # read when those are imported, which comes later
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

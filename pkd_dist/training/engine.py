@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -105,6 +106,12 @@ class Engine:
             "steps_per_print": 10**9,
             "zero_force_ds_cpu_optimizer": False,
         }
+        autocast = config.pop("torch_autocast", {})
+        if autocast.get("enabled"):
+            # Around the forward pass alone. DeepSpeed's own would also send gradients in the low precision, through
+            # buckets per dtype: on a CPU that costs more than the whole forward pass.
+            dtype = getattr(torch, autocast["dtype"])
+            module.forward = torch.autocast(world.device.type, dtype=dtype)(module.forward)  # type: ignore[method-assign]
         decay = [p for n, p in module.named_parameters() if p.requires_grad and _decays(n, p)]
         plain = [p for n, p in module.named_parameters() if p.requires_grad and not _decays(n, p)]
         optimizer = torch.optim.AdamW(
@@ -113,7 +120,8 @@ class Engine:
             eps=plan.adam_epsilon,
             fused=not offload,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup(plan.total_steps, plan.warmup_ratio))
+        self._factor = linear_warmup(plan.total_steps, plan.warmup_ratio)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         with _quiet():
             self._engine, *_ = ds.initialize(
                 model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
@@ -170,6 +178,11 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0)) if self.loss_scale_expected else 1.0
+
+    def decay(self, steps: int) -> float:
+        """What AdamW's decay alone makes of a weight in so many steps."""
+        rates = self._plan.learning_rate * np.array([self._factor(t) for t in range(steps)])
+        return float(np.prod(1.0 - rates * self._plan.weight_decay))
 
     def save(self, folder: Path, tag: str) -> None:
         """Writes this rank's shards into folder/tag; collective."""

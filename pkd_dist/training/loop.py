@@ -258,7 +258,7 @@ class Trainer:
         if better:
             progress.best_step, progress.best_epoch, progress.best_metric = progress.step, epoch, figures["main_metric"]
             progress.best_file = checkpoint.best_name(progress.step)
-            weights = self.engine.full_weights()
+            weights = job.module.whole(self.engine.full_weights(), self.engine.decay(progress.step))
 
             def keep() -> None:
                 job.folder.mkdir(parents=True, exist_ok=True)

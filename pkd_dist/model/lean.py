@@ -1,0 +1,111 @@
+"""The same computation with less of it: what distillation never uses is not computed, what never changes is not trained.
+
+Two exact savings, applied to a live model in place; its parameters keep their names.
+
+`only_first_token`: classifiers read the last layer at [CLS] alone, so that layer computes keys and values for all tokens,
+and everything else for the first one. (A quarter of a 3-layer encoder's arithmetic.)
+
+`CompactVocabulary`: a data set uses a part of the vocabulary. Rows of the embedding that never occur get no gradient, so
+AdamW only decays them; they are taken out of the trained table and put back, decayed by the product of all
+(1 - learning rate * weight decay), when weights are exported. Optimizer, gradients and messages shrink with the table.
+
+Where a model's family does not allow a saving it is left as it is.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+"""Families of one layer structure, whose classification heads read the first token of the last layer."""
+
+
+def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
+    """Makes the last encoder layer compute its output for the first token alone; (B, L, H) in, (B, 1, H) out.
+
+    Returns:
+        False where the model's family is not known to read the first token alone; the model is then unchanged.
+    """
+    if getattr(model.config, "model_type", None) not in _BERT_LIKE or layers is None:
+        return False
+    if (
+        getattr(model.config, "is_decoder", False)
+        or getattr(model.config, "position_embedding_type", "absolute") != "absolute"
+    ):
+        return False
+    layers[-1].forward = types.MethodType(_first_token_layer, layers[-1])  # type: ignore[method-assign]
+    return True
+
+
+def _first_token_layer(
+    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    attention = layer.attention.self
+    first_B1H = hidden_BLH[:, :1]
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    query, key, value = (
+        part(states).unflatten(-1, heads).transpose(1, 2)
+        for part, states in ((attention.query, first_B1H), (attention.key, hidden_BLH), (attention.value, hidden_BLH))
+    )
+    mask = None if attention_mask is None else attention_mask[:, :, :1]
+    dropout = attention.dropout.p if layer.training else 0.0
+    context = F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
+    return layer.feed_forward_chunk(layer.attention.output(context, first_B1H))
+
+
+def used_vocabulary(token_arrays: Iterable[np.ndarray], size: int, pad_id: int) -> np.ndarray:
+    """Ids that occur, ascending, and every id up to the padding's (which so keeps its number in a compact table)."""
+    used = np.zeros(size, dtype=bool)
+    used[: pad_id + 1] = True
+    for array in token_arrays:
+        for start in range(0, len(array), 1 << 20):
+            used[array[start : start + (1 << 20)]] = True
+    return np.flatnonzero(used)
+
+
+class CompactVocabulary(nn.Module):
+    """Replaces a model's word embedding by the rows in `used_V`, and puts the others back.
+
+    Args:
+        model: changed in place.
+        used_V: ascending token ids; inputs may hold no others.
+    """
+
+    def __init__(self, model: nn.Module, used_V: np.ndarray):
+        super().__init__()
+        full: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+        used = torch.from_numpy(used_V)
+        self.name = next(name for name, p in model.named_parameters() if p is full.weight)
+        self._start = full.weight.detach().clone()
+        self._used = used
+        shape = (len(used), full.embedding_dim)
+        compact = nn.Embedding(*shape, padding_idx=full.padding_idx, dtype=full.weight.dtype)
+        with torch.no_grad():
+            compact.weight.copy_(full.weight[used])
+        model.set_input_embeddings(compact)  # type: ignore[operator]
+        place = torch.full((full.num_embeddings,), len(used), dtype=torch.int64)  # an id not in the table is refused
+        place[used] = torch.arange(len(used))
+        self.register_buffer("place", place, persistent=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids -> rows of the compact table."""
+        return self.place[input_ids]
+
+    def whole(self, compact_VH: torch.Tensor, decay: float) -> torch.Tensor:
+        """The full table: trained rows, and the others as AdamW's decay alone leaves them."""
+        full = (self._start.double() * decay).to(compact_VH.dtype)
+        full[self._used] = compact_VH
+        return full
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the word embedding is also used elsewhere in the model."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) != 1

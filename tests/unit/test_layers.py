@@ -1,0 +1,54 @@
+"""Layer maps against the tables of the paper."""
+
+import pytest
+
+from pkd_dist.errors import UserError
+from pkd_dist.model.layers import copied_layers, paired_layers, skip_is_rounded
+
+
+@pytest.mark.parametrize(
+    ("patience", "teacher", "student", "expected"),
+    [
+        ("skip", 12, 6, (2, 4, 6, 8, 10)),
+        ("skip", 12, 3, (4, 8)),
+        ("last", 12, 6, (7, 8, 9, 10, 11)),
+        ("last", 12, 3, (10, 11)),
+        ("skip", 6, 3, (2, 4)),
+        ("skip", 12, 1, ()),
+        ("last", 12, 1, ()),
+        ("skip", 12, 5, (2, 5, 7, 10)),
+        ([1, 5], 12, 3, (1, 5)),
+    ],
+)
+def test_pairs(patience, teacher, student, expected):
+    assert paired_layers(patience, teacher, student) == expected
+
+
+@pytest.mark.parametrize("student", range(1, 13))
+@pytest.mark.parametrize("patience", ["skip", "last"])
+def test_pairs_are_increasing_and_in_range_for_every_depth(patience, student):
+    pairs = paired_layers(patience, 12, student)
+    assert len(pairs) == student - 1
+    assert list(pairs) == sorted(set(pairs))
+    assert all(1 <= layer <= 12 for layer in pairs)
+
+
+def test_rounding_is_known():
+    assert skip_is_rounded(12, 5)
+    assert not skip_is_rounded(12, 6)
+
+
+def test_wrong_lists_are_refused_with_what_is_allowed():
+    with pytest.raises(UserError, match=r"names 3 teacher layer.*give 2"):
+        paired_layers([1, 2, 3], 12, 3)
+    with pytest.raises(UserError, match="layer 13 is out of range; the teacher's layers are 1 to 12"):
+        paired_layers([1, 13], 12, 3)
+    with pytest.raises(UserError, match="at most the teacher's 4 layers"):
+        paired_layers("skip", 4, 6)
+
+
+def test_copied_layers():
+    assert copied_layers([2, 6, 10], 12) == (2, 6, 10)
+    assert copied_layers(None, 6) == (1, 3, 5)
+    with pytest.raises(UserError, match="counted 0 to 5"):
+        copied_layers([1, 6], 6)

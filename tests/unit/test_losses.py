@@ -1,0 +1,90 @@
+"""The losses against formulas written independently in float64 numpy."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+
+from pkd_dist.student.losses import hard_loss, patience_loss, soft_loss
+
+RNG = np.random.default_rng(0)
+B, C, M, H, L = 7, 4, 3, 16, 5
+
+
+def as_tensor(array):
+    return torch.tensor(array, dtype=torch.float64)
+
+
+def test_hard_loss_is_cross_entropy():
+    logits, labels = RNG.normal(size=(B, C)), RNG.integers(C, size=B)
+    expected = [-log_softmax(row)[label] for row, label in zip(logits, labels, strict=True)]
+    np.testing.assert_allclose(hard_loss(as_tensor(logits), torch.tensor(labels)), expected, rtol=1e-12)
+
+
+def test_hard_loss_of_a_regression_is_the_squared_error():
+    predicted, gold = RNG.normal(size=(B, 1)), RNG.normal(size=B)
+    np.testing.assert_allclose(hard_loss(as_tensor(predicted), as_tensor(gold)), (predicted[:, 0] - gold) ** 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0, 20.0])
+def test_soft_loss_reductions(temperature):
+    student, teacher = RNG.normal(size=(B, C)) * 3, RNG.normal(size=(B, C)) * 3
+    p = softmax(teacher / temperature, axis=1)
+    log_p, log_q = np.log(p), log_softmax(student / temperature, axis=1)
+    kl = (p * (log_p - log_q)).sum(axis=1)
+    expected = {
+        "batchmean": kl * temperature**2,
+        "mean": kl * temperature**2 / C,
+        "soft_ce_mean": -(p * log_q).sum(axis=1) / C,
+    }
+    for reduction, values in expected.items():
+        got = soft_loss(as_tensor(student), as_tensor(teacher), temperature, reduction)
+        np.testing.assert_allclose(got, values, rtol=1e-10, err_msg=reduction)
+
+
+def test_soft_loss_has_temperature_squared():
+    """The gradient keeps its size as T grows, which it does not without T^2."""
+    teacher = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    sizes = []
+    for temperature in (10.0, 100.0):
+        student = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        soft_loss(student, teacher, temperature).sum().backward()
+        sizes.append(float(student.grad.norm()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+
+
+def test_soft_loss_is_zero_for_equal_logits():
+    logits = as_tensor(RNG.normal(size=(B, C)))
+    assert soft_loss(logits, logits.clone(), 5.0).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_patience_reductions(normalize):
+    student, teacher = RNG.normal(size=(B, M, H)), RNG.normal(size=(B, M, H))
+    s, t = student, teacher
+    if normalize:
+        s = student / np.linalg.norm(student, axis=-1, keepdims=True)
+        t = teacher / np.linalg.norm(teacher, axis=-1, keepdims=True)
+    total = np.array([sum(((s[b, m] - t[b, m]) ** 2).sum() for m in range(M)) for b in range(B)])
+    got_sum = patience_loss(as_tensor(student), as_tensor(teacher), normalize, "sum")
+    got_mean = patience_loss(as_tensor(student), as_tensor(teacher), normalize, "mean")
+    np.testing.assert_allclose(got_sum, total, rtol=1e-10)
+    np.testing.assert_allclose(got_mean, total / (M * H), rtol=1e-10)
+
+
+def test_patience_of_all_tokens_leaves_padding_out():
+    student, teacher = RNG.normal(size=(2, L, M, H)), RNG.normal(size=(2, L, M, H))
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    got = patience_loss(as_tensor(student), as_tensor(teacher), False, "mean", torch.tensor(mask))
+    expected = [((student[b, :n] - teacher[b, :n]) ** 2).mean() for b, n in ((0, 5), (1, 2))]
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    teacher[1, 3] = 1e9
+    again = patience_loss(as_tensor(student), as_tensor(teacher), False, "mean", torch.tensor(mask))
+    assert torch.equal(got, again)
+
+
+def test_half_precision_inputs_are_widened():
+    student = torch.randn(B, C).bfloat16()
+    assert soft_loss(student, student, 5.0).dtype == torch.float32
+    assert hard_loss(student, torch.zeros(B, dtype=torch.int64)).dtype == torch.float32
+    assert patience_loss(student[:, None], student[:, None]).dtype == torch.float32
