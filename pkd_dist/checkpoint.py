@@ -142,7 +142,7 @@ def find(
     """
 
     def choose() -> tuple[Path, dict[str, Any]] | None:
-        damaged = []
+        damaged: list[str] = []
         for path in reversed(committed(folder)):
             marker = json.loads((path / COMMIT).read_text())
             if marker["fingerprint"] != fingerprint:

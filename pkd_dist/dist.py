@@ -80,27 +80,28 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on rank 0 and returns its value on every rank; an exception is raised on every rank."""
-        outcome: tuple[T | None, BaseException | None] = (None, None)
+        outcome: tuple[T | None, Exception | None] = (None, None)
         if self.main:
             try:
                 outcome = (work(), None)
             except Exception as error:  # handed on to every rank below
                 outcome = (None, error)
-        value, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
         return value  # type: ignore[return-value]
 
     def together(self, work: Callable[[], T]) -> T:
         """Runs `work` on every rank and returns its own value; if one fails, every rank raises the first one's exception."""
-        error, value = None, None
+        mine: Exception | None = None
+        value: T | None = None
         try:
             value = work()
-        except Exception as raised:
-            error = raised
-        for raised in self.gather(error):
-            if raised is not None:
-                raise raised
+        except Exception as error:
+            mine = error
+        for failure in self.gather(mine):
+            if failure is not None:
+                raise failure
         return value  # type: ignore[return-value]
 
     def everywhere(self, work: Callable[[], T]) -> list[T]:

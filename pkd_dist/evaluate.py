@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 
+_THROUGHPUT_EXAMPLES = 512
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -51,8 +52,9 @@ def predict(
     Returns:
         (N, C) float32 in the order of the token set.
     """
-    mine = scoring_batches(tokens, batch_size, world.rank, world.size, pad_id)
-    logits, positions = [np.empty((0, 0), np.float32)][:0], []
+    mine = scoring_batches(tokens, batch_size, world.rank, world.size)
+    logits: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     for rows_B in mine:
         batch = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(world.device)
         logits.append(forward(batch.inputs).float().cpu().numpy())
@@ -106,7 +108,7 @@ def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
 
 
 def speed(
-    forwards: dict[str, Forward],
+    forwards: Mapping[str, Forward],
     tokens: TokenSet,
     device: torch.device,
     batch_size: int,
@@ -136,7 +138,8 @@ def speed(
     singles = [
         collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs for _ in range(samples)
     ]
-    rows = [b for b in scoring_batches(tokens, batch_size, 0, 1, pad_id)][:32]
+    every = scoring_batches(tokens, batch_size, 0, 1)
+    rows = every[:: -(-len(every) * batch_size // _THROUGHPUT_EXAMPLES)]  # long and short ones alike
     batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
     for forward in forwards.values():  # warm-up
         for inputs in [*singles[:5], batches[0]]:

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_js
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.preemption import StopFlag
+from pkd_dist.ranks import discover
 from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
 from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
@@ -45,7 +47,7 @@ from pkd_dist.teacher.finetune import finetune
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.telemetry.progress import timed
+from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.training.engine import resolve_precision
 from pkd_dist.training.loop import Job, Trainer
 
@@ -77,13 +79,16 @@ class Pipeline:
         config: as loaded.
         config_file: for messages.
         world: the ranks.
+        splits: those that must be there.
 
     Raises:
         UserError: whatever can be known to be wrong before anything is written.
     """
 
-    def __init__(self, config: Config, config_file: str | Path | None, world: World):
-        self.config, self.world = config, world
+    def __init__(
+        self, config: Config, config_file: str | Path | None, world: World, splits: Sequence[str] = ("train", "dev")
+    ):
+        self.config, self.world, self.splits = config, world, splits
         self.dir = Path(config.run.dir)
         self.deepspeed = load_deepspeed(config, config_file)
         self.task = tasks.resolve(config.task)
@@ -94,7 +99,7 @@ class Pipeline:
 
     def _preflight(self) -> None:
         config = self.config
-        for split in ("train", "dev"):
+        for split in self.splits:
             if text.find(config.task.data, split) is None:
                 names = ", ".join(f"{split}.{e}" for e in text.EXTENSIONS)
                 raise UserError(f"task.data: {config.task.data} has no split {split!r}; expected one of {names}")
@@ -108,7 +113,7 @@ class Pipeline:
         depth = encoder.num_layers(self.base_config)
         chosen = layers.copied_layers(config.student.layers, depth)
         if config.student.init in ("first_k", "random"):
-            count: int | None = config.student.num_layers or max(1, depth // 2)
+            count = config.student.num_layers or max(1, depth // 2)
         elif config.student.init == "teacher_layers":
             count = config.student.num_layers or len(chosen)
         else:
@@ -351,7 +356,7 @@ class Pipeline:
     def _data_inputs(self) -> dict[str, Any]:
         sources = {split: text.find(self.config.task.data, split) for split in ("train", "dev")}
         return {
-            **{str(path): sha256(path) if isinstance(path, Path) else path for path in sources.values()},
+            **{p.name if isinstance(p, Path) else s: sha256(p) if isinstance(p, Path) else p for s, p in sources.items()},
             "task": self.config.task.model_dump(exclude={"data", "max_length"}),
             "task.max_length": self.config.task.max_length,
             "tokenizer": encoder.tokenizer_digest(self.base),
@@ -360,7 +365,7 @@ class Pipeline:
     def _data(self) -> dict[str, Any]:
         def prepare() -> dict[str, Any]:
             tokenizer = encoder.load_tokenizer(self.base)
-            train = text.read(self.config.task.data, "train", self.task, self._teacher_class_order())
+            train = text.read(self.config.task.data, "train", self.task, self.class_order())
             dev = text.read(self.config.task.data, "dev", self.task, train.classes or None)
             if (
                 self.config.teacher.finetune is None
@@ -398,7 +403,7 @@ class Pipeline:
 
         return self.world.on_main(prepare)
 
-    def _teacher_class_order(self) -> tuple[str, ...] | None:
+    def class_order(self) -> tuple[str, ...] | None:
         """Label values in the order of a given teacher's outputs, where its class names say so."""
         if self.config.teacher.finetune is not None or self.task.regression:
             return self.task.classes
@@ -537,7 +542,7 @@ class Pipeline:
     def _cache_inputs(self) -> dict[str, Any]:
         if not self.config.cache.enabled:
             return {"cache.enabled": False}
-        return {"cache.dir": str(self._cache_folder), **self._fingerprint().as_json()}
+        return {"cache.dir": self.config.cache.dir, **self._fingerprint().as_json()}
 
     def _cache(self) -> dict[str, Any]:
         if not self.config.cache.enabled:
@@ -708,7 +713,7 @@ class Pipeline:
             "the teacher": self.outputs["teacher"]["weights"],
             "the dev data": self.outputs["data"]["dev"]["digest"],
             "task.metric": self.task.metric,
-            "evaluate.result_dir": str(self._result_file.parent),
+            "evaluate.result_dir": self.config.evaluate.result_dir,
         }
 
     def _evaluate(self) -> dict[str, Any]:
@@ -781,7 +786,9 @@ def compare(
     Returns:
         The content of `results_eval.json`, and what the report needs beside it (confusion matrices).
     """
-    forwards, logits, figures = {}, {}, {}
+    forwards: dict[str, Any] = {}
+    logits: dict[str, np.ndarray] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         model.to(world.device)
         forwards[name] = lambda inputs, model=model: model(**inputs).logits
@@ -800,11 +807,7 @@ def compare(
 
     speeds = world.on_main(measure)
     for name, model in models.items():
-        figures[name]["parameters"] = encoder.parameter_count(model)
-        figures[name]["modelSize"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-        figures[name] |= speeds[name]
-        if not task.regression:
-            figures[name]["accuracy_interval_95"] = list(interval(figures[name]["accuracy"], len(dev)))
+        figures[name] |= _figures(model, task, figures[name].get("accuracy"), len(dev)) | speeds[name]
     teacher, pupil = figures["teacher"], figures["student"]
     results = {
         "task": task.name,
@@ -833,6 +836,47 @@ def compare(
             np.add.at(matrix, (np.asarray(dev.labels_N), logits[name].argmax(axis=1)), 1)
             marker[f"confusion_{name}"] = matrix.tolist()
     return results, marker
+
+
+def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
+    """Scores `teacher.model`, any fine-tuned folder, on a split, and times it: one process, no run folder.
+
+    Raises:
+        UserError: the folder or the data cannot be used, or do not fit each other.
+    """
+    world = World(discover(), config.run.timeout_seconds)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            pipeline = Pipeline(config, None, world, splits=(split,))
+            classes = pipeline.class_order()
+            tokenizer = encoder.load_tokenizer(pipeline.base)
+            part = text.read(config.task.data, split, pipeline.task, classes)
+            made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))
+            model = encoder.load_model(pipeline.base).to(world.device)
+
+            def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+                return model(**inputs).logits
+
+            size, pad_id = config.evaluate.batch_size, tokenizer.pad_token_id
+            with evaluating(model), Bar(f"evaluate, {split}", len(made)) as bar:
+                logits = predict(forward, made, world, size, pad_id, bar.advance)
+                speeds = speed({"model": forward}, made, world.device, size, config.evaluate.latency_samples, pad_id)
+            figures = {
+                "task": pipeline.task.name,
+                "split": split,
+                "n": len(made),
+                **score(logits, part.labels_N, pipeline.task),
+            }
+            return figures | _figures(model, pipeline.task, figures.get("accuracy"), len(made)) | speeds["model"]
+    finally:
+        world.close()
+
+
+def _figures(model: Any, task: Task, accuracy: float | None, n: int) -> dict[str, Any]:
+    """What is said of a model beside its metrics and its speed."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    out = {"parameters": encoder.parameter_count(model), "modelSize": size}
+    return out if accuracy is None else out | {"accuracy_interval_95": list(interval(accuracy, n))}
 
 
 def _absent(path: Path) -> str | None:

@@ -43,24 +43,20 @@ LOSSES = {
 }
 COLOURS = {name: f"#fe01{i:02x}" for i, name in enumerate(("ink", "muted", "line", "surface", "teacher", "student"))}
 """CSS variable -> the placeholder that stands for it while matplotlib draws."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
     "text.color": COLOURS["ink"],
     "axes.labelcolor": COLOURS["muted"],
     "axes.edgecolor": COLOURS["line"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
     "axes.axisbelow": True,
     "grid.color": COLOURS["line"],
     "grid.linewidth": 0.7,
-    "xtick.color": COLOURS["line"],
-    "ytick.color": COLOURS["line"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
     "ytick.major.size": 0,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{f"{axis}tick.color": COLOURS["line"] for axis in "xy"},
+    **{f"{axis}tick.labelcolor": COLOURS["muted"] for axis in "xy"},
 }
 
 
@@ -128,13 +124,13 @@ def _depth(model_config: Path) -> int | None:
 
 def _render(run: Run) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": "{:,}".format, "percent": "{:.1%}".format, "number": "{:.4g}".format}
+    environment.filters |= {"count": "{:,.0f}".format, "percent": "{:.1%}".format, "number": "{:.4g}".format}
+    environment.filters |= {"shown": lambda value: _shown(run.main_metric, value), "size": _size}
     template = environment.from_string(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     return template.render(
-        run=run, results=run.results, data=run.outputs["data"], sentence=_sentence(run), tiles=list(_tiles(run)),
-        warnings=list(_warnings(run)), rows=_comparison(run.results), classes=_per_class(run), curves=list(_curves(run)),
-        matrices=list(_matrices(run)), bars=list(_bar_plots(run)), metric=METRICS[run.main_metric],
-        most_classes=MOST_CLASSES,
+        run=run, results=run.results, data=run.outputs["data"], metric=METRICS[run.main_metric], most_classes=MOST_CLASSES,
+        warnings=list(_warnings(run)), rows=_comparison(run.results), classes=_per_class(run),
+        curves=list(_curves(run)), matrices=list(_matrices(run)), bars=_bar_plots(run),
     )  # fmt: skip
 
 
@@ -154,36 +150,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _sentence(run: Run) -> str:
-    results, kept = run.results, run.results["compression"]
-    teacher, student = (_shown(run.main_metric, results[side]["main_metric"]) for side in ("teacher", "student"))
-    return (
-        f"The {run.resolved['student_layers']}-layer student reaches {student} {METRICS[run.main_metric]} on "
-        f"{results['n']:,} {results['split']} examples: {kept['retention']:.1%} of its teacher's {teacher}, with "
-        f"{kept['parameters']:.1f} times fewer parameters and {kept['throughput']:.1f} times the throughput."
-    )
-
-
-def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
-    """(what, figure, remark) of the headline."""
-    results, kept = run.results, run.results["compression"]
-    teacher, student = results["teacher"], results["student"]
-    if "accuracy" in student:
-        low, high = student["accuracy_interval_95"]
-        yield "student accuracy", f"{student['accuracy']:.1%}", f"95% interval {low:.1%} to {high:.1%}"
-    if run.main_metric != "accuracy":
-        yield f"student {METRICS[run.main_metric]}", f"{student['main_metric']:.3f}", "chose the best epoch"
-    yield "retention", f"{kept['retention']:.1%}", f"of the teacher's {_shown(run.main_metric, teacher['main_metric'])}"
-    if "accuracy" in student:
-        yield "agreement", f"{kept['agreement']:.1%}", f"same class as the teacher, {results['n']:,} examples"
-    else:
-        yield "agreement", f"{kept['agreement']:.3f}", "correlation with the teacher's predictions"
-    sizes = f"{_size(teacher['parameters'])} to {_size(student['parameters'])}"
-    yield "fewer parameters", f"{kept['parameters']:.2f}×", sizes
-    speeds = f"{teacher['reasoningTime']:,.0f} to {student['reasoningTime']:,.0f} sentences/s"
-    yield "throughput", f"{kept['throughput']:.2f}×", speeds
 
 
 def _warnings(run: Run) -> Iterator[str]:
@@ -226,13 +192,10 @@ def _warnings(run: Run) -> Iterator[str]:
 def _comparison(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(label, teacher's, student's): the card's rows, precision and recall after the scores."""
     rows = card.figures(results)
-    more = [
-        (key, *(f"{results[side][key]:.3f}" for side in ("teacher", "student")))
-        for key in ("precision", "recall")
-        if key in results["teacher"]
-    ]
-    place = next(i for i, (label, *_) in enumerate(rows) if label == "parameters")
-    return [*rows[:place], *more, *rows[place:]]
+    teacher, student = results["teacher"], results["student"]
+    more = [(key, f"{teacher[key]:.3f}", f"{student[key]:.3f}") for key in ("precision", "recall") if key in teacher]
+    place = [label for label, *_ in rows].index("parameters")
+    return rows[:place] + more + rows[place:]
 
 
 def _per_class(run: Run) -> list[dict[str, Any]]:
@@ -259,11 +222,11 @@ Plot = dict[str, Any]
 """`title`, `svg`, `note`."""
 
 
-def _plot(title: str, note: str, label: str, draw: Callable[[Axes], None], height: float = 2.7) -> Plot:
-    """A drawing as inline SVG, five inches wide: no identifiers shared with another, no address, no fixed size."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+def _plot(title: str, note: str, label: str, draw: Callable[[Axes], None], height: float = 2.5) -> Plot:
+    """A drawing as inline SVG, about as wide as a telephone: no identifiers shared with another, no address, no fixed size."""
+    with mpl.rc_context(STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has it
-        figure = Figure(figsize=(5, height), layout="constrained")
+        figure = Figure(figsize=(4.2, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -279,12 +242,11 @@ def _plot(title: str, note: str, label: str, draw: Callable[[Axes], None], heigh
 
 
 def _smooth(values_S: np.ndarray) -> np.ndarray:
-    """The centred mean of a 25th of the steps; the window shrinks towards both ends."""
-    half = max(1, len(values_S) // 50)
+    """The centred mean of a 25th of the steps; half of that at both ends."""
+    half, at = max(1, len(values_S) // 50), np.arange(len(values_S))
     sums = np.concatenate([[0.0], np.cumsum(values_S)])
-    at = np.arange(len(values_S))
-    reach = np.minimum(half, np.minimum(at, at[::-1]))
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values_S))
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def _curves(run: Run) -> Iterator[Plot]:
@@ -314,19 +276,25 @@ def _over_steps(
         if smooth_S is not raw_S:
             axes.plot(steps_S[thin], raw_S[thin], color=COLOURS["student"], alpha=0.25, linewidth=0.7)
         axes.plot(steps_S[thin], smooth_S[thin], color=COLOURS["student"], linewidth=1.8)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.grid(axis="y")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+        axes.yaxis.offsetText.set_color(COLOURS["muted"])
+        _scale(axes, "step")
 
     return draw
+
+
+def _scale(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(axis="y")
 
 
 def _dev_curve(run: Run) -> Plot:
     results, distilled = run.results, run.outputs["distill"]
     histories = {"teacher": run.outputs["teacher"].get("history") or [], "student": distilled["history"]}
+    kept = next(entry for entry in distilled["history"] if entry["epoch"] == distilled["best_epoch"])
     final = results["teacher"]["main_metric"]
 
     def draw(axes: Axes) -> None:
@@ -334,74 +302,77 @@ def _dev_curve(run: Run) -> Plot:
         for side, history in histories.items():
             epochs, values = [e["epoch"] for e in history], [e["main_metric"] for e in history]
             axes.plot(epochs, values, color=COLOURS[side], linewidth=1.8, marker="o", markersize=4.5)
-            for entry in history:
-                if side == "student" and entry["epoch"] == distilled["best_epoch"]:
-                    ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
-                    axes.plot(entry["epoch"], entry["main_metric"], "o", markeredgecolor=COLOURS["ink"], **ring)
-        axes.margins(x=0.08, y=0.15)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.plot(kept["epoch"], kept["main_metric"], "o", ms=11, mfc="none", mec=COLOURS["ink"], mew=1.6)
+        axes.margins(y=0.15)
+        axes.set_xlim(0.5, max(e["epoch"] for history in histories.values() for e in history) + 0.5)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _shown(run.main_metric, y)))
-        axes.grid(axis="y")
+        _scale(axes, "epoch")
 
-    best = _shown(run.main_metric, distilled["best_metric"])
-    note = f"ring: epoch {distilled['best_epoch']}, kept ({best}); dashed: the teacher at the end"
+    best, target = (_shown(run.main_metric, value) for value in (kept["main_metric"], final))
+    note = f"ring: kept, {best}; dashed: teacher, {target}"
     title = f"{results['split']} {METRICS[run.main_metric]} by epoch"
-    return _plot(title, note, f"{title}; {note}, {_shown(run.main_metric, final)}", draw)
+    return _plot(title, note, f"{title}; {note}", draw)
 
 
 def _matrices(run: Run) -> Iterator[Plot]:
     """Both confusion matrices; a cell's strength is its share of the true class."""
+    if "confusion_teacher" not in run.outputs["evaluate"]:
+        return
     names = run.outputs["data"]["class_names"]
-    for side in ("teacher", "student") if "confusion_teacher" in run.outputs["evaluate"] else ():
-        matrix = run.confusion(side)
-        support = matrix.sum(axis=1)
-        chosen = np.sort(np.argsort(-support, kind="stable")[:MOST_CLASSES])
-        counts, shares = matrix[np.ix_(chosen, chosen)], matrix[chosen] / np.maximum(support[chosen, None], 1)
-        recall = ", ".join(f"{names[i]} {shares[row, i]:.0%}" for row, i in enumerate(chosen))
+    support = run.confusion("teacher").sum(axis=1)
+    chosen = np.sort(np.argsort(-support, kind="stable")[:MOST_CLASSES])
+    for side in ("teacher", "student"):
+        counts = run.confusion(side)[np.ix_(chosen, chosen)]
+        shares = counts / np.maximum(support[chosen, None], 1)
+        recall = ", ".join(f"{names[i]} {shares[row, row]:.0%}" for row, i in enumerate(chosen))
         label = f"Confusion matrix of the {side}; share of each true class that it gets right: {recall}"
-        draw = _matrix(counts, shares[:, chosen], [names[i] for i in chosen], COLOURS[side])
-        yield _plot(side.capitalize(), "", label, draw, height=3.6 if len(chosen) < 9 else 5)
+        draw = _matrix(counts, shares, [names[i] for i in chosen], COLOURS[side])
+        yield _plot(side.capitalize(), "", label, draw, height=min(2 + 0.4 * len(chosen), 4.4))
 
 
-def _matrix(
-    counts_CC: np.ndarray, shares_CC: np.ndarray, names: Sequence[str], colour: str
-) -> Callable[[Axes], None]:
+def _matrix(counts_CC: np.ndarray, shares_CC: np.ndarray, names: Sequence[str], colour: str) -> Callable[[Axes], None]:
+    few, size = len(names) < 9, 9 if len(names) < 6 else 7
+    short = [name if len(name) <= 14 else f"{name[:8]}…{name[-5:]}" for name in names]
+    slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(names) > 3 else {}
+
     def draw(axes: Axes) -> None:
-        few = len(names) < 9
         for (row, column), share in np.ndenumerate(shares_CC):
-            cell = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=colour, alpha=0.06 + 0.94 * share)
-            axes.add_patch(cell)
+            corner = (column - 0.48, row - 0.48)
+            axes.add_patch(Rectangle(corner, 0.96, 0.96, facecolor=colour, alpha=0.06 + 0.94 * share))
             if few or counts_CC[row, column]:
-                ink = COLOURS["surface" if share > 0.5 else "ink"]
                 text = f"{counts_CC[row, column]:,}" + (f"\n{share:.0%}" if few else "")
-                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9 if few else 6)
-        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+                ink = COLOURS["surface" if share > 0.85 else "ink"]
+                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size if few else 6)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="predicted", ylabel="true")
-        axes.set_xticks(range(len(names)), short, rotation=0 if len(names) < 4 else 60, ha="center" if len(names) < 4 else "right", rotation_mode="anchor")
+        axes.set_xticks(range(len(names)), short, **slant)
         axes.set_yticks(range(len(names)), short)
-        axes.tick_params(length=0, labelsize=9 if few else 7)
+        axes.tick_params(length=0, labelsize=size)
         axes.spines["bottom"].set_visible(False)
 
     return draw
 
 
-def _bar_plots(run: Run) -> Iterator[Plot]:
+def _bar_plots(run: Run) -> dict[str, Plot]:
     """Latency, throughput, and where the time went."""
     sides = ("teacher", "student")
     latency = {f"{side} {p}": (run.results[side][f"latency_ms_{p}"], side) for p in ("p50", "p99") for side in sides}
-    yield _bars("Latency at batch 1", "lower is better", latency, lambda ms: f"{ms:.2f} ms")
-    speed = {side: (run.results[side]["reasoningTime"], side) for side in sides}
-    note = f"batches of {run.config.evaluate.batch_size}, higher is better"
-    yield _bars("Throughput", note, speed, lambda rate: f"{rate:,.0f}/s")
+    rates = {side: (run.results[side]["reasoningTime"], side) for side in sides}
     order = ("data", "teacher", "cache", "init", "distill", "evaluate", "export")
     stages = {name: (run.seconds[name], "muted") for name in order if name in run.seconds}
-    total = _duration(sum(run.seconds.values()))
-    yield _bars("Stages", f"{total} in all; a resumed stage counts from its last start", stages, _duration)
+    note = f"sentences per second in batches of {run.config.evaluate.batch_size}, higher is better"
+    total = (
+        f"{_duration(sum(value for value, _ in stages.values()))} in all; a resumed stage counts from its last start"
+    )
+    return {
+        "latency": _bars("Latency at batch 1", "ms, lower is better", latency, "{:.2f}".format),
+        "throughput": _bars("Throughput", note, rates, "{:,.0f}".format, height=1.1),
+        "stages": _bars("Stages", total, stages, _duration),
+    }
 
 
-def _bars(title: str, note: str, bars: dict[str, tuple[float, str]], shown: Callable[[float], str]) -> Plot:
+def _bars(
+    title: str, note: str, bars: dict[str, tuple[float, str]], shown: Callable[[float], str], height: float = 1.8
+) -> Plot:
     """Horizontal bars, name -> (value, colour), each with its value behind it."""
 
     def draw(axes: Axes) -> None:
@@ -415,4 +386,4 @@ def _bars(title: str, note: str, bars: dict[str, tuple[float, str]], shown: Call
         axes.spines["bottom"].set_visible(False)
 
     label = f"{title}: " + ", ".join(f"{name} {shown(value)}" for name, (value, _) in bars.items())
-    return _plot(title, note, label, draw, height=2.4)
+    return _plot(title, note, label, draw, height)

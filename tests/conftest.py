@@ -17,9 +17,28 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-GOOD = "good great fine lovely superb warm clever moving".split()
-BAD = "bad dull poor awful weak cold boring empty".split()
-PLAIN = "the a film movie plot story actor scene it is was and with of this that very quite".split()
+GOOD = ["good", "great", "fine", "lovely", "superb", "warm", "clever", "moving"]
+BAD = ["bad", "dull", "poor", "awful", "weak", "cold", "boring", "empty"]
+PLAIN = [
+    "the",
+    "a",
+    "film",
+    "movie",
+    "plot",
+    "story",
+    "actor",
+    "scene",
+    "it",
+    "is",
+    "was",
+    "and",
+    "with",
+    "of",
+    "this",
+    "that",
+    "very",
+    "quite",
+]
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
@@ -46,7 +65,18 @@ def make_body(folder: Path, layers: int = 4, hidden: int = 32, **fields: Any) ->
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN, *"abcdefghijklmnopqrstuvwxyz", "##s"]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *GOOD,
+        *BAD,
+        *PLAIN,
+        *"abcdefghijklmnopqrstuvwxyz",
+        "##s",
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)) + "\n")
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
     tokenizer.save_pretrained(folder)
@@ -98,14 +128,24 @@ def write_config(settings: dict[str, Any], folder: Path) -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a child: this Python's tools on PATH, one thread, no variables of a launcher."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
     return clean | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def launch(*arguments: str | Path, ranks: int = 0, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: str | Path, ranks: int = 0, timeout: float = 300, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Runs launcher/train.py: under plain python, or under the real `deepspeed` where `ranks` is given."""
-    program = [sys.executable] if not ranks else ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_port())]
+    program = (
+        [sys.executable]
+        if not ranks
+        else ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_port())]
+    )
     command = [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 

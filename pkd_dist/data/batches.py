@@ -144,7 +144,7 @@ class TrainingBatches:
         ]
 
 
-def scoring_batches(tokens: TokenSet, batch_size: int, rank: int, world_size: int, pad_id: int) -> list[np.ndarray]:
+def scoring_batches(tokens: TokenSet, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
     """This rank's rows of a pass over all examples, each exactly once over the ranks, in batches of similar length."""
     order = np.argsort(tokens.lengths_N, kind="stable")[::-1][rank::world_size]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> Tok
     if typed:
         arrays["type_ids"] = np.concatenate(types)
     for name, array in arrays.items():
-        write_atomically(folder / f"{name}.npy", lambda tmp, array=array: _save(tmp, array))
+        write_atomically(folder / f"{name}.npy", partial(_save, array=array))
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode() + arrays[name].tobytes())

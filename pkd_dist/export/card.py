@@ -78,7 +78,7 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("spearman", "Spearman"),
     ):
         if key in teacher:
-            rows.append((label, *(_with_interval(side, key) for side in (teacher, student))))
+            rows.append((label, _with_interval(teacher, key), _with_interval(student, key)))
     for key, label, form in (
         ("parameters", "parameters", "{:,}"),
         ("modelSize", "size, MB", "{:.1f}"),

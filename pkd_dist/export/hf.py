@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
@@ -22,7 +21,7 @@ TOLERANCE = 1e-5
 """Largest difference between a logit of the trained and of the reloaded student, in float32."""
 
 
-def best_student(init: Path, weights: Path) -> nn.Module:
+def best_student(init: Path, weights: Path) -> PreTrainedModel:
     """The trained student as a plain model: the starting folder's shape, the best epoch's weights, no projection."""
     model = load_model(str(init), "student_init")
     state = {k.removeprefix("model."): v for k, v in load_file(weights).items() if not k.startswith("projection.")}
@@ -33,7 +32,7 @@ def best_student(init: Path, weights: Path) -> nn.Module:
 
 
 def export(
-    student: nn.Module,
+    student: PreTrainedModel,
     tokenizer: Any,
     card: str,
     output: Path,
@@ -70,7 +69,9 @@ def export(
 
 
 @torch.inference_mode()
-def _verify(student: nn.Module, folder: Path, dev: TokenSet, texts: tuple[list[str], ...], max_length: int) -> float:
+def _verify(
+    student: PreTrainedModel, folder: Path, dev: TokenSet, texts: tuple[list[str], ...], max_length: int
+) -> float:
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(next(student.parameters()).device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     again = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]

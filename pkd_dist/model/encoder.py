@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, sha256
@@ -88,7 +88,7 @@ def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> An
 
 def load_model(
     folder: str, key: str = "teacher.model", new_head: bool = False, dropout: float | None = None, **overrides: Any
-) -> nn.Module:
+) -> PreTrainedModel:
     """A sequence classifier in float32, in evaluation mode.
 
     Args:
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         projection: nn.Linear | None = None,
         used_V: np.ndarray | None = None,
         all_tokens: bool = False,
@@ -193,14 +193,14 @@ class Encoder(nn.Module):
         return weights | {name: self.vocabulary.whole(weights[name], decay)}
 
 
-def encoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList | None]:
+def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:
     """The name and the list of a model's encoder layers; None where they are not a list of their own (ALBERT)."""
     depth = num_layers(model.config)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return found[0] if found else ("", None)
 
 
-def parameter_count(model: nn.Module) -> int:
+def parameter_count(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 

@@ -92,6 +92,7 @@ class CompactVocabulary(nn.Module):
         model.set_input_embeddings(compact)  # type: ignore[operator]
         place = torch.full((full.num_embeddings,), len(used), dtype=torch.int64)  # an id not in the table is refused
         place[used] = torch.arange(len(used))
+        self.place: torch.Tensor
         self.register_buffer("place", place, persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pkd_dist.config import Student as StudentConfig
 from pkd_dist.errors import UserError
@@ -20,7 +20,7 @@ from pkd_dist.model.encoder import Encoder, encoder_layers, load_config, load_mo
 from pkd_dist.model.layers import copied_layers
 
 
-def take_layers(source: nn.Module, layers: Sequence[int]) -> nn.Module:
+def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A model made of the chosen encoder layers of `source` (from 0) and all that is not an encoder layer."""
     config = copy.deepcopy(source.config)
     config.num_hidden_layers = len(layers)
@@ -44,7 +44,7 @@ def take_layers(source: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 def create(
     config: StudentConfig, teacher: str, pretrained: str, labels: dict[str, Any], seed: int
-) -> tuple[nn.Module, str]:
+) -> tuple[PreTrainedModel, str]:
     """Makes the student's starting weights.
 
     Args:

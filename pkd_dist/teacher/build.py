@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
@@ -50,7 +50,13 @@ class LiveTeacher:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int], precision: str, dtype: str, tokens: bool, device: torch.device
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        precision: str,
+        dtype: str,
+        tokens: bool,
+        device: torch.device,
     ):
         self.encoder = Encoder(model.to(device, DTYPES[precision]).eval(), all_tokens=tokens)
         self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device

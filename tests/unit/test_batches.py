@@ -106,5 +106,5 @@ def test_collate_equals_a_loop(typed):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_scoring_covers_each_example_once(world):
     tokens = token_set(LENGTHS)
-    rows = [r for rank in range(world) for batch in scoring_batches(tokens, 64, rank, world, 0) for r in batch]
+    rows = [r for rank in range(world) for batch in scoring_batches(tokens, 64, rank, world) for r in batch]
     assert sorted(rows) == list(range(len(LENGTHS)))

@@ -29,7 +29,10 @@ def test_tokens_are_the_tokenizers_own(data, tokenizer, tmp_path):
 def test_truncation_is_counted(data, tokenizer, tmp_path):
     made = tokenize(read(str(data), "dev", GLUE["sst2"]), tokenizer, 8, tmp_path)
     assert made.lengths_N.max() == 8
-    assert made.truncated == (tokenize(read(str(data), "dev", GLUE["sst2"]), tokenizer, 64, tmp_path / "b").lengths_N > 8).sum()
+    assert (
+        made.truncated
+        == (tokenize(read(str(data), "dev", GLUE["sst2"]), tokenizer, 64, tmp_path / "b").lengths_N > 8).sum()
+    )
 
 
 def test_pairs_have_two_segments(tokenizer, tmp_path):

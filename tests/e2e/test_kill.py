@@ -1,0 +1,118 @@
+"""`kill -9` of the whole job at chosen moments: the same command again ends with the same bytes.
+
+A moment is a file that the run makes: the test watches for it and kills. Dropout is on.
+"""
+
+import glob
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, environment, launch, losses, write_config
+
+MOMENTS = {
+    "teacher, mid-epoch": "teacher_metrics.jsonl:3",
+    "teacher, mid-save": "teacher_checkpoints/.step-*.tmp/*/*optim*|teacher_checkpoints/.step-*.tmp/*optim*",
+    "cache, one shard written": "cache/shard-00001.safetensors",
+    "distill, first epoch": "metrics.jsonl:4",
+    "distill, mid-save": "checkpoints/.step-*.tmp/*optim*",
+    "distill, just committed": "checkpoints/step-*/commit.json",
+    "distill, later": "metrics.jsonl:19",
+    "distill, best weights written": "checkpoints/best-*.safetensors",
+    "evaluate": "stages/evaluate.json",
+    "export": ".export.tmp",
+}
+
+
+def arrived(run, moment):
+    """Whether a file of the pattern exists; `file:n` waits for its n-th line."""
+    for pattern in moment.split("|"):
+        pattern, _, lines = pattern.partition(":")
+        for path in glob.glob(str(run / pattern), include_hidden=True):
+            if not lines:
+                return True
+            try:
+                with open(path, "rb") as file:
+                    if file.read().count(b"\n") >= int(lines):
+                        return True
+            except OSError:
+                continue
+    return False
+
+
+def kill_at(run, moment, *arguments, ranks):
+    """Starts the job, kills all of it when the moment comes; returns whether it came."""
+    program = (
+        [sys.executable]
+        if not ranks
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
+    )
+    command = [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while job.poll() is None and time.monotonic() < deadline:
+        if arrived(run, moment):
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            return True
+        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+    return False
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_path, ranks):
+    config = write_config(settings, tmp_path)
+    calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}", ranks=ranks)
+    assert calm.returncode == 0, calm.stdout + calm.stderr
+    run = tmp_path / "hunted"
+    came = {
+        name: kill_at(run, moment, "--config", config, f"run.dir={run}", ranks=ranks)
+        for name, moment in MOMENTS.items()
+    }
+    assert all(came.values()), came
+    end = launch("--config", config, f"run.dir={run}", ranks=ranks)
+    assert end.returncode == 0, end.stdout + end.stderr
+    for name in ("teacher/model.safetensors", "export/model.safetensors"):
+        assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
+    for name in ("metrics.jsonl", "teacher_metrics.jsonl"):
+        hunted, undisturbed = (
+            [
+                {k: v for k, v in json.loads(line).items() if k not in ("time", "samples_per_second")}
+                for line in open(folder / name)
+            ]
+            for folder in (run, tmp_path / "calm")
+        )
+        assert hunted == undisturbed, f"{name}: without gaps or doubles"
+    assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
+
+
+def test_a_stop_signal_commits_a_checkpoint(settings, tmp_path):
+    settings["train"]["epochs"] = 50
+    config = write_config(settings, tmp_path)
+    run = tmp_path / "run"
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "launcher/train.py"), "--config", str(config)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not arrived(run, "metrics.jsonl:7"):
+        assert job.poll() is None
+        time.sleep(0.001)
+    job.send_signal(signal.SIGUSR1)
+    _, error = job.communicate(timeout=120)
+    assert job.returncode == 75, error
+    assert "stopped by SIGUSR1; a checkpoint of step" in error and "the same command goes on" in error
+    step = len(losses(run))
+    assert (run / f"checkpoints/step-{step:08d}/commit.json").exists()
+    again = launch("--config", config, "train.epochs=50", "--stages", "distill")
+    assert f"going on from step {step} of 650" in again.stdout, again.stdout + again.stderr

@@ -1,0 +1,181 @@
+"""Whole runs through the real launcher, with a tiny teacher: what they leave behind, and what a second start does."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import environment, launch, losses, results, sentences, write_config, write_tsv
+
+STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
+
+PLAIN = """
+import json, sys
+sys.modules["pkd_dist"] = None  # not there
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, data = sys.argv[1:]
+model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+rows = [line.rstrip("\\n").split("\\t") for line in open(data)][1:]
+right = 0
+for text, label in rows:
+    right += int(model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=32)).logits.argmax()) == int(label)
+print(json.dumps({"accuracy": right / len(rows), "labels": model.config.id2label, "layers": model.config.num_hidden_layers}))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(body, data, tmp_path_factory):
+    """One run on two ranks, under the real deepspeed launcher. Tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    own = folder / "data"
+    shutil.copytree(data, own)
+    settings = {
+        "run": {"dir": str(folder / "run")},
+        "task": {"name": "sst2", "data": str(own), "max_length": 32},
+        "teacher": {"model": str(body), "finetune": {"epochs": 3, "learning_rate": 3e-3, "batch_size": 16}},
+        "student": {"layers": [1, 3]},
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 3e-3},
+        "cache": {"shard_rows": 50},
+        "evaluate": {"latency_samples": 10},
+        "metrics": {"port": 0},
+    }
+    done = launch("--config", write_config(settings, folder), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, settings, done
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, _, done = finished
+    run = folder / "run"
+    found = results(run)
+    assert found["n"] == 41 and found["split"] == "dev" and found["task"] == "sst2"
+    assert found["teacher"]["accuracy"] > 0.8, "the tiny task can be learned"
+    for key in ("accuracy", "MCC", "precision", "recall", "f_1", "main_metric", "modelSize", "reasoningTime"):
+        assert isinstance(found[key], float), key
+        assert found[key] == found["student"][key]
+    for side in ("teacher", "student"):
+        assert {"parameters", "latency_ms_p50", "latency_ms_p99"} <= found[side].keys()
+    assert found["compression"].keys() == {"parameters", "size", "throughput", "retention", "agreement"}
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["resolved"]["world_size"] == 2
+    assert resolved["resolved"]["patience_pairs"] == [[1, 2]]
+    assert resolved["resolved"]["beta_sum"] == pytest.approx(100 / 32)
+    assert len(losses(run)) == 2 * 13
+    assert "student" in done.stdout and str(run / "export") in done.stdout and str(run / "report.html") in done.stdout
+    assert {p.name for p in (run / "export").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
+    assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
+
+
+def test_the_export_loads_without_us(finished):
+    folder, _, _ = finished
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder / "run/export"), str(folder / "data/dev.tsv")],
+        capture_output=True, text=True, check=True, cwd=folder, env=environment(PYTHONPATH=""),
+    )  # fmt: skip
+    found = json.loads(plain.stdout.splitlines()[-1])
+    assert found["accuracy"] == pytest.approx(results(folder / "run")["accuracy"])
+    assert found["labels"] == {"0": "negative", "1": "positive"}
+    assert found["layers"] == 2
+
+
+def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path):
+    folder, settings, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    settings = json.loads(json.dumps(settings).replace(str(folder), str(tmp_path / "copy")))
+    config = write_config(settings, tmp_path)
+    again = launch("--config", config)
+    assert again.returncode == 0, again.stderr
+    for stage in STAGES:
+        assert f"{stage}: done\n" in again.stdout
+    write_tsv(tmp_path / "copy/data/train.tsv", [("a very good film", 1), *sentences(203, 1)[1:]])
+    plan = launch("--config", config, "--dry-run")
+    assert "data: runs, because" in plan.stdout and "train.tsv changed" in plan.stdout
+    assert "distill: may run, after data" in plan.stdout
+    changed = launch("--config", config)
+    assert changed.returncode == 0, changed.stderr
+    assert "train.tsv changed" in changed.stdout
+    assert "teacher: runs again, because the train data changed" in changed.stdout
+    assert "cache: runs again, because teacher changed" in changed.stdout
+    assert "distill: runs again, because" in changed.stdout
+    assert (tmp_path / "copy/run/previous/1").is_dir(), "what was made before is kept"
+    assert list((tmp_path / "copy/run/previous").glob("*/checkpoints/step-*"))
+
+
+def test_stages_fresh_and_a_dry_run_that_writes_nothing(settings, tmp_path):
+    config = write_config(settings, tmp_path)
+    assert launch("--config", config, "--dry-run").returncode == 0
+    run = tmp_path / "run"
+    assert not run.exists()
+    early = launch("--config", config, "--stages", "distill")
+    assert early.returncode == 2
+    assert "pkd: the stage data is needed first, but it has not run yet; add it to --stages\n" == early.stderr
+    assert launch("--config", config, "--stages", "data").returncode == 0
+    assert not (run / "teacher").exists() and (run / "data/train/meta.json").exists()
+    fresh = launch("--config", config, "--fresh", "--stages", "data")
+    assert fresh.returncode == 0 and (tmp_path / "run.1/data").is_dir(), fresh.stderr
+    unknown = launch("--config", config, "--stages", "data,distil")
+    assert unknown.returncode == 2 and "'distil' is not a stage; allowed: data, teacher" in unknown.stderr
+
+
+def test_the_same_optimisation_on_one_and_two_ranks(settings, tmp_path):
+    settings["student"]["dropout"] = settings["teacher"]["finetune"]["dropout"] = 0.0
+    settings["train"]["deepspeed"] = "ds_configs/zero1_fp32.json"
+    settings["cache"]["precision"] = settings["cache"]["dtype"] = "float32"
+    config = write_config(settings, tmp_path)
+    for name, ranks in (("one", 0), ("two", 2), ("three", 3)):
+        done = launch("--config", config, f"run.dir={tmp_path / name}", ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one = losses(tmp_path / "one")
+    for name in ("two", "three"):
+        assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4)
+        assert results(tmp_path / name)["n"] == 41
+        assert abs(results(tmp_path / name)["accuracy"] - results(tmp_path / "one")["accuracy"]) <= 1 / 41
+
+
+@pytest.mark.parametrize("states", ["cls", "tokens"])
+def test_the_cache_equals_the_live_teacher(settings, tmp_path, states):
+    settings["student"]["dropout"] = 0.0
+    settings["distill"] = {"states": states}
+    settings["train"]["deepspeed"] = "ds_configs/zero0_fp32.json"
+    settings["cache"] |= {"precision": "float32", "dtype": "float32"}
+    config = write_config(settings, tmp_path)
+    assert launch("--config", config, "--stages", "data,teacher,cache,init,distill").returncode == 0
+    cached = losses(tmp_path / "run")
+    live = launch("--config", config, "--stages", "cache,distill", "cache.enabled=false")
+    assert live.returncode == 0, live.stderr
+    assert losses(tmp_path / "run") == pytest.approx(cached, abs=1e-6)
+
+
+def test_gradient_accumulation_changes_nothing(settings, tmp_path):
+    settings["student"]["dropout"] = settings["teacher"]["finetune"]["dropout"] = 0.0
+    settings["train"]["deepspeed"] = "ds_configs/zero1_fp32.json"
+    config = write_config(settings, tmp_path)
+    stages = "data,teacher,cache,init,distill"
+    assert launch("--config", config, "--stages", stages, f"run.dir={tmp_path / 'whole'}").returncode == 0
+    parts = launch("--config", config, "--stages", stages, f"run.dir={tmp_path / 'parts'}", "train.micro_batch_size=3")
+    assert parts.returncode == 0, parts.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_prune_keeps_the_export_alone(settings, tmp_path):
+    config = write_config(settings, tmp_path)
+    done = launch("--config", config, "export.prune=true")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert not (run / "checkpoints").exists() and (run / "export/model.safetensors").exists()
+    again = launch("--config", config, "export.prune=true")
+    assert again.returncode == 0 and "distill: done\n" in again.stdout and "export: done\n" in again.stdout, (
+        again.stdout
+    )
