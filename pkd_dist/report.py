@@ -41,7 +41,7 @@ LOSSES = {
     "loss_ds": "DS, the teacher's predictions",
     "loss_pt": "PT, the teacher's layers",
 }
-COLOURS = {name: f"#fe01{i:02x}" for i, name in enumerate(("ink", "muted", "line", "surface", "teacher", "student"))}
+COLOURS = {name: f"#fe01{i:02x}" for i, name in enumerate(("ink", "muted", "line", "teacher", "student"))}
 """CSS variable -> the placeholder that stands for it while matplotlib draws."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -124,7 +124,7 @@ def _depth(model_config: Path) -> int | None:
 
 def _render(run: Run) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": "{:,.0f}".format, "percent": "{:.1%}".format, "number": "{:.4g}".format}
+    environment.filters |= {"count": "{:,.0f}".format, "percent": _percent, "number": "{:.4g}".format}
     environment.filters |= {"shown": lambda value: _shown(run.main_metric, value), "size": _size}
     template = environment.from_string(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     return template.render(
@@ -139,6 +139,10 @@ def _render(run: Run) -> str:
 
 def _shown(metric: str, value: float) -> str:
     return f"{value:.1%}" if metric == "accuracy" else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return "undefined" if np.isnan(share) else f"{share:.1%}"  # retention of a teacher that scores 0
 
 
 def _size(number: int) -> str:
@@ -338,11 +342,10 @@ def _matrix(counts_CC: np.ndarray, shares_CC: np.ndarray, names: Sequence[str], 
     def draw(axes: Axes) -> None:
         for (row, column), share in np.ndenumerate(shares_CC):
             corner = (column - 0.48, row - 0.48)
-            axes.add_patch(Rectangle(corner, 0.96, 0.96, facecolor=colour, alpha=0.06 + 0.94 * share))
+            axes.add_patch(Rectangle(corner, 0.96, 0.96, facecolor=colour, alpha=0.05 + 0.55 * share))
             if few or counts_CC[row, column]:
                 text = f"{counts_CC[row, column]:,}" + (f"\n{share:.0%}" if few else "")
-                ink = COLOURS["surface" if share > 0.85 else "ink"]
-                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size if few else 6)
+                axes.text(column, row, text, ha="center", va="center", fontsize=size if few else 6)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="predicted", ylabel="true")
         axes.set_xticks(range(len(names)), short, **slant)
         axes.set_yticks(range(len(names)), short)

@@ -243,6 +243,12 @@ def test_terms_without_weight_are_not_drawn(tmp_path):
     assert "PT, the teacher's layers" not in written(run)[1].text
 
 
+def test_retention_of_a_teacher_that_scores_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    change(run, "evaluate", lambda out: out["results"]["compression"].update(retention=float("nan")))
+    assert "retention undefined" in written(run)[1].text
+
+
 class TestWarnings:
     @pytest.fixture
     def run(self, tmp_path):

@@ -1,0 +1,67 @@
+"""What the engine is held against: one process, torch's own AdamW, written without any of the package's training code."""
+
+import math
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from pkd_dist.data.batches import epoch_order
+from pkd_dist.data.tokens import TokenSet
+
+BATCH, STEPS, EXAMPLES = 12, 20, 101
+PLAN = {
+    "learning_rate": 5e-3, "weight_decay": 0.1, "warmup_ratio": 0.25, "max_grad_norm": 0.5, "adam_epsilon": 1e-6,
+    "total_steps": STEPS,
+}  # fmt: skip
+
+
+def make_model() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def make_tokens() -> TokenSet:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 20, size=EXAMPLES)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(1, 60, size=offsets[-1]).astype(np.int32)
+    return TokenSet(ids, None, offsets, np.arange(EXAMPLES), rng.integers(2, size=EXAMPLES), "", "", 0)
+
+
+def train() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms before clipping, and final weights of the plain loop."""
+    model, tokens = make_model().train(), make_tokens()
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if p.ndim >= 2], "weight_decay": PLAN["weight_decay"]},
+            {"params": [p for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        eps=PLAN["adam_epsilon"],
+    )
+    warmup = int(STEPS * PLAN["warmup_ratio"])
+    losses, norms = [], []
+    steps = math.ceil(EXAMPLES / BATCH)
+    for step in range(STEPS):
+        epoch, within = divmod(step, steps)
+        rows = epoch_order(tokens.lengths_N, BATCH, 7, epoch)[within * BATCH : (within + 1) * BATCH]
+        loss = 0
+        for row in rows:  # one example at a time: no padding, no collation
+            ids = torch.from_numpy(tokens.input_ids_T[tokens.offsets_N1[row] : tokens.offsets_N1[row + 1]].astype(np.int64))
+            logits = model(input_ids=ids[None]).logits
+            loss = loss - torch.log_softmax(logits, -1)[0, int(tokens.labels_N[row])] / len(rows)
+        rate = (step + 1) / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = PLAN["learning_rate"] * rate
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), PLAN["max_grad_norm"])))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms, {f"model.{n}": p.detach() for n, p in named}
