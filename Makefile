@@ -6,7 +6,8 @@
 PYTHON ?= python3
 ARGS ?=
 # One rank per GPU, two at most; two ranks where there is no GPU.
-RANKS ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 
 TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -25,7 +26,8 @@ help: ## list the targets
 	@echo "  ARGS='...' adds options; PYTHON=python3.12 chooses the Python of a new .venv; RANKS=n those of the demo"
 
 demo: .venv/.installed-demo ## distil on the embedded data, on 2 ranks (ARGS: section.key=value ...)
-	@$(WITH_PATH) $(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
+	@$(WITH_PATH) $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error \
+	    --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
 
 test: .venv/.installed-test ## run the test suite (ARGS: pytest options)
 	@$(WITH_PATH) $(BIN)/python -m pytest $(ARGS)

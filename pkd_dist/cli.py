@@ -70,11 +70,11 @@ def run(
 
         world = World(ranks, config.run.timeout_seconds)
         try:
+            pipeline = Pipeline(config, config_file, world)
             if fresh and not dry_run:
                 moved = world.on_main(lambda: move_aside(Path(config.run.dir)))
                 if moved:
                     log.info("--fresh: the earlier run is kept in %s", moved)
-            pipeline = Pipeline(config, config_file, world)
             if dry_run:
                 if world.main:
                     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")

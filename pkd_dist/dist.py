@@ -41,7 +41,7 @@ class World:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         # DeepSpeed reads these even where the group exists already.
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
-        if self.size == 1:
+        if ranks.launcher == "python":
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         elif ranks.launcher == "srun":
             os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))

@@ -101,9 +101,11 @@ def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
-    """Share of examples of which both predict the same class; for a regression the correlation of the two."""
+    """Share of examples of which both predict the same class; for a regression the correlation of the two (0 where
+    one of them is constant)."""
     if a_NC.shape[1] == 1:
-        return float(np.corrcoef(a_NC[:, 0], b_NC[:, 0])[0, 1])
+        constant = np.ptp(a_NC) == 0 or np.ptp(b_NC) == 0
+        return 0.0 if constant else float(np.corrcoef(a_NC[:, 0], b_NC[:, 0])[0, 1])
     return float((a_NC.argmax(axis=1) == b_NC.argmax(axis=1)).mean())
 
 

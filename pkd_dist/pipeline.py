@@ -62,6 +62,7 @@ class Stage:
         inputs: -> what decides the outcome, by the name that a change is reported under.
         run: does the work on all ranks and returns what the marker remembers (rank 0's counts).
         made: files and folders it makes, moved aside when it must run again.
+        leftovers: what it needs only until it is done.
         missing: -> why its outcome cannot be used as it stands; None where it can. May raise a UserError.
     """
 
@@ -70,6 +71,7 @@ class Stage:
     run: Callable[[], dict[str, Any]]
     made: tuple[Path, ...]
     missing: Callable[[dict[str, Any]], str | None]
+    leftovers: tuple[Path, ...] = ()
 
 
 class Pipeline:
@@ -218,6 +220,7 @@ class Pipeline:
             "precision": self.precision,
             "teacher_precision": self.teacher_precision,
             "deepspeed": self.deepspeed,
+            "teacher_layers": encoder.num_layers(self.base_config),
             "student_layers": self.student_depth,
             "patience_pairs": [[i + 1, layer] for i, layer in enumerate(self.pairs)],
             "beta_mean": beta if as_mean else beta * scale,
@@ -243,7 +246,7 @@ class Pipeline:
         inputs = self.world.on_main(stage.inputs)
 
         def begin() -> None:
-            if state == "stale":
+            if state != "started":
                 self._set_aside(stage)
             write_json(marker, {"done": False, "inputs": inputs})
 
@@ -255,7 +258,13 @@ class Pipeline:
         self.telemetry.metrics.stage.labels(stage=stage.name).set(0)
         self.outputs[stage.name] = outputs
         done = {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(seconds[0], 1)}
-        self.world.on_main(lambda: write_json(marker, done))
+
+        def end() -> None:
+            write_json(marker, done)
+            for path in stage.leftovers:
+                remove(path)
+
+        self.world.on_main(end)
         log.info("%s: done in %.1f s", stage.name, seconds[0])
 
     def _state(self, stage: Stage) -> tuple[str, str]:
@@ -315,7 +324,14 @@ class Pipeline:
         )
         return [
             Stage("data", self._data_inputs, self._data, (d["data"],), self._data_missing),
-            Stage("teacher", self._teacher_inputs, self._teacher, teacher_made, self._teacher_missing),
+            Stage(
+                "teacher",
+                self._teacher_inputs,
+                self._teacher,
+                teacher_made,
+                self._teacher_missing,
+                (run / "teacher_checkpoints",),
+            ),
             Stage("cache", self._cache_inputs, self._cache, (run / "cache",), self._cache_missing),
             Stage("init", self._init_inputs, self._init, (d["init"],), self._init_missing),
             Stage(
@@ -356,7 +372,10 @@ class Pipeline:
     def _data_inputs(self) -> dict[str, Any]:
         sources = {split: text.find(self.config.task.data, split) for split in ("train", "dev")}
         return {
-            **{p.name if isinstance(p, Path) else s: sha256(p) if isinstance(p, Path) else p for s, p in sources.items()},
+            **{
+                p.name if isinstance(p, Path) else s: sha256(p) if isinstance(p, Path) else p
+                for s, p in sources.items()
+            },
             "task": self.config.task.model_dump(exclude={"data", "max_length"}),
             "task.max_length": self.config.task.max_length,
             "tokenizer": encoder.tokenizer_digest(self.base),
@@ -792,8 +811,11 @@ def compare(
     for name, model in models.items():
         model.to(world.device)
         forwards[name] = lambda inputs, model=model: model(**inputs).logits
-        with evaluating(model):
-            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id)
+        with (
+            evaluating(model),
+            Bar(f"evaluate, {name}, rows of this rank", len(dev) // world.size, show=world.main) as bar,
+        ):
+            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id, bar.advance)
         figures[name] = score(logits[name], np.asarray(dev.labels_N), task)
 
     def measure() -> dict[str, dict[str, float]]:
@@ -807,7 +829,7 @@ def compare(
 
     speeds = world.on_main(measure)
     for name, model in models.items():
-        figures[name] |= _figures(model, task, figures[name].get("accuracy"), len(dev)) | speeds[name]
+        figures[name] |= _figures(model, figures[name].get("accuracy"), len(dev)) | speeds[name]
     teacher, pupil = figures["teacher"], figures["student"]
     results = {
         "task": task.name,
@@ -824,7 +846,7 @@ def compare(
             "parameters": teacher["parameters"] / pupil["parameters"],
             "size": teacher["modelSize"] / pupil["modelSize"],
             "throughput": pupil["reasoningTime"] / teacher["reasoningTime"],
-            "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else float("nan"),
+            "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else 0.0,
             "agreement": agreement(logits["teacher"], logits["student"]),
         },
     }
@@ -852,7 +874,8 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             tokenizer = encoder.load_tokenizer(pipeline.base)
             part = text.read(config.task.data, split, pipeline.task, classes)
             made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))
-            model = encoder.load_model(pipeline.base).to(world.device)
+            model: Any = encoder.load_model(pipeline.base)
+            model.to(world.device)
 
             def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
                 return model(**inputs).logits
@@ -861,18 +884,18 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             with evaluating(model), Bar(f"evaluate, {split}", len(made)) as bar:
                 logits = predict(forward, made, world, size, pad_id, bar.advance)
                 speeds = speed({"model": forward}, made, world.device, size, config.evaluate.latency_samples, pad_id)
-            figures = {
+            figures: dict[str, Any] = {
                 "task": pipeline.task.name,
                 "split": split,
                 "n": len(made),
                 **score(logits, part.labels_N, pipeline.task),
             }
-            return figures | _figures(model, pipeline.task, figures.get("accuracy"), len(made)) | speeds["model"]
+            return figures | _figures(model, figures.get("accuracy"), len(made)) | speeds["model"]
     finally:
         world.close()
 
 
-def _figures(model: Any, task: Task, accuracy: float | None, n: int) -> dict[str, Any]:
+def _figures(model: Any, accuracy: float | None, n: int) -> dict[str, Any]:
     """What is said of a model beside its metrics and its speed."""
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     out = {"parameters": encoder.parameter_count(model), "modelSize": size}

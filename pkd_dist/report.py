@@ -70,7 +70,6 @@ class Run:
         seconds: stage -> its wall-clock time.
         steps: the training lines of metrics.jsonl.
         main_metric: key of the metric that chose the best epoch.
-        teacher_layers: the teacher's depth; None where its folder is gone.
     """
 
     config: Config
@@ -79,7 +78,6 @@ class Run:
     seconds: dict[str, float]
     steps: list[dict[str, Any]]
     main_metric: str
-    teacher_layers: int | None
 
     @property
     def results(self) -> dict[str, Any]:
@@ -111,15 +109,7 @@ def _read(run: Path) -> Run:
         seconds={name: marker["seconds"] for name, marker in done.items()},
         steps=[line for line in records.read(run / "metrics.jsonl") if "split" not in line],
         main_metric=tasks.resolve(config.task).main_metric,
-        teacher_layers=_depth(Path(outputs["teacher"]["folder"]) / "config.json"),
     )
-
-
-def _depth(model_config: Path) -> int | None:
-    if not model_config.is_file():
-        return None
-    shape = json.loads(model_config.read_text(encoding="utf-8"))
-    return shape.get("num_hidden_layers", shape.get("n_layers"))
 
 
 def _render(run: Run) -> str:
@@ -142,7 +132,7 @@ def _shown(metric: str, value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return "undefined" if np.isnan(share) else f"{share:.1%}"  # retention of a teacher that scores 0
+    return f"{share:.1%}"
 
 
 def _size(number: int) -> str:
@@ -184,7 +174,7 @@ def _warnings(run: Run) -> Iterator[str]:
         if never:
             shown = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
             yield f"The student never predicts {shown}, though {results['split']} has examples of it."
-    depth, layers = run.teacher_layers, run.resolved["student_layers"]
+    depth, layers = run.resolved["teacher_layers"], run.resolved["student_layers"]
     if run.config.distill.patience == "skip" and depth and depth % layers:
         pairs = ", ".join(str(teacher) for _, teacher in run.resolved["patience_pairs"])
         yield (

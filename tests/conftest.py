@@ -137,17 +137,20 @@ def environment(**extra: str) -> dict[str, str]:
     return clean | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
+def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
+    """The command of a run: under plain python, or under the real `deepspeed` where `ranks` is given."""
+    program = [sys.executable] if not ranks else ["deepspeed", "--num_accelerators", str(ranks)]
+    if ranks:
+        program += ["--master_port", str(_port()), "--log_level", "warning"]
+    return [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]
+
+
 def launch(
-    *arguments: str | Path, ranks: int = 0, timeout: float = 300, **extra: str
+    *arguments: str | Path, ranks: int = 0, timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs launcher/train.py: under plain python, or under the real `deepspeed` where `ranks` is given."""
-    program = (
-        [sys.executable]
-        if not ranks
-        else ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_port())]
-    )
-    command = [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
+    """Runs launcher/train.py to its end."""
+    argv = command(*arguments, ranks=ranks)
+    return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 
 
 def _port() -> int:

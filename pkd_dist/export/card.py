@@ -41,9 +41,8 @@ One output: the predicted value.
 {% for label, teacher, student in rows -%}
 | {{ label }} | {{ teacher }} | {{ student }} |
 {% endfor %}
-The student keeps {{ "%.1f" | format(100 * results.compression.retention) }}% of the teacher's
-{{ metric }} with {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters, and agrees with it on
-{{ "%.1f" | format(100 * results.compression.agreement) }}% of the examples. Latency and throughput were taken on the machine
+The student keeps {{ "%.1f" | format(100 * results.compression.retention) }}% of the teacher's score with
+{{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ agrees }}. Latency and throughput were taken on the machine
 that trained it ({{ env.device }}), one process.
 
 ## How it was made
@@ -97,6 +96,14 @@ def _with_interval(side: dict[str, Any], key: str) -> str:
     return f"{side[key]:.3f}"
 
 
+def agrees(results: dict[str, Any]) -> str:
+    """How far student and teacher predict the same."""
+    share = results["compression"]["agreement"]
+    if "accuracy" in results:
+        return f"both predict the same class on {100 * share:.1f}% of the examples"
+    return f"the correlation of their predictions is {share:.3f}"
+
+
 def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> str:
     """The model card in Markdown.
 
@@ -115,6 +122,7 @@ def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[
         data=outputs["data"],
         distilled=outputs["distill"],
         made_of=outputs["init"]["made_of"],
+        agrees=agrees(results),
         metric="accuracy" if "accuracy" in results else "Pearson/Spearman mean",
     )
 
@@ -127,6 +135,6 @@ def summary(results: dict[str, Any], export: Path, report: Path) -> str:
     lines.insert(1, "-" * len(lines[0]))
     kept = results["compression"]
     lines.append(
-        f"kept {100 * kept['retention']:.1f}% of the teacher; same class on {100 * kept['agreement']:.1f}% of {results['n']} dev examples"
+        f"kept {100 * kept['retention']:.1f}% of the teacher's score; {agrees(results)} ({results['n']} dev examples)"
     )
     return "\n".join([*lines, "", f"export: {export}", f"report: {report}"])

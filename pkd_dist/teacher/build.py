@@ -58,7 +58,7 @@ class LiveTeacher:
         tokens: bool,
         device: torch.device,
     ):
-        self.encoder = Encoder(model.to(device, DTYPES[precision]).eval(), all_tokens=tokens)
+        self.encoder = Encoder(model, all_tokens=tokens).to(device, DTYPES[precision]).eval()
         self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device
         self.hidden = int(model.config.hidden_size)
 

@@ -21,9 +21,9 @@ def plain():
 
 def run(tmp_path, deepspeed, ranks, micro="auto"):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
                str(HERE / "worker.py"), f"ds_configs/{deepspeed}.json", str(micro), str(output)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
     written = output.with_suffix(".safetensors")
     assert written.exists(), done.stdout + done.stderr
     return json.loads(output.with_suffix(".json").read_text()), load_file(written)

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, environment, launch, losses, write_config
+from conftest import ROOT, command, environment, launch, losses, write_config
 
 MOMENTS = {
     "teacher, mid-epoch": "teacher_metrics.jsonl:3",
@@ -46,28 +46,31 @@ def arrived(run, moment):
 
 def kill_at(run, moment, *arguments, ranks):
     """Starts the job, kills all of it when the moment comes; returns whether it came."""
-    program = (
-        [sys.executable]
-        if not ranks
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
-    )
-    command = [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]
     job = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
+        command(*arguments, ranks=ranks),
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
     while job.poll() is None and time.monotonic() < deadline:
         if arrived(run, moment):
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
+            assert_gone(job.pid)
             return True
         time.sleep(0.001)  # watching, not hoping: what it waits for is a file
     return False
+
+
+def assert_gone(group):
+    """Waits until no process of the group is left, so that the next start meets none of them."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.001)
+    raise AssertionError("a process outlived SIGKILL of its group")
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -89,7 +92,7 @@ def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_
         hunted, undisturbed = (
             [
                 {k: v for k, v in json.loads(line).items() if k not in ("time", "samples_per_second")}
-                for line in open(folder / name)
+                for line in (folder / name).read_text().splitlines()
             ]
             for folder in (run, tmp_path / "calm")
         )

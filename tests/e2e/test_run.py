@@ -116,7 +116,7 @@ def test_stages_fresh_and_a_dry_run_that_writes_nothing(settings, tmp_path):
     assert not run.exists()
     early = launch("--config", config, "--stages", "distill")
     assert early.returncode == 2
-    assert "pkd: the stage data is needed first, but it has not run yet; add it to --stages\n" == early.stderr
+    assert early.stderr == "pkd: the stage data is needed first, but it has not run yet; add it to --stages\n"
     assert launch("--config", config, "--stages", "data").returncode == 0
     assert not (run / "teacher").exists() and (run / "data/train/meta.json").exists()
     fresh = launch("--config", config, "--fresh", "--stages", "data")

@@ -1,0 +1,414 @@
+"""Bad input through the real launcher: status 2, one line that says what is wrong, and nothing lost or overwritten.
+
+The tables hold (files to write, arguments, the line expected); `{at}` is the test's own folder.
+"""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, environment, launch, sentences, write_config, write_tsv
+
+HEADER = "sentence\tlabel\n"
+GOOD_DEV = HEADER + "a good film\t1\na dull plot\t0\n"
+PAIRS = "sentence1\tsentence2\tscore\n"
+
+
+def contents(folder):
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(*arguments, ranks=0):
+    """Runs the launcher, which must refuse; returns its one line on stderr."""
+    done = launch(*arguments, ranks=ranks)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pkd: "), done.stderr
+    return lines[0]
+
+
+CONFIGURATION = {
+    "unknown key": ({}, ["distill.alpah=0.2"], r"command line: distill\.alpah: .*did you mean distill\.alpha\?"),
+    "unknown key in the file": (
+        {"run.yaml": "run: {dir: r}\ndistill:\n  alpah: 0.2\n"},
+        [],
+        r"run\.yaml:3: distill\.alpah: unknown key; did you mean distill\.alpha\?",
+    ),
+    "wrong type": ({}, ["train.epochs=many"], r"train\.epochs: 'many' is refused: .*integer"),
+    "alpha": ({}, ["distill.alpha=1.5"], r"distill\.alpha: 1\.5 is refused: .*less than or equal to 1"),
+    "temperature": ({}, ["distill.temperature=0"], r"distill\.temperature: 0 is refused: .*greater than 0"),
+    "epochs": ({}, ["train.epochs=-1"], r"train\.epochs: -1 is refused: .*greater than or equal to 1"),
+    "no file": ({}, ["--config", "{at}/none.yaml"], r"{at}/none\.yaml: no such configuration file"),
+    "invalid YAML": ({"run.yaml": "run: {dir: r}\ntrain: {epochs: 1\n"}, [], r"run\.yaml:3: not valid YAML: "),
+    "override": ({}, ["train.epochs"], r"'train\.epochs' is not of the form section\.key=value"),
+    "stage": ({}, ["--stages", "data,distil"], r"--stages: 'distil' is not a stage; allowed: data, teacher, cache"),
+    "layers repeated": (
+        {},
+        ["student.layers=[1,1]"],
+        r"student\.layers must be increasing without repeats, .*\[1, 1\]",
+    ),
+    "layers unsorted": (
+        {},
+        ["student.layers=[3,1]"],
+        r"student\.layers must be increasing without repeats, .*\[3, 1\]",
+    ),
+    "no JSON": ({}, ["train.deepspeed={at}/no.json"], r"run\.yaml: train\.deepspeed: no such file: {at}/no\.json"),
+    "broken JSON": (
+        {"ds.json": '{"bf16":\n'},
+        ["train.deepspeed={at}/ds.json"],
+        r"{at}/ds\.json:2: not valid JSON: Expecting value",
+    ),
+    "JSON against YAML": (
+        {"ds.json": '{"train_batch_size": 8}'},
+        ["train.deepspeed={at}/ds.json"],
+        r"{at}/ds\.json: train_batch_size conflicts with {at}/run\.yaml, where train\.batch_size owns it",
+    ),
+    "two precisions": (
+        {"ds.json": '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}'},
+        ["train.deepspeed={at}/ds.json"],
+        r"{at}/ds\.json: bf16 and fp16 are both enabled; one precision is allowed",
+    ),
+    "data folder": ({}, ["task.data={at}/none"], r"task\.data: no such folder: {at}/none; it must hold train and dev"),
+    "split": (
+        {"own/train.tsv": GOOD_DEV},
+        ["task.data={at}/own"],
+        r"task\.data: {at}/own has no split 'dev'; expected one of dev\.tsv, dev\.csv",
+    ),
+    "layers out of range": ({}, ["student.layers=[1,4]"], r"student\.layers: layer 4 is out of range; .* 0 to 3"),
+    "patience": (
+        {},
+        ["distill.patience=[1,2]"],
+        r"distill\.patience: \[1, 2\] names 2 teacher layer\(s\), but a 2-layer student has 1 to pair",
+    ),
+    "run folder": (
+        {"taken": "a file"},
+        ["run.dir={at}/taken/run"],
+        r"run\.dir: {at}/taken/run is not writable \(.+\); choose another run\.dir",
+    ),
+    "teacher not fine-tuned": (
+        {},
+        ["teacher.finetune=null"],
+        r"teacher\.model: .* is not fine-tuned .*teacher\.finetune",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATION)
+def test_a_wrong_setting_is_refused_before_anything_is_written(settings, tmp_path, case):
+    files, arguments, expected = CONFIGURATION[case]
+    config = write_config(settings, tmp_path)
+    put(tmp_path, files)
+    before = contents(tmp_path)
+    line = refused("--config", config, *(a.replace("{at}", str(tmp_path)) for a in arguments))
+    assert re.search(expected.replace("{at}", re.escape(str(tmp_path))), line), line
+    assert contents(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def put(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+DATA = {
+    "column": ({"train": "text\tlabel\nfine\t1\n"}, r"train\.tsv:1: has no column 'sentence'; the header names 'text'"),
+    "too few fields": (
+        {"train": GOOD_DEV + "no label\n"},
+        r"train\.tsv:4: has 1 field\(s\) where the header names 2: sentence, label",
+    ),
+    "label of another task": ({"dev": GOOD_DEV + "so\t2\n"}, r"dev\.tsv:4: label '2' is not one of the labels: 0, 1"),
+    "label not seen in training": (
+        {"train": HEADER + "x\tno\ny\tyes\n", "dev": HEADER + "x\tno\ny\tmaybe\n"},
+        r"dev\.tsv:3: label 'maybe' is not one of the labels seen in training: no, yes",
+    ),
+    "label not a number": (
+        {"train": PAIRS + "a\tb\t1.5\nc\td\thigh\n", "dev": PAIRS + "a\tb\t1\n"},
+        r"train\.tsv:3: score 'high' is not a number; a regression needs one",
+    ),
+    "empty file": ({"train": ""}, r"train\.tsv: is empty; expected a header line and examples"),
+    "header only": ({"train": HEADER}, r"train\.tsv: has no examples; at least one is needed"),
+    "empty sentence": ({"train": GOOD_DEV + " \t0\n"}, r"train\.tsv:4: sentence is empty; give it a value or remove"),
+    "invalid UTF-8": (
+        {"train": GOOD_DEV.encode() + b"caf\xe9\t1\n"},
+        r"train\.tsv:4: byte 0xe9 is not valid UTF-8; save the file as UTF-8",
+    ),
+    "one class": (
+        {"train": HEADER + "x\t1\ny\t1\n"},
+        r"train\.tsv: every example has the label '1'; training needs at least two classes",
+    ),
+}
+TASKS = {
+    "label not seen in training": ["task.name=custom", "task.text=[sentence]", "task.label=label"],
+    "label not a number": ["task.name=stsb"],
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_wrong_data_is_refused_by_file_and_line(settings, tmp_path, case):
+    texts, expected = DATA[case]
+    put(tmp_path, {f"own/{split}.tsv": text for split, text in ({"train": GOOD_DEV, "dev": GOOD_DEV} | texts).items()})
+    before = contents(tmp_path / "own")
+    config = write_config(settings, tmp_path)
+    line = refused("--config", config, f"task.data={tmp_path}/own", *TASKS.get(case, []), "--stages", "data")
+    assert re.search(f"^pkd: {re.escape(str(tmp_path))}/own/{expected}", line), line
+    assert contents(tmp_path / "own") == before
+    assert not (tmp_path / "run/data").exists(), "nothing half-made"
+
+
+def test_more_ranks_than_examples(settings, tmp_path):
+    put(tmp_path, {"own/train.tsv": GOOD_DEV, "own/dev.tsv": GOOD_DEV})
+    config = write_config(settings, tmp_path)
+    line = refused("--config", config, f"task.data={tmp_path}/own", "--stages", "data", ranks=3)
+    assert line.endswith("own/train.tsv: 2 examples for 3 ranks; use at most as many ranks as examples")
+
+
+def relabel(folder, *names):
+    """Makes a body's configuration say that it is a classifier of these classes."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
+    (folder / "config.json").write_text(json.dumps(config | {"label2id": {n: i for i, n in enumerate(names)}}))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_tokenizer(folder):
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+AS_IT_IS = "teacher.finetune=null"
+TEACHERS = {
+    "config": (lambda f: (f / "config.json").unlink(), [], r"{at} has no config\.json; expected a Hugging Face model"),
+    "weights": (lambda f: (f / "model.safetensors").unlink(), [], r"{at} has no weights; expected one of model\.safet"),
+    "tokenizer": (without_tokenizer, [], r"{at} has no tokenizer; expected one of tokenizer\.json"),
+    "truncated": (lambda f: truncate(f / "model.safetensors"), [], r"{at} cannot be loaded: .*incomplete"),
+    "classes": (
+        lambda f: relabel(f, "a", "b", "c"),
+        [AS_IT_IS],
+        r"{at} has 3 classes, sst2 has 2 \(0, 1\); give a teacher of this task, or teacher\.finetune",
+    ),
+    "class names": (
+        lambda f: relabel(f, "cat", "dog"),
+        [AS_IT_IS],
+        r"its classes are cat, dog, those of sst2 are negative, positive; give a teacher of this task",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_a_teacher_that_cannot_be_used(settings, body, tmp_path, case):
+    damage, arguments, expected = TEACHERS[case]
+    folder = tmp_path / "bert"
+    shutil.copytree(body, folder)
+    damage(folder)
+    before = contents(folder)
+    config = write_config(settings, tmp_path)
+    line = refused("--config", config, f"teacher.model={folder}", *arguments, "--stages", "data,teacher")
+    assert line.startswith("pkd: teacher.model: ") and re.search(expected.replace("{at}", str(folder)), line), line
+    assert contents(folder) == before
+    assert not (tmp_path / "run/teacher").exists()
+
+
+# ------------------------------------------------------------------------------------------- what must go on
+
+
+def test_glues_quirks_load_whole(settings, tmp_path):
+    rows = ['"half a quote\t1', 'say "yes" twice\t0', "it's \"\t1", "plain\t0", '"\t1']
+    put(
+        tmp_path,
+        {"own/train.tsv": "\ufeff" + "\r\n".join(["sentence\tlabel", *rows]) + "\r\n", "own/dev.tsv": GOOD_DEV},
+    )
+    config = write_config(settings, tmp_path)
+    done = launch("--config", config, f"task.data={tmp_path}/own", "--stages", "data")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "own/train.tsv: 5 examples" in done.stdout and "own/dev.tsv: 2 examples" in done.stdout
+    outputs = json.loads((tmp_path / "run/stages/data.json").read_text())["outputs"]
+    assert outputs["train"]["examples"] == 5 and outputs["train"]["per_class"] == [2, 3]
+
+
+def test_a_metrics_port_in_use(settings, tmp_path):
+    settings["metrics"] = {"enabled": True}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("--config", write_config(settings, tmp_path), f"metrics.port={port}", "--stages", "data")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = re.search(rf"metrics: port {port} is in use; serving on (\d+) instead", done.stdout)
+    assert said and int(said[1]) > port, done.stdout
+    assert f"http://127.0.0.1:{said[1]}/metrics" in done.stdout
+
+
+# -------------------------------------------------------------------------------------- a run's own files, damaged
+
+
+@pytest.fixture(scope="module")
+def stopped(body, data, tmp_path_factory):
+    """A run stopped in the middle of its distillation, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(data, folder / "data")
+    settings = {
+        "run": {"dir": str(folder / "run")},
+        "task": {"name": "sst2", "data": str(folder / "data"), "max_length": 32},
+        "teacher": {"model": str(body), "finetune": {"epochs": 1, "learning_rate": 3e-3, "batch_size": 16}},
+        "student": {"layers": [1, 3]},
+        "train": {"epochs": 8, "batch_size": 16, "learning_rate": 3e-3},
+        "cache": {"shard_rows": 50},
+        "checkpoint": {"every_steps": 5},
+        "evaluate": {"latency_samples": 10},
+        "metrics": {"enabled": False},
+    }
+    config = write_config(settings, folder)
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "launcher/train.py"), "--config", str(config), "--stages", "data,teacher,cache,init,distill"],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while len(list((folder / "run").glob("checkpoints/step-*/commit.json"))) < 2:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 75, output
+    return folder, settings
+
+
+@pytest.fixture(scope="module")
+def finished(stopped, tmp_path_factory):
+    """The same run, gone on to its end."""
+    return copy_run(*stopped, tmp_path_factory.mktemp("finished"), finish=True)
+
+
+def copy_run(folder, settings, target, finish=False):
+    """A copy of a run with its data, and its settings."""
+    for name in ("run", "data"):
+        shutil.copytree(folder / name, target / name)
+    settings = json.loads(json.dumps(settings).replace(str(folder), str(target)))
+    if finish:
+        done = launch("--config", write_config(settings, target))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return target, settings
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run to damage: its folder and its YAML."""
+    folder, settings = copy_run(*finished, tmp_path)
+    return folder / "run", write_config(settings, folder)
+
+
+def products(run):
+    """What a run has made; its settings and messages apart."""
+    return {name: value for name, value in contents(run).items() if not name.startswith(("logs/", "config.yaml"))}
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_shard_is_found(copy):
+    run, config = copy
+    flip(run / "cache/shard-00002.safetensors", -1)
+    before = products(run)
+    line = refused("--config", config)
+    assert f"{run}/cache/shard-00002.safetensors: the shard's checksum is wrong" in line
+    assert products(run) == before
+
+
+def test_a_missing_shard_alone_is_built_again(copy):
+    run, config = copy
+    shards = sorted((run / "cache").glob("shard-*.safetensors"))
+    assert len(shards) == 5
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in shards}
+    shards[1].unlink()
+    done = launch("--config", config)
+    assert done.returncode == 0, done.stderr
+    assert "shard-00001.safetensors" in done.stdout and "distill: done\n" in done.stdout, done.stdout
+    for path in shards:
+        content, mtime = before[path.name]
+        assert path.read_bytes() == content, path.name
+        assert (path.stat().st_mtime_ns == mtime) == (path != shards[1]), path.name
+
+
+def test_an_exchanged_teacher_is_refused(copy, body):
+    run, config = copy
+    shutil.copy(body / "model.safetensors", run / "teacher/model.safetensors")
+    before = products(run)
+    line = refused("--config", config)
+    assert re.search(r"/run/teacher: this is not the teacher that this run made and cached", line), line
+    assert products(run) == before
+
+
+def test_the_cache_of_another_teacher_is_refused(copy, body):
+    run, config = copy
+    other = shutil.copytree(body, run.parent / "other")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / "teacher" / name, other)
+    flip(other / "model.safetensors", -2)
+    before = products(run)
+    line = refused("--config", config, f"run.dir={run}2", f"teacher.model={other}", AS_IT_IS, f"cache.dir={run}/cache")
+    assert re.search(
+        r"/run/cache: this cache does not fit, it differs in teacher \(\w+, this run's is \w+\); use", line
+    )
+    assert products(run) == before
+
+
+def test_a_cache_of_another_format_is_refused(copy):
+    run, config = copy
+    manifest = run / "cache/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    before = products(run)
+    line = refused("--config", config)
+    assert f"{manifest}: has format version 99, expected 1; remove the folder" in line
+    assert products(run) == before
+
+
+def test_data_broken_after_a_run_costs_nothing(copy):
+    run, config = copy
+    train = run.parent / "data/train.tsv"
+    whole, before = train.read_bytes(), products(run)
+    write_tsv(train, [*sentences(50, 1), ("neither", 7)])
+    assert re.search(r"train\.tsv:52: label '7' is not one of the labels: 0, 1", refused("--config", config))
+    for name in ("teacher/model.safetensors", "cache/manifest.json", "export/model.safetensors", "results_eval.json"):
+        assert (run / name).read_bytes() == before[name], name
+    train.write_bytes(whole)
+    again = launch("--config", config)
+    assert again.returncode == 0 and "distill: done\n" in again.stdout and "report: done\n" in again.stdout
+
+
+@pytest.fixture
+def halfway(stopped, tmp_path):
+    """A copy of the stopped run: its YAML and its committed checkpoints, oldest first."""
+    folder, settings = copy_run(*stopped, tmp_path)
+    return write_config(settings, folder), sorted((folder / "run/checkpoints").glob("step-*"))
+
+
+def test_a_damaged_checkpoint_goes_back_to_the_one_before(halfway):
+    config, (older, newest) = halfway
+    damaged = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    truncate(damaged)
+    done = launch("--config", config, "--stages", "distill")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert re.search(rf"going on from {older.name}: {damaged} has \d+ bytes, not \d+", done.stdout), done.stdout
+    assert "distill: done in" in done.stdout
+
+
+def test_no_intact_checkpoint_is_refused(halfway):
+    config, checkpoints = halfway
+    for checkpoint in checkpoints:
+        truncate(checkpoint / "rank-0000.pt")
+    before = products(config.parent / "run")
+    line = refused("--config", config, "--stages", "distill")
+    assert re.search(r"rank-0000\.pt has \d+ bytes, not \d+; no intact checkpoint is left in .*--fresh", line), line
+    assert products(config.parent / "run") == before

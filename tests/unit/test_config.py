@@ -1,0 +1,205 @@
+"""The schema: defaults, strictness with places and near names, overrides, and the DeepSpeed JSON beside it."""
+
+import json
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from pkd_dist import config as schema
+from pkd_dist.config import Config, load, load_deepspeed, reference
+from pkd_dist.errors import UserError
+
+
+def refused(text, folder, *overrides):
+    """The message of a YAML that must not load."""
+    path = folder / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        load(path, overrides)
+    message = str(error.value)
+    assert "\n" not in message, "one line"
+    return message.replace(str(path), "run.yaml")
+
+
+def test_defaults_are_whole_and_are_those_of_the_paper():
+    config = load(None, ["run.dir=x"])
+    assert (config.distill.alpha, config.distill.beta, config.distill.temperature) == (0.5, 100, 5)
+    assert (config.distill.patience, config.distill.normalize) == ("skip", True)
+    assert config.teacher.finetune is None and config.cache.enabled
+    assert Config.model_validate(config.model_dump()) == config
+    with pytest.raises(UserError, match=r"^configuration: run\.dir is missing$"):
+        load(None, ["run.seed=1"])
+
+
+def test_every_key_is_documented_and_the_document_is_up_to_date():
+    keys = [(name, field) for name, field in schema._fields(Config) if "." in name]
+    assert len(keys) > 50
+    text = reference()
+    for name, field in keys:
+        assert field.description and field.description.strip().endswith("."), name
+        assert f"| `{name}` | " in text, name
+    assert (ROOT / "docs/configuration.md").read_text() == text, "run `make docs`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_that_is_shipped_loads(path):
+    load_deepspeed(load(path), path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_every_deepspeed_configuration_that_is_shipped_loads(path):
+    loaded = load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed=ds_configs/{path.name}"]))
+    assert loaded == json.loads(path.read_text())
+    assert loaded["zero_optimization"]["stage"] == int(path.name[4])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "run: {dir: x}\ndistill:\n  alpah: 1\n",
+            "run.yaml:3: distill.alpah: unknown key; did you mean distill.alpha?",
+        ),
+        ("run: {dir: x}\nepochs: 3\n", "run.yaml:2: epochs: unknown key; did you mean train.epochs?"),
+        ("run: {dir: x}\nzzz: 3\n", "run.yaml:2: zzz: unknown key; `pkd config reference` lists the known keys"),
+        (
+            "run: {dir: x}\ntrain:\n  epochs: 3\n  epochs: 4\n",
+            "run.yaml:4: train.epochs stands twice (first on line 3)",
+        ),
+        ("run: {dir: x}\nrun: {dir: y}\n", "run.yaml:2: run stands twice (first on line 1)"),
+        ("run: {dir: x}\ntrain:\n  epochs: true\n", "run.yaml:3: train.epochs: a true/false value is not allowed here"),
+        ("run: {dir: x}\ndistill: {alpha: no}\n", "run.yaml:2: distill.alpha: a true/false value is not allowed here"),
+        (
+            "run: {dir: x}\ntrain: {epochs: 1.5}\n",
+            "run.yaml:2: train.epochs: 1.5 is refused: input should be a valid int",
+        ),
+        ("run: {dir: x}\ndistill: {alpha: .nan}\n", "run.yaml:2: distill.alpha: nan is refused"),
+        (
+            "run: {dir: x}\ndistill: {beta: .inf}\n",
+            "run.yaml:2: distill.beta: inf is refused: input should be a finite",
+        ),
+        (
+            "run: {dir: x}\ncheckpoint: {keep: 1}\n",
+            "run.yaml:2: checkpoint.keep: 1 is refused: input should be greater th",
+        ),
+        (
+            "run: {dir: x}\ncache: {dtype: int8}\n",
+            "cache.dtype: 'int8' is refused: input should be 'float16', 'bfloat16'",
+        ),
+        (
+            "run: {dir: x}\ndistill: {patience: [0]}\n",
+            "distill.patience: [0] is refused: input should be 'skip' or 'last'",
+        ),
+        ("run: {dir: x}\ndistill: {patience: [2, 1]}\n", "must be increasing without repeats, not [2, 1]"),
+        ("run: {dir: x}\nstudent: {layers: []}\n", "run.yaml:2: student.layers is empty; it must name at least one"),
+        ("run: {dir: x}\nstudent: {layers: [-1, 2]}\n", "student.layers.0: -1 is refused"),
+        (
+            "run: {dir: x}\nstudent: {layers: [1], num_layers: 2}\n",
+            "student.num_layers 2 contradicts student.layers [1]",
+        ),
+        ("run: {dir: x}\nstudent: {init: random, layers: [1]}\n", "use student.num_layers"),
+        ("run: {dir: x}\ntask: {name: custom}\n", "task.name custom needs task.text: [column] or [column_a, column_b]"),
+        (
+            "run: {dir: x}\ntask: {label: y}\n",
+            "run.yaml:2: task.label is allowed only with task.name custom; sst2 fixes it",
+        ),
+        ("- run\n", "run.yaml: must hold sections such as `run:` and `task:`, not a list"),
+        ("", "run.yaml: run is missing"),
+        ("run: {dir: x\n", "run.yaml:2: not valid YAML: expected ',' or '}'"),
+        ("run: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML: could not determine a constructor"),
+        (b"run: {dir: \xff}\n", "run.yaml: cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_mistake_is_named_by_file_line_and_key(tmp_path, text, message):
+    assert message in refused(text, tmp_path)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufeffrun: {dir: x}\ntrain: {learning_rate: 1e-4, warmup_ratio: 0}\n")
+    assert isinstance(yaml.safe_load("1e-4"), str), "YAML 1.1 does not take it for a number; the schema must"
+    assert load(path).train.learning_rate == 1e-4
+    assert load(path).train.warmup_ratio == 0.0
+    assert load(path, ["train.learning_rate=2E-05"]).train.learning_rate == 2e-5
+
+
+def test_the_command_line_wins_and_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {dir: x}\nstudent: {layers: [1]}\n")
+    config = load(
+        path, ["student.layers=[0, 2]", "teacher.finetune.epochs=7", "run.dir=a=b", "teacher.finetune.epochs=8"]
+    )
+    assert config.student.layers == [0, 2] and config.run.dir == "a=b"
+    assert config.teacher.finetune and config.teacher.finetune.epochs == 8, "the last one wins"
+    assert load(path, ["student.layers=null"]).student.layers is None
+    for override, message in {
+        "train.epochs": "'train.epochs' is not of the form section.key=value",
+        "=3": "'=3' is not of the form section.key=value",
+        "train.epochs=[": "the value is not valid YAML",
+        "train.epochs=0": "train.epochs: 0 is refused",
+        "train.epoch=1": "train.epoch: unknown key; did you mean train.epochs?",
+        "student.layers.0=1": "student.layers is a value, not a section",
+    }.items():
+        with pytest.raises(UserError, match="^command line: ") as error:
+            load(path, [override])
+        assert message in str(error.value)
+
+
+def test_a_run_is_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        load(None, ["run.dir=x"]).train.epochs = 3
+
+
+def deepspeed(folder, text):
+    (folder / "ds.json").write_text(text)
+    return load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={folder}/ds.json"]), "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "ds.json:1: not valid JSON"),
+        ("[1]", "ds.json: must hold one JSON object, not a list"),
+        ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "bf16 and fp16 are both enabled; one precision"),
+        ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": "auto"}}', "torch_autocast and bf16 are both"),
+        ('{"zero_optimization": {"stage": 4}}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": 1}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3"),
+        *[
+            (
+                json.dumps({key: value}),
+                f"ds.json: {key} conflicts with my.yaml, where {schema.OWNED_BY_YAML[key]} owns it",
+            )
+            for key, value in {
+                "train_batch_size": 32,
+                "train_micro_batch_size_per_gpu": 4,
+                "gradient_accumulation_steps": 2,
+                "gradient_clipping": 0.0,
+                "optimizer": {"type": "Adam"},
+                "scheduler": {"type": "WarmupLR"},
+            }.items()
+        ],
+    ],
+)
+def test_a_deepspeed_json_that_contradicts_the_run(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        deepspeed(tmp_path, text)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_auto_is_allowed_and_left_out(tmp_path):
+    given = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": True},
+    }
+    assert deepspeed(tmp_path, json.dumps(given)) == {"fp16": {"enabled": False}, "bf16": {"enabled": True}}
+    with pytest.raises(UserError, match=r"^my\.yaml: train\.deepspeed: no such file: nowhere\.json$"):
+        load_deepspeed(load(None, ["run.dir=x", "train.deepspeed=nowhere.json"]), "my.yaml")
+
+
+def test_every_key_that_the_yaml_owns_is_a_key_of_the_schema():
+    known = {name for name, _ in schema._fields(Config)}
+    for owners in schema.OWNED_BY_YAML.values():
+        assert set(owners.replace(" and ", ", ").split(", ")) <= known

@@ -1,0 +1,66 @@
+"""metrics.jsonl: append-only, without gaps, doubles or torn lines, whatever killed the writer."""
+
+import json
+
+import pytest
+
+from pkd_dist.telemetry.records import Records, read
+
+
+def lines(*steps):
+    return "".join(json.dumps({"step": step, "loss": step / 4}) + "\n" for step in steps).encode()
+
+
+def test_what_is_written_is_read_back_and_is_on_disk_at_once(tmp_path):
+    path = tmp_path / "new/metrics.jsonl"
+    assert list(read(path)) == []
+    records = Records(path)
+    for step in (1, 2):
+        records.write({"step": step, "loss": 0.1 * step})
+        assert [r["step"] for r in read(path)][-1] == step, "before it is closed"
+    records.close()
+    assert list(read(path)) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"{", b'{"step": 3, "loss": 0.75}'])
+def test_a_torn_last_line_is_cut_and_written_again(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(1, 2) + torn)
+    assert [r["step"] for r in read(path)] == [1, 2], "a reader sees whole lines alone"
+    records = Records(path)
+    records.write({"step": 3, "loss": 0.75})
+    records.close()
+    assert path.read_bytes() == lines(1, 2, 3)
+
+
+def test_a_file_of_one_torn_line_becomes_empty(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1')
+    Records(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_steps_done_again_are_not_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Records(path)
+    for record in ({"step": 1}, {"step": 2}, {"step": 2, "split": "dev"}, {"step": 3}):
+        first.write(record)
+    first.close()
+    before = path.read_bytes()
+    second = Records(path)  # resumed from step 1
+    for record in (
+        {"step": 2},
+        {"step": 2, "split": "dev"},
+        {"step": 3},
+        {"step": 3},
+        {"step": 3, "split": "dev"},
+        {"step": 4},
+    ):
+        second.write(record | {"again": True})
+    second.close()
+    after = path.read_bytes()
+    assert after.startswith(before), "what was there is never touched"
+    assert after[len(before) :].decode().splitlines() == [
+        '{"step": 3, "split": "dev", "again": true}',
+        '{"step": 4, "again": true}',
+    ]
