@@ -98,6 +98,10 @@ def guarded(work: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) 
         if speaks():
             print(f"pkd: {error}", file=sys.stderr, flush=True)
         return error.exit_status
+    except KeyboardInterrupt:
+        if speaks():
+            print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
+        return Preempted.exit_status
     except Exception:
         log.debug("a defect of pkd_dist", exc_info=True)
         raise

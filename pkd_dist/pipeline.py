@@ -37,7 +37,6 @@ from pkd_dist.export import card, hf
 from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_json
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.lean import used_vocabulary
-from pkd_dist.preemption import StopFlag
 from pkd_dist.ranks import discover
 from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
 from pkd_dist.teacher import cache
@@ -169,11 +168,10 @@ class Pipeline:
                 log.info("metrics: http://%s:%d/metrics", self.config.metrics.host, server[1])
         self._load_speed_settings()
         try:
-            with StopFlag() as self.stop:
-                for stage in self.stages():
-                    self._run_stage(stage, stage.name in stages)
-                    if stage.name == stages[-1]:
-                        break
+            for stage in self.stages():
+                self._run_stage(stage, stage.name in stages)
+                if stage.name == stages[-1]:
+                    break
         finally:
             if server:
                 server[0].shutdown()
@@ -507,7 +505,7 @@ class Pipeline:
         if not self.world.on_main(folder.exists):
             progress = finetune(
                 self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self._used_vocabulary, self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry, self.stop,
+                self._used_vocabulary, self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry,
             )  # fmt: skip
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
 
@@ -700,7 +698,7 @@ class Pipeline:
             records=self.dir / "metrics.jsonl",
             fingerprint=digest_of(self.inputs),
         )
-        progress = Trainer(job, self.world, self.telemetry, self.stop).run()
+        progress = Trainer(job, self.world, self.telemetry).run()
         assert progress.best_file is not None
         best = self._dirs["checkpoints"] / progress.best_file
         return {

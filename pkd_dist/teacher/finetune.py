@@ -17,7 +17,6 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.files import remove
 from pkd_dist.model.encoder import Encoder, load_model
-from pkd_dist.preemption import StopFlag
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.engine import Engine
@@ -43,7 +42,6 @@ def finetune(
     fingerprint: str,
     world: World,
     telemetry: Telemetry,
-    stop: StopFlag,
 ) -> Progress:
     """Trains `base` on the gold labels and writes its best epoch to `output`, a Hugging Face folder; collective.
 
@@ -84,7 +82,7 @@ def finetune(
         records=output.with_name(f"{output.name}_metrics.jsonl"),
         fingerprint=fingerprint,
     )
-    progress = Trainer(job, world, telemetry, stop).run()
+    progress = Trainer(job, world, telemetry).run()
 
     def write() -> None:
         assert progress.best_file is not None

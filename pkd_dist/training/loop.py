@@ -99,8 +99,8 @@ class Progress:
 class Trainer:
     """Runs one `Job` to its end, from wherever its newest checkpoint stands."""
 
-    def __init__(self, job: Job, world: World, telemetry: Telemetry, stop: StopFlag):
-        self.job, self.world, self.telemetry, self.stop = job, world, telemetry, stop
+    def __init__(self, job: Job, world: World, telemetry: Telemetry):
+        self.job, self.world, self.telemetry, self.stop = job, world, telemetry, StopFlag()
         self.batches = TrainingBatches(
             job.train, job.batch_size, job.micro_batch_size, job.seed, world.rank, world.size, job.pad_id
         )
@@ -141,7 +141,8 @@ class Trainer:
         job, progress = self.job, self.progress
         self._count_on()
         epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
-        with Bar(f"{job.name}, {epochs_shown}", self.total_steps, progress.step, self.telemetry.show) as bar:
+        bar = Bar(f"{job.name}, {epochs_shown}", self.total_steps, progress.step, self.telemetry.show)
+        with self.stop, bar:
             while progress.step < self.total_steps:
                 epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
                 order = self.batches.order(epoch)

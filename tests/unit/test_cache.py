@@ -1,0 +1,259 @@
+"""The teacher's cache: rows by example id, in every storage type, resumable, and never another teacher's."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from pkd_dist.data.batches import collate
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.errors import UserError
+from pkd_dist.ranks import Ranks
+from pkd_dist.teacher import cache
+from pkd_dist.teacher.build import LiveTeacher, build
+from pkd_dist.teacher.cache import CacheReader, Fingerprint, map_tensors, shard_name
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.metrics import RunMetrics
+
+EXAMPLES, LAYERS, SHARD_ROWS = 53, (1, 2), 20
+FINGERPRINT = Fingerprint("a teacher", "a tokenizer", "some tokens", 32, LAYERS, "float32", "float32", "cls")
+
+
+@pytest.fixture(scope="module")
+def world():
+    one = World(Ranks(0, 0, 1, 1, "python"), 60)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(3)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 20, size=EXAMPLES))])
+    ids = rng.permutation(
+        rng.integers(-(2**63), 2**63 - 1, size=EXAMPLES)
+    )  # as hashes are: of either sign, in no order
+    words = rng.integers(1, 60, size=offsets[-1]).astype(np.int32)
+    return TokenSet(words, None, offsets, ids, rng.integers(3, size=EXAMPLES), "", "", 0)
+
+
+def fill(folder, tokens, world, model, dtype="float32", states="cls", make=None, fingerprint=FINGERPRINT):
+    """Builds a cache; returns the fingerprint, the rows computed, and the metrics."""
+    fingerprint = dataclasses.replace(fingerprint, dtype=dtype, states=states)
+
+    def teacher():
+        return LiveTeacher(model, LAYERS, "float32", dtype, states == "tokens", world.device)
+
+    telemetry = Telemetry(RunMetrics(), False)
+    built = build(folder, fingerprint, tokens, make or teacher, 0, SHARD_ROWS, world, telemetry)
+    return fingerprint, built, telemetry.metrics.registry
+
+
+@torch.no_grad()
+def one_by_one(model, tokens, row):
+    """Logits and all hidden states of one example, from the plain model, without padding."""
+    start, stop = tokens.offsets_N1[row : row + 2]
+    ids = torch.from_numpy(tokens.input_ids_T[start:stop].astype(np.int64))[None].to(model.device)
+    out = model(ids, output_hidden_states=True)
+    return out.logits[0].cpu(), torch.stack([out.hidden_states[layer][0] for layer in LAYERS], dim=1).cpu()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tokens, world, model):
+    """A whole cache of `FINGERPRINT`; read-only."""
+    folder = tmp_path_factory.mktemp("cache")
+    assert fill(folder, tokens, world, model)[1] == EXAMPLES
+    return folder
+
+
+@pytest.fixture
+def mine(built, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(built, tmp_path / "cache")
+
+
+def never():
+    raise AssertionError("the teacher must not be loaded")
+
+
+def test_rows_are_found_by_id_in_any_order(built, tokens, model):
+    reader = CacheReader(built, FINGERPRINT)
+    assert reader.rows == EXAMPLES
+    rows = np.random.default_rng(1).permutation(EXAMPLES)
+    logits, states = reader.rows_of(tokens.ids_N[rows], 24)
+    assert logits.shape == (EXAMPLES, 3) and states.shape == (EXAMPLES, 2, 16)
+    for i, row in enumerate(rows):
+        wanted_logits, wanted_states = one_by_one(model, tokens, row)
+        torch.testing.assert_close(logits[i], wanted_logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[i], wanted_states[0], rtol=0, atol=1e-5)
+    twice = np.array([rows[3], rows[0], rows[3]])
+    assert torch.equal(reader.rows_of(tokens.ids_N[twice], 24)[0], logits[[3, 0, 3]])
+
+
+def test_states_of_every_token(tmp_path, tokens, world, model):
+    fingerprint, _, _ = fill(tmp_path, tokens, world, model, states="tokens")
+    rows = np.array([7, 50, 0, 23, 8])
+    _, states = CacheReader(tmp_path, fingerprint).rows_of(tokens.ids_N[rows], 24)
+    assert states.shape == (5, 24, 2, 16)
+    for i, row in enumerate(rows):
+        length = int(tokens.lengths_N[row])
+        torch.testing.assert_close(states[i, :length], one_by_one(model, tokens, row)[1], rtol=0, atol=1e-5)
+        assert not states[i, length:].any(), "padding is 0"
+
+
+@pytest.mark.parametrize("states", ["cls", "tokens"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_storage_is_the_rounded_value_and_half_the_size(tmp_path, tokens, world, model, dtype, states):
+    whole, _, _ = fill(tmp_path / "whole", tokens, world, model, "float32", states)
+    half, _, registry = fill(tmp_path / "half", tokens, world, model, dtype, states)
+    assert registry.get_sample_value("pkd_cache_rows_total") == EXAMPLES
+    assert registry.get_sample_value("pkd_cache_rows_expected") == EXAMPLES
+    wanted = CacheReader(tmp_path / "whole", whole).rows_of(tokens.ids_N, 24)
+    got = CacheReader(tmp_path / "half", half).rows_of(tokens.ids_N, 24)
+    for mine, full in zip(got, wanted, strict=True):
+        assert mine.dtype == getattr(torch, dtype) and full.dtype == torch.float32
+        assert torch.equal(mine, full.to(mine.dtype))
+    stored, full = (map_tensors(tmp_path / name / shard_name(0))[0]["states"].nbytes for name in ("half", "whole"))
+    assert 2 * stored == full
+
+
+def test_the_cache_equals_the_live_teacher_bit_for_bit(tmp_path, tokens, world, model):
+    """Of the same batch, at the precision of a CPU run."""
+    fingerprint, _, _ = fill(tmp_path, tokens, world, model, "bfloat16")
+    by_id = np.argsort(tokens.ids_N)[:SHARD_ROWS]  # the first shard, which is one batch of the build
+    order = by_id[np.argsort(-tokens.lengths_N[by_id], kind="stable")]
+    teacher = LiveTeacher(model, LAYERS, "float32", "bfloat16", False, world.device)
+    live = teacher(collate(tokens, order, np.ones(SHARD_ROWS), 0).to(world.device).inputs)
+    for mine, theirs in zip(CacheReader(tmp_path, fingerprint).rows_of(tokens.ids_N[order], 24), live, strict=True):
+        assert torch.equal(mine, theirs.cpu())
+
+
+def test_an_interrupted_build_goes_on_with_the_missing_shards(mine, tokens, world, model):
+    before = {p.name: p.read_bytes() for p in mine.iterdir()}
+    assert sorted(before) == ["manifest.json", *map(shard_name, range(3))]
+    assert fill(mine, tokens, world, model, make=never)[1] == 0, "whole: the teacher is not even loaded"
+    (mine / "manifest.json").unlink()  # killed before the commit
+    with pytest.raises(UserError, match="holds no complete teacher cache; run the stage `cache` first"):
+        CacheReader(mine, FINGERPRINT)
+    (mine / shard_name(1)).unlink()
+    kept = (mine / shard_name(0)).stat().st_mtime_ns
+    assert fill(mine, tokens, world, model)[1] == SHARD_ROWS
+    assert {p.name: p.read_bytes() for p in mine.iterdir()} == before
+    (mine / shard_name(2)).unlink()  # lost after the commit
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors: the shard is missing; remove"):
+        CacheReader(mine, FINGERPRINT)
+    assert fill(mine, tokens, world, model)[1] == EXAMPLES - 2 * SHARD_ROWS
+    assert {p.name: p.read_bytes() for p in mine.iterdir()} == before
+    assert (mine / shard_name(0)).stat().st_mtime_ns == kept
+
+
+def test_shards_of_another_teacher_are_not_taken_over(mine, tokens, world, model):
+    other = dataclasses.replace(FINGERPRINT, teacher="another")
+    with pytest.raises(UserError, match="does not fit"):
+        fill(mine, tokens, world, model, make=never, fingerprint=other)
+    (mine / "manifest.json").unlink()
+    assert fill(mine, tokens, world, model, fingerprint=other)[1] == EXAMPLES
+    assert CacheReader(mine, other).rows == EXAMPLES
+
+
+@pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(Fingerprint)])
+def test_a_cache_that_differs_says_in_what(built, part):
+    value = {"max_length": 64, "layers": (1,)}.get(part, "other")
+    with pytest.raises(UserError) as error:
+        CacheReader(built, dataclasses.replace(FINGERPRINT, **{part: value}))
+    assert f"it differs in {part} (" in str(error.value) and ";" not in str(error.value).split("; use another")[0]
+
+
+def test_an_unknown_example_is_refused(built, tokens):
+    reader = CacheReader(built, FINGERPRINT)
+    known = np.sort(tokens.ids_N)
+    for stranger in (-(2**63), known[0] - 1, known[30] + 1, known[-1] + 1, 2**63 - 1):
+        with pytest.raises(UserError, match="lacks an example of this data set"):
+            reader.rows_of(np.array([known[5], stranger], dtype=np.int64), 24)
+
+
+@pytest.mark.parametrize("damage", ["altered", "short"])
+def test_a_damaged_shard_is_named(mine, tokens, world, model, damage):
+    path = mine / shard_name(1)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+    message = rf"shard-00001\.safetensors: the shard.*{'bytes, the manifest says' if damage == 'short' else 'checksum'}"
+    with pytest.raises(UserError, match=message):
+        CacheReader(mine, FINGERPRINT)
+    with pytest.raises(UserError, match=message):
+        fill(mine, tokens, world, model, make=never)
+    if damage == "altered":  # a rank verifies its own share; another one's is not read
+        CacheReader(mine, FINGERPRINT, checksums=[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": 2}', "has format version 2, expected 1; remove the folder"),
+        ('{"format_version', "cannot be read"),
+        ("{}", "cannot be read"),
+        ("[]", "cannot be read"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        CacheReader(tmp_path, FINGERPRINT)
+
+
+def test_answers_that_do_not_fit_the_storage_are_refused(tmp_path, tokens, world, model):
+    weight = model.classifier.weight
+    with torch.no_grad():
+        before = weight.clone()
+        weight *= 1e9
+    try:
+        with pytest.raises(UserError, match=r"not finite at this precision; set cache\.precision and cache\.dtype"):
+            fill(tmp_path, tokens, world, model, "float16")
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert not list(tmp_path.iterdir()), "nothing half-written stays"
+
+
+def resident():
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_reading_does_not_load_the_file(tmp_path):
+    rows = 4096
+    states = torch.zeros(rows, 4, 2048)
+    states[:, 0, 0] = torch.arange(rows)
+    tensors = {"ids": 3 * torch.arange(rows), "logits": torch.zeros(rows, 2), "states": states}
+    save_file(tensors, tmp_path / shard_name(0))
+    size = (tmp_path / shard_name(0)).stat().st_size
+    assert size > 1 << 27
+    entry = {"file": shard_name(0), "rows": rows, "bytes": size, "sha256": "", "first_id": 0, "last_id": 3 * rows - 3}
+    manifest = {"format_version": 1, "fingerprint": FINGERPRINT.as_json(), "rows": rows, "shards": [entry]}
+    (tmp_path / cache.MANIFEST).write_text(json.dumps(manifest))
+    del tensors, states
+    before = resident()
+    reader = CacheReader(tmp_path, FINGERPRINT, checksums=[])
+    arrays, _ = reader._shards[0]
+    assert all(isinstance(array, np.memmap) for array in arrays.values())
+    wanted = np.array([4000, 1, 2222, 17])
+    _, found = reader.rows_of(3 * wanted, 1)
+    assert found[:, 0, 0].tolist() == wanted.tolist()
+    assert resident() - before < size // 8

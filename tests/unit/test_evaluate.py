@@ -1,0 +1,172 @@
+"""Scoring: the metrics against scikit-learn and scipy, and each of n examples exactly once."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
+from torch import nn
+
+from pkd_dist.data.tasks import GLUE, Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.dist import World
+from pkd_dist.evaluate import agreement, evaluating, interval, predict, score, speed
+from pkd_dist.ranks import Ranks
+
+EXAMPLES, PAD = 37, 0
+
+
+@pytest.fixture(scope="module")
+def world():
+    one = World(Ranks(0, 0, 1, 1, "python"), 60)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(3)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 30, size=EXAMPLES))])
+    words = rng.integers(1, 60, size=offsets[-1]).astype(np.int32)
+    return TokenSet(words, None, offsets, np.arange(EXAMPLES), rng.integers(2, size=EXAMPLES), "", "", 0)
+
+
+def classes(count, seed=0, n=200):
+    """Logits that are right more often than not, and labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(count, size=n, p=np.arange(1, count + 1) / np.arange(1, count + 1).sum())
+    return rng.normal(size=(n, count)).astype(np.float32) + 1.5 * np.eye(count, dtype=np.float32)[labels], labels
+
+
+@pytest.mark.parametrize(("count", "average"), [(2, "binary"), (3, "macro"), (5, "macro")])
+def test_classification_equals_scikit_learn(count, average):
+    logits, labels = classes(count)
+    predicted = logits.argmax(axis=1)
+    task = Task("custom", ("a",), "y", metric="mcc")
+    found = score(logits, labels, task)
+    assert found == pytest.approx(
+        {
+            "accuracy": accuracy_score(labels, predicted),
+            "MCC": matthews_corrcoef(labels, predicted),
+            "precision": precision_score(labels, predicted, average=average),
+            "recall": recall_score(labels, predicted, average=average),
+            "f_1": f1_score(labels, predicted, average=average),
+            "main_metric": matthews_corrcoef(labels, predicted),
+        },
+        abs=1e-12,
+    )
+    assert all(type(value) is float for value in found.values()), "JSON can hold them"
+
+
+def test_binary_metrics_by_hand():
+    labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+    logits = np.eye(2)[[1, 1, 1, 0, 1, 0, 0, 0, 0, 0]]  # 3 true positives, 1 false negative, 1 false positive
+    found = score(logits, labels, GLUE["sst2"])
+    assert (found["accuracy"], found["main_metric"]) == (0.8, 0.8)
+    assert (found["precision"], found["recall"], found["f_1"]) == (0.75, 0.75, 0.75)
+    assert found["MCC"] == pytest.approx((3 * 5 - 1 * 1) / np.sqrt(4 * 4 * 6 * 6))
+
+
+def test_the_main_metric_is_the_tasks():
+    logits, labels = classes(2)
+    for metric, key in {"accuracy": "accuracy", "mcc": "MCC", "f1": "f_1"}.items():
+        found = score(logits, labels, Task("custom", ("a",), "y", metric=metric))
+        assert found["main_metric"] == found[key]
+
+
+def test_one_predicted_class_counts_as_nothing_learned(recwarn):
+    found = score(np.tile([1.0, 0.0], (10, 1)), np.array([0] * 5 + [1] * 5), GLUE["sst2"])
+    assert found == {"accuracy": 0.5, "MCC": 0, "precision": 0, "recall": 0, "f_1": 0, "main_metric": 0.5}
+    assert not recwarn.list
+
+
+def test_regression_equals_scipy():
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(0, 5, size=50).astype(np.float32)
+    predicted = (labels + rng.normal(size=50)).astype(np.float32)[:, None]
+    found = score(predicted, labels, GLUE["stsb"])
+    pearson, spearman = pearsonr(predicted[:, 0], labels).statistic, spearmanr(predicted[:, 0], labels).statistic
+    assert found == pytest.approx(
+        {
+            "pearson": pearson,
+            "spearman": spearman,
+            "pearson_spearman": (pearson + spearman) / 2,
+            "main_metric": (pearson + spearman) / 2,
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_correlation_that_is_not_defined_is_0(n, recwarn):
+    found = score(np.full((n, 1), 2.0), np.arange(n, dtype=np.float32), GLUE["stsb"])
+    assert set(found.values()) == {0.0}
+    assert not recwarn.list
+
+
+def forward(inputs):
+    """Logits that tell an example's tokens, whatever stands beside it in the batch."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert not ids[mask == 0].any(), "padding is the pad token"
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return torch.stack([(ids * mask).sum(1), (ids * mask * place).sum(1), mask.sum(1)], dim=1).float()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 36, 37, 1000])
+def test_each_example_once_in_its_place(tokens, world, batch_size):
+    done = []
+    found = predict(forward, tokens, world, batch_size, PAD, done.append)
+    assert found.shape == (EXAMPLES, 3) and found.dtype == np.float32
+    for i in range(EXAMPLES):
+        ids = tokens.input_ids_T[tokens.offsets_N1[i] : tokens.offsets_N1[i + 1]].astype(int)
+        assert found[i].tolist() == [ids.sum(), (ids * np.arange(1, len(ids) + 1)).sum(), len(ids)], i
+    assert sum(done) == EXAMPLES and max(done) <= batch_size
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_put_back(training):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train(training)
+    with evaluating(module):
+        assert not module.training and not module[1].training
+        assert not module(torch.ones(1, 2)).requires_grad
+    assert module.training == module[1].training == training
+    with pytest.raises(RuntimeError, match="in the middle"), evaluating(module):
+        raise RuntimeError("in the middle")
+    assert module.training == module[1].training == training
+    assert module(torch.ones(1, 2)).requires_grad
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (41, 50), (872, 1000), (1, 1)])
+def test_wilsons_interval(right, n):
+    wanted = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert interval(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_agreement():
+    first, second = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 1, 1, 2]] * 5
+    assert agreement(first, second) == 0.75
+    line = np.arange(5.0)[:, None]
+    assert agreement(line, 3 - 2 * line) == pytest.approx(-1)
+
+
+def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
+    seen = []
+
+    def model(name):
+        def run(inputs):
+            seen.append((name, tuple(inputs["input_ids"].flatten().tolist())))
+            return forward(inputs)
+
+        return run
+
+    names = ("teacher", "student", "third")
+    found = speed({name: model(name) for name in names}, tokens, torch.device("cpu"), 8, 10, PAD, repeats=2)
+    assert list(found) == list(names)
+    for figures in found.values():
+        assert figures.keys() == {"latency_ms_p50", "latency_ms_p99", "reasoningTime"}
+        assert 0 < figures["latency_ms_p50"] <= figures["latency_ms_p99"] and figures["reasoningTime"] > 0
+    batches = -(-EXAMPLES // 8)
+    timed = seen[-3 * (10 + 2 * batches) :]
+    assert len(seen) == len(timed) + 3 * 6, "warm-up: 5 sentences and a batch of each"
+    assert [name for name, _ in timed] == list(names) * (10 + 2 * batches), "in turn"
+    assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
