@@ -144,7 +144,11 @@ def find(
     def choose() -> tuple[Path, dict[str, Any]] | None:
         damaged: list[str] = []
         for path in reversed(committed(folder)):
-            marker = json.loads((path / COMMIT).read_text())
+            try:
+                marker = json.loads((path / COMMIT).read_text())
+            except ValueError:
+                damaged.append(f"{path / COMMIT} cannot be read")
+                continue
             if marker["fingerprint"] != fingerprint:
                 raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
             if marker["world_size"] != world.size:

@@ -10,6 +10,7 @@ key, the nearest known one.
 
 from __future__ import annotations
 
+import collections
 import difflib
 import json
 import types
@@ -42,13 +43,17 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans_as_numbers(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, bool) and bool not in _leaf_types(cls.model_fields[info.field_name].annotation):
+        booleans = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
+        if booleans and bool not in _leaf_types(cls.model_fields[info.field_name].annotation):
             raise ValueError("a true/false value is not allowed here")
         return value
 
 
 class Run(Section):
-    dir: str = Field(description="Run folder: everything a run writes goes here. Must be writable; created if missing.")
+    dir: str = Field(
+        min_length=1,
+        description="Run folder: everything a run writes goes here. Must be writable; created if missing.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(42, description="Seed of shuffling, initialisation, dropout.")
     timeout_seconds: Positive = Field(600, description="How long a rank waits for the others before it gives up, s.")
 
@@ -276,6 +281,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         key, value = _parse_override(override)
         _set(data, key, value, override)
         from_command_line.add(".".join(key))
+    data = {section: value for section, value in data.items() if value is not None}  # `train:` alone: its defaults
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -414,6 +420,14 @@ OWNED_BY_YAML = {
 }
 """Keys of a DeepSpeed JSON that belong to the run's YAML; there they may stand only as "auto"."""
 
+DEEPSPEED_KEYS = (
+    *OWNED_BY_YAML, "zero_optimization", "torch_autocast", "bf16", "fp16", "communication_data_type", "data_types",
+    "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "zero_allow_untested_optimizer",
+    "activation_checkpointing", "compile", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "tensorboard", "wandb", "csv_monitor", "checkpoint",
+)  # fmt: skip
+"""Top-level keys that a DeepSpeed JSON may hold; a misspelt one would be ignored by DeepSpeed without a word."""
+
 PRECISIONS = ("torch_autocast", "bf16", "fp16")
 
 
@@ -435,8 +449,15 @@ def load_deepspeed(config: Config, config_file: str | Path | None = None) -> dic
     """
     path = project_path(config.train.deepspeed)
     yaml_name = str(config_file) if config_file else "the run's YAML"
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
+            raise UserError(f"{path}: {repeated[0]} stands twice; keep one")
+        return dict(pairs)
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
     except FileNotFoundError:
         raise UserError(f"{yaml_name}: train.deepspeed: no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -450,16 +471,28 @@ def load_deepspeed(config: Config, config_file: str | Path | None = None) -> dic
             raise UserError(
                 f'{path}: {key} conflicts with {yaml_name}, where {owner} owns it; remove it from the JSON or set it to "auto"'
             )
-    on = [name for name in PRECISIONS if isinstance(data.get(name), dict) and data[name].get("enabled")]
+    for key in data:
+        if key not in DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
+            raise UserError(f"{path}: {key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+    for key in (*PRECISIONS, "zero_optimization"):
+        if not isinstance(data.get(key, {}), dict):
+            example = '{"stage": 1}' if key == "zero_optimization" else '{"enabled": true}'
+            raise UserError(f"{path}: {key} must be an object such as {example}")
+    for key in PRECISIONS:
+        enabled = data.get(key, {}).get("enabled", False)
+        if not isinstance(enabled, bool) and (key, enabled) != ("torch_autocast", "auto"):
+            also = ', or "auto"' if key == "torch_autocast" else ""
+            raise UserError(f"{path}: {key}.enabled: {enabled!r} is refused; allowed: true, false{also}")
+    dtype = data.get("torch_autocast", {}).get("dtype", "auto")
+    if dtype not in ("auto", "bfloat16", "float16"):
+        raise UserError(f"{path}: torch_autocast.dtype: {dtype!r} is refused; allowed: auto, bfloat16, float16")
+    on = [name for name in PRECISIONS if data.get(name, {}).get("enabled")]
     if len(on) > 1:
         raise UserError(f"{path}: {' and '.join(on)} are both enabled; one precision is allowed")
-    stage = (
-        data.get("zero_optimization", {}).get("stage", 0)
-        if isinstance(data.get("zero_optimization", {}), dict)
-        else None
-    )
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    stage = data.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     return data
 
 

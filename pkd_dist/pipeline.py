@@ -62,6 +62,7 @@ class Stage:
         run: does the work on all ranks and returns what the marker remembers (rank 0's counts).
         made: files and folders it makes, moved aside when it must run again.
         leftovers: what it needs only until it is done.
+        completes: where a part of its outcome is gone, it keeps the rest and makes that part again.
         missing: -> why its outcome cannot be used as it stands; None where it can. May raise a UserError.
     """
 
@@ -71,6 +72,7 @@ class Stage:
     made: tuple[Path, ...]
     missing: Callable[[dict[str, Any]], str | None]
     leftovers: tuple[Path, ...] = ()
+    completes: bool = False
 
 
 class Pipeline:
@@ -111,6 +113,11 @@ class Pipeline:
                     "teacher.finetune to fine-tune it here, or a fine-tuned folder"
                 )
             self._check_given_classes()
+        longest = encoder.longest_input(self.base_config)
+        if longest and config.task.max_length > longest:
+            raise UserError(
+                f"task.max_length: {config.task.max_length} is more than {config.teacher.model} can read; give at most {longest}"
+            )
         depth = encoder.num_layers(self.base_config)
         chosen = layers.copied_layers(config.student.layers, depth)
         if config.student.init in ("first_k", "random"):
@@ -194,6 +201,11 @@ class Pipeline:
                 raise UserError(
                     f"run.dir: {self.dir} is not writable ({error.strerror}); choose another run.dir"
                 ) from None
+            for key, folder in (("evaluate.result_dir", self._result_file.parent), ("cache.dir", self._cache_folder)):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise UserError(f"{key}: {folder} cannot be made ({error.strerror}); choose another") from None
             resolved = self.config.model_dump(mode="json")
             resolved["resolved"] = self._environment()
             dump = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
@@ -235,16 +247,12 @@ class Pipeline:
             return
         if not selected:
             raise UserError(f"the stage {stage.name} is needed first, but {why}; add it to --stages")
-        log.info(
-            "%s: %s",
-            stage.name,
-            {"new": "runs", "started": "goes on", "stale": "runs again, because"}[state]
-            + (f" {why}" if state == "stale" else ""),
-        )
+        words = {"new": "runs", "started": "goes on"}.get(state, f"runs again, because {why}")
+        log.info("%s: %s", stage.name, words)
         inputs = self.world.on_main(stage.inputs)
 
         def begin() -> None:
-            if state != "started":
+            if state in ("new", "stale") or (state == "broken" and not stage.completes):
                 self._set_aside(stage)
             write_json(marker, {"done": False, "inputs": inputs})
 
@@ -266,11 +274,14 @@ class Pipeline:
         log.info("%s: done in %.1f s", stage.name, seconds[0])
 
     def _state(self, stage: Stage) -> tuple[str, str]:
-        """(new | started | stale | done, in words)."""
+        """(new | started | stale: other inputs | broken: its outcome is not there any more | done, in words)."""
         path = self.dir / "stages" / f"{stage.name}.json"
         if not path.exists():
             return "new", "it has not run yet"
-        marker = json.loads(path.read_text())
+        try:
+            marker = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: cannot be read; remove it to have the stage {stage.name} run again") from None
         inputs = json.loads(json.dumps(stage.inputs()))
         changed = [k for k in inputs if inputs[k] != marker["inputs"].get(k)]
         if changed:
@@ -279,7 +290,7 @@ class Pipeline:
         if not marker["done"]:
             return "started", "it was interrupted"
         missing = stage.missing(marker["outputs"])
-        return ("stale", missing) if missing else ("done", "")
+        return ("broken", missing) if missing else ("done", "")
 
     def _set_aside(self, stage: Stage) -> None:
         there = [path for path in stage.made if path.exists()]
@@ -330,7 +341,7 @@ class Pipeline:
                 self._teacher_missing,
                 (run / "teacher_checkpoints",),
             ),
-            Stage("cache", self._cache_inputs, self._cache, (run / "cache",), self._cache_missing),
+            Stage("cache", self._cache_inputs, self._cache, (run / "cache",), self._cache_missing, completes=True),
             Stage("init", self._init_inputs, self._init, (d["init"],), self._init_missing),
             Stage(
                 "distill",
@@ -439,10 +450,8 @@ class Pipeline:
         )
 
     def _data_missing(self, outputs: dict[str, Any]) -> str | None:
-        return next(
-            (problem for split in ("train", "dev") if (problem := _absent(self._dirs["data"] / split / "meta.json"))),
-            None,
-        )
+        folders = [self._dirs["data"] / split for split in ("train", "dev")]
+        return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
 
     def _tokens(self, split: str) -> TokenSet:
         return tokens.open_tokens(self._dirs["data"] / split)
@@ -499,6 +508,7 @@ class Pipeline:
 
     def _teacher(self) -> dict[str, Any]:
         if self.config.teacher.finetune is None:
+            self.world.on_main(lambda: encoder.load_model(self.base) and None)  # refused here, if it cannot be loaded
             return {"weights": self._base_digest, "folder": self.base}
         folder = self.dir / "teacher"
         best: dict[str, Any] = {}

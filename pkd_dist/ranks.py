@@ -38,13 +38,18 @@ def discover(environ: dict[str, str] | None = None) -> Ranks:
         local = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
         return Ranks(int(env["RANK"]), int(env["LOCAL_RANK"]), world, local, "deepspeed or torchrun")
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        local = int(
-            env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0].split(",")[0]
-        )
+        counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")))
+        local = counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
         return Ranks(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]), local, "srun")
     if any(name in env for name in _MPI_VARIABLES):
         return _discover_mpi()
     return Ranks(0, 0, 1, 1, "python")
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's `2(x2),1` -> [2, 2, 1]."""
+    parts = (part.rstrip(")").partition("(x") for part in text.split(","))
+    return [int(count) for count, _, times in parts for _ in range(int(times or 1))]
 
 
 def _discover_mpi() -> Ranks:

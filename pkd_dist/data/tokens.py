@@ -90,11 +90,8 @@ def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> Tok
         arrays["type_ids"] = np.concatenate(types)
     for name, array in arrays.items():
         write_atomically(folder / f"{name}.npy", partial(_save, array=array))
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
     meta = {
-        "digest": digest.hexdigest()[:16],
+        "digest": _digest(arrays),
         "input_digest": _input_digest(arrays),
         "truncated": truncated,
         "examples": len(split),
@@ -106,6 +103,14 @@ def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> Tok
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()[:16]
 
 
 def _input_digest(arrays: dict[str, np.ndarray]) -> str:
@@ -120,14 +125,28 @@ def _input_digest(arrays: dict[str, np.ndarray]) -> str:
     return f"{total % (1 << 128):032x}"[:16]
 
 
-def open_tokens(folder: Path) -> TokenSet:
-    """Opens a token set by memory map: its memory use does not grow with the number of examples."""
-    meta = json.loads((folder / "meta.json").read_text())
-    arrays = {
+def _map(folder: Path) -> dict[str, np.ndarray]:
+    return {
         name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in ("input_ids", "type_ids", "offsets", "ids", "labels")
         if (folder / f"{name}.npy").exists()
     }
+
+
+def problem(folder: Path) -> str | None:
+    """Why a token set cannot be used, in words; None where it is what was written."""
+    if not (folder / "meta.json").is_file():
+        return f"{folder / 'meta.json'} is missing"
+    try:
+        intact = json.loads((folder / "meta.json").read_text())["digest"] == _digest(_map(folder))
+    except (ValueError, OSError, EOFError):
+        intact = False
+    return None if intact else f"{folder} was altered"
+
+
+def open_tokens(folder: Path) -> TokenSet:
+    """Opens a token set by memory map: its memory use does not grow with the number of examples."""
+    meta, arrays = json.loads((folder / "meta.json").read_text()), _map(folder)
     return TokenSet(
         arrays["input_ids"],
         arrays.get("type_ids"),

@@ -208,6 +208,15 @@ def num_layers(config: Any) -> int:
     return int(config.num_hidden_layers)
 
 
+def longest_input(config: Any) -> int | None:
+    """Tokens that a model has positions for; None where its configuration does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return positions - offset
+
+
 def weights_digest(folder: str) -> str:
     """Identity of a model: its configuration's shape and its weights' bytes."""
     path = Path(folder)
@@ -229,5 +238,9 @@ def weights_digest(folder: str) -> str:
 
 
 def tokenizer_digest(folder: str) -> str:
+    """Identity of a tokenizer: of its tokenizer.json, which says all, else of the files it is made from."""
     path = Path(folder)
-    return folder_digest(path, list(TOKENIZER_FILES)) if path.is_dir() else digest_of(folder)
+    if not path.is_dir():
+        return digest_of(folder)
+    whole = (path / "tokenizer.json").is_file()
+    return folder_digest(path, ["tokenizer.json"] if whole else list(TOKENIZER_FILES))

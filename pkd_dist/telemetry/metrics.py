@@ -69,7 +69,8 @@ class RunMetrics:
         Returns:
             The server and its port; None where no port could be had (the run goes on).
         """
-        for candidate in range(port, min(port + _PORTS_TRIED, 65536)) if port else [0]:
+        candidates = range(port, min(port + _PORTS_TRIED, 65536)) if port else range(1)
+        for candidate in candidates:
             try:
                 server, _ = start_http_server(candidate, addr=host, registry=self.registry)
             except OSError as error:
@@ -83,5 +84,5 @@ class RunMetrics:
             if port and chosen != port:
                 log.info("metrics: port %d is in use; serving on %d instead", port, chosen)
             return server, chosen
-        log.warning("metrics: ports %d to %d are all in use; going on without them", port, port + _PORTS_TRIED - 1)
+        log.warning("metrics: ports %d to %d are all in use; going on without them", port, candidates[-1])
         return None

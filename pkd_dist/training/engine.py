@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pkd_dist.dist import World
-from pkd_dist.errors import DivergedError
+from pkd_dist.errors import DivergedError, UserError
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,17 @@ class Engine:
         )
         self._factor = linear_warmup(plan.total_steps, plan.warmup_ratio)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
-        with _quiet():
-            self._engine, *_ = ds.initialize(
-                model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
-            )
+        try:
+            with _quiet():
+                self._engine, *_ = ds.initialize(
+                    model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+                )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"train.deepspeed: DeepSpeed refuses the JSON's {error.title}: {key}: {first['msg']}"
+            ) from None
         self.module = module
 
     def train(self, mode: bool = True) -> None:

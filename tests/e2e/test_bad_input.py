@@ -82,6 +82,11 @@ CONFIGURATION = {
         r"task\.data: {at}/own has no split 'dev'; expected one of dev\.tsv, dev\.csv",
     ),
     "layers out of range": ({}, ["student.layers=[1,4]"], r"student\.layers: layer 4 is out of range; .* 0 to 3"),
+    "longer than the teacher reads": (
+        {},
+        ["task.max_length=65"],
+        r"task\.max_length: 65 is more than .* can read; give at most 64",
+    ),
     "patience": (
         {},
         ["distill.patience=[1,2]"],
@@ -220,31 +225,23 @@ def test_a_teacher_that_cannot_be_used(settings, body, tmp_path, case):
 # ------------------------------------------------------------------------------------------- what must go on
 
 
-def test_glues_quirks_load_whole(settings, tmp_path):
+def test_glues_quirks_and_a_metrics_port_in_use_stop_nothing(settings, tmp_path):
     rows = ['"half a quote\t1', 'say "yes" twice\t0', "it's \"\t1", "plain\t0", '"\t1']
-    put(
-        tmp_path,
-        {"own/train.tsv": "\ufeff" + "\r\n".join(["sentence\tlabel", *rows]) + "\r\n", "own/dev.tsv": GOOD_DEV},
-    )
-    config = write_config(settings, tmp_path)
-    done = launch("--config", config, f"task.data={tmp_path}/own", "--stages", "data")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "own/train.tsv: 5 examples" in done.stdout and "own/dev.tsv: 2 examples" in done.stdout
-    outputs = json.loads((tmp_path / "run/stages/data.json").read_text())["outputs"]
-    assert outputs["train"]["examples"] == 5 and outputs["train"]["per_class"] == [2, 3]
-
-
-def test_a_metrics_port_in_use(settings, tmp_path):
+    train = "\ufeff" + "\r\n".join(["sentence\tlabel", *rows]) + "\r\n"
+    put(tmp_path, {"own/train.tsv": train, "own/dev.tsv": GOOD_DEV})
     settings["metrics"] = {"enabled": True}
+    config = write_config(settings, tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = launch("--config", write_config(settings, tmp_path), f"metrics.port={port}", "--stages", "data")
+        done = launch("--config", config, f"task.data={tmp_path}/own", f"metrics.port={port}", "--stages", "data")
     assert done.returncode == 0 and not done.stderr, done.stderr
     said = re.search(rf"metrics: port {port} is in use; serving on (\d+) instead", done.stdout)
-    assert said and int(said[1]) > port, done.stdout
-    assert f"http://127.0.0.1:{said[1]}/metrics" in done.stdout
+    assert said and int(said[1]) > port and f"http://127.0.0.1:{said[1]}/metrics" in done.stdout, done.stdout
+    assert "own/train.tsv: 5 examples" in done.stdout and "own/dev.tsv: 2 examples" in done.stdout
+    outputs = json.loads((tmp_path / "run/stages/data.json").read_text())["outputs"]
+    assert outputs["train"]["examples"] == 5 and outputs["train"]["per_class"] == [2, 3]
 
 
 # -------------------------------------------------------------------------------------- a run's own files, damaged

@@ -147,6 +147,16 @@ def test_best_weights_that_are_gone_send_back_too(tmp_path, world):
     assert look(world, tmp_path) == (5, [f"going on from step-00000005: {tmp_path / best_name(10)} is missing"])
 
 
+def test_a_torn_marker_sends_back_too(tmp_path, world):
+    write(world, tmp_path, 5)
+    write(world, tmp_path, 10)
+    shorten(tmp_path / "step-00000010/commit.json")
+    assert look(world, tmp_path) == (
+        5,
+        [f"going on from step-00000005: {tmp_path / 'step-00000010/commit.json'} cannot be read"],
+    )
+
+
 def test_another_run_or_world_is_refused(tmp_path, world):
     write(world, tmp_path, 5)
     with pytest.raises(UserError, match=r"step-00000005: belongs to a run with other settings; use --fresh"):

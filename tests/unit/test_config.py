@@ -164,7 +164,16 @@ def deepspeed(folder, text):
         ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "bf16 and fp16 are both enabled; one precision"),
         ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": "auto"}}', "torch_autocast and bf16 are both"),
         ('{"zero_optimization": {"stage": 4}}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3"),
-        ('{"zero_optimization": 1}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3, not True"),
+        ('{"zero_optimization": 1}', 'ds.json: zero_optimization must be an object such as {"stage": 1}'),
+        ('{"zero_optimisation": {"stage": 1}}', "unknown key; did you mean zero_optimization?"),
+        ('{"bf16": true}', 'ds.json: bf16 must be an object such as {"enabled": true}'),
+        ('{"fp16": {"enabled": "auto"}}', "ds.json: fp16.enabled: 'auto' is refused; allowed: true, false"),
+        (
+            '{"torch_autocast": {"enabled": true, "dtype": "foo"}}',
+            "torch_autocast.dtype: 'foo' is refused; allowed: auto",
+        ),
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "ds.json: bf16 stands twice"),
         *[
             (
                 json.dumps({key: value}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForSequenceClassification, BertConfig, ElectraConfig, RobertaConfig
 
-from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.encoder import Encoder, longest_input
 from pkd_dist.model.lean import used_vocabulary
 
 SHAPE = {
@@ -95,3 +95,8 @@ def test_a_token_outside_the_table_is_an_error_not_a_wrong_row():
     _, lean, inputs, _ = pair(BertConfig)
     with pytest.raises(IndexError):
         lean({**inputs, "input_ids": torch.full((6, 16), 199)})
+
+
+def test_longest_input():
+    assert longest_input(BertConfig(max_position_embeddings=512)) == 512
+    assert longest_input(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512

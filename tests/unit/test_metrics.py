@@ -10,10 +10,11 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 
 NAMES = {
-    "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds_bucket",
-    "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale", "pkd_cache_rows_total", "pkd_cache_rows_expected",
-    "pkd_checkpoint_last_success_timestamp_seconds", "pkd_checkpoint_seconds", "pkd_eval_metric", "pkd_nonfinite_total",
-    "pkd_preemptions_total", "pkd_data_wait_seconds_total", "process_resident_memory_bytes", "python_info",
+    "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total",
+    "pkd_step_seconds_bucket", "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale",
+    "pkd_cache_rows_total", "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds",
+    "pkd_checkpoint_seconds", "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total",
+    "pkd_data_wait_seconds_total", "process_resident_memory_bytes", "python_info",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from pkd_dist.data.tasks import GLUE
 from pkd_dist.data.text import read
-from pkd_dist.data.tokens import open_tokens, tokenize
+from pkd_dist.data.tokens import open_tokens, problem, tokenize
 from pkd_dist.model.encoder import load_tokenizer
 
 
@@ -40,6 +40,18 @@ def test_pairs_have_two_segments(tokenizer, tmp_path):
     made = tokenize(read(str(tmp_path), "train", GLUE["wnli"]), tokenizer, 32, tmp_path / "t")
     start, stop = made.offsets_N1[:2]
     assert made.type_ids_T[start:stop].tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_an_altered_or_missing_array_is_noticed(data, tokenizer, tmp_path):
+    folder = tmp_path / "dev"
+    assert "meta.json is missing" in str(problem(folder))
+    tokenize(read(str(data), "dev", GLUE["sst2"]), tokenizer, 32, folder)
+    assert problem(folder) is None
+    path = folder / "input_ids.npy"
+    whole = path.read_bytes()
+    for broken in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-40], b""):
+        path.write_bytes(broken)
+        assert "was altered" in str(problem(folder))
 
 
 def test_digests(tokenizer, tmp_path):
