@@ -1,8 +1,10 @@
-"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed."""
+"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed, and teacher
+against student."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
+from pkd_dist.model.encoder import parameter_count
+from pkd_dist.telemetry.progress import Bar
 
 _THROUGHPUT_EXAMPLES = 512
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -164,3 +168,73 @@ def speed(
         }
         for name in forwards
     }
+
+
+def figures_of(model: Any, accuracy: float | None, n: int) -> dict[str, Any]:
+    """What is said of a model beside its metrics and its speed."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    out = {"parameters": parameter_count(model), "modelSize": size}
+    return out if accuracy is None else out | {"accuracy_interval_95": list(interval(accuracy, n))}
+
+
+def compare(
+    models: dict[str, Any], dev: TokenSet, task: Task, world: World, batch_size: int, samples: int, pad_id: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
+
+    Returns:
+        The content of `results_eval.json`, and what the report needs beside it (confusion matrices).
+    """
+    forwards: dict[str, Any] = {}
+    logits: dict[str, np.ndarray] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        model.to(world.device)
+        forwards[name] = lambda inputs, model=model: model(**inputs).logits
+        with (
+            evaluating(model),
+            Bar(f"evaluate, {name}, rows of this rank", len(dev) // world.size, show=world.main) as bar,
+        ):
+            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id, bar.advance)
+        figures[name] = score(logits[name], np.asarray(dev.labels_N), task)
+
+    def measure() -> dict[str, dict[str, float]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+        try:
+            with torch.inference_mode():
+                return speed(forwards, dev, world.device, batch_size, samples, pad_id)
+        finally:
+            torch.set_num_threads(threads)
+
+    speeds = world.on_main(measure)
+    for name, model in models.items():
+        figures[name] |= figures_of(model, figures[name].get("accuracy"), len(dev)) | speeds[name]
+    teacher, pupil = figures["teacher"], figures["student"]
+    results = {
+        "task": task.name,
+        "split": "dev",
+        "n": len(dev),
+        **{
+            k: v
+            for k, v in pupil.items()
+            if k not in ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95")
+        },
+        "teacher": teacher,
+        "student": pupil,
+        "compression": {
+            "parameters": teacher["parameters"] / pupil["parameters"],
+            "size": teacher["modelSize"] / pupil["modelSize"],
+            "throughput": pupil["reasoningTime"] / teacher["reasoningTime"],
+            "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else 0.0,
+            "agreement": agreement(logits["teacher"], logits["student"]),
+        },
+    }
+    marker: dict[str, Any] = {}
+    if not task.regression:
+        width = logits["student"].shape[1]
+        for name in models:
+            matrix = np.zeros((width, width), dtype=int)
+            np.add.at(matrix, (np.asarray(dev.labels_N), logits[name].argmax(axis=1)), 1)
+            marker[f"confusion_{name}"] = matrix.tolist()
+    return results, marker

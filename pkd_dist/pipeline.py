@@ -28,11 +28,10 @@ import yaml
 from pkd_dist import __version__, checkpoint
 from pkd_dist.config import Config, load_deepspeed, project_path
 from pkd_dist.data import tasks, text, tokens
-from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import agreement, evaluating, interval, predict, score, speed
+from pkd_dist.evaluate import compare, evaluating, figures_of, predict, score, speed
 from pkd_dist.export import card, hf
 from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_json
 from pkd_dist.model import encoder, layers, student
@@ -805,69 +804,6 @@ class Pipeline:
         return card.summary(self.outputs["evaluate"]["results"], self._dirs["export"], self.dir / "report.html")
 
 
-def compare(
-    models: dict[str, Any], dev: TokenSet, task: Task, world: World, batch_size: int, samples: int, pad_id: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
-
-    Returns:
-        The content of `results_eval.json`, and what the report needs beside it (confusion matrices).
-    """
-    forwards: dict[str, Any] = {}
-    logits: dict[str, np.ndarray] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        model.to(world.device)
-        forwards[name] = lambda inputs, model=model: model(**inputs).logits
-        with (
-            evaluating(model),
-            Bar(f"evaluate, {name}, rows of this rank", len(dev) // world.size, show=world.main) as bar,
-        ):
-            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id, bar.advance)
-        figures[name] = score(logits[name], np.asarray(dev.labels_N), task)
-
-    def measure() -> dict[str, dict[str, float]]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-        try:
-            with torch.inference_mode():
-                return speed(forwards, dev, world.device, batch_size, samples, pad_id)
-        finally:
-            torch.set_num_threads(threads)
-
-    speeds = world.on_main(measure)
-    for name, model in models.items():
-        figures[name] |= _figures(model, figures[name].get("accuracy"), len(dev)) | speeds[name]
-    teacher, pupil = figures["teacher"], figures["student"]
-    results = {
-        "task": task.name,
-        "split": "dev",
-        "n": len(dev),
-        **{
-            k: v
-            for k, v in pupil.items()
-            if k not in ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95")
-        },
-        "teacher": teacher,
-        "student": pupil,
-        "compression": {
-            "parameters": teacher["parameters"] / pupil["parameters"],
-            "size": teacher["modelSize"] / pupil["modelSize"],
-            "throughput": pupil["reasoningTime"] / teacher["reasoningTime"],
-            "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else 0.0,
-            "agreement": agreement(logits["teacher"], logits["student"]),
-        },
-    }
-    marker: dict[str, Any] = {}
-    if not task.regression:
-        width = logits["student"].shape[1]
-        for name in models:
-            matrix = np.zeros((width, width), dtype=int)
-            np.add.at(matrix, (np.asarray(dev.labels_N), logits[name].argmax(axis=1)), 1)
-            marker[f"confusion_{name}"] = matrix.tolist()
-    return results, marker
-
-
 def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
     """Scores `teacher.model`, any fine-tuned folder, on a split, and times it: one process, no run folder.
 
@@ -898,16 +834,9 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
                 "n": len(made),
                 **score(logits, part.labels_N, pipeline.task),
             }
-            return figures | _figures(model, figures.get("accuracy"), len(made)) | speeds["model"]
+            return figures | figures_of(model, figures.get("accuracy"), len(made)) | speeds["model"]
     finally:
         world.close()
-
-
-def _figures(model: Any, accuracy: float | None, n: int) -> dict[str, Any]:
-    """What is said of a model beside its metrics and its speed."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-    out = {"parameters": encoder.parameter_count(model), "modelSize": size}
-    return out if accuracy is None else out | {"accuracy_interval_95": list(interval(accuracy, n))}
 
 
 def _absent(path: Path) -> str | None:
