@@ -2,9 +2,7 @@
 
     data -> teacher -> cache -> init -> distill -> evaluate -> export -> report
 
-A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
-`"done": true`, when it has ended. Found done with the same inputs, it is not run again; found with other inputs, it says
-what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on.
+How a stage is found done, changed or interrupted stands in `stages.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +12,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +34,7 @@ from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_js
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.ranks import discover
+from pkd_dist.stages import Markers, Stage, absent
 from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
 from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
@@ -50,28 +48,6 @@ from pkd_dist.training.engine import resolve_precision
 from pkd_dist.training.loop import Job, Trainer
 
 STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage.
-
-    Attributes:
-        inputs: -> what decides the outcome, by the name that a change is reported under.
-        run: does the work on all ranks and returns what the marker remembers (rank 0's counts).
-        made: files and folders it makes, moved aside when it must run again.
-        leftovers: what it needs only until it is done.
-        completes: where a part of its outcome is gone, it keeps the rest and makes that part again.
-        missing: -> why its outcome cannot be used as it stands; None where it can. May raise a UserError.
-    """
-
-    name: str
-    inputs: Callable[[], dict[str, Any]]
-    run: Callable[[], dict[str, Any]]
-    made: tuple[Path, ...]
-    missing: Callable[[dict[str, Any]], str | None]
-    leftovers: tuple[Path, ...] = ()
-    completes: bool = False
 
 
 class Pipeline:
@@ -92,6 +68,7 @@ class Pipeline:
     ):
         self.config, self.world, self.splits = config, world, splits
         self.dir = Path(config.run.dir)
+        self.markers = Markers(self.dir)
         self.deepspeed = load_deepspeed(config, config_file)
         self.task = tasks.resolve(config.task)
         self.base = encoder.locate(config.teacher.model)
@@ -237,12 +214,11 @@ class Pipeline:
         }
 
     def _run_stage(self, stage: Stage, selected: bool) -> None:
-        state, why = self.world.on_main(lambda: self._state(stage))
-        marker = self.dir / "stages" / f"{stage.name}.json"
+        state, why = self.world.on_main(lambda: self.markers.state(stage))
         if state == "done":
-            self.outputs[stage.name] = self.world.on_main(lambda: json.loads(marker.read_text())["outputs"])
+            self.outputs[stage.name] = self.world.on_main(lambda: self.markers.outputs(stage))
             if selected:
-                log.info("%s: done%s", stage.name, f" ({why})" if why else "")
+                log.info("%s: done", stage.name)
             return
         if not selected:
             raise UserError(f"the stage {stage.name} is needed first, but {why}; add it to --stages")
@@ -250,58 +226,15 @@ class Pipeline:
         log.info("%s: %s", stage.name, words)
         inputs = self.world.on_main(stage.inputs)
 
-        def begin() -> None:
-            if state in ("new", "stale") or (state == "broken" and not stage.completes):
-                self._set_aside(stage)
-            write_json(marker, {"done": False, "inputs": inputs})
-
-        self.world.on_main(begin)
+        self.world.on_main(lambda: self.markers.begin(stage, state, inputs))
         self.inputs = inputs
         self.telemetry.metrics.stage.labels(stage=stage.name).set(1)
         with timed() as seconds:
             outputs = self.world.broadcast(stage.run())
         self.telemetry.metrics.stage.labels(stage=stage.name).set(0)
         self.outputs[stage.name] = outputs
-        done = {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(seconds[0], 1)}
-
-        def end() -> None:
-            write_json(marker, done)
-            for path in stage.leftovers:
-                remove(path)
-
-        self.world.on_main(end)
+        self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds[0]))
         log.info("%s: done in %.1f s", stage.name, seconds[0])
-
-    def _state(self, stage: Stage) -> tuple[str, str]:
-        """(new | started | stale: other inputs | broken: its outcome is not there any more | done, in words)."""
-        path = self.dir / "stages" / f"{stage.name}.json"
-        if not path.exists():
-            return "new", "it has not run yet"
-        try:
-            marker = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path}: cannot be read; remove it to have the stage {stage.name} run again") from None
-        inputs = json.loads(json.dumps(stage.inputs()))
-        changed = [k for k in inputs if inputs[k] != marker["inputs"].get(k)]
-        if changed:
-            parts = [f"{k} changed ({_short(marker['inputs'].get(k))} -> {_short(inputs[k])})" for k in changed[:3]]
-            return "stale", "; ".join(parts) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        if not marker["done"]:
-            return "started", "it was interrupted"
-        missing = stage.missing(marker["outputs"])
-        return ("broken", missing) if missing else ("done", "")
-
-    def _set_aside(self, stage: Stage) -> None:
-        there = [path for path in stage.made if path.exists()]
-        if not there:
-            return
-        previous = self.dir / "previous"
-        numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
-        target = previous / str(max(numbers, default=0) + 1)
-        target.mkdir(parents=True)
-        for path in there:
-            os.replace(path, target / path.name)
-        log.info("%s: what it made before is kept in %s", stage.name, target)
 
     def plan(self) -> list[str]:
         """One line a stage: done, or why it would run. Reads, never writes."""
@@ -310,11 +243,9 @@ class Pipeline:
             if behind:
                 out.append(f"{stage.name}: may run, after {behind}")
                 continue
-            state, why = self._state(stage)
+            state, why = self.markers.state(stage)
             if state == "done":
-                self.outputs[stage.name] = json.loads((self.dir / "stages" / f"{stage.name}.json").read_text())[
-                    "outputs"
-                ]
+                self.outputs[stage.name] = self.markers.outputs(stage)
                 out.append(f"{stage.name}: done")
             else:
                 behind = stage.name
@@ -354,7 +285,7 @@ class Pipeline:
                 self._evaluate_inputs,
                 self._evaluate,
                 (self._result_file,),
-                lambda out: _absent(self._result_file),
+                lambda out: absent(self._result_file),
             ),
             Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
             Stage(
@@ -362,7 +293,7 @@ class Pipeline:
                 self._report_inputs,
                 self._report,
                 (run / "report.html",),
-                lambda out: _absent(run / "report.html"),
+                lambda out: absent(run / "report.html"),
             ),
         ]
 
@@ -529,12 +460,12 @@ class Pipeline:
     def _teacher_missing(self, outputs: dict[str, Any]) -> str | None:
         if self.config.teacher.finetune is None:
             return None
-        absent = _absent(self.dir / "teacher")
-        if not absent and encoder.weights_digest(str(self.dir / "teacher")) != outputs["weights"]:
+        gone = absent(self.dir / "teacher")
+        if not gone and encoder.weights_digest(str(self.dir / "teacher")) != outputs["weights"]:
             raise UserError(
                 f"{self.dir / 'teacher'}: this is not the teacher that this run made and cached; put that one back, or use --fresh"
             )
-        return absent
+        return gone
 
     # cache
 
@@ -640,10 +571,10 @@ class Pipeline:
 
     def _init_missing(self, outputs: dict[str, Any]) -> str | None:
         folder = self._dirs["init"]
-        absent = _absent(folder / "config.json")
-        if not absent and encoder.weights_digest(str(folder)) != outputs["weights"]:
+        gone = absent(folder / "config.json")
+        if not gone and encoder.weights_digest(str(folder)) != outputs["weights"]:
             return f"{folder} was altered"
-        return absent
+        return gone
 
     # distill
 
@@ -725,8 +656,8 @@ class Pipeline:
         best = self._dirs["checkpoints"] / outputs["best_file"]
         if self.config.export.prune and (self.dir / "stages" / "export.json").exists() and not best.exists():
             return None  # pruned by the export, which is verified
-        absent = _absent(best)
-        return absent or (f"{best} was altered" if sha256(best) != outputs["weights"] else None)
+        gone = absent(best)
+        return gone or (f"{best} was altered" if sha256(best) != outputs["weights"] else None)
 
     # evaluate
 
@@ -786,8 +717,8 @@ class Pipeline:
 
     def _export_missing(self, outputs: dict[str, Any]) -> str | None:
         weights = self._dirs["export"] / "model.safetensors"
-        absent = _absent(weights)
-        return absent or (f"{weights} was altered" if sha256(weights) != outputs["weights"] else None)
+        gone = absent(weights)
+        return gone or (f"{weights} was altered" if sha256(weights) != outputs["weights"] else None)
 
     # report
 
@@ -837,15 +768,6 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             return figures | figures_of(model, figures.get("accuracy"), len(made)) | speeds["model"]
     finally:
         world.close()
-
-
-def _absent(path: Path) -> str | None:
-    return None if path.exists() else f"{path} is missing"
-
-
-def _short(value: Any) -> str:
-    shown = str(value)
-    return shown if len(shown) <= 24 else shown[:12] + "..."
 
 
 def _git_revision() -> str | None:

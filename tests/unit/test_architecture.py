@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
     "errors", "memory", "files", "ranks", "config", "dist", "telemetry", "preemption", "data", "model", "evaluate",
-    "checkpoint", "training", "student.losses", "teacher", "student.distill", "export", "report", "pipeline", "cli",
+    "checkpoint", "training", "student.losses", "teacher", "student.distill", "export", "report", "stages", "pipeline", "cli",
 ]  # fmt: skip
 """Each imports only what stands before it (or in its own folder)."""
 

@@ -150,7 +150,8 @@ def test_best_weights_that_are_gone_send_back_too(tmp_path, world):
 def test_a_torn_marker_sends_back_too(tmp_path, world):
     write(world, tmp_path, 5)
     write(world, tmp_path, 10)
-    shorten(tmp_path / "step-00000010/commit.json")
+    marker = tmp_path / "step-00000010/commit.json"
+    marker.write_text(marker.read_text()[:50])
     assert look(world, tmp_path) == (
         5,
         [f"going on from step-00000005: {tmp_path / 'step-00000010/commit.json'} cannot be read"],
