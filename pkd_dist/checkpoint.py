@@ -150,7 +150,9 @@ def find(
                 damaged.append(f"{path / COMMIT} cannot be read")
                 continue
             if marker["fingerprint"] != fingerprint:
-                raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
+                raise UserError(
+                    f"{path}: belongs to a run with other settings or another ZeRO stage; use --fresh, or another run.dir"
+                )
             if marker["world_size"] != world.size:
                 raise UserError(
                     f"{path}: was written by {marker['world_size']} rank(s), this is a run of {world.size}; "

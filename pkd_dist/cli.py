@@ -153,6 +153,12 @@ _pipeline_command("report", "report", "Write a run's report, with whatever it ne
 _pipeline_command("export", "export", "Export a run's student, with whatever it needs before.")
 
 
+def _task_overrides(task: str, data: str, text: list[str] | None, label: str | None, kind: str | None) -> list[str]:
+    """Options of a task as overrides; JSON, so that a value is taken as it was typed."""
+    given = {"name": task, "data": data, "text": text, "label": label, "kind": kind}
+    return [f"task.{key}={json.dumps(value)}" for key, value in given.items() if value]
+
+
 def _exit(work: Callable[[], Any]) -> None:
     to_terminal(True)
     status = guarded(work)
@@ -181,9 +187,7 @@ def prepare(
         from pkd_dist.data import tasks
         from pkd_dist.data.text import SPLITS, find, read
 
-        overrides = ["run.dir=unused", f"task.name={task}", f"task.data={data}"]
-        overrides += [f"task.text={json.dumps(text)}"] if text else []
-        overrides += [f"task.{k}={v}" for k, v in (("label", label), ("kind", kind)) if v]
+        overrides = ["run.dir=unused", *_task_overrides(task, data, text, label, kind)]
         resolved = tasks.resolve(schema.load(None, overrides).task)
         classes = None
         for split in SPLITS:
@@ -236,6 +240,9 @@ def evaluate(
     task: Annotated[str, typer.Option(help="A GLUE task.")] = "sst2",
     data: Annotated[str, typer.Option(help="Data folder.")] = "data/movie-reviews",
     split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    text: Annotated[list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs.")] = None,
+    label: Annotated[str | None, typer.Option(help="`custom`: the label column.")] = None,
+    kind: Annotated[str | None, typer.Option(help="`custom`: classification or regression.")] = None,
     max_length: Annotated[int, typer.Option(help="Longest input, tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 64,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
@@ -248,13 +255,11 @@ def evaluate(
     def work() -> None:
         from pkd_dist.pipeline import evaluate_folder
 
-        overrides = [
-            f"task.name={task}",
-            f"task.data={data}",
-            f"task.max_length={max_length}",
-            f"evaluate.batch_size={batch_size}",
-        ]
-        config = schema.load(None, ["run.dir=unused", f"teacher.model={model}", *overrides])
+        if output is not None and not output.parent.is_dir():
+            raise UserError(f"--output: no such folder: {output.parent}")
+        overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}"]
+        overrides += [f"teacher.model={json.dumps(model)}", *_task_overrides(task, data, text, label, kind)]
+        config = schema.load(None, ["run.dir=unused", *overrides])
         figures = evaluate_folder(config, split)
         print(json.dumps(figures, indent=2))
         if output is not None:
@@ -303,3 +308,7 @@ def main() -> None:
     """Entry point of `pkd`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     app()
+
+
+if __name__ == "__main__":
+    main()

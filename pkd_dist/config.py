@@ -281,6 +281,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         key, value = _parse_override(override)
         _set(data, key, value, override)
         from_command_line.add(".".join(key))
+    data.pop("resolved", None)  # a run folder's config.yaml may be given again
     data = {section: value for section, value in data.items() if value is not None}  # `train:` alone: its defaults
     try:
         return Config.model_validate(data)

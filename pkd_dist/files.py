@@ -63,6 +63,21 @@ def folder_digest(folder: Path, names: list[str] | None = None) -> str:
     return digest_of([[p.name, sha256(p)] for p in files])
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by name."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def changed_file(folder: Path, digests: dict[str, str]) -> str | None:
+    """The first file that is not as it was, in words; None where all are."""
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} was altered"
+    return None
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder, present or not."""
     if path.is_dir() and not path.is_symlink():

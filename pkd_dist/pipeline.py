@@ -7,6 +7,7 @@ How a stage is found done, changed or interrupted stands in `stages.py`.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from pkd_dist.dist import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluate import compare, evaluating, figures_of, predict, score, speed
 from pkd_dist.export import card, hf
-from pkd_dist.files import digest_of, remove, sha256, write_atomically, write_json
+from pkd_dist.files import changed_file, digest_of, file_digests, remove, sha256, write_atomically, write_json
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.ranks import discover
@@ -101,8 +102,21 @@ class Pipeline:
         elif config.student.init == "teacher_layers":
             count = config.student.num_layers or len(chosen)
         else:
+            near = difflib.get_close_matches(config.student.init, ("teacher_layers", "first_k", "random"), n=1)
+            if near and not Path(config.student.init).exists():
+                raise UserError(f"student.init: {config.student.init!r} is not known; did you mean {near[0]}?")
             folder = encoder.locate(config.student.init, "student.init")
             own = encoder.load_config(folder, "student.init")
+            reads = encoder.longest_input(own)
+            if reads and config.task.max_length > reads:
+                raise UserError(
+                    f"task.max_length: {config.task.max_length} is more than {config.student.init} can read; give at most {reads}"
+                )
+            if (config.student.num_layers or 0) > encoder.num_layers(own):
+                raise UserError(
+                    f"student.num_layers: {config.student.num_layers} is more than the {encoder.num_layers(own)} layers of "
+                    f"{config.student.init}"
+                )
             count = config.student.num_layers or encoder.num_layers(own)
             if own.vocab_size != self.base_config.vocab_size:
                 raise UserError(
@@ -177,7 +191,11 @@ class Pipeline:
                 raise UserError(
                     f"run.dir: {self.dir} is not writable ({error.strerror}); choose another run.dir"
                 ) from None
-            for key, folder in (("evaluate.result_dir", self._result_file.parent), ("cache.dir", self._cache_folder)):
+            for key, given in (
+                ("evaluate.result_dir", self.config.evaluate.result_dir),
+                ("cache.dir", self.config.cache.dir),
+            ):
+                folder = Path(given or self.dir)
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
@@ -315,8 +333,7 @@ class Pipeline:
                 p.name if isinstance(p, Path) else s: sha256(p) if isinstance(p, Path) else p
                 for s, p in sources.items()
             },
-            "task": self.config.task.model_dump(exclude={"data", "max_length"}),
-            "task.max_length": self.config.task.max_length,
+            **{f"task.{key}": value for key, value in self.config.task.model_dump(exclude={"data", "metric"}).items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
         }
 
@@ -419,6 +436,11 @@ class Pipeline:
     def _base_digest(self) -> str:
         return encoder.weights_digest(self.base)
 
+    def _checkpoint_fingerprint(self) -> str:
+        """Of what a checkpoint may be loaded into: the stage's inputs, and how ZeRO lays the optimizer out."""
+        zero = self.deepspeed.get("zero_optimization", {})
+        return digest_of([self.inputs, zero.get("stage", 0), zero.get("offload_optimizer")])
+
     def _optimizer_inputs(self) -> dict[str, Any]:
         train = self.config.train
         return {
@@ -429,10 +451,10 @@ class Pipeline:
         }
 
     def _teacher_inputs(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"teacher.model": self._base_digest, "labels": self._labels}
+        out: dict[str, Any] = {"teacher.model": self._base_digest, "classes": self.outputs["data"]["class_names"]}
         if self.config.teacher.finetune:
             out |= {f"teacher.finetune.{k}": v for k, v in self.config.teacher.finetune.model_dump().items()}
-            out |= self._optimizer_inputs()
+            out |= self._optimizer_inputs() | {"task.metric": self.task.metric}
             out |= {f"the {split} data": self.outputs["data"][split]["digest"] for split in ("train", "dev")}
         return out
 
@@ -445,7 +467,7 @@ class Pipeline:
         if not self.world.on_main(folder.exists):
             progress = finetune(
                 self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self._used_vocabulary, self.deepspeed, folder, digest_of(self.inputs), self.world, self.telemetry,
+                self._used_vocabulary, self.deepspeed, folder, self._checkpoint_fingerprint(), self.world, self.telemetry,
             )  # fmt: skip
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
 
@@ -536,7 +558,11 @@ class Pipeline:
     def _init_inputs(self) -> dict[str, Any]:
         settings = self.config.student.model_dump(exclude={"dropout"})
         out = {f"student.{key}": value for key, value in settings.items()}
-        out |= {"teacher": self.outputs["teacher"]["weights"], "labels": self._labels, "run.seed": self.config.run.seed}
+        out |= {
+            "teacher": self.outputs["teacher"]["weights"],
+            "classes": self.outputs["data"]["class_names"],
+            "run.seed": self.config.run.seed,
+        }
         if self.config.student.init == "first_k":
             out["teacher.model"] = self._base_digest
         elif self.config.student.init not in ("teacher_layers", "random"):
@@ -565,16 +591,14 @@ class Pipeline:
                 "made_of": what,
                 "weights": encoder.weights_digest(str(folder)),
                 "parameters": encoder.parameter_count(model),
+                "files": file_digests(folder),
             }
 
         return self.world.on_main(create)
 
     def _init_missing(self, outputs: dict[str, Any]) -> str | None:
         folder = self._dirs["init"]
-        gone = absent(folder / "config.json")
-        if not gone and encoder.weights_digest(str(folder)) != outputs["weights"]:
-            return f"{folder} was altered"
-        return gone
+        return changed_file(folder, outputs["files"])
 
     # distill
 
@@ -587,6 +611,7 @@ class Pipeline:
             **{f"distill.{k}": v for k, v in config.distill.model_dump().items()},
             **{f"train.{k}": v for k, v in train.items()},
             **self._optimizer_inputs(),
+            "task.metric": self.task.metric,
             "student.dropout": config.student.dropout,
             "evaluate.every_epochs": config.evaluate.every_epochs,
             "cache.enabled": config.cache.enabled,
@@ -636,7 +661,7 @@ class Pipeline:
             deepspeed=self.deepspeed,
             folder=self._dirs["checkpoints"],
             records=self.dir / "metrics.jsonl",
-            fingerprint=digest_of(self.inputs),
+            fingerprint=self._checkpoint_fingerprint(),
         )
         progress = Trainer(job, self.world, self.telemetry).run()
         assert progress.best_file is not None
@@ -711,14 +736,16 @@ class Pipeline:
             if self.config.export.prune:
                 remove(self._dirs["checkpoints"])
                 log.info("export: verified, checkpoints removed (export.prune)")
-            return {"weights": sha256(folder / "model.safetensors"), "largest_difference": difference}
+            return {
+                "weights": sha256(folder / "model.safetensors"),
+                "largest_difference": difference,
+                "files": file_digests(folder),
+            }
 
         return self.world.on_main(write)
 
     def _export_missing(self, outputs: dict[str, Any]) -> str | None:
-        weights = self._dirs["export"] / "model.safetensors"
-        gone = absent(weights)
-        return gone or (f"{weights} was altered" if sha256(weights) != outputs["weights"] else None)
+        return changed_file(self._dirs["export"], outputs["files"])
 
     # report
 
@@ -782,6 +809,7 @@ def _git_revision() -> str | None:
 
 def move_aside(folder: Path) -> Path | None:
     """`--fresh`: gives an existing run folder a new name, so that the run starts over under the old one."""
+    folder = folder.resolve()
     if not folder.exists():
         return None
     number = 1

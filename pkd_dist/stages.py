@@ -75,7 +75,10 @@ class Markers:
 
     def begin(self, stage: Stage, state: str, inputs: dict[str, Any]) -> None:
         """Marks a stage started; what an outcome of other inputs left is moved aside first."""
-        if state in ("new", "stale") or (state == "broken" and not stage.completes):
+        there = next((path for path in stage.made if path.exists()), None)
+        if state == "new" and there and not stage.completes:
+            raise UserError(f"{there}: is there, but this run did not make it; choose another run.dir, or move it away")
+        if state == "stale" or (state == "broken" and not stage.completes):
             self._set_aside(stage)
         write_json(self._path(stage), {"done": False, "inputs": inputs})
 

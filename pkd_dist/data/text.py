@@ -90,6 +90,8 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         for column, value in zip((*task.text, task.label), fields, strict=True):
             if value is None or not value.strip():
                 raise UserError(f"{where}: {column} is empty; give it a value or remove the line")
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise UserError(f"{where}: {column} holds half of a surrogate pair, which is not text; mend the escape")
     texts = tuple([fields[i] for _, fields in rows] for i in range(len(task.text)))
     labels = [(where, fields[-1].strip()) for where, fields in rows]
     if task.regression:
@@ -99,7 +101,7 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     for where, value in labels:
         if value not in index:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            seen = "" if task.classes else " seen in training"
+            seen = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
             raise UserError(f"{where}: {task.label} {value!r} is not one of the labels{seen}: {allowed}")
     if split == "train" and len({value for _, value in labels}) < 2:
         raise UserError(f"{source}: every example has the label {labels[0][1]!r}; training needs at least two classes")
@@ -189,7 +191,7 @@ def _table(path: Path, columns: tuple[str, ...], quoted: bool) -> Iterator[tuple
             if header is None:
                 header = [name.strip() for name in fields]
                 places = [_column(path, header, name) for name in columns]
-            elif len(fields) > max(places) and (not quoted or len(fields) == len(header)):
+            elif len(fields) == len(header):
                 yield f"{path}:{line}", [fields[i] for i in places]
             elif any(field.strip() for field in fields) or len(fields) > 1:
                 raise UserError(
@@ -219,6 +221,9 @@ def _jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[Any
         missing = [name for name in columns if name not in record]
         if missing:
             raise UserError(f"{where}: has no column {missing[0]!r}; its keys are {', '.join(map(repr, record))}")
+        for name in columns:
+            if isinstance(record[name], (list, dict)):
+                raise UserError(f"{where}: {name} must be text or a number, not {json.dumps(record[name])[:40]}")
         yield where, [_as_text(record[name]) for name in columns]
 
 

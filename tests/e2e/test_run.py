@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,39 @@ def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path
     assert "distill: runs again, because" in changed.stdout
     assert (tmp_path / "copy/run/previous/1").is_dir(), "what was made before is kept"
     assert list((tmp_path / "copy/run/previous").glob("*/checkpoints/step-*"))
+
+
+def test_what_is_gone_or_chosen_otherwise_is_made_again(finished, tmp_path):
+    folder, settings, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    settings = json.loads(json.dumps(settings).replace(str(folder), str(tmp_path / "copy")))
+    config = write_config(settings, tmp_path)
+    (tmp_path / "copy/run/export/tokenizer.json").unlink()
+    again = launch("--config", config)
+    assert again.returncode == 0 and "distill: done\n" in again.stdout, again.stderr
+    assert re.search(r"export: runs again, because .*tokenizer.json is missing", again.stdout)
+    assert (tmp_path / "copy/run/export/tokenizer.json").exists()
+    plan = launch("--config", config, "--dry-run", "task.metric=mcc")
+    assert "teacher: runs, because task.metric changed (None -> mcc)" in plan.stdout
+
+
+def test_a_folder_that_the_run_did_not_make_is_not_touched(settings, tmp_path):
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/mine.txt").write_text("mine")
+    refused = launch("--config", write_config(settings, tmp_path), "--stages", "data")
+    assert refused.returncode == 2 and "run/data: is there, but this run did not make it" in refused.stderr
+    assert (tmp_path / "run/data/mine.txt").read_text() == "mine"
+
+
+def test_pkd_evaluates_a_custom_task(finished, tmp_path):
+    folder, _, _ = finished
+    (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,negative\n")
+    argv = [sys.executable, "-m", "pkd_dist.cli", "evaluate", "--model", str(folder / "run/export"), "--task", "custom"]
+    argv += ["--data", str(tmp_path), "--text", "the #1 text", "--label", "y", "--max-length", "32"]
+    argv += ["--output", str(tmp_path / "figures.json")]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
 
 
 def test_stages_fresh_and_a_dry_run_that_writes_nothing(settings, tmp_path):

@@ -160,7 +160,9 @@ def test_a_torn_marker_sends_back_too(tmp_path, world):
 
 def test_another_run_or_world_is_refused(tmp_path, world):
     write(world, tmp_path, 5)
-    with pytest.raises(UserError, match=r"step-00000005: belongs to a run with other settings; use --fresh"):
+    with pytest.raises(
+        UserError, match=r"step-00000005: belongs to a run with other settings or another ZeRO stage; use"
+    ):
         look(world, tmp_path, "another")
     marker = tmp_path / "step-00000005/commit.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"world_size": 4}))

@@ -102,6 +102,7 @@ def test_every_glue_layout_loads(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("sentence\tlabel\nfine\t1\none\ttab too many\t0\n", r"train.tsv:3: has 3 field\(s\) where the header names 2"),
         ("sentence\tlabel\nfine\t1\nno label\n", r"train.tsv:3: has 1 field\(s\) where the header names 2"),
         ("sentence\tlabel\n", "train.tsv: has no examples"),
         ("", "train.tsv: is empty"),
@@ -127,6 +128,8 @@ def test_a_wrong_tsv_is_refused_by_file_and_line(tmp_path, content, message):
         ("train.csv", "a,b,y\n1,2,3\n1,2,3,4\n", r"train.csv:3: has 4 field\(s\)"),
         ("train.jsonl", '{"a": "1", "b": "2", "y": 0}\n{"a": \n', "train.jsonl:2: not valid JSON"),
         ("train.jsonl", '{"a": "1", "y": 0}\n', "train.jsonl:1: has no column 'b'"),
+        ("train.jsonl", '{"a": "x \\ud83d", "b": "2", "y": 0}\n', "train.jsonl:1: a holds half of a surrogate pair"),
+        ("train.jsonl", '{"a": ["x"], "b": "2", "y": 0}\n', "train.jsonl:1: a must be text or a number, not "),
         ("train.jsonl", "[1]\n", "train.jsonl:1: must be a JSON object"),
         ("train.jsonl", '{"a": null, "b": "2", "y": 0}\n', "train.jsonl:1: a is empty"),
         ("train.parquet", "not parquet", "train.parquet: cannot be read as Parquet"),
