@@ -121,7 +121,7 @@ def test_what_is_gone_or_chosen_otherwise_is_made_again(finished, tmp_path):
     assert re.search(r"export: runs again, because .*tokenizer.json is missing", again.stdout)
     assert (tmp_path / "copy/run/export/tokenizer.json").exists()
     plan = launch("--config", config, "--dry-run", "task.metric=mcc")
-    assert "teacher: runs, because task.metric changed (None -> mcc)" in plan.stdout
+    assert "teacher: runs, because task.metric changed (accuracy -> mcc)" in plan.stdout
 
 
 def test_a_folder_that_the_run_did_not_make_is_not_touched(settings, tmp_path):
