@@ -10,18 +10,24 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from pkd_dist import config as schema
-from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.files import is_full
 from pkd_dist.memory import keep_freed_blocks
-from pkd_dist.ranks import discover
-from pkd_dist.telemetry.log import log, to_terminal
+from pkd_dist.preemption import StopSignals
+from pkd_dist.ranks import Ranks, discover
+from pkd_dist.telemetry.log import log, log_file, to_terminal
+
+if TYPE_CHECKING:
+    from pkd_dist.dist import World
 
 STAGE_NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
 
@@ -56,56 +62,81 @@ def run(
 ) -> int:
     """Runs a pipeline on this rank among the others and returns the exit status."""
     keep_freed_blocks()
-    ranks = None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections come from every rank
+    signals = StopSignals().install()
+    ranks: Ranks | None = None
+    world: World | None = None
 
     def work() -> None:
-        nonlocal ranks
+        nonlocal ranks, world
         ranks = discover()
         to_terminal(ranks.main)
         config = schema.load(config_file, overrides)
         chosen = _chosen_stages(stages)
         schema.load_deepspeed(config, config_file)
         from pkd_dist.dist import World
-        from pkd_dist.pipeline import Pipeline, move_aside
+        from pkd_dist.pipeline import Pipeline
 
-        world = World(ranks, config.run.timeout_seconds)
-        try:
-            pipeline = Pipeline(config, config_file, world)
-            if fresh and not dry_run:
-                moved = world.on_main(lambda: move_aside(Path(config.run.dir)))
-                if moved:
-                    log.info("--fresh: the earlier run is kept in %s", moved)
-            if dry_run:
-                if world.main:
-                    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-                    print("\n".join(["", "plan:", *(f"  {line}" for line in pipeline.plan())]))
-                return
-            pipeline.run(chosen)
-            if chosen[-1] == "report" and world.main:
-                print("\n" + pipeline.summary(), flush=True)
-        finally:
+        world = World(ranks, config.run.timeout_seconds, signals)
+        pipeline = Pipeline(config, config_file, world)
+        if dry_run:
+            if world.main:
+                print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+                print("\n".join(["", "plan:", *(f"  {line}" for line in pipeline.plan())]))
+            return
+        pipeline.run(chosen, fresh)
+        if chosen[-1] == "report" and world.main:
+            print("\n" + pipeline.summary(), flush=True)
+
+    def end(error: Exception) -> tuple[str, int] | None:
+        signals.ending()
+        if world is not None:
+            return world.agree_on_end(error)
+        return _told(error) if ranks is None or ranks.main else None
+
+    try:
+        return guarded(work, end)
+    finally:
+        if world is not None:
             world.close()
+        signals.uninstall()
 
-    return guarded(work, lambda: ranks is None or ranks.main)
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What is said of an exception, and its exit status, where there are no other ranks to ask."""
+    if isinstance(error, (UserError, DivergedError, Preempted, LostRank)):
+        return str(error), error.exit_status
+    return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
-def guarded(work: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> int:
-    """Runs `work` and turns the known ways to end early into one line and a status."""
+def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] | None] = _told) -> int:
+    """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status."""
     try:
         work()
-    except (UserError, DivergedError, Preempted) as error:
-        log.debug("ended with status %d", error.exit_status, exc_info=True)
-        if speaks():
-            print(f"pkd: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
     except KeyboardInterrupt:
-        if speaks():
-            print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
+        print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
         return Preempted.exit_status
-    except Exception:
-        log.debug("a defect of pkd_dist", exc_info=True)
-        raise
+    except Exception as caught:
+        error: Exception = (
+            UserError(f"{_full_disk(caught)}; free some and run the same command again") if is_full(caught) else caught
+        )
+        log.debug("ended by an exception", exc_info=caught)
+        defect = not isinstance(error, (UserError, DivergedError, Preempted, LostRank))
+        told = end(error)
+        if told is not None:
+            message, status = told
+            if defect and not log_file():
+                traceback.print_exception(caught)
+            hint = f"; the traceback is in {log_file()}" if defect and log_file() and status == 1 else ""
+            print(f"pkd: {message}{hint}", file=sys.stderr, flush=True)
+            return status
+        return getattr(error, "exit_status", 1)
     return 0
+
+
+def _full_disk(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
 
 
 def _chosen_stages(stages: str | None) -> list[str]:
@@ -150,7 +181,47 @@ _pipeline_command("finetune", "teacher", "Fine-tune a run's teacher (and prepare
 _pipeline_command("cache", "cache", "Build a run's teacher cache, with whatever it needs before.")
 _pipeline_command("distill", "distill", "Distil a run's student, with whatever it needs before.")
 _pipeline_command("report", "report", "Write a run's report, with whatever it needs before.")
-_pipeline_command("export", "export", "Export a run's student, with whatever it needs before.")
+
+
+@app.command()
+def export(
+    config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
+    overrides: Overrides = None,
+    from_checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/step-N, of any number of ranks and any ZeRO stage.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --from-checkpoint: folder to write; must not exist.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="With --from-checkpoint: float32 (master weights), float16 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Export a run's student, with whatever it needs before; or the student as it was at a checkpoint.
+
+    Example: pkd export --config configs/demo.yaml
+
+    Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
+    """
+    if config is not None and from_checkpoint is None and output is None:
+        raise typer.Exit(run(config, overrides or [], ",".join(STAGE_NAMES[: STAGE_NAMES.index("export") + 1])))
+
+    def work() -> None:
+        if from_checkpoint is None or output is None or config is not None or overrides:
+            raise UserError(
+                "pkd export: give either --config FILE, or --from-checkpoint RUN/checkpoints/step-N --output DIR"
+            )
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
+        from pkd_dist.export import hf
+
+        made = hf.from_checkpoint(from_checkpoint, output, dtype)
+        seen = (
+            "not evaluated" if made["epoch"] is None else f"dev {made['main_metric']:.4f} after epoch {made['epoch']}"
+        )
+        print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")
+
+    _exit(work)
 
 
 def _task_overrides(task: str, data: str, text: list[str] | None, label: str | None, kind: str | None) -> list[str]:

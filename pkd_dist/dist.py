@@ -5,8 +5,15 @@ The only user of `torch.distributed` (DeepSpeed's engine aside). Who is who stan
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import pickle
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,21 +21,38 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
+from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.preemption import StopSignals, name_of
 from pkd_dist.ranks import Ranks, free_port
+from pkd_dist.telemetry.log import log
+from pkd_dist.watchdog import Watchdog
 
 T = TypeVar("T")
 _DEFAULT_PORT = 29500
+_COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Waiting is the watchdog's to end: it knows whether the others still work."""
+_BOARD_SECONDS, _LAST_WORDS_SECONDS = 5.0, 1.5
+_GOES_ON = "; the same command goes on from what is committed"
+_LOST = re.compile(
+    r"closed by (the )?peer|reset by peer|Broken pipe|Connection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", re.I
+)
 
 
 class World:
-    """The ranks of a run and what they do together. Every method but the properties is collective.
+    """The ranks of a run and what they do together. What is not collective says so.
 
     Args:
         ranks: this process's place.
-        timeout_seconds: how long a collective waits for the others.
+        timeout_seconds: how long this rank waits for others that do not move.
+        signals: noted since the process began; None: no signal is listened to.
+
+    Raises:
+        UserError: the meeting place is taken by another program.
+        LostRank: the ranks did not meet in time.
     """
 
-    def __init__(self, ranks: Ranks, timeout_seconds: float = 600.0):
+    def __init__(self, ranks: Ranks, timeout_seconds: float = 600.0, signals: StopSignals | None = None):
+        self._position = "start"
         self.rank, self.size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
         self.launcher, self.local_size = ranks.launcher, ranks.local_world_size
         if torch.cuda.is_available():
@@ -46,14 +70,39 @@ class World:
         elif ranks.launcher == "srun":
             os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
             os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
-        torch_dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo",
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        self.signals = signals or StopSignals()
+        self._watchdog: Watchdog | None = None
+        self._meet(timeout_seconds)
         # Objects and small host-side values always travel over gloo, so that they never wait for a GPU stream.
-        self._host = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._host = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+        self._hosts = self.gather(socket.gethostname())
+
+    def _meet(self, timeout_seconds: float) -> None:
+        """Makes the process group, and starts the watchdog."""
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
+        meeting_timeout = timedelta(seconds=timeout_seconds)
+        try:
+            store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.size, timeout=meeting_timeout))
+            if self.size > 1:
+                board = _Board()
+                self._watchdog = Watchdog(
+                    self.rank, self.size, board, timeout_seconds, lambda: self.signals.number, self._end
+                ).start()
+                self._watchdog.at(f"meeting the other ranks at {place}", True)
+            store.set_timeout(meeting_timeout)
+            torch_dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
+            )
+        except (torch_dist.DistStoreError, torch_dist.DistNetworkError) as error:
+            if "EADDRINUSE" in str(error) or "already in use" in str(error):
+                raise UserError(
+                    f"MASTER_PORT: {place} is in use by another program; give another port (--master_port of the launcher)"
+                ) from error
+            raise LostRank(
+                f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); are all "
+                "of them started, and is that address reachable from every host?"
+            ) from error
 
     @property
     def main(self) -> bool:
@@ -63,19 +112,72 @@ class World:
     def node_main(self) -> bool:
         return self.local_rank == 0
 
+    # where this rank is, and whether to go on
+
+    def at(self, position: str, loop: bool = True) -> None:
+        """Says where this rank is, for the messages of a watchdog. Not collective.
+
+        Args:
+            loop: in a loop whose every turn says so, as training does.
+        """
+        self._position = position
+        if self._watchdog:
+            self._watchdog.at(position, not loop or self.device.type == "cpu")
+
+    def beat(self) -> None:
+        """This rank moves. Not collective."""
+        if self._watchdog:
+            self._watchdog.beat()
+
+    def stop_signal(self) -> int:
+        """The stop signal that this rank has got, 0 for none. Not collective: ranks must agree before they act on it."""
+        return self.signals.number
+
+    def stopping(self) -> bool:
+        """Whether any rank has got a stop signal, as far as this one knows; a beat. Not collective."""
+        self.beat()
+        return bool(self.signals.number or (self._watchdog and self._watchdog.peer_stop_signal))
+
+    def stop_here(self, what: str) -> None:
+        """Raises Preempted on every rank where any has got a stop signal: a safe point where nothing is left to commit."""
+        number = max(self.gather(self.signals.number))
+        if number:
+            raise Preempted(
+                f"{what}: stopped by {name_of(number)}; the same command goes on from what is committed", number
+            )
+
+    def interrupt(self, what: str) -> None:
+        """For long work inside `on_main`, which hands the exception on: raises Preempted where this rank is to stop."""
+        if self.stopping():
+            number = self.signals.number or (self._watchdog.peer_stop_signal if self._watchdog else 0)
+            raise Preempted(
+                f"{what}: stopped by {name_of(number)}; the same command goes on from what is committed", number
+            )
+
+    # collectives
+
     def barrier(self) -> None:
-        torch_dist.barrier(group=self._host)
+        with self._collective():
+            torch_dist.barrier(group=self._host)
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        self.beat()
+        yield
+        self.beat()
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """`value` of the source rank, on every rank."""
         box = [value]
-        torch_dist.broadcast_object_list(box, src=source, group=self._host)
+        with self._collective():
+            torch_dist.broadcast_object_list(box, src=source, group=self._host)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
         out: list[Any] = [None] * self.size
-        torch_dist.all_gather_object(out, value, group=self._host)
+        with self._collective():
+            torch_dist.all_gather_object(out, value, group=self._host)
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -85,10 +187,10 @@ class World:
             try:
                 outcome = (work(), None)
             except Exception as error:  # handed on to every rank below
-                outcome = (None, error)
+                outcome = (None, _portable(error))
         value, failure = self.broadcast(outcome)
         if failure is not None:
-            raise failure
+            raise _shared(failure)
         return value  # type: ignore[return-value]
 
     def together(self, work: Callable[[], T]) -> T:
@@ -98,10 +200,10 @@ class World:
         try:
             value = work()
         except Exception as error:
-            mine = error
+            mine = _portable(error)
         for failure in self.gather(mine):
             if failure is not None:
-                raise failure
+                raise _shared(failure)
         return value  # type: ignore[return-value]
 
     def everywhere(self, work: Callable[[], T]) -> list[T]:
@@ -111,7 +213,8 @@ class World:
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Elementwise sum over ranks of a small float64 array."""
         tensor = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
-        torch_dist.all_reduce(tensor, group=self._host)
+        with self._collective():
+            torch_dist.all_reduce(tensor, group=self._host)
         return tensor.numpy()
 
     def gather_rows(self, rows: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
@@ -129,6 +232,108 @@ class World:
         assert seen.all(), "an example was not scored"
         return out
 
+    # the end
+
     def close(self) -> None:
+        if self._watchdog:
+            self._watchdog.stop()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+    def agree_on_end(self, error: Exception) -> tuple[str, int] | None:
+        """After an exception on this rank: what the user is to read, and the exit status.
+
+        An exception that all ranks raise is told by rank 0. One that a single rank raises makes the others lose it: they
+        find it on the board, and the lowest rank that is left tells it.
+
+        Returns:
+            The message and the status; None where another rank speaks.
+        """
+        known = isinstance(error, (UserError, DivergedError, Preempted, LostRank))
+        if self.size == 1 or isinstance(error, (DivergedError, Preempted)) or getattr(error, "shared", False):
+            return (self._told(error, known), getattr(error, "exit_status", 1)) if self.main else None
+        board, lost = _Board(), _is_lost(error)
+        try:
+            if not lost:
+                status = getattr(error, "exit_status", 1)
+                board.post("failure", json.dumps([self._told(error, known), status]))
+            board.post(f"left/{self.rank}", "")
+            time.sleep(_LAST_WORDS_SECONDS)  # for the others to say the same
+            found = board.read(["failure", *(f"left/{rank}" for rank in range(self.size))])
+        except Exception:  # rank 0, where the ranks meet, is gone
+            if self.rank != 1:
+                return None
+            return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1
+        left = [rank for rank in range(self.size) if f"left/{rank}" in found]
+        if self.rank != min(left):
+            return None
+        if "failure" in found:
+            message, status = json.loads(found["failure"])
+            return message, status
+        gone = [f"rank {rank} ({self._hosts[rank]})" for rank in range(self.size) if rank not in left]
+        blame = f"{', '.join(gone[:4])} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
+        return f"{self._position}: {blame}{_GOES_ON}", 1
+
+    def _told(self, error: Exception, known: bool) -> str:
+        if known:
+            return str(error)
+        return (
+            f"{self._position}: a defect of pkd_dist on rank {self.rank}: {type(error).__name__}: {_first_line(error)}"
+        )
+
+    @staticmethod
+    def _end(message: str | None) -> None:
+        """The watchdog's: the main thread cannot be reached any more."""
+        if message:
+            print(f"pkd: {message}", file=sys.stderr, flush=True)
+        os._exit(LostRank.exit_status)
+
+
+class _Board:
+    """What ranks tell each other outside of collectives: keys in the launcher's TCP store, over connections of its own."""
+
+    def __init__(self) -> None:
+        self._store: Any = None
+
+    def _connected(self) -> Any:
+        if self._store is None:
+            client = torch_dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                timeout=timedelta(seconds=_BOARD_SECONDS),
+            )  # fmt: skip
+            self._store = torch_dist.PrefixStore(f"pkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+        return self._store
+
+    def post(self, key: str, value: str) -> None:
+        self._connected().set(key, value)
+
+    def read(self, keys: list[str]) -> dict[str, str]:
+        store = self._connected()
+        return {key: store.get(key).decode() for key in keys if store.check([key])}
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception as it can travel: itself, or what it says where it cannot be pickled."""
+    log.debug("handed on to the other ranks", exc_info=error)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _shared(error: Exception) -> Exception:
+    """Marks an exception that every rank raises."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an exception says that another rank cannot be reached."""
+    if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

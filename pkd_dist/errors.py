@@ -16,6 +16,23 @@ class DivergedError(Exception):
 
 
 class Preempted(Exception):  # noqa: N818 - not an error: the same command continues
-    """A stop signal was agreed on by all ranks and a checkpoint is committed."""
+    """A stop signal was agreed on by all ranks and what is done is committed.
+
+    Attributes:
+        signal: its number.
+    """
 
     exit_status = 75
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message, signal)
+        self.message, self.signal = message, signal
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class LostRank(Exception):  # noqa: N818 - the ranks that are left are well
+    """Another rank died, is stuck, or cannot be reached. The same command goes on from what is committed."""
+
+    exit_status = 1

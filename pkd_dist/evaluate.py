@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,21 @@ def predict(
 
     Returns:
         (N, C) float32 in the order of the token set.
+
+    Raises:
+        Preempted: a rank has got a stop signal; nothing is kept.
     """
     mine = scoring_batches(tokens, batch_size, world.rank, world.size)
     logits: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     for rows_B in mine:
+        if world.stopping():
+            break
         batch = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(world.device)
         logits.append(forward(batch.inputs).float().cpu().numpy())
         positions.append(rows_B)
         tick(len(rows_B))
+    world.stop_here("in an evaluation")
     width = max(world.gather(logits[0].shape[1] if logits else 0))
     rows = np.concatenate(logits) if logits else np.empty((0, width), np.float32)
     return world.gather_rows(rows, np.concatenate(positions) if positions else np.empty(0, np.int64), len(tokens))
@@ -121,6 +128,7 @@ def speed(
     samples: int,
     pad_id: int,
     repeats: int = 3,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Latency and throughput of several models on the same inputs, interleaved so that drift hits all alike.
 
@@ -128,12 +136,14 @@ def speed(
         forwards: name -> forward.
         samples: single-sentence requests timed for each, at the lengths of the real text.
         repeats: passes over the batches of throughput; the median counts.
+        check: called before each request; what it raises ends the measurement.
 
     Returns:
         name -> `latency_ms_p50`, `latency_ms_p99` (batch 1), `reasoningTime` (samples per second at `batch_size`).
     """
 
     def timed(forward: Forward, inputs: dict[str, torch.Tensor]) -> float:
+        check()
         start = time.perf_counter()
         forward(inputs)
         if device.type == "cuda":
@@ -203,7 +213,8 @@ def compare(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
         try:
             with torch.inference_mode():
-                return speed(forwards, dev, world.device, batch_size, samples, pad_id)
+                interrupt = partial(world.interrupt, "in an evaluation")
+                return speed(forwards, dev, world.device, batch_size, samples, pad_id, check=interrupt)
         finally:
             torch.set_num_threads(threads)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pkd_dist.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -27,6 +31,34 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(
         path, lambda tmp: tmp.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full (safetensors hides the number in its text)."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    return any(f"(os error {code})" in str(error) for code in codes)
+
+
+@contextlib.contextmanager
+def require_space(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
+    """Work that writes about so many bytes into a folder that exists.
+
+    Raises:
+        UserError: the disk has less, or got full all the same. Says how many bytes were needed.
+    """
+    free = shutil.disk_usage(folder).free
+    message = "{}: no space left for {}: it needs {:,} bytes, {:,} are free; free some and run the same command again"
+    if free < needed_bytes:
+        raise UserError(message.format(folder, what, needed_bytes, free))
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        left = shutil.disk_usage(folder).free
+        raise UserError(message.format(folder, what, max(needed_bytes, left + 1), left)) from error
 
 
 def sync(path: Path) -> None:

@@ -7,13 +7,14 @@ How a stage is found done, changed or interrupted stands in `stages.py`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,17 @@ from pkd_dist.dist import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluate import compare, evaluating, figures_of, predict, score, speed
 from pkd_dist.export import card, hf
-from pkd_dist.files import changed_file, digest_of, file_digests, remove, sha256, write_atomically, write_json
+from pkd_dist.files import (
+    changed_file,
+    digest_of,
+    file_digests,
+    is_full,
+    remove,
+    sha256,
+    write_atomically,
+    write_json,
+)
+from pkd_dist.lock import Lock
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.ranks import discover
@@ -75,6 +86,7 @@ class Pipeline:
         self.base = encoder.locate(config.teacher.model)
         self.base_config = encoder.load_config(self.base)
         self.outputs: dict[str, dict[str, Any]] = {}
+        self._lock: Lock | None = None
         self._preflight()
 
     def _preflight(self) -> None:
@@ -144,13 +156,23 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------ the run itself
 
-    def run(self, stages: Sequence[str] = STAGES) -> None:
+    def run(self, stages: Sequence[str] = STAGES, fresh: bool = False) -> None:
         """Runs the stages that are not done; collective.
 
+        Args:
+            fresh: start over; an existing run folder gets another name first.
+
         Raises:
-            UserError, DivergedError, Preempted: see `errors.py`.
+            UserError, DivergedError, Preempted, LostRank: see `errors.py`.
         """
-        self._open_folder()
+        self._open_folder(fresh)
+        try:
+            self._run(stages)
+        finally:
+            if self._lock:
+                self._lock.release()
+
+    def _run(self, stages: Sequence[str]) -> None:
         metrics = RunMetrics()
         metrics.info.labels(__version__, self.config.run.dir, self.task.name, str(self.world.size), self.precision).set(
             1
@@ -180,14 +202,20 @@ class Pipeline:
             self.world.size, self.world.launcher, self.world.device.type, self.precision, self.teacher_precision,
         )  # fmt: skip
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, fresh: bool) -> None:
         def open_it() -> None:
             try:
-                (self.dir / "stages").mkdir(parents=True, exist_ok=True)
-                probe = self.dir / ".writable"
-                probe.write_text("")
-                probe.unlink()
+                if fresh and self.dir.exists():
+                    Lock(self.dir).acquire(tick=self.world.beat).release()  # not under a job that uses it
+                    log.info("--fresh: the earlier run is kept in %s", move_aside(self.dir))
+                self.dir.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.dir).acquire(tick=self.world.beat)
+                for leftover in list(self.dir.rglob(".*.tmp")):  # of a killed job; nobody else writes here now
+                    remove(leftover)
+                (self.dir / "stages").mkdir(exist_ok=True)
             except OSError as error:
+                if is_full(error):
+                    raise
                 raise UserError(
                     f"run.dir: {self.dir} is not writable ({error.strerror}); choose another run.dir"
                 ) from None
@@ -232,6 +260,8 @@ class Pipeline:
         }
 
     def _run_stage(self, stage: Stage, selected: bool) -> None:
+        self.world.at(stage.name, loop=False)
+        self.world.stop_here(f"before the stage {stage.name}")
         state, why = self.world.on_main(lambda: self.markers.state(stage))
         if state == "done":
             self.outputs[stage.name] = self.world.on_main(lambda: self.markers.outputs(stage))
@@ -437,9 +467,8 @@ class Pipeline:
         return encoder.weights_digest(self.base)
 
     def _checkpoint_fingerprint(self) -> str:
-        """Of what a checkpoint may be loaded into: the stage's inputs, and how ZeRO lays the optimizer out."""
-        zero = self.deepspeed.get("zero_optimization", {})
-        return digest_of([self.inputs, zero.get("stage", 0), zero.get("offload_optimizer")])
+        """Of what a checkpoint may be loaded into: the stage's inputs. World size and ZeRO stage may differ."""
+        return digest_of(self.inputs)
 
     def _optimizer_inputs(self) -> dict[str, Any]:
         train = self.config.train
@@ -527,15 +556,35 @@ class Pipeline:
         if not self.config.cache.enabled:
             log.info("cache: not built (cache.enabled is false): the teacher runs in every step")
             return {"rows": 0, "built": 0}
-        built = build(
-            self._cache_folder, self._fingerprint(), self._tokens("train"), self._live_teacher, self._tokenizer.pad_token_id,
-            self.config.cache.shard_rows, self.world, self.telemetry,
-        )  # fmt: skip
+        with self._sole_builder():
+            built = build(
+                self._cache_folder, self._fingerprint(), self._tokens("train"), self._live_teacher,
+                self._tokenizer.pad_token_id, self.config.cache.shard_rows, self.world, self.telemetry,
+            )  # fmt: skip
 
         def size() -> int:
-            return sum(p.stat().st_size for p in self._cache_folder.iterdir())
+            return sum(p.stat().st_size for p in self._cache_folder.glob("*.*s*"))
 
         return {"rows": self.outputs["data"]["train"]["examples"], "built": built, "bytes": self.world.on_main(size)}
+
+    @contextlib.contextmanager
+    def _sole_builder(self) -> Iterator[None]:
+        """Of several runs that share a cache one builds it; the others wait, and find it done."""
+        locks: list[Lock] = []
+
+        def lock() -> None:
+            self._cache_folder.mkdir(parents=True, exist_ok=True)
+            locks.append(Lock(self._cache_folder).acquire(wait=True, tick=lambda: self.world.interrupt("cache")))
+            for leftover in self._cache_folder.glob(".*.tmp"):
+                remove(leftover)
+
+        if self.config.cache.dir:
+            self.world.on_main(lock)
+        try:
+            yield
+        finally:
+            for held in locks:
+                held.release()
 
     def _cache_missing(self, outputs: dict[str, Any]) -> str | None:
         """A shard that is gone is built again; one that is damaged, or another teacher's cache, is refused."""

@@ -1,31 +1,81 @@
-"""Stop signals: the first one is noted and acted on at the next step, a second one ends the process at once."""
+"""Stop signals: the first is noted and acted on at the next safe point, a second one ends the process at once.
+
+The main thread may sit in a collective for minutes, where Python runs no handler. So the signals' numbers go through a
+pipe, as the kernel delivers them, to a thread of their own.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-from types import FrameType
+import socket
+import threading
+import time
+from typing import Any
+
+from pkd_dist.telemetry.log import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_SECONDS = 2.0
+"""Within this time further signals count as the first one: a launcher passes on what the terminal sends to all."""
 
 
-class StopFlag:
-    """Set by the first of `SIGNALS` that arrives while it is installed."""
+class StopSignals:
+    """Notes the first of `SIGNALS` from `install` on; to be used in the main thread.
+
+    Attributes:
+        number: of the first signal; 0 until one has come.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, object] = {}
+        self.number = 0
+        self._first_seconds = 0.0
+        self._ending = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = number
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def __enter__(self) -> StopFlag:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+    def install(self) -> StopSignals:
+        ours, kernels = socket.socketpair()
+        kernels.setblocking(False)
+        self._pipe = ours, kernels
+        signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # a handler of Python's must be there for the pipe to be written
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    def uninstall(self) -> None:
+        """Puts the signals back as a new process has them."""
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for end in self._pipe:
+            end.close()
+
+    def ending(self) -> None:
+        """The process is ending in good order: what comes now changes nothing."""
+        self._ending = True
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                got = self._pipe[0].recv(64)
+            except OSError:
+                return
+            if not got:
+                return
+            for number in got:
+                if number in SIGNALS:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self._first_seconds = number, now
+            name = signal.Signals(number).name
+            log.info("%s: stopping at the next safe point; the same signal again ends at once", name)
+        elif now - self._first_seconds > _SAME_SECONDS and not self._ending:
+            log.info("%s again: ending at once", signal.Signals(number).name)
+            os._exit(128 + number)
+
+
+def name_of(number: int) -> Any:
+    return signal.Signals(number).name

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from pkd_dist import checkpoint
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.files import remove
-from pkd_dist.model.encoder import load_model
+from pkd_dist.files import remove, require_space
+from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer
+from pkd_dist.model.lean import put_back
 
 TOLERANCE = 1e-5
 """Largest difference between a logit of the trained and of the reloaded student, in float32."""
@@ -23,12 +25,79 @@ TOLERANCE = 1e-5
 
 def best_student(init: Path, weights: Path) -> PreTrainedModel:
     """The trained student as a plain model: the starting folder's shape, the best epoch's weights, no projection."""
-    model = load_model(str(init), "student_init")
-    state = {k.removeprefix("model."): v for k, v in load_file(weights).items() if not k.startswith("projection.")}
+    return _filled(load_model(str(init), "student_init"), load_file(weights))
+
+
+def _filled(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    state = {k.removeprefix("model."): v for k, v in weights.items() if not k.startswith("projection.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {name for name in model.state_dict() if name not in dict(model.named_parameters(remove_duplicate=True))}
     assert not unexpected and not set(missing) - tied, f"weights do not fit: {missing} {unexpected}"
     return model.eval()
+
+
+def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
+    """Exports a checkpoint of any world size and ZeRO stage, in one process: the student at that step.
+
+    Args:
+        path: RUN/checkpoints/step-N; RUN/student_init gives the shape and the tokenizer.
+        output: written whole, or not at all; must not exist.
+        dtype: float32 (the master weights), float16 or bfloat16.
+
+    Returns:
+        `step`, `epoch` (of the last evaluation), `main_metric` (of that evaluation, None where there was none),
+        `parameters`.
+
+    Raises:
+        UserError: not a committed, intact checkpoint of a student, or `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"--output: {output} exists; choose a new folder")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {output.absolute().parent}")
+    if not (path / checkpoint.COMMIT).is_file():
+        raise UserError(f"--from-checkpoint: {path} is not a committed checkpoint; expected RUN/checkpoints/step-N")
+    problem, _ = checkpoint.damage(path)
+    if problem:
+        raise UserError(f"--from-checkpoint: {problem}; choose another checkpoint")
+    init = path.absolute().parent.parent / "student_init"
+    if not init.is_dir():
+        raise UserError(
+            f"--from-checkpoint: {init} is missing; keep the checkpoint in its run folder, RUN/checkpoints/step-N"
+        )
+    shards, state = checkpoint.Shards(path), checkpoint.read_state(path)
+    model = load_model(str(init), "student_init")
+    weights = {name: shards.whole(checkpoint.WEIGHT, name) for name in shards.names()}
+    if USED_IDS in weights:
+        table: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        name = next(f"model.{n}" for n, p in model.named_parameters() if p.data_ptr() == table.data_ptr())
+        weights[name] = put_back(table, weights.pop(USED_IDS), weights[name], state["decay"])
+    _filled(model, weights).to(getattr(torch, dtype))
+    tokenizer = load_tokenizer(str(init), "student_init")
+    temporary = output.with_name(f".{output.name}.tmp")
+    remove(temporary)
+    try:
+        with require_space(output.absolute().parent, _bytes(model), str(output)):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        again = AutoModelForSequenceClassification.from_pretrained(temporary, dtype="auto").state_dict()
+        for key, value in model.state_dict().items():
+            if again[key].dtype != value.dtype or not torch.equal(again[key], value):
+                raise UserError(f"{output}: {key} reads back differently; the export is not usable")
+        os.replace(temporary, output)
+    finally:
+        remove(temporary)
+    history = state["progress"]["history"]
+    return {
+        "step": state["progress"]["step"],
+        "epoch": history[-1]["epoch"] if history else None,
+        "main_metric": history[-1]["main_metric"] if history else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def export(
@@ -52,13 +121,14 @@ def export(
         The largest difference of a logit.
 
     Raises:
-        UserError: the reloaded model or tokenizer differs; nothing is left behind.
+        UserError: the reloaded model or tokenizer differs, or the disk is full; nothing is left behind.
     """
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        student.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with require_space(output.parent, _bytes(student), str(output)):
+            student.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         difference = _verify(student, temporary, dev, texts, max_length)
         remove(output)

@@ -26,6 +26,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+USED_IDS = "vocabulary.used"
+"""Where an `Encoder`'s weights say which rows of the embedding they hold."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -190,7 +192,8 @@ class Encoder(nn.Module):
         if self.vocabulary is None:
             return weights
         name = f"model.{self.vocabulary.name}"
-        return weights | {name: self.vocabulary.whole(weights[name], decay)}
+        plain = {key: value for key, value in weights.items() if key != USED_IDS}
+        return plain | {name: self.vocabulary.whole(weights[name], decay)}
 
 
 def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:

@@ -84,7 +84,6 @@ class CompactVocabulary(nn.Module):
         used = torch.from_numpy(used_V)
         self.name = next(name for name, p in model.named_parameters() if p is full.weight)
         self._start = full.weight.detach().clone()
-        self._used = used
         shape = (len(used), full.embedding_dim)
         compact = nn.Embedding(*shape, padding_idx=full.padding_idx, dtype=full.weight.dtype)
         with torch.no_grad():
@@ -93,7 +92,9 @@ class CompactVocabulary(nn.Module):
         place = torch.full((full.num_embeddings,), len(used), dtype=torch.int64)  # an id not in the table is refused
         place[used] = torch.arange(len(used))
         self.place: torch.Tensor
+        self.used: torch.Tensor
         self.register_buffer("place", place, persistent=False)
+        self.register_buffer("used", used)  # kept with the weights, which are of no use without it
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids -> rows of the compact table."""
@@ -101,9 +102,14 @@ class CompactVocabulary(nn.Module):
 
     def whole(self, compact_VH: torch.Tensor, decay: float) -> torch.Tensor:
         """The full table: trained rows, and the others as AdamW's decay alone leaves them."""
-        full = (self._start.double() * decay).to(compact_VH.dtype)
-        full[self._used] = compact_VH
-        return full
+        return put_back(self._start, self.used.cpu(), compact_VH, decay)
+
+
+def put_back(start_VH: torch.Tensor, used: torch.Tensor, compact_VH: torch.Tensor, decay: float) -> torch.Tensor:
+    """A full embedding table of the rows that were trained (at ids `used`) and of the others, decayed from their start."""
+    full = (start_VH.double() * decay).to(compact_VH.dtype)
+    full[used] = compact_VH
+    return full
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import UserError
-from pkd_dist.files import sha256, write_atomically, write_json
+from pkd_dist.files import require_space, sha256, write_atomically, write_json
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.teacher import cache
 from pkd_dist.teacher.cache import FORMAT_VERSION, MANIFEST, Fingerprint, map_tensors, shard_name, shard_problem
@@ -100,7 +100,8 @@ def build(
         Rows that were computed now (0: all shards were there).
 
     Raises:
-        UserError: the folder holds a cache of another fingerprint, or a shard that is there but damaged.
+        UserError: the folder holds a cache of another fingerprint, a shard that is there but damaged, or the disk is full.
+        Preempted: a rank has got a stop signal; the shards that are whole stay.
     """
     by_id = np.argsort(np.asarray(tokens.ids_N), kind="stable")
     manifest = world.on_main(lambda: cache.read_manifest(folder))
@@ -127,21 +128,30 @@ def build(
     todo = [i for i in mine if i in missing]
     telemetry.metrics.cache_expected.set(sum(len(parts[i]) for i in todo))
 
-    def build_mine() -> list[dict[str, Any]]:
+    def build_mine() -> None:
         teacher = make_teacher() if todo else None
         with Bar("cache, rows of this rank", sum(len(parts[i]) for i in todo), show=telemetry.show) as bar:
             for i in todo:
                 assert teacher is not None
+                world.at(f"cache, {shard_name(i)}")
 
-                def tick(rows: int) -> None:
+                def tick(rows: int) -> bool:
                     telemetry.metrics.cache_rows.inc(rows)
                     bar.advance(rows)
+                    return world.stopping()
 
-                _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick)
-        return [_entry(folder, i, tokens, parts[i]) for i in mine]
+                if not _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick):
+                    return
 
+    world.together(build_mine)
+    world.stop_here("cache")
     entries = sorted(
-        (entry for part in world.everywhere(build_mine) for entry in part), key=lambda entry: entry["file"]
+        (
+            entry
+            for part in world.everywhere(lambda: [_entry(folder, i, tokens, parts[i]) for i in mine])
+            for entry in part
+        ),
+        key=lambda entry: entry["file"],
     )
 
     def commit() -> None:
@@ -183,9 +193,16 @@ def _build_shard(
     teacher: LiveTeacher,
     fingerprint: Fingerprint,
     pad_id: int,
-    tick: Callable[[int], None],
-) -> None:
-    """Computes the rows in batches of similar length and of about `_BATCH_TOKENS` tokens; stores them in id order."""
+    tick: Callable[[int], bool],
+) -> bool:
+    """Computes the rows in batches of similar length and of about `_BATCH_TOKENS` tokens; stores them in id order.
+
+    Args:
+        tick: told of the rows of each batch; -> whether to stop.
+
+    Returns:
+        Whether the shard was written; False where it was stopped.
+    """
     lengths = tokens.lengths_N[rows]
     logits: list[Any] = [None] * len(rows)
     states: list[Any] = [None] * len(rows)
@@ -199,14 +216,17 @@ def _build_shard(
             logits[place] = logits_BC[k]
             states[place] = states_B[k, : lengths[place]] if teacher.tokens else states_B[k]
         start += len(here)
-        tick(len(here))
+        if tick(len(here)) and start < len(order):
+            return False
     tensors = {"ids": torch.from_numpy(np.asarray(tokens.ids_N[rows])), "logits": torch.stack(logits)}
     if teacher.tokens:
         tensors["states"] = torch.cat(states)
         tensors["offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     else:
         tensors["states"] = torch.stack(states)
-    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata={"fingerprint": fingerprint.digest}))
+    with require_space(path.parent, sum(t.nbytes for t in tensors.values()), path.name):
+        write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata={"fingerprint": fingerprint.digest}))
+    return True
 
 
 def _entry(folder: Path, index: int, tokens: TokenSet, rows: np.ndarray) -> dict[str, Any]:

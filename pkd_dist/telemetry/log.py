@@ -21,6 +21,7 @@ class _ToTerminal(logging.Handler):
 def to_terminal(show: bool) -> None:
     """Lets messages through to the terminal where `show`; quiets the libraries, whose news is not the user's."""
     log.setLevel(logging.DEBUG)
+    logging.raiseExceptions = False  # a log file on a full disk must not fill the terminal
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -42,3 +43,8 @@ def to_file(folder: Path, rank: int) -> None:
     handler = logging.FileHandler(folder / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+
+
+def log_file() -> Path | None:
+    """This rank's log file, where it is open."""
+    return next((Path(h.baseFilename) for h in log.handlers if isinstance(h, logging.FileHandler)), None)

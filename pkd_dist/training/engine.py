@@ -12,7 +12,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import nn
 
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, UserError
+from pkd_dist.training.state import OptimizerState, persistent_buffers
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,17 @@ class Engine:
             module.forward = torch.autocast(world.device.type, dtype=dtype)(module.forward)  # type: ignore[method-assign]
         decay = [p for n, p in module.named_parameters() if p.requires_grad and _decays(n, p)]
         plain = [p for n, p in module.named_parameters() if p.requires_grad and not _decays(n, p)]
-        optimizer = torch.optim.AdamW(
+        self._adam = torch.optim.AdamW(
             [{"params": decay, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=plan.learning_rate,
             eps=plan.adam_epsilon,
             fused=not offload,
         )
         self._factor = linear_warmup(plan.total_steps, plan.warmup_ratio)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         try:
             with _quiet():
                 self._engine, *_ = ds.initialize(
-                    model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+                    model=module, optimizer=self._adam, config=config, dist_init_required=False
                 )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -135,6 +134,7 @@ class Engine:
                 f"train.deepspeed: DeepSpeed refuses the JSON's {error.title}: {key}: {first['msg']}"
             ) from None
         self.module = module
+        self.state = OptimizerState(module, self._engine.optimizer, self._adam, self.stage, world.rank, world.size)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -150,13 +150,22 @@ class Engine:
         """Ends a micro-batch that is not the last of its step."""
         self._engine.step()
 
-    def step(self) -> float:
-        """Applies the update of a whole step and returns the gradient's norm before clipping.
+    def step(self, step: int) -> tuple[float, float]:
+        """Applies the update of a whole step; returns the gradient's norm before clipping, and the learning rate.
+
+        Args:
+            step: optimizer steps done before: the schedule is a function of it.
 
         Raises:
             DivergedError: the norm is not finite; no weight was changed. (Under fp16 a step may be skipped while the
                 loss scale falls: then the norm returned is infinite.)
         """
+        rate = self._plan.learning_rate * self._factor(step)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        return self._update(), rate
+
+    def _update(self) -> float:
         if self.stage == 0 and not self.loss_scale_expected:
             norm = float(
                 torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -180,10 +189,6 @@ class Engine:
             raise DivergedError("the gradient is not finite")
 
     @property
-    def learning_rate(self) -> float:
-        return float(self._engine.get_lr()[0])
-
-    @property
     def loss_scale(self) -> float:
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0)) if self.loss_scale_expected else 1.0
 
@@ -192,28 +197,18 @@ class Engine:
         rates = self._plan.learning_rate * np.array([self._factor(t) for t in range(steps)])
         return float(np.prod(1.0 - rates * self._plan.weight_decay))
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's shards into folder/tag; collective."""
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, checkpoint: Path) -> None:
-        """Loads a committed checkpoint; collective."""
-        with _quiet():
-            path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        assert path is not None, f"DeepSpeed did not load {checkpoint}"
-
     def full_weights(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer whole, in float32 on the CPU, from the float32 master weights; collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if self.stage > 0 and parameter.requires_grad else None
-            weights[name] = (parameter if full is None else full).detach().float().cpu().contiguous().clone()
-        for name, buffer in self.module.named_buffers():
-            if name in self.module.state_dict():
-                weights[name] = buffer.detach().cpu().contiguous().clone()
+            full: torch.Tensor = parameter
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter) if self.stage > 0 else self.state.master(parameter)
+            weights[name] = full.detach().float().cpu().contiguous().clone()
+        for name, buffer in persistent_buffers(self.module):
+            weights[name] = buffer.detach().cpu().contiguous().clone()
         return weights
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from pkd_dist import checkpoint
+from pkd_dist.checkpoint import Shards
 from pkd_dist.config import Checkpoint as CheckpointConfig
 from pkd_dist.data.batches import Batch, TrainingBatches, micro_batches
 from pkd_dist.data.tasks import Task
@@ -25,9 +26,8 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, Preempted
 from pkd_dist.evaluate import evaluating, predict, score
-from pkd_dist.files import write_atomically
+from pkd_dist.files import require_space, sha256, write_atomically
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.preemption import StopFlag
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar, timed
@@ -81,26 +81,25 @@ class Job:
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside weights and random state; the same on all ranks."""
+    """What a checkpoint remembers beside weights; the same on all ranks."""
 
     step: int = 0
+    evaluated_epochs: int = 0
     samples: int = 0
     tokens: int = 0
     best_step: int = 0
     best_epoch: int = 0
     best_metric: float = float("-inf")
     best_file: str | None = None
-    history: list[dict[str, Any]] | None = None
-
-    def state(self, fingerprint: str) -> dict[str, Any]:
-        return {"fingerprint": fingerprint, **vars(self)}
+    best_sha256: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
     """Runs one `Job` to its end, from wherever its newest checkpoint stands."""
 
     def __init__(self, job: Job, world: World, telemetry: Telemetry):
-        self.job, self.world, self.telemetry, self.stop = job, world, telemetry, StopFlag()
+        self.job, self.world, self.telemetry = job, world, telemetry
         self.batches = TrainingBatches(
             job.train, job.batch_size, job.micro_batch_size, job.seed, world.rank, world.size, job.pad_id
         )
@@ -112,20 +111,17 @@ class Trainer:
             job.batch_size, size, count,
         )  # fmt: skip
         self.engine = Engine(job.module, deepspeed, plan, world)
-        self.progress = Progress(history=[])
+        self.progress = Progress()
         self._resume()
         self.records = Records(job.records) if world.main else None
 
     def _resume(self) -> None:
-        seed = int(np.random.SeedSequence([self.job.seed, self.world.rank]).generate_state(1)[0])
-        torch.manual_seed(seed)
         found = checkpoint.find(self.world, self.job.folder, self.job.fingerprint, log.info)
         if found is None:
             return
         path, state = found
-        self.engine.load(path)
-        checkpoint.load_random_state(path, self.world.rank)
-        self.progress = Progress(**{k: v for k, v in state.items() if k != "fingerprint"})
+        self.engine.state.restore(Shards(path), state["counters"])
+        self.progress = Progress(**state["progress"])
         if self.progress.step < self.total_steps:
             log.info(
                 "%s: going on from step %d of %d (%s)", self.job.name, self.progress.step, self.total_steps, path.name
@@ -142,24 +138,31 @@ class Trainer:
         self._count_on()
         epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
         bar = Bar(f"{job.name}, {epochs_shown}", self.total_steps, progress.step, self.telemetry.show)
-        with self.stop, bar:
-            while progress.step < self.total_steps:
+        with bar:
+            while progress.step < self.total_steps or self._due():
+                if self._due():
+                    self._evaluate(progress.step // self.batches.steps)
+                    self._save()
+                    continue
                 epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
                 order = self.batches.order(epoch)
                 self.engine.train()
                 for step in range(step_in_epoch, self.batches.steps):
-                    note = self._step(order, step)
+                    note, stop = self._step(order, step)
                     bar.advance(1, note)
-                    if progress.step % self.batches.steps == 0:
-                        break  # the epoch's end evaluates first, then saves
-                    if progress.step % job.checkpoint.every_steps == 0:
+                    if stop:
+                        self._preempted(stop)
+                    if not self._due() and progress.step % job.checkpoint.every_steps == 0:
                         self._save()
-                if (epoch + 1) % job.eval_every_epochs == 0 or epoch + 1 == job.epochs:
-                    self._evaluate(epoch + 1)
-                self._save()
         if self.records:
             self.records.close()
         return progress
+
+    def _due(self) -> bool:
+        """Whether an epoch has ended that is to be evaluated, and is not yet."""
+        epochs, within = divmod(self.progress.step, self.batches.steps)
+        wanted = epochs % self.job.eval_every_epochs == 0 or epochs == self.job.epochs
+        return within == 0 and wanted and self.progress.evaluated_epochs < epochs
 
     def _count_on(self) -> None:
         """Counters and gauges go on where the checkpoint left them."""
@@ -168,8 +171,12 @@ class Trainer:
         metrics.tokens.inc(progress.tokens)
         metrics.step.set(progress.step)
 
-    def _step(self, order: np.ndarray, step: int) -> str:
+    def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
+        """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
         start = time.perf_counter()
+        self.world.at(f"{self.job.name}, step {self.progress.step + 1}")
+        # what is drawn in a step depends on nothing else, so a resume needs no random state
+        torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
         micro = self.batches.step(order, step)
         waited = time.perf_counter() - start
         sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
@@ -186,16 +193,15 @@ class Trainer:
                 self.engine.micro_step()
         local = sums[: len(TERMS)].copy()
         sums[-2] = not np.isfinite(local).all()
-        sums[-1] = self.stop.signal is not None
+        sums[-1] = self.world.stop_signal()
         sums = self.world.sum(sums)
         if sums[-2]:
-            self._diverged("the loss", local)
-        learning_rate = self.engine.learning_rate
-        try:
-            norm = self.engine.step()
-        except DivergedError:
-            self._diverged("the gradient", local)
+            self._diverged("the loss", local, [])
         progress = self.progress
+        try:
+            norm, learning_rate = self.engine.step(progress.step)
+        except DivergedError:
+            self._diverged("the gradient", local, micro)
         examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
         progress.step += 1
         progress.samples += examples
@@ -203,10 +209,9 @@ class Trainer:
         seconds = time.perf_counter() - start
         losses = dict(zip(TERMS, sums.tolist(), strict=False))
         self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), seconds, waited)
-        if sums[-1]:
-            self._preempted()
         parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
-        return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s"
+        stop = max(self.world.gather(self.world.stop_signal())) if sums[-1] else 0
+        return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s", stop
 
     def _log_step(
         self,
@@ -247,25 +252,32 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         """Scores dev and keeps the weights where the task's metric is better than ever before."""
         job, progress = self.job, self.progress
+        self.world.at(f"{job.name}, evaluation of epoch {epoch}")
         with evaluating(job.module):
-            logits = predict(
-                lambda inputs: self.engine(inputs)[0], job.dev, self.world, job.eval_batch_size, job.pad_id
-            )
+            try:
+                logits = predict(
+                    lambda inputs: self.engine(inputs)[0], job.dev, self.world, job.eval_batch_size, job.pad_id
+                )
+            except Preempted as stop:
+                self._preempted(stop.signal)
         self.engine.train()
         figures = score(logits, np.asarray(job.dev.labels_N), job.task)
-        assert progress.history is not None
         progress.history.append({"epoch": epoch, "step": progress.step, **figures})
+        progress.evaluated_epochs = epoch
         better = figures["main_metric"] > progress.best_metric
         if better:
             progress.best_step, progress.best_epoch, progress.best_metric = progress.step, epoch, figures["main_metric"]
             progress.best_file = checkpoint.best_name(progress.step)
             weights = job.module.whole(self.engine.full_weights(), self.engine.decay(progress.step))
+            path = job.folder / progress.best_file
 
-            def keep() -> None:
+            def keep() -> str:
                 job.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(job.folder / checkpoint.best_name(progress.step), lambda tmp: save_file(weights, tmp))
+                with require_space(job.folder, sum(w.nbytes for w in weights.values()), "the best weights"):
+                    write_atomically(path, lambda tmp: save_file(weights, tmp))
+                return sha256(path)
 
-            self.world.on_main(keep)
+            progress.best_sha256 = self.world.on_main(keep)
         for name, value in figures.items():
             self.telemetry.metrics.eval_metric.labels(split="dev", metric=name).set(value)
         if self.records:
@@ -277,36 +289,57 @@ class Trainer:
 
     def _save(self) -> None:
         job, progress = self.job, self.progress
+        state = {
+            "fingerprint": job.fingerprint,
+            "best_file": progress.best_file,
+            "best_sha256": progress.best_sha256,
+            "progress": vars(progress),
+            "counters": self.engine.state.counters(),
+            "decay": self.engine.decay(progress.step),
+        }
         with timed() as seconds:
             checkpoint.save(
-                self.world,
-                job.folder,
-                progress.step,
-                self.engine.save,
-                progress.state(job.fingerprint),
-                job.checkpoint.keep,
+                self.world, job.folder, progress.step, self.engine.state.slices(), state, job.checkpoint.keep
             )
         self.telemetry.metrics.checkpoint_seconds.set(seconds[0])
         self.telemetry.metrics.checkpoint_time.set(time.time())
         log.debug("%s: checkpoint at step %d in %.1f s", job.name, progress.step, seconds[0])
 
-    def _diverged(self, what: str, local: np.ndarray) -> None:
+    def _diverged(self, what: str, local: np.ndarray, micro: list[Batch]) -> NoReturn:
+        """Ends the run on every rank; names the rank and the terms. `micro`: where a gradient is to be looked at again."""
         self.telemetry.metrics.nonfinite.inc()
-        every = self.world.gather(dict(zip(TERMS, local.tolist(), strict=False)))
-        bad = [r for r, terms in enumerate(every) if not np.isfinite(list(terms.values())).all()] or [0]
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in every[bad[0]].items())
+        finite = np.isfinite(local).all() and self._gradient_is_finite(micro)
+        every = self.world.gather((bool(finite), dict(zip(TERMS, local.tolist(), strict=False))))
+        bad = next((rank for rank, (good, _) in enumerate(every) if not good), 0)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in every[bad][1].items())
         raise DivergedError(
-            f"{self.job.name}: {what} is not finite at step {self.progress.step + 1} (rank {bad[0]}: {shown}); nothing of this "
+            f"{self.job.name}: {what} is not finite at step {self.progress.step + 1} (rank {bad}: {shown}); nothing of this "
             f"step is saved; lower the learning rate, or look at the data of this step"
         )
 
-    def _preempted(self) -> None:
-        number = max(self.world.gather(self.stop.signal or 0))
-        if self.progress.step % self.batches.steps == 0:
-            return  # the epoch's own evaluation and checkpoint come first; the next step, or the end, is a second away
+    def _gradient_is_finite(self, micro: list[Batch]) -> bool:
+        """Does the backward passes again, and looks at this rank's own gradients before they are averaged; collective."""
+        good: list[torch.Tensor] = []
+        for parameter in self.job.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: good.append(torch.isfinite(gradient).all()))
+        torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
+        for i, batch in enumerate(micro):
+            terms = self.job.losses(self.engine, batch.to(self.world.device))
+            self.engine.backward((terms["total"] * batch.weight_B.to(terms["total"].device)).sum())
+            if i + 1 < len(micro):
+                self.engine.micro_step()
+        return all(bool(flag) for flag in good)
+
+    def _preempted(self, number: int) -> NoReturn:
         self._save()
         self.telemetry.metrics.preemptions.inc()
         raise Preempted(
             f"{self.job.name}: stopped by {signal.Signals(number).name}; a checkpoint of step {self.progress.step} is committed "
-            f"in {self.job.folder}; the same command goes on from it"
+            f"in {self.job.folder}; the same command goes on from it",
+            number,
         )
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

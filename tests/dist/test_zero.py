@@ -1,4 +1,4 @@
-"""Real ranks: every ZeRO stage, world size and accumulation against one plain AdamW loop."""
+"""Real ranks: every ZeRO stage, world size and accumulation against one plain AdamW loop, through checkpoints as well."""
 
 import json
 import subprocess
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment
-from plain import train
+from plain import STEPS, train
 from safetensors.torch import load_file
+from worker import HALF
+
+from pkd_dist.checkpoint import WEIGHT, Shards, damage, step_name
 
 HERE = Path(__file__).parent
 
@@ -19,14 +22,25 @@ def plain():
     return train()
 
 
-def run(tmp_path, deepspeed, ranks, micro="auto"):
-    output = tmp_path / "out"
+def run(output, deepspeed, ranks, micro="auto", start="", stop=STEPS):
+    """Trains in worker.py; returns what it wrote, the weights, and the newest checkpoint."""
+    output.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               str(HERE / "worker.py"), f"ds_configs/{deepspeed}.json", str(micro), str(output)]  # fmt: skip
+               str(HERE / "worker.py"), f"ds_configs/{deepspeed}.json", str(micro), str(output), str(start), str(stop)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
-    written = output.with_suffix(".safetensors")
+    written = output / "weights.safetensors"
     assert written.exists(), done.stdout + done.stderr
-    return json.loads(output.with_suffix(".json").read_text()), load_file(written)
+    return json.loads((output / "out.json").read_text()), load_file(written), max(output.glob("step-*"))
+
+
+def assert_checkpoint_is_live(output, path):
+    """Put together from its slices, a checkpoint is the module bit for bit, in the module's own precision."""
+    assert damage(path)[0] is None
+    live, shards = load_file(output / "live.safetensors"), Shards(path)
+    assert sorted(shards.names()) == sorted(live)
+    for name, value in live.items():
+        whole = shards.whole(WEIGHT, name)
+        assert whole.dtype == torch.float32 and torch.equal(whole.to(value.dtype), value), name
 
 
 @pytest.mark.parametrize(
@@ -44,18 +58,41 @@ def run(tmp_path, deepspeed, ranks, micro="auto"):
 )
 def test_float32_equals_plain_adamw(plain, tmp_path, deepspeed, ranks, micro):
     losses, norms, weights = plain
-    got, mine = run(tmp_path, deepspeed, ranks, micro)
+    got, mine, path = run(tmp_path, deepspeed, ranks, micro)
     assert got["losses"] == pytest.approx(losses, rel=2e-4)
     assert got["norms"] == pytest.approx(norms, rel=2e-3)
     assert mine.keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-4, msg=name)
+    assert got["same"], f"gone on from step {HALF} with a fresh engine, the end is the same bit for bit"
+    assert_checkpoint_is_live(tmp_path, path)
 
 
-@pytest.mark.parametrize("deepspeed", ["zero1", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero1_offload", "zero2_offload"])
+@pytest.mark.parametrize(
+    "deepspeed",
+    ["zero1", "zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero1_offload", "zero2_offload", "zero3_offload"],
+)
 def test_half_precision_and_offload_follow_it(plain, tmp_path, deepspeed):
     """bfloat16 rounds to 3 digits: the course is the same, the digits are not."""
     losses, _, _ = plain
-    got, mine = run(tmp_path, deepspeed, 2)
+    got, mine, path = run(tmp_path, deepspeed, 2)
     assert got["losses"] == pytest.approx(losses, rel=0.1, abs=0.03)
     assert all(value.dtype == torch.float32 for value in mine.values()), "weights come from the float32 masters"
+    assert got["same"]
+    assert_checkpoint_is_live(tmp_path, path)
+
+
+def test_any_stage_and_world_size_goes_on_from_any_other(plain, tmp_path):
+    """Trained in turns by other numbers of ranks at other stages, it is still one optimisation."""
+    losses, _, weights = plain
+    got, start = [], ""
+    for deepspeed, ranks, stop in [
+        ("zero1_fp32", 2, 5), ("zero1_fp32", 1, 8), ("zero3_fp32", 4, 11), ("zero2_fp32", 3, 14), ("zero0_fp32", 2, 17),
+        ("zero3_fp32", 1, STEPS),
+    ]:  # fmt: skip
+        part, mine, start = run(tmp_path / f"{deepspeed}-{ranks}", deepspeed, ranks, start=start, stop=stop)
+        got += part["losses"]
+    assert got == pytest.approx(losses, rel=2e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-4, msg=name)
+    assert start.name == step_name(STEPS)

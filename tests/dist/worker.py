@@ -1,4 +1,8 @@
-"""Run under torchrun by test_zero.py: trains a tiny encoder through the engine and writes what came of it."""
+"""Run under torchrun by test_zero.py: trains a tiny encoder through the engine and writes what came of it.
+
+At step HALF it saves a checkpoint, and after the end it goes on from there once more with a fresh engine: the second end must
+be the first, bit for bit. Or it goes on from a checkpoint that is given, which may be of other ranks and another stage.
+"""
 
 import json
 import sys
@@ -9,6 +13,7 @@ import torch
 from plain import BATCH, PLAN, STEPS, make_model, make_tokens
 from safetensors.torch import save_file
 
+from pkd_dist import checkpoint
 from pkd_dist.config import load, load_deepspeed
 from pkd_dist.data.batches import TrainingBatches, micro_batches
 from pkd_dist.dist import World
@@ -17,34 +22,78 @@ from pkd_dist.ranks import discover
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
+HALF = 10
 
-def main(deepspeed: str, micro: str, output: str) -> None:
+
+class Run:
+    """One engine on the plain loop's model and data."""
+
+    def __init__(self, world, deepspeed, micro):
+        self.world, self.losses, self.norms = world, [], []
+        tokens = make_tokens()
+        config, _ = resolve_precision(load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), world.device)
+        size, count = micro_batches(BATCH, world.size, micro)
+        plan = Optimization(**PLAN, batch_size=BATCH, micro_batch_size=size, accumulation=count)
+        self.engine = Engine(Encoder(make_model()), config, plan, world)
+        self.batches = TrainingBatches(tokens, BATCH, micro, 7, world.rank, world.size, 0)
+        self.engine.train()
+
+    def train(self, start, stop):
+        for step in range(start, stop):
+            epoch, within = divmod(step, self.batches.steps)
+            total = 0.0
+            parts = self.batches.step(self.batches.order(epoch), within)
+            for i, batch in enumerate(parts):
+                loss = (hard_loss(self.engine(batch.inputs)[0], batch.labels_B) * batch.weight_B).sum()
+                self.engine.backward(loss)
+                total += float(loss)
+                if i + 1 < len(parts):
+                    self.engine.micro_step()
+            self.losses.append(float(self.world.sum(np.array([total]))[0]))
+            self.norms.append(self.engine.step(step)[0])
+
+    def save(self, folder, step):
+        state = {"fingerprint": "", "best_file": None, "best_sha256": None, "counters": self.engine.state.counters()}
+        checkpoint.save(self.world, folder, step, self.engine.state.slices(), state, 9)
+
+    def restore(self, path):
+        self.engine.state.restore(checkpoint.Shards(path), checkpoint.read_state(path)["counters"])
+
+    def live(self):
+        """What the forward pass reads, whole, in its own precision."""
+        import deepspeed
+
+        named = dict(self.engine.module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(named.values()), enabled=self.engine.stage == 3):
+            return {name: p.detach().clone() for name, p in named.items()}
+
+
+def main(deepspeed, micro, output, start, stop):
     world = World(discover(), 60)
-    tokens = make_tokens()
-    micro_batch_size = "auto" if micro == "auto" else int(micro)
-    config, _ = resolve_precision(load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), world.device)
-    size, count = micro_batches(BATCH, world.size, micro_batch_size)
-    plan = Optimization(**PLAN, batch_size=BATCH, micro_batch_size=size, accumulation=count)
-    engine = Engine(Encoder(make_model()), config, plan, world)
-    batches = TrainingBatches(tokens, BATCH, micro_batch_size, 7, world.rank, world.size, 0)
-    losses, norms = [], []
-    engine.train()
-    for step in range(STEPS):
-        epoch, within = divmod(step, batches.steps)
-        total = 0.0
-        parts = batches.step(batches.order(epoch), within)
-        for i, batch in enumerate(parts):
-            loss = (hard_loss(engine(batch.inputs)[0], batch.labels_B) * batch.weight_B).sum()
-            engine.backward(loss)
-            total += float(loss)
-            if i + 1 < len(parts):
-                engine.micro_step()
-        losses.append(float(world.sum(np.array([total]))[0]))
-        norms.append(engine.step())
-    weights = engine.full_weights()
+    micro, output, start, stop = int(micro) if micro.isdigit() else micro, Path(output), Path(start), int(stop)
+    run = Run(world, deepspeed, micro)
+    same = None
+    if start.name:
+        run.restore(start)
+        run.train(checkpoint.read_state(start)["counters"]["updates"], stop)
+        run.save(output, stop)
+    else:
+        run.train(0, min(HALF, stop))
+        run.save(output, min(HALF, stop))
+        live = run.live()
+        if world.main:
+            save_file(live, output / "live.safetensors")
+        run.train(HALF, stop)
+        if stop > HALF:
+            again = Run(world, deepspeed, micro)
+            again.restore(output / checkpoint.step_name(HALF))
+            again.train(HALF, stop)
+            first, second = run.engine.full_weights(), again.engine.full_weights()
+            same = again.losses == run.losses[HALF:] and all(torch.equal(first[n], second[n]) for n in first)
+    weights = run.engine.full_weights()
     if world.main:
-        Path(output).with_suffix(".json").write_text(json.dumps({"losses": losses, "norms": norms}))
-        save_file(weights, Path(output).with_suffix(".safetensors"))
+        (output / "out.json").write_text(json.dumps({"losses": run.losses, "norms": run.norms, "same": same}))
+        save_file(weights, output / "weights.safetensors")
     world.barrier()
     world.close()
 

@@ -1,0 +1,102 @@
+"""A folder's lock: one job at a time, a crash leaves nothing stuck. Holders are real processes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, environment
+
+from pkd_dist.errors import UserError
+from pkd_dist.lock import NAME, Lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pkd_dist.lock import Lock
+lock = Lock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+print("released", flush=True)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder's lock until it reads a line."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, env=environment(), text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    yield other
+    other.kill()
+    other.communicate()
+
+
+def test_the_second_job_is_refused_with_host_pid_and_age(tmp_path, holder):
+    with pytest.raises(UserError) as refused:
+        Lock(tmp_path).acquire()
+    wanted = rf"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()}, which started \d+ s ago; wait for"
+    assert re.match(wanted, str(refused.value))
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "released\n"
+    assert not (tmp_path / NAME).exists()
+    lock = Lock(tmp_path).acquire()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_holder_leaves_nothing_stuck(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / NAME).exists(), "the file stays; the kernel's lock went with the process"
+    Lock(tmp_path).acquire().release()
+    assert not (tmp_path / NAME).exists()
+
+
+def test_waiting_takes_it_over_when_it_is_released(tmp_path, holder):
+    ticks = []
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 1:
+            holder.stdin.write("\n")
+            holder.stdin.flush()
+
+    lock = Lock(tmp_path).acquire(wait=True, tick=tick)
+    assert ticks
+    lock.release()
+
+
+def elsewhere(folder):
+    """What a job on another host leaves, from where the kernel's lock does not reach."""
+    (folder / NAME).write_text(json.dumps({"host": "another", "pid": 7, "since": time.time() - 7200}))
+
+
+def test_a_silent_holder_on_another_host_is_gone_after_the_lease(tmp_path):
+    elsewhere(tmp_path)
+    Lock(tmp_path, lease_seconds=0.3).acquire().release()
+
+
+def test_a_holder_on_another_host_that_renews_its_lock_is_alive(tmp_path):
+    elsewhere(tmp_path)
+    over = threading.Event()
+
+    def renew():
+        while not over.wait(0.05):
+            os.utime(tmp_path / NAME)
+
+    threading.Thread(target=renew).start()
+    try:
+        with pytest.raises(UserError, match=r"in use by process 7 on another, which started 2\.0 h ago"):
+            Lock(tmp_path, lease_seconds=20).acquire()
+    finally:
+        over.set()

@@ -1,0 +1,61 @@
+"""Stop signals, in a process of their own: noted although the main thread sits in C code, and a second one ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+
+PROGRAM = """
+import os, sys, threading, time
+from pkd_dist import preemption
+preemption._SAME_SECONDS = float(sys.argv[1])
+signals = preemption.StopSignals().install()
+read, write = os.pipe()
+print("ready", flush=True)
+def tell():
+    while not signals.number:
+        time.sleep(0.01)
+    print("noted", signals.number, flush=True)
+threading.Thread(target=tell).start()
+os.read(read, 1)  # as in a collective: C code that Python's handlers do not interrupt
+"""
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def run(same_seconds):
+        job = subprocess.Popen([sys.executable, "-c", PROGRAM, str(same_seconds)], cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        started.append(job)
+        assert job.stdout.readline() == "ready\n"
+        return job
+
+    yield run
+    for job in started:
+        job.kill()
+        job.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_the_first_is_noted_and_the_second_ends(start, number):
+    job = start(0)
+    job.send_signal(number)
+    assert job.stdout.readline() == f"noted {int(number)}\n"
+    assert job.poll() is None
+    job.send_signal(number)
+    assert job.wait(timeout=20) == 128 + number
+
+
+def test_what_a_launcher_passes_on_in_the_same_moment_counts_once(start):
+    job = start(3600)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        job.send_signal(number)
+    assert job.stdout.readline() in (f"noted {int(signal.SIGINT)}\n", f"noted {int(signal.SIGTERM)}\n")
+    os.kill(job.pid, signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(timeout=0.5)
