@@ -19,12 +19,12 @@ import typer
 import yaml
 
 from pkd_dist import config as schema
-from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_full
 from pkd_dist.memory import keep_freed_blocks
 from pkd_dist.preemption import StopSignals
-from pkd_dist.ranks import Ranks, discover
-from pkd_dist.telemetry.log import log, log_file, to_terminal
+from pkd_dist.ranks import Ranks, discover, first_of_node
+from pkd_dist.telemetry.log import log, to_terminal
 
 if TYPE_CHECKING:
     from pkd_dist.dist import World
@@ -90,9 +90,12 @@ def run(
 
     def end(error: Exception) -> tuple[str, int] | None:
         signals.ending()
-        if world is not None:
-            return world.agree_on_end(error)
-        return _told(error) if ranks is None or ranks.main else None
+        if world is None:
+            met = not isinstance(error, LostRank)  # those that did not meet: each node's first rank says so
+            return _told(error) if (ranks.main if ranks and met else first_of_node()) else None
+        from pkd_dist.dist import is_lost
+
+        return world.agree_on_end(LostRank(str(error)) if is_lost(error) else error)
 
     try:
         return guarded(work, end)
@@ -104,39 +107,37 @@ def run(
 
 def _told(error: Exception) -> tuple[str, int]:
     """What is said of an exception, and its exit status, where there are no other ranks to ask."""
-    if isinstance(error, (UserError, DivergedError, Preempted, LostRank)):
+    if hasattr(error, "exit_status"):
         return str(error), error.exit_status
+    traceback.print_exception(error)
     return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
 def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] | None] = _told) -> int:
-    """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status."""
+    """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status.
+
+    Args:
+        end: exception -> the line and the status; None where another rank speaks.
+    """
     try:
         work()
     except KeyboardInterrupt:
         print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
         return Preempted.exit_status
-    except Exception as caught:
-        error: Exception = (
-            UserError(f"{_full_disk(caught)}; free some and run the same command again") if is_full(caught) else caught
-        )
-        log.debug("ended by an exception", exc_info=caught)
-        defect = not isinstance(error, (UserError, DivergedError, Preempted, LostRank))
-        told = end(error)
-        if told is not None:
-            message, status = told
-            if defect and not log_file():
-                traceback.print_exception(caught)
-            hint = f"; the traceback is in {log_file()}" if defect and log_file() and status == 1 else ""
-            print(f"pkd: {message}{hint}", file=sys.stderr, flush=True)
-            return status
-        return getattr(error, "exit_status", 1)
+    except Exception as error:
+        log.debug("ended by an exception", exc_info=error)
+        told = end(_full_disk(error) if is_full(error) else error)
+        if told is None:
+            return getattr(error, "exit_status", 1)
+        print(f"pkd: {told[0]}", file=sys.stderr, flush=True)
+        return told[1]
     return 0
 
 
-def _full_disk(error: Exception) -> str:
+def _full_disk(error: Exception) -> UserError:
     name = getattr(error, "filename", None)
-    return f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
+    where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
+    return UserError(f"{where}; free some and run the same command again")
 
 
 def _chosen_stages(stages: str | None) -> list[str]:

@@ -23,12 +23,11 @@ import torch.distributed as torch_dist
 
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
 from pkd_dist.preemption import StopSignals, name_of
-from pkd_dist.ranks import Ranks, free_port
-from pkd_dist.telemetry.log import log
+from pkd_dist.ranks import Ranks
+from pkd_dist.telemetry.log import log, log_file
 from pkd_dist.watchdog import Watchdog
 
 T = TypeVar("T")
-_DEFAULT_PORT = 29500
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Waiting is the watchdog's to end: it knows whether the others still work."""
 _BOARD_SECONDS, _LAST_WORDS_SECONDS = 5.0, 1.5
@@ -61,35 +60,31 @@ class World:
         else:
             self.device = torch.device("cpu")
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            if "OMP_NUM_THREADS" not in os.environ or ranks.world_size > 1:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
-        # DeepSpeed reads these even where the group exists already.
-        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
-        if ranks.launcher == "python":
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        elif ranks.launcher == "srun":
-            os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-            os.environ.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+        ranks.export()  # DeepSpeed reads these even where the group exists already
         self.signals = signals or StopSignals()
-        self._watchdog: Watchdog | None = None
-        self._meet(timeout_seconds)
+        self._watchdog = self._meet(timeout_seconds)
         # Objects and small host-side values always travel over gloo, so that they never wait for a GPU stream.
         self._host = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-        self._hosts = self.gather(socket.gethostname())
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        places = self.gather((socket.gethostname(), cores))
+        self._hosts = [host for host, _ in places]
+        if self._watchdog:
+            self._watchdog.hosts = self._hosts
+        if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
+            torch.set_num_threads(max(1, len(cores) // places.count(places[self.rank])))
 
-    def _meet(self, timeout_seconds: float) -> None:
-        """Makes the process group, and starts the watchdog."""
+    def _meet(self, timeout_seconds: float) -> Watchdog | None:
+        """Makes the process group, and starts the watchdog (None: there are no others to wait for)."""
+        watchdog = None
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
         meeting_timeout = timedelta(seconds=timeout_seconds)
         try:
             store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.size, timeout=meeting_timeout))
             if self.size > 1:
-                board = _Board()
-                self._watchdog = Watchdog(
-                    self.rank, self.size, board, timeout_seconds, lambda: self.signals.number, self._end
-                ).start()
-                self._watchdog.at(f"meeting the other ranks at {place}", True)
+                noted = self.stop_signal
+                watchdog = Watchdog(self.rank, self.size, _Board(), timeout_seconds, noted, self._end).start()
+                watchdog.at(f"meeting the other ranks at {place}", True)
             store.set_timeout(meeting_timeout)
             torch_dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
@@ -103,6 +98,7 @@ class World:
                 f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); are all "
                 "of them started, and is that address reachable from every host?"
             ) from error
+        return watchdog
 
     @property
     def main(self) -> bool:
@@ -249,21 +245,18 @@ class World:
         Returns:
             The message and the status; None where another rank speaks.
         """
-        known = isinstance(error, (UserError, DivergedError, Preempted, LostRank))
+        status = getattr(error, "exit_status", 1)
         if self.size == 1 or isinstance(error, (DivergedError, Preempted)) or getattr(error, "shared", False):
-            return (self._told(error, known), getattr(error, "exit_status", 1)) if self.main else None
-        board, lost = _Board(), _is_lost(error)
+            return (self._told(error), status) if self.main else None
+        board = _Board()
         try:
-            if not lost:
-                status = getattr(error, "exit_status", 1)
-                board.post("failure", json.dumps([self._told(error, known), status]))
+            if not isinstance(error, LostRank):
+                board.post("failure", json.dumps([self._told(error), status]))
             board.post(f"left/{self.rank}", "")
             time.sleep(_LAST_WORDS_SECONDS)  # for the others to say the same
             found = board.read(["failure", *(f"left/{rank}" for rank in range(self.size))])
         except Exception:  # rank 0, where the ranks meet, is gone
-            if self.rank != 1:
-                return None
-            return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1
+            return (f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1) if self.rank == 1 else None
         left = [rank for rank in range(self.size) if f"left/{rank}" in found]
         if self.rank != min(left):
             return None
@@ -274,12 +267,13 @@ class World:
         blame = f"{', '.join(gone[:4])} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
         return f"{self._position}: {blame}{_GOES_ON}", 1
 
-    def _told(self, error: Exception, known: bool) -> str:
-        if known:
+    def _told(self, error: Exception) -> str:
+        if hasattr(error, "exit_status"):
             return str(error)
-        return (
+        what = (
             f"{self._position}: a defect of pkd_dist on rank {self.rank}: {type(error).__name__}: {_first_line(error)}"
         )
+        return f"{what}; the traceback is in {log_file()}" if log_file() else what
 
     @staticmethod
     def _end(message: str | None) -> None:
@@ -297,9 +291,10 @@ class _Board:
 
     def _connected(self) -> Any:
         if self._store is None:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(place, _BOARD_SECONDS).close()  # torch would tell the terminal of a failure
             client = torch_dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-                timeout=timedelta(seconds=_BOARD_SECONDS),
+                *place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_BOARD_SECONDS)
             )  # fmt: skip
             self._store = torch_dist.PrefixStore(f"pkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
         return self._store
@@ -328,7 +323,7 @@ def _shared(error: Exception) -> Exception:
     return error
 
 
-def _is_lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether an exception says that another rank cannot be reached."""
     if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
         return True

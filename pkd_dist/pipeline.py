@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from pkd_dist import __version__, checkpoint
-from pkd_dist.config import Config, load_deepspeed, project_path
+from pkd_dist.config import Config, load_deepspeed
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
@@ -847,9 +847,13 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
+    """The revision of this code: of the checkout, or as a snapshot for a cluster says."""
+    root = Path(__file__).parents[1]
+    if (root / "REVISION").is_file():
+        return (root / "REVISION").read_text().strip()
     try:
         out = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=project_path("."), capture_output=True, text=True, timeout=10, check=False
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=False
         )  # fmt: skip
     except OSError:
         return None

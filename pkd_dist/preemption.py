@@ -16,8 +16,8 @@ from typing import Any
 from pkd_dist.telemetry.log import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAME_SECONDS = 2.0
-"""Within this time further signals count as the first one: a launcher passes on what the terminal sends to all."""
+_SAY_SECONDS, _SAME_SECONDS = 1.0, 2.0
+"""When the first is spoken of, and how long further signals count as the first: a launcher passes on what the terminal sends to all."""
 
 
 class StopSignals:
@@ -30,7 +30,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.number = 0
         self._first_seconds = 0.0
-        self._ending = False
+        self._ending = threading.Event()
 
     def install(self) -> StopSignals:
         ours, kernels = socket.socketpair()
@@ -52,7 +52,7 @@ class StopSignals:
 
     def ending(self) -> None:
         """The process is ending in good order: what comes now changes nothing."""
-        self._ending = True
+        self._ending.set()
 
     def _listen(self) -> None:
         while True:
@@ -67,13 +67,13 @@ class StopSignals:
                     self._note(number)
 
     def _note(self, number: int) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if not self.number:
             self.number, self._first_seconds = number, now
-            name = signal.Signals(number).name
-            log.info("%s: stopping at the next safe point; the same signal again ends at once", name)
-        elif now - self._first_seconds > _SAME_SECONDS and not self._ending:
-            log.info("%s again: ending at once", signal.Signals(number).name)
+            if not self._ending.wait(_SAY_SECONDS):  # a launcher also sends one when another rank was lost
+                log.info("%s: stopping at the next safe point; the same signal again ends at once", name)
+        elif now - self._first_seconds > _SAME_SECONDS and not self._ending.is_set():
+            log.info("%s again: ending at once", name)
             os._exit(128 + number)
 
 

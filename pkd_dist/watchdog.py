@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -67,6 +68,7 @@ class Watchdog:
         self._seen: dict[int, Seen] = {}
         self._reached = time.monotonic()
         self.peer_stop_signal = 0
+        self.hosts: list[str] = []
         self._over = threading.Event()
 
     def start(self) -> Watchdog:
@@ -111,6 +113,7 @@ class Watchdog:
         if found is None:
             return
         blame, speaks = found
+        blame = re.sub(r"\brank (\d+)", self._with_host, blame)
         message = (
             f"{self._position}: nothing has moved for {self._timeout:g} s (run.timeout_seconds); {blame}; "
             "the same command goes on from what is committed"
@@ -119,6 +122,9 @@ class Watchdog:
         if not speaks:
             time.sleep(_SPEAKER_FIRST_SECONDS)  # a launcher ends the others as soon as one has ended
         self._end(message if speaks else None)
+
+    def _with_host(self, rank: re.Match[str]) -> str:
+        return f"{rank[0]} ({self.hosts[int(rank[1])]})" if self.hosts else rank[0]
 
     def _where(self) -> tuple[str, bool]:
         """Where the main thread is, in words, and whether it waits for other ranks there."""

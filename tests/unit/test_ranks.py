@@ -1,10 +1,21 @@
-"""Where a process stands, from the environment that each launcher makes."""
+"""Where a process stands, from the environment that each launcher makes, and from this host's own interfaces."""
 
 import socket
 
+import psutil
 import pytest
 
-from pkd_dist.ranks import Ranks, discover, free_port
+from pkd_dist import ranks
+from pkd_dist.errors import UserError
+from pkd_dist.ranks import Ranks, discover, first_host, first_of_node, free_port, interface_towards
+
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+
+
+def slurm(rank, local_rank, world, **more):
+    return {
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NTASKS": str(world), "SLURM_STEP_ID": "0",
+    } | more  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -12,30 +23,32 @@ from pkd_dist.ranks import Ranks, discover, free_port
     [
         ({}, (0, 0, 1, 1, "python")),
         ({"RANK": "3", "WORLD_SIZE": "4"}, (0, 0, 1, 1, "python")),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 0, 1, 1, "deepspeed or torchrun")),
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
             (5, 1, 8, 4, "deepspeed or torchrun"),
         ),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, (1, 1, 2, 2, "deepspeed or torchrun")),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 1, 2, 2, "deepspeed or torchrun")),
-        (
-            {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0",
-             "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
-            (6, 2, 8, 4, "srun"),
+        (  # mapped by hand under srun
+            {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2,1"},
+            (2, 0, 3, 1, "deepspeed or torchrun"),
         ),
+        (slurm(6, 2, 8, SLURM_STEP_TASKS_PER_NODE="4(x2)"), (6, 2, 8, 4, "srun")),
         (  # inside a batch script, but not under srun
             {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
             (0, 0, 1, 1, "python"),
         ),
-        (
-            {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"},
-            (0, 0, 1, 1, "python"),
-        ),
+        (slurm(0, 0, 1), (0, 0, 1, 1, "python")),
+        (slurm(0, 0, 8, SLURM_STEP_NUM_TASKS="1"), (0, 0, 1, 1, "python")),
     ],
 )  # fmt: skip
 def test_each_launcher(environ, expected):
-    assert discover(environ) == Ranks(*expected)
-    assert discover(environ).main == (expected[0] == 0)
+    found = discover(environ | MASTER)
+    assert (found.rank, found.local_rank, found.world_size, found.local_world_size, found.launcher) == expected
+    assert found.main == (expected[0] == 0)
+    if expected[2] > 1:
+        assert (found.master_addr, found.master_port) == ("127.0.0.1", 29501)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +56,104 @@ def test_each_launcher(environ, expected):
 )
 def test_srun_on_nodes_that_differ(rank, node, local):
     """Two ranks on each of two nodes, one on the third."""
-    environ = {
-        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node), "SLURM_NTASKS": "5",
-        "SLURM_STEP_ID": "3", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS_PER_NODE": "2",
-    }  # fmt: skip
-    assert discover(environ) == Ranks(rank, local, 5, 1 if node == 2 else 2, "srun")
+    nodes = {"SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS_PER_NODE": "2"}
+    expected = Ranks(rank, local, 5, 1 if node == 2 else 2, "srun", "127.0.0.1", 29501, interface_towards("127.0.0.1"))
+    assert discover(slurm(rank, local, 5, **nodes) | MASTER) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("a1,b2", "a1"),
+        ("node[01-02,05]", "node01"),
+        ("node[07,09-12],login", "node07"),
+        ("gpu[1-3]-ib", "gpu1-ib"),
+        ("rack[2-3]n[010-019]", "rack2n010"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def on_two_nodes(node, **more):
+    return slurm(node, 0, 2, SLURM_NODEID=str(node), SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_JOB_ID="7") | more
+
+
+def test_srun_finds_rank_0():
+    alone = discover(slurm(1, 1, 2, SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="nowhere.invalid"))
+    assert (alone.master_addr, alone.interface) == ("127.0.0.1", None), "one node"
+    launched = {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    for node in (0, 1):
+        found = discover(on_two_nodes(node, SLURM_STEP_NODELIST="nowhere[1-2].invalid", **launched))
+        assert found.master_addr == "127.0.0.1", "a name that does not resolve"
+    assert discover(on_two_nodes(0, SLURM_STEP_NODELIST="localhost,b", **launched)).master_addr == "localhost"
+    assert discover(on_two_nodes(1, SLURM_STEP_NODELIST="localhost,b", **launched)).master_addr == "127.0.0.1", (
+        "on another node a loopback address is not the first host"
+    )
+    with pytest.raises(UserError, match=r"'nowhere1\.invalid' does not resolve on .*; export MASTER_ADDR"):
+        discover(on_two_nodes(0, SLURM_STEP_NODELIST="nowhere[1-2].invalid"))
+    for address in ranks.own_addresses()[:1]:
+        found = discover(on_two_nodes(1, SLURM_STEP_NODELIST=f"{address},b", **launched))
+        assert found.master_addr == address and address in [a.address for a in psutil.net_if_addrs()[found.interface]]
+
+
+def test_neither_two_jobs_nor_two_steps_share_a_port():
+    ports = {
+        discover(on_two_nodes(0, MASTER_ADDR="127.0.0.1", SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))).master_port
+        for job in range(41, 61)
+        for step in range(20)
+    }
+    assert len(ports) == 400 and min(ports) > 1024 and max(ports) < 29500
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"MASTER_PORT": "1"}, "RANK and WORLD_SIZE are set, but MASTER_ADDR is not"),
+        ({"MASTER_ADDR": "a"}, "MASTER_PORT is not set, where a whole number is needed"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', where a whole number is needed"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', where a whole number is needed"),
+        (
+            MASTER | {"LOCAL_SIZE": "1", "MASTER_ADDR": "nowhere.invalid"},
+            r"MASTER_ADDR=nowhere\.invalid cannot be reached from .*--master_addr",
+        ),
+        (MASTER | {"LOCAL_SIZE": "1", "MASTER_ADDR": "a..b"}, r"MASTER_ADDR=a\.\.b cannot be reached from "),
+    ],
+)
+def test_what_a_launcher_left_out_is_named(environ, message):
+    with pytest.raises(UserError, match=message):
+        discover({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | environ)
+
+
+def test_one_rank_of_a_node_speaks():
+    assert first_of_node({}) and first_of_node({"LOCAL_RANK": "0"})
+    assert not first_of_node({"LOCAL_RANK": "1"})
+    assert not first_of_node({"SLURM_LOCALID": "1"})
+    assert not first_of_node({"OMPI_COMM_WORLD_LOCAL_RANK": "3"})
+
+
+def test_the_interface_is_the_one_that_leads_to_rank_0():
+    loopback = next(
+        name for name, all_of in psutil.net_if_addrs().items() if "127.0.0.1" in [a.address for a in all_of]
+    )
+    assert interface_towards("127.0.0.1") == interface_towards("localhost") == loopback
+    for address in ranks.own_addresses():
+        assert address in [found.address for found in psutil.net_if_addrs()[interface_towards(address)]]
+
+
+def test_what_is_exported():
+    environ = {"NCCL_SOCKET_IFNAME": "ib0"}
+    Ranks(1, 0, 2, 1, "srun", "10.0.0.1", 12000, "eth0").export(environ)
+    assert environ == {
+        "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12000",
+        "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0",
+    }, "what the user chose is kept"  # fmt: skip
+    alone = {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    Ranks(0, 0, 1, 1, "python").export(alone)
+    assert alone["MASTER_ADDR"] == "127.0.0.1" and int(alone["MASTER_PORT"]) > 1024
+    assert "GLOO_SOCKET_IFNAME" not in alone
 
 
 def test_a_free_port_can_be_bound():

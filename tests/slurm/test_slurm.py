@@ -1,0 +1,126 @@
+"""Runs under a real SLURM of two nodes: the ranks of `srun`, and a job that is preempted, requeued and finishes."""
+
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+from cluster import Cluster, until
+from conftest import ROOT, launch, losses, write_config
+
+from pkd_dist.files import sha256
+
+PROJECT = ("launcher", "pkd_dist", "ds_configs", "slurm")
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    """Float32 without dropout: what remains between 1 and 2 ranks is the order of sums."""
+    settings["train"] |= {"epochs": 2, "deepspeed": "ds_configs/zero1_fp32.json"}
+    settings["teacher"]["finetune"] |= {"epochs": 1, "dropout": 0.0}
+    settings["student"]["dropout"] = 0.0
+    settings["checkpoint"]["every_steps"] = 20
+    return write_config(settings, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed") / "run"
+
+
+def on_two_nodes(cluster, config, run):
+    """The run as two ranks of srun, unless an earlier test made it."""
+    if not (run / "report.html").exists():
+        srun = ["srun", "--nodes=2", "--ntasks=2", "--mpi=none", "--kill-on-bad-exit=1", sys.executable]
+        out = cluster(*srun, ROOT / "launcher/train.py", "--config", config, f"run.dir={run}", cwd=ROOT)
+        assert "2 rank(s) started by srun" in out
+    return run
+
+
+def submit(cluster, project, *arguments, cwd):
+    """Submits with the real command; returns the job's number and the snapshot's folder."""
+    out = cluster(project / "slurm/pkd-submit", *arguments, cwd=cwd)
+    job, folder = re.search(r"^job (\d+): ", out)[1], re.search(r"^snapshot: (.+)$", out, re.M)[1]
+    return job, cwd / folder
+
+
+def ended(cluster, job):
+    return cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+def test_two_ranks_of_srun_train_as_one_rank_does(cluster, config, tmp_path, undisturbed):
+    two = losses(on_two_nodes(cluster, config, undisturbed))
+    alone = launch("--config", config, f"run.dir={tmp_path / 'one'}", "--stages", "data,teacher,cache,init,distill")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert len(two) == 26
+    assert two == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, data, tmp_path, undisturbed):
+    checkout = tmp_path / "checkout"
+    for name in PROJECT:
+        shutil.copytree(ROOT / name, checkout / name)
+    paths = [f"teacher.model={os.path.relpath(body, tmp_path)}", f"task.data={os.path.relpath(data, tmp_path)}"]
+    options = ["--nodes=2", "--tasks-per-node=1", "run.dir=here/run", *paths]
+    job, folder = submit(cluster, checkout, "--config", config, *options, cwd=tmp_path)
+    shutil.rmtree(checkout)  # the job has its own copy
+    run = tmp_path / "here/run"
+    log = folder / f"logs/{job}.log"
+    until((run / "metrics.jsonl").exists, "the first step")
+    until(lambda: len(losses(run)) >= 3, "the third step")
+    cluster("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    stopped = log.read_text()
+    assert "SIGUSR1: the ranks commit a checkpoint and stop" in stopped
+    assert "stopped with status 75: requeued, restart 1 of 50" in stopped
+    assert (folder / f"logs/{job}-0.status").read_text() == "75\n"
+    until(lambda: ended(cluster, job), "the end of the requeued job")
+    assert cluster.job(job)["JobState"] == "COMPLETED", log.read_text()
+    assert log.read_text().endswith("pkd: done\n")
+    ranks = [(folder / f"logs/{job}-rank{rank}.log").read_text() for rank in range(2)]
+    assert ranks[0].count("2 rank(s) started by srun") == 2 and "going on from step" in ranks[0]
+    assert "Traceback" not in "".join(ranks)
+    calm = on_two_nodes(cluster, config, undisturbed)
+    assert losses(run) == losses(calm), "without gaps or doubles"
+    assert sha256(run / "export/model.safetensors") == sha256(calm / "export/model.safetensors")
+
+
+def test_a_job_ends_with_the_status_of_the_run(cluster, config, tmp_path):
+    """Not with that of a rank which srun killed because another had failed."""
+    job, folder = submit(cluster, ROOT, "--config", config, "--nodes=2", "--sbatch=--hold", cwd=tmp_path)
+    (folder / "run.yaml").unlink()
+    cluster("scontrol", "release", job)
+    until(lambda: ended(cluster, job), "the end of the job")
+    assert [cluster.job(job)[key] for key in ("JobState", "ExitCode", "Restarts")] == ["FAILED", "2:0", "0"]
+    assert "pkd: ended with status 2; see " in (folder / f"logs/{job}.log").read_text()
+    assert "run.yaml: no such configuration file" in (folder / f"logs/{job}-rank0.log").read_text()
+
+
+def test_what_is_asked_for_reaches_slurm(cluster, config, tmp_path):
+    options = ["--nodes=1-2", "--gpus-per-node=2", "--time=2:00:00", "--sbatch=--hold", "--sbatch", "--comment='a b'"]
+    job, folder = submit(cluster, ROOT, "--config", config, *options, "train.epochs=7", cwd=tmp_path)
+    known = cluster.job(job)
+    cluster("scancel", job)
+    wanted = {
+        "NumNodes": "1-2", "MinCPUsNode": "2", "TresPerNode": "gres:gpu:2", "TimeLimit": "02:00:00",
+        "Requeue": "1", "WorkDir": str(tmp_path), "StdOut": f"{folder}/logs/{job}.log",
+        "JobName": "pkd-run", "Comment": "a",
+    }  # fmt: skip
+    assert {key: known.get(key) for key in wanted} == wanted
+    assert "epochs: 7" in (folder / "run.yaml").read_text()
+    assert json.loads((folder / "job.json").read_text())["job"] == job
+
+
+def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(cluster, config, tmp_path):
+    argv = [ROOT / "slurm/pkd-submit", "--config", config, "--partition=nowhere"]
+    line = cluster(*argv, cwd=tmp_path, check=False)
+    assert re.fullmatch(r"pkd-submit: sbatch refused the job: .*invalid partition.*\n", line)
+    assert not list((tmp_path / "run/slurm").iterdir())

@@ -1,0 +1,107 @@
+"""`slurm/pkd-submit` without SLURM: what it refuses, and `--dry-run`."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, write_config, write_tsv
+
+COMMAND = ROOT / "slurm/pkd-submit"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The least that is valid."""
+    write_tsv(tmp_path / "data/train.tsv", [("a good film", 1)])
+    return write_config({"run": {"dir": "run"}, "task": {"data": "data"}}, tmp_path)
+
+
+def pkd_submit(*arguments, cwd, python=(sys.executable,), **extra):
+    argv = [*python, str(COMMAND), *map(str, arguments)]
+    return subprocess.run(argv, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=60)
+
+
+REFUSED = {
+    "no configuration": (["--config", "none.yaml"], r"none\.yaml: no such configuration file"),
+    "no option": ([], r"the following arguments are required: --config"),
+    "unknown key": (["distill.alpah=1"], r"distill\.alpah: unknown key; did you mean distill\.alpha\?"),
+    "unknown key in the file": (["--config", "bad.yaml"], r"bad\.yaml:2: train\.epoch: unknown key; .*train\.epochs\?"),
+    "value": (["train.epochs=many"], r"train\.epochs: 'many' is refused: .*integer"),
+    "no JSON": (["train.deepspeed=no.json"], r"run\.yaml: train\.deepspeed: no such file: no\.json"),
+    "no data": (["task.data=nowhere"], r"task\.data: no such folder: nowhere"),
+    "unknown option": (["--node=2"], r"unrecognized arguments: --node=2"),
+    "nodes": (["--nodes=two"], r"argument --nodes: 'two' is refused; allowed: N, or MIN-MAX"),
+    "no nodes": (["--nodes=0"], r"argument --nodes: '0' is refused"),
+    "nodes reversed": (["--nodes=4-2"], r"argument --nodes: '4-2' is refused"),
+    "gpus": (["--gpus-per-node=a100"], r"argument --gpus-per-node: 'a100' is refused; allowed: .* or TYPE:N"),
+    "no gpus": (["--gpus-per-node=a100:0"], r"argument --gpus-per-node: 'a100:0' is refused"),
+    "tasks": (["--tasks-per-node=0"], r"argument --tasks-per-node: '0' is refused; allowed: an integer of at least 1"),
+    "both": (["--gpus-per-node=2", "--tasks-per-node=2"], r"--tasks-per-node is for nodes without GPUs"),
+    "time": (["--time=soon"], r"argument --time: 'soon' is refused; allowed: minutes, minutes:seconds"),
+    "no time": (["--time=0"], r"argument --time: '0' is refused"),
+    "signal": (
+        ["--signal-seconds=70000"],
+        r"--signal-seconds: '70000' is refused; allowed: an integer from 1 to 65535",
+    ),
+    "signal at once": (["--time=1:30"], r"--signal-seconds 120 is not less than --time 1:30 \(90 s\)"),
+    "restarts": (["--max-restarts=-1"], r"argument --max-restarts: '-1' is refused; .*at least 0"),
+    "quotes": (["--sbatch=--comment='a"], r"--sbatch: \"--comment='a\" cannot be read: No closing quotation"),
+    "per cent": (["run.dir=100%"], r"run\.dir: 100%: SLURM reads % in the path of a log"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_line_and_status_2(config, tmp_path, name):
+    arguments, line = REFUSED[name]
+    (tmp_path / "bad.yaml").write_text("run: {dir: r}\ntrain: {epoch: 1}\n")
+    given = [] if "--config" in arguments or name == "no option" else ["--config", "run.yaml"]
+    check_refused(pkd_submit(*given, *arguments, cwd=tmp_path), line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_sbatch(config, tmp_path):
+    check_refused(
+        pkd_submit("--config", config, cwd=tmp_path, PATH=str(tmp_path)), r"sbatch is not on PATH; submit from"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    done = pkd_submit("--config", config, "run.dir=file/run", cwd=tmp_path, PATH=str(tmp_path))
+    check_refused(done, r"run\.dir: .*/file/run/slurm/1 cannot be written \(Not a directory\); choose another run\.dir")
+
+
+def test_an_environment_without_the_requirements(tmp_path):
+    """-S: a Python without its installed packages."""
+    done = pkd_submit("--config", "run.yaml", cwd=tmp_path, python=(sys.executable, "-S"))
+    check_refused(done, r"cannot import \w+; activate the project's environment first")
+
+
+def check_refused(done, line):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("pkd-submit: "), done.stderr
+    assert re.search(line, done.stderr), done.stderr
+
+
+def test_dry_run_prints_the_command_and_the_script_and_writes_nothing(config, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    options = "--nodes 4 --gpus-per-node h100:4 --cpus-per-task 8 --time 1-12 --partition p --account a --qos q"
+    more = ["--constraint=x&y", "--signal-seconds=300", "--max-restarts=3", "--sbatch", "--mem=0 --exclusive"]
+    arguments = ["--config", "run.yaml", *options.split(), *more, "run.dir=my runs/a"]
+    done = pkd_submit(*arguments, "--dry-run", cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    command, script = done.stdout.split("\n\n", 1)
+    folder = tmp_path / "my runs/a/slurm/1"
+    assert shlex.split(command) == [
+        "sbatch", "--parsable", "--job-name=pkd-a", f"--chdir={tmp_path}", f"--output={folder}/logs/%j.log",
+        "--nodes=4", "--ntasks-per-node=4", "--signal=B:USR1@300", "--gpus-per-node=h100:4", "--cpus-per-task=8",
+        "--time=1-12", "--partition=p", "--account=a", "--qos=q", "--constraint=x&y", "--mem=0", "--exclusive",
+        f"{folder}/train.sbatch", str(folder), sys.executable, "4", "3",
+    ]  # fmt: skip
+    assert script == (ROOT / "slurm/train.sbatch").read_text()
+    assert sorted(tmp_path.rglob("*")) == before
