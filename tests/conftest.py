@@ -104,11 +104,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def settings(body: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
-    """A whole run that takes seconds; tests change it before they write it."""
+def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:
+    """A whole run that takes seconds."""
     return {
-        "run": {"dir": str(tmp_path / "run"), "timeout_seconds": 120},
+        "run": {"dir": str(folder / "run"), "timeout_seconds": 120},
         "task": {"name": "sst2", "data": str(data), "max_length": 32},
         "teacher": {"model": str(body), "finetune": {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16}},
         "student": {"layers": [1, 3]},
@@ -118,6 +117,12 @@ def settings(body: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
         "evaluate": {"latency_samples": 10},
         "metrics": {"enabled": False},
     }
+
+
+@pytest.fixture
+def settings(body: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A whole run; tests change it before they write it."""
+    return whole_run(body, data, tmp_path)
 
 
 def write_config(settings: dict[str, Any], folder: Path) -> Path:

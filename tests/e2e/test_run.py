@@ -213,18 +213,3 @@ def test_prune_keeps_the_export_alone(settings, tmp_path):
     assert again.returncode == 0 and "distill: done\n" in again.stdout and "export: done\n" in again.stdout, (
         again.stdout
     )
-
-
-MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-@pytest.mark.parametrize("program", [MPIRUN, TORCHRUN], ids=["mpirun", "torchrun"])
-def test_other_launchers_find_their_ranks(settings, tmp_path, program):
-    config = write_config(settings, tmp_path)
-    argv = [*program, str(ROOT / "launcher/train.py"), "--config", str(config), "--stages", "data,teacher,cache"]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("2 rank(s) started by") == 1, "one rank speaks"
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["resolved"]["world_size"] == 2
-    assert len(list((tmp_path / "run/cache").glob("shard-*"))) == 5
