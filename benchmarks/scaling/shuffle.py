@@ -1,0 +1,311 @@
+"""Reading a teacher cache of 100 M rows in shuffled order, simulated without the cache.
+
+    python -m benchmarks.scaling.shuffle [--rows 100000000] [--batch 4096] ...
+
+Two orders of an epoch, as positions in the cache (its rows stand in the order of their ids):
+
+present   `pkd_dist.data.batches.epoch_order` itself: one permutation of all rows, held whole by every rank.
+sharded   whole shards. The shards are permuted anew in each epoch and dealt to `lanes` lanes, `window` shards to each
+          at a time; a lane shuffles the rows of its window, and position p of the epoch comes from lane p mod lanes.
+          A rank takes every n-th row of a batch, as it does now, so where n divides `lanes` it reads the shards of
+          lanes r, r+n, ... alone, and the order does not depend on n. Length buckets are made inside each lane. What
+          does not fill a batch at the end of a window is kept for the end of the epoch.
+
+Of each: whether every row comes exactly once, how well it is mixed over two epochs, how rows and tokens fall on the
+ranks, what computing it takes, and what is read. Writes benchmarks/results/scaling_shuffle.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkd_dist.data.batches import epoch_order
+
+RESULTS = Path(__file__).parents[1] / "results"
+POOL_BATCHES, LENGTH_MULTIPLE = 50, 8
+"""As in `pkd_dist/data/batches.py`: batches sorted by length together, and what lengths are rounded up to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """rows: of the cache. batch: global. window: shards that a lane holds at a time."""
+
+    rows: int = 100_000_000
+    shard_rows: int = 4096
+    batch: int = 4096
+    lanes: int = 256
+    window: int = 4
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.batch % self.lanes:
+            raise ValueError(f"batch {self.batch} must be a multiple of lanes {self.lanes}")
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+
+def make_lengths(rows: int, deciles: list[float], seed: int) -> np.ndarray:
+    """Token lengths, int64 as in the package, distributed as those of the embedded data."""
+    out = np.empty(rows, dtype=np.int64)
+    rng = np.random.default_rng([seed, 2])
+    for start in range(0, rows, 1 << 22):
+        part = out[start : start + (1 << 22)]
+        part[:] = np.interp(rng.random(len(part)), np.linspace(0, 1, len(deciles)), deciles)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- the orders
+
+
+def present_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
+    """The package's order, handed out in pieces of whole batches."""
+    order = epoch_order(lengths_N, s.batch, s.seed, epoch)
+    for start in range(0, s.rows, 1024 * s.batch):
+        yield order[start : start + 1024 * s.batch]
+
+
+def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
+    """The order by whole shards, one window after the other; only the last piece holds a short batch."""
+    rng = np.random.default_rng([s.seed, epoch])
+    shards = rng.permutation(s.shards)
+    tail = []
+    for start in range(0, s.shards, s.lanes * s.window):
+        chosen = shards[start : start + s.lanes * s.window]
+        rows = (chosen[:, None] * s.shard_rows + np.arange(s.shard_rows)).reshape(-1)
+        rows = rows[rows < s.rows]
+        full = len(rows) // s.batch * s.batch
+        tail.append(rows[full:].copy())  # a view would keep the window
+        lanes_KL = rng.permuted(rows[:full].reshape(s.lanes, -1), axis=1).T  # row k of every lane side by side
+        yield _bucketed(lanes_KL, s, lengths_N, rng)
+    yield rng.permutation(np.concatenate(tail))
+
+
+def _bucketed(lanes_KL: np.ndarray, s: Settings, lengths_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sorts each lane by length inside pools of batches, then shuffles the batches."""
+    deep = s.batch // s.lanes
+    out = np.empty(lanes_KL.shape, dtype=np.int64)
+    for start in range(0, len(lanes_KL), POOL_BATCHES * deep):
+        pool_KL = lanes_KL[start : start + POOL_BATCHES * deep]
+        by_length_KL = np.argsort(lengths_N[pool_KL], axis=0, kind="stable")
+        out[start : start + len(pool_KL)] = np.take_along_axis(pool_KL, by_length_KL, axis=0)
+    batches = out.reshape(-1, s.batch)
+    return batches[rng.permutation(len(batches))].reshape(-1)
+
+
+ORDERS = {"present": present_order, "sharded": sharded_order}
+
+
+# -------------------------------------------------------------------------------------------------------------- mixing
+
+
+def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
+    """Statistics of one epoch, each beside its value in a uniform shuffle in `UNIFORM`.
+
+    Args:
+        first_N: int32; filled with every row's position in epoch 0, compared with that in the others.
+
+    Returns:
+        every_row_once: 1 if so, else 0.
+        rank_correlation_with_cache: Spearman's, of the position in the epoch and in the cache.
+        rank_correlation_of_epochs: Spearman's, of the positions in this epoch and in epoch 0.
+        mean_distance: of neighbours in a batch, in the cache, as a share of it.
+        batch_mean_variance: of the batches' mean position in the cache, over that of independent draws: what a label
+            sorted along the cache would suffer. (Ids are hashes of the text, so no label is.)
+        met_again: neighbours in a batch that were in one batch in epoch 0, over the expected number.
+        shards_of_batch: different shards in a batch, mean over some hundreds.
+    """
+    seen, position = np.zeros(s.rows, dtype=bool), 0
+    with_cache = with_first = distance = neighbours = together = 0.0
+    means: list[np.ndarray] = []
+    shards: list[int] = []
+    for piece in pieces:
+        seen[piece] = True
+        here = np.arange(position, position + len(piece))
+        with_cache += float(np.square((piece - here).astype(np.float64)).sum())
+        if epoch == 0:
+            first_N[piece] = here
+        else:
+            with_first += float(np.square((first_N[piece] - here).astype(np.float64)).sum())
+        full = len(piece) // s.batch
+        batches = piece[: full * s.batch].reshape(full, s.batch)
+        means.append(batches.mean(axis=1))
+        distance += float(np.abs(np.diff(batches, axis=1)).sum())
+        neighbours += full * (s.batch - 1)
+        if epoch:
+            first = first_N[batches] // s.batch
+            together += float((first[:, 1:] == first[:, :-1]).sum())
+        shards += [len(np.unique(batch // s.shard_rows)) for batch in batches[:: max(1, full // 16)]]
+        position += len(piece)
+    cube = s.rows * (s.rows**2 - 1.0)
+    variance = np.square((np.concatenate(means) + 0.5) / s.rows - 0.5).mean()
+    out = {
+        "every_row_once": float(position == s.rows and seen.all()),
+        "rank_correlation_with_cache": 1 - 6 * with_cache / cube,
+        "mean_distance": distance / neighbours / s.rows,
+        "batch_mean_variance": float(variance * 12 * s.batch),
+        "shards_of_batch": float(np.mean(shards)),
+    }
+    if epoch:
+        out["rank_correlation_of_epochs"] = 1 - 6 * with_first / cube
+        out["met_again"] = together / (neighbours * (s.batch - 1) / (s.rows - 1))
+    return out
+
+
+def expected_in_uniform(s: Settings) -> dict[str, float]:
+    return {
+        "every_row_once": 1.0,
+        "rank_correlation_with_cache": 0.0,
+        "mean_distance": 1 / 3,
+        "batch_mean_variance": 1.0 - s.batch / s.rows,
+        "shards_of_batch": s.shards * (1 - (1 - 1 / s.shards) ** s.batch),
+        "rank_correlation_of_epochs": 0.0,
+        "met_again": 1.0,
+    }
+
+
+def expected_batch_mean_variance(s: Settings) -> float:
+    """Of the sharded order: a window holds a sample of all shards, a batch as many rows of each lane."""
+    held = min(s.shards, s.lanes * s.window)
+    return 1 - s.lanes / held + s.batch / held * (1 - held / s.shards)
+
+
+# ------------------------------------------------------------------------------------------------- ranks and reading
+
+
+def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ranks: int) -> dict[str, float]:
+    """How rows, tokens and shards fall on the ranks, each taking every `ranks`-th row of a batch.
+
+    Returns:
+        padding: tokens computed (longest of a rank's share, rounded up) over real ones.
+        slowest_rank: computed tokens of the fullest rank over the mean, mean over steps.
+        tokens_spread: largest over smallest number of real tokens of a rank in the epoch.
+        shard_reads: (window, rank, shard) triples: how often a rank opens a shard, if it kept all of a piece's.
+    """
+    tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
+    for piece in pieces:
+        full = len(piece) // s.batch
+        rows_TBR = piece[: full * s.batch].reshape(full, s.batch // ranks, ranks)
+        lengths = lengths_N[rows_TBR]
+        tokens_R += lengths.sum(axis=(0, 1))
+        longest_TR = -(-lengths.max(axis=1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        computed += float(longest_TR.sum()) * (s.batch // ranks)
+        slowest += float((longest_TR.max(axis=1) / longest_TR.mean(axis=1)).sum())
+        steps += full
+        shards_TBR = rows_TBR // s.shard_rows
+        for r in range(ranks):
+            opened = np.zeros(s.shards, dtype=bool)
+            opened[shards_TBR[:, :, r]] = True
+            reads += int(opened.sum())
+    return {
+        "padding": computed / float(tokens_R.sum()),
+        "slowest_rank": slowest / steps,
+        "tokens_spread": float(tokens_R.max() / tokens_R.min()),
+        "shard_reads": reads,
+    }
+
+
+def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
+    """Whether each access misses a cache of `capacity` blocks that drops the least recently used: exact."""
+    held: OrderedDict[int, None] = OrderedDict()
+    for block in accesses:
+        hit = block in held
+        if hit:
+            held.move_to_end(block)
+        else:
+            held[block] = None
+            if len(held) > capacity:
+                held.popitem(last=False)
+        yield not hit
+
+
+def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, seed: int) -> float:
+    """Blocks that a node reads in its third epoch, per row that it uses, under a global permutation: exact LRU.
+
+    Args:
+        rows: of a cache small enough to simulate: the outcome depends on ratios alone.
+        share_cached: page cache of a node over the whole teacher cache.
+        nodes: that share an epoch's rows.
+    """
+    rng = np.random.default_rng(seed)
+    epochs = [rng.permutation(rows)[: rows // nodes] // rows_per_block for _ in range(3)]
+    capacity = max(1, round(share_cached * rows / rows_per_block))
+    missed = list(lru_misses(np.concatenate(epochs).tolist(), capacity))
+    return sum(missed[-(rows // nodes) :]) / (rows // nodes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
+    """Two epochs of one order, in a process of its own, so that its memory is its own."""
+    lengths_N, order = make_lengths(s.rows, deciles, s.seed), ORDERS[name]
+    before, start = peak_bytes(), time.process_time()
+    for _ in order(s, lengths_N, 0):
+        pass
+    out: dict[str, Any] = {
+        "order_processor_seconds": time.process_time() - start,
+        "order_peak_bytes": peak_bytes() - before,
+    }
+    first_N, out["epochs"] = np.zeros(s.rows, dtype=np.int32), []
+    for epoch in (0, 1):
+        pieces = list(order(s, lengths_N, epoch))
+        out["epochs"].append(mixing(pieces, s, first_N, epoch))
+        if epoch == 0:
+            out["ranks"] = {str(n): balance(pieces, s, lengths_N, n) for n in (8, 64, 256)}
+        del pieces
+    out["process_peak_bytes"] = peak_bytes()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling_shuffle.json")
+    given = vars(parser.parse_args())
+    output, s = given.pop("output"), Settings(**given)
+    deciles = json.loads((RESULTS / "scaling_constants.json").read_text())["teacher"]["length_deciles"]
+    start = time.perf_counter()
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards}}
+    result |= {"uniform": expected_in_uniform(s), "expected_batch_mean_variance": expected_batch_mean_variance(s)}
+    for name in ORDERS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            result[name] = pool.submit(simulate, name, s, deciles).result()
+        print(name, json.dumps(result[name]), flush=True)
+    result["page_cache"] = [
+        {
+            "rows_per_block": k,
+            "nodes": nodes,
+            "share_cached": share,
+            "blocks_per_row": page_cache(240_000, k, share, nodes, 0),
+        }
+        for k in (1, 40)
+        for nodes in (1, 4)
+        for share in (0.1, 0.25, 0.5, 0.75, 1.0)
+    ]
+    result["wall_seconds"] = time.perf_counter() - start
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{output}: {result['wall_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
