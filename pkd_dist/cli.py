@@ -7,6 +7,7 @@ status of `errors.py`.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -74,9 +75,11 @@ def run(
         config = schema.load(config_file, overrides)
         chosen = _chosen_stages(stages)
         schema.load_deepspeed(config, config_file)
+        gc.disable()  # of the millions of objects that imports make none is garbage: a fifth of their time
         from pkd_dist.dist import World
         from pkd_dist.pipeline import Pipeline
 
+        gc.enable()
         world = World(ranks, config.run.timeout_seconds, signals)
         pipeline = Pipeline(config, config_file, world)
         if dry_run:

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
-from sklearn import metrics as sk
 from torch import nn
 
 from pkd_dist.data.batches import collate, scoring_batches
@@ -83,12 +81,16 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
     A correlation that is not defined (constant predictions) counts as 0.
     """
     if task.regression:
+        from scipy.stats import pearsonr, spearmanr  # slow to import, so only where a rank scores
+
         predicted = logits_NC[:, 0].astype(np.float64)
         constant = len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(labels_N) == 0
         pearson = 0.0 if constant else float(pearsonr(predicted, labels_N).statistic)
         spearman = 0.0 if constant else float(spearmanr(predicted, labels_N).statistic)
         out = {"pearson": pearson, "spearman": spearman, "pearson_spearman": (pearson + spearman) / 2}
     else:
+        from sklearn import metrics as sk
+
         predicted = logits_NC.argmax(axis=1)
         average: Any = "binary" if logits_NC.shape[1] == 2 else "macro"
         precision, recall, f_1, _ = sk.precision_recall_fscore_support(
@@ -206,7 +208,7 @@ def compare(
             Bar(f"evaluate, {name}, rows of this rank", len(dev) // world.size, show=world.main) as bar,
         ):
             logits[name] = predict(forwards[name], dev, world, batch_size, pad_id, bar.advance)
-        figures[name] = score(logits[name], np.asarray(dev.labels_N), task)
+        figures[name] = world.on_main(partial(score, logits[name], np.asarray(dev.labels_N), task))
 
     def measure() -> dict[str, dict[str, float]]:
         threads = torch.get_num_threads()

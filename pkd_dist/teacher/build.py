@@ -140,7 +140,8 @@ def build(
                     bar.advance(rows)
                     return world.stopping()
 
-                if not _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick):
+                whole = _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick)
+                if not whole or world.stopping():
                     return
 
     world.together(build_mine)

@@ -112,11 +112,12 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
+    # torch's map needs no open file, of which a process may have few; numpy's keeps one for each array
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     arrays, dtypes = {}, {}
     for name, entry in header.items():
-        dtype, shape = np.dtype(_NUMPY[entry["dtype"]]), tuple(entry["shape"])
-        start = 8 + length + entry["data_offsets"][0]
-        arrays[name] = np.memmap(path, dtype, "r", start, shape) if np.prod(shape) else np.empty(shape, dtype)
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        arrays[name] = content[start:stop].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
         dtypes[name] = entry["dtype"]
     return arrays, dtypes, metadata
 

@@ -261,7 +261,7 @@ class Trainer:
             except Preempted as stop:
                 self._preempted(stop.signal)
         self.engine.train()
-        figures = score(logits, np.asarray(job.dev.labels_N), job.task)
+        figures = self.world.on_main(lambda: score(logits, np.asarray(job.dev.labels_N), job.task))
         progress.history.append({"epoch": epoch, "step": progress.step, **figures})
         progress.evaluated_epochs = epoch
         better = figures["main_metric"] > progress.best_metric

@@ -390,7 +390,7 @@ def halfway(stopped, tmp_path):
 
 def test_a_damaged_checkpoint_goes_back_to_the_one_before(halfway):
     config, (older, newest) = halfway
-    damaged = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    damaged = max(newest.rglob("*.safetensors"), key=lambda p: p.stat().st_size)
     truncate(damaged)
     done = launch("--config", config, "--stages", "distill")
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -401,8 +401,8 @@ def test_a_damaged_checkpoint_goes_back_to_the_one_before(halfway):
 def test_no_intact_checkpoint_is_refused(halfway):
     config, checkpoints = halfway
     for checkpoint in checkpoints:
-        truncate(checkpoint / "rank-0000.pt")
+        truncate(checkpoint / "rank-0000.safetensors")
     before = products(config.parent / "run")
     line = refused("--config", config, "--stages", "distill")
-    assert re.search(r"rank-0000\.pt has \d+ bytes, not \d+; no intact checkpoint is left in .*--fresh", line), line
+    assert re.search(r"rank-0000\.safetensors has \d+ bytes, not \d+; no intact checkpoint is left in .*--fresh", line), line
     assert products(config.parent / "run") == before

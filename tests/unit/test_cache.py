@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +258,11 @@ def test_reading_does_not_load_the_file(tmp_path):
     _, found = reader.rows_of(3 * wanted, 1)
     assert found[:, 0, 0].tolist() == wanted.tolist()
     assert resident() - before < size // 8
+
+
+def test_many_shards_need_no_open_files(tmp_path, tokens, world, model):
+    """A process may have few files open, a large cache has many shards."""
+    fingerprint, _, _ = fill(tmp_path, tokens, world, model)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = CacheReader(tmp_path, fingerprint)
+    assert len(reader._shards) == 3 and len(list(Path("/proc/self/fd").iterdir())) == before
