@@ -404,5 +404,7 @@ def test_no_intact_checkpoint_is_refused(halfway):
         truncate(checkpoint / "rank-0000.safetensors")
     before = products(config.parent / "run")
     line = refused("--config", config, "--stages", "distill")
-    assert re.search(r"rank-0000\.safetensors has \d+ bytes, not \d+; no intact checkpoint is left in .*--fresh", line), line
+    assert re.search(
+        r"rank-0000\.safetensors has \d+ bytes, not \d+; no intact checkpoint is left in .*--fresh", line
+    ), line
     assert products(config.parent / "run") == before

@@ -1,0 +1,58 @@
+"""Run under torchrun by test_nonfinite.py: training whose gradient, not its loss, is not finite on one rank at one step."""
+
+import sys
+from pathlib import Path
+
+import torch
+from plain import BATCH, PLAN, make_model, make_tokens
+
+from pkd_dist.cli import guarded, leave
+from pkd_dist.config import Checkpoint, Task, load, load_deepspeed
+from pkd_dist.data import tasks
+from pkd_dist.dist import World
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.ranks import discover
+from pkd_dist.student.losses import hard_loss
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.training.loop import Job, Trainer
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def main(deepspeed, output, micro, bad_rank, bad_step):
+    world = World(discover(), 60)
+    folder = Path(output)
+
+    def losses(engine, batch):
+        logits = engine(batch.inputs)[0]
+        if world.rank == int(bad_rank) and trainer.progress.step + 1 == int(bad_step):
+            logits = NoGradient.apply(logits)
+        value = hard_loss(logits, batch.labels_B)
+        return {"total": value, "ce": value}
+
+    tokens = make_tokens()
+    job = Job(
+        name="distill", module=Encoder(make_model()), losses=losses, train=tokens, dev=tokens, task=tasks.resolve(Task()),
+        pad_id=0, seed=7, epochs=2, batch_size=BATCH, micro_batch_size=int(micro), eval_batch_size=64, eval_every_epochs=1,
+        log_every_steps=1, checkpoint=Checkpoint(every_steps=1), folder=folder / "checkpoints", fingerprint="",
+        deepspeed=load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), records=folder / "metrics.jsonl",
+        **{key: value for key, value in PLAN.items() if key != "total_steps"},
+    )  # fmt: skip
+    trainer = Trainer(job, world, Telemetry(RunMetrics(), False))
+    leave(guarded(trainer.run, world.agree_on_end))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
