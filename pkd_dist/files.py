@@ -15,22 +15,26 @@ from typing import Any
 from pkd_dist.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)`, syncs the file and renames it to `path`. A failure leaves no temporary file."""
+def write_atomically(path: Path, write: Callable[[Path], Any], needed_bytes: int = 0) -> None:
+    """Calls `write(temporary path)`, syncs the file and renames it to `path`. A failure leaves no temporary file.
+
+    Raises:
+        UserError: the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with require_space(path.parent, needed_bytes, path.name):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(
-        path, lambda tmp: tmp.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    )
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"), len(text))
 
 
 def is_full(error: BaseException) -> bool:
@@ -43,22 +47,27 @@ def is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def require_space(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
-    """Work that writes about so many bytes into a folder that exists.
+    """Work that writes so many bytes (0: it is not known how many) into a folder that exists.
 
     Raises:
         UserError: the disk has less, or got full all the same. Says how many bytes were needed.
     """
-    free = shutil.disk_usage(folder).free
-    message = "{}: no space left for {}: it needs {:,} bytes, {:,} are free; free some and run the same command again"
-    if free < needed_bytes:
-        raise UserError(message.format(folder, what, needed_bytes, free))
+
+    def full(needed: str) -> UserError:
+        free = shutil.disk_usage(folder).free
+        return UserError(
+            f"{folder}: no space left for {what}: it needs {needed} bytes, {free:,} are free; free some and run the same "
+            "command again"
+        )
+
+    if shutil.disk_usage(folder).free < needed_bytes:
+        raise full(f"{needed_bytes:,}")
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
-        left = shutil.disk_usage(folder).free
-        raise UserError(message.format(folder, what, max(needed_bytes, left + 1), left)) from error
+        raise full(f"{needed_bytes:,}" if needed_bytes else f"more than {shutil.disk_usage(folder).free:,}") from error
 
 
 def sync(path: Path) -> None:
@@ -108,6 +117,12 @@ def changed_file(folder: Path, digests: dict[str, str]) -> str | None:
         if sha256(folder / name) != digest:
             return f"{folder / name} was altered"
     return None
+
+
+def require_unaltered(path: Path, digest: str) -> None:
+    """Raises UserError where a file is not the one of this sha256."""
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"{path}: was altered since it was written; the same command makes it again")
 
 
 def remove(path: Path) -> None:

@@ -628,8 +628,7 @@ class Pipeline:
             folder = self._dirs["init"]
             temporary = folder.with_name(f".{folder.name}.tmp")
             remove(temporary)
-            model.save_pretrained(temporary)
-            self._tokenizer.save_pretrained(temporary)
+            encoder.save_model(model, self._tokenizer, temporary)
             remove(folder)
             os.replace(temporary, folder)
             log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), what)
@@ -714,13 +713,12 @@ class Pipeline:
         )
         progress = Trainer(job, self.world, self.telemetry).run()
         assert progress.best_file is not None
-        best = self._dirs["checkpoints"] / progress.best_file
         return {
             "best_file": progress.best_file,
             "best_epoch": progress.best_epoch,
             "best_metric": progress.best_metric,
             "history": progress.history,
-            "weights": self.world.on_main(lambda: sha256(best)),
+            "weights": progress.best_sha256,
             "steps": progress.step,
             "samples": progress.samples,
             "tokens": progress.tokens,
@@ -736,7 +734,8 @@ class Pipeline:
     # evaluate
 
     def _best_student(self) -> Any:
-        return hf.best_student(self._dirs["init"], self._dirs["checkpoints"] / self.outputs["distill"]["best_file"])
+        made = self.outputs["distill"]
+        return hf.best_student(self._dirs["init"], self._dirs["checkpoints"] / made["best_file"], made["weights"])
 
     def _evaluate_inputs(self) -> dict[str, Any]:
         return {

@@ -15,16 +15,21 @@ from pkd_dist import checkpoint
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.files import remove, require_space
-from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer
+from pkd_dist.files import remove, require_unaltered, write_atomically
+from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model
 from pkd_dist.model.lean import put_back
 
 TOLERANCE = 1e-5
 """Largest difference between a logit of the trained and of the reloaded student, in float32."""
 
 
-def best_student(init: Path, weights: Path) -> PreTrainedModel:
-    """The trained student as a plain model: the starting folder's shape, the best epoch's weights, no projection."""
+def best_student(init: Path, weights: Path, digest: str) -> PreTrainedModel:
+    """The trained student as a plain model: the starting folder's shape, the best epoch's weights, no projection.
+
+    Raises:
+        UserError: the weights are not those of this digest.
+    """
+    require_unaltered(weights, digest)
     return _filled(load_model(str(init), "student_init"), load_file(weights))
 
 
@@ -77,9 +82,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        with require_space(output.absolute().parent, _bytes(model), str(output)):
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        save_model(model, tokenizer, temporary)
         again = AutoModelForSequenceClassification.from_pretrained(temporary, dtype="auto").state_dict()
         for key, value in model.state_dict().items():
             if again[key].dtype != value.dtype or not torch.equal(again[key], value):
@@ -94,10 +97,6 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         "main_metric": history[-1]["main_metric"] if history else None,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def export(
@@ -126,10 +125,8 @@ def export(
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        with require_space(output.parent, _bytes(student), str(output)):
-            student.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        save_model(student, tokenizer, temporary)
+        write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         difference = _verify(student, temporary, dev, texts, max_length)
         remove(output)
         os.replace(temporary, output)

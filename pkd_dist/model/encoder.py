@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, folder_digest, sha256
+from pkd_dist.files import digest_of, folder_digest, require_space, sha256
 from pkd_dist.model.lean import CompactVocabulary, is_tied, only_first_token
 
 WEIGHT_FILES = (
@@ -205,6 +205,18 @@ def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:
 
 def parameter_count(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Writes a Hugging Face folder; the one above it exists.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def num_layers(config: Any) -> int:

@@ -19,7 +19,7 @@ from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import UserError
-from pkd_dist.files import require_space, sha256, write_atomically, write_json
+from pkd_dist.files import sha256, write_atomically, write_json
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.teacher import cache
 from pkd_dist.teacher.cache import FORMAT_VERSION, MANIFEST, Fingerprint, map_tensors, shard_name, shard_problem
@@ -225,8 +225,8 @@ def _build_shard(
         tensors["offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     else:
         tensors["states"] = torch.stack(states)
-    with require_space(path.parent, sum(t.nbytes for t in tensors.values()), path.name):
-        write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata={"fingerprint": fingerprint.digest}))
+    metadata = {"fingerprint": fingerprint.digest}
+    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata), sum(t.nbytes for t in tensors.values()))
     return True
 
 

@@ -15,8 +15,8 @@ from pkd_dist.data.batches import Batch
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
-from pkd_dist.files import remove
-from pkd_dist.model.encoder import Encoder, load_model
+from pkd_dist.files import remove, require_unaltered
+from pkd_dist.model.encoder import Encoder, load_model, save_model
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.engine import Engine
@@ -85,15 +85,15 @@ def finetune(
     progress = Trainer(job, world, telemetry).run()
 
     def write() -> None:
-        assert progress.best_file is not None
+        assert progress.best_file is not None and progress.best_sha256 is not None
+        require_unaltered(checkpoints / progress.best_file, progress.best_sha256)
         best = load_model(base, new_head=True, **labels)
         best.load_state_dict(
             {k.removeprefix("model."): v for k, v in load_file(checkpoints / progress.best_file).items()}
         )
         temporary = output.with_name(f".{output.name}.tmp")
         remove(temporary)
-        best.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(best, tokenizer, temporary)
         remove(output)
         os.replace(temporary, output)
 

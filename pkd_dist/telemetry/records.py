@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pkd_dist.files import require_space
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file; nothing where there is none."""
@@ -33,6 +35,7 @@ class Records:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._known = {_key(record) for record in read(path)}
+        self._path = path
         self._file = open(path, "ab+")  # noqa: SIM115 - lives as long as the run
         self._cut_torn_line()
 
@@ -48,8 +51,10 @@ class Records:
         if _key(record) in self._known:
             return
         self._known.add(_key(record))
-        self._file.write((json.dumps(record) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        with require_space(self._path.parent, len(line), self._path.name):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -26,7 +26,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, Preempted
 from pkd_dist.evaluate import evaluating, predict, score
-from pkd_dist.files import require_space, sha256, write_atomically
+from pkd_dist.files import sha256, write_atomically
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
@@ -273,8 +273,7 @@ class Trainer:
 
             def keep() -> str:
                 job.folder.mkdir(parents=True, exist_ok=True)
-                with require_space(job.folder, sum(w.nbytes for w in weights.values()), "the best weights"):
-                    write_atomically(path, lambda tmp: save_file(weights, tmp))
+                write_atomically(path, lambda tmp: save_file(weights, tmp), sum(w.nbytes for w in weights.values()))
                 return sha256(path)
 
             progress.best_sha256 = self.world.on_main(keep)
