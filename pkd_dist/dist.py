@@ -67,6 +67,7 @@ class World:
         self._host = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         places = self.gather((socket.gethostname(), cores))
+        self.signals.met()
         self._hosts = [host for host, _ in places]
         if self._watchdog:
             self._watchdog.hosts = self._hosts

@@ -1,5 +1,7 @@
 """Stop signals: the first is noted and acted on at the next safe point, a second one ends the process at once.
 
+Until the ranks have met there is nothing to commit and nobody to agree with: the first one ends the process.
+
 The main thread may sit in a collective for minutes, where Python runs no handler. So the signals' numbers go through a
 pipe, as the kernel delivers them, to a thread of their own.
 """
@@ -9,10 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
 
+from pkd_dist.errors import Preempted
+from pkd_dist.ranks import first_of_node
 from pkd_dist.telemetry.log import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -31,6 +36,7 @@ class StopSignals:
         self.number = 0
         self._first_seconds = 0.0
         self._ending = threading.Event()
+        self._met = False
 
     def install(self) -> StopSignals:
         ours, kernels = socket.socketpair()
@@ -50,6 +56,10 @@ class StopSignals:
         for end in self._pipe:
             end.close()
 
+    def met(self) -> None:
+        """The ranks have met: from now on they agree on when to stop."""
+        self._met = True
+
     def ending(self) -> None:
         """The process is ending in good order: what comes now changes nothing."""
         self._ending.set()
@@ -68,6 +78,14 @@ class StopSignals:
 
     def _note(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
+        if not self._met and not self._ending.is_set():
+            if first_of_node():
+                print(
+                    f"pkd: stopped by {name} before the ranks had met; the same command goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            os._exit(Preempted.exit_status)
         if not self.number:
             self.number, self._first_seconds = number, now
             if not self._ending.wait(_SAY_SECONDS):  # a launcher also sends one when another rank was lost

@@ -13,6 +13,8 @@ import os, sys, threading, time
 from pkd_dist import preemption
 preemption._SAME_SECONDS = float(sys.argv[1])
 signals = preemption.StopSignals().install()
+if len(sys.argv) == 2:
+    signals.met()
 read, write = os.pipe()
 print("ready", flush=True)
 def tell():
@@ -28,8 +30,8 @@ os.read(read, 1)  # as in a collective: C code that Python's handlers do not int
 def start():
     started = []
 
-    def run(same_seconds):
-        job = subprocess.Popen([sys.executable, "-c", PROGRAM, str(same_seconds)], cwd=ROOT, env=environment(),
+    def run(same_seconds, *before_they_met):
+        job = subprocess.Popen([sys.executable, "-c", PROGRAM, str(same_seconds), *before_they_met], cwd=ROOT, env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
         started.append(job)
         assert job.stdout.readline() == "ready\n"
@@ -59,3 +61,10 @@ def test_what_a_launcher_passes_on_in_the_same_moment_counts_once(start):
     os.kill(job.pid, signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         job.wait(timeout=0.5)
+
+
+def test_before_the_ranks_have_met_the_first_ends(start):
+    job = start(3600, "before they met")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=20) == 75
+    assert job.stderr.read() == "pkd: stopped by SIGTERM before the ranks had met; the same command goes on\n"

@@ -1,0 +1,94 @@
+"""A whole run that takes seconds: a tiny teacher, tiny data, and the command of the real launcher.
+
+Everything is made here, from fixed seeds; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pkd_dist.ranks import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = ["good", "great", "fine", "lovely", "superb", "warm", "clever", "moving"]
+BAD = ["bad", "dull", "poor", "awful", "weak", "cold", "boring", "empty"]
+PLAIN = ["the", "a", "film", "movie", "plot", "story", "actor", "scene", "it"]
+PLAIN += ["is", "was", "and", "with", "of", "this", "that", "very", "quite"]
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    """(sentence, label) pairs that a tiny model can learn: the label is which kind of word prevails."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(count):
+        label = rng.randrange(2)
+        words = [rng.choice(PLAIN) for _ in range(rng.randrange(2, 14))]
+        for _ in range(rng.randrange(1, 3)):
+            words.insert(rng.randrange(len(words)), rng.choice((BAD, GOOD)[label]))
+        out.append((" ".join(words), label))
+    return out
+
+
+def write_tsv(path: Path, rows: list[tuple[str, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+
+
+def make_data(folder: Path, dev: int = 41) -> Path:
+    """203 training sentences and some of dev, 41 by default: neither divides by ranks or batch."""
+    write_tsv(folder / "train.tsv", sentences(203, 1))
+    write_tsv(folder / "dev.tsv", sentences(dev, 2))
+    return folder
+
+
+def make_body(folder: Path, layers: int = 4, hidden: int = 32, **fields: Any) -> Path:
+    """A BERT of random weights with a word-piece tokenizer, as a Hugging Face folder without a classifier."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *GOOD, *BAD, *PLAIN, *"abcdefghijklmnopqrstuvwxyz", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)) + "\n")
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * hidden, max_position_embeddings=64, **fields,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_config(settings: dict[str, Any], folder: Path) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child: this Python's tools on PATH, one thread, no variables of a launcher."""
+    clean = {k: v for k, v in os.environ.items() if k not in _OF_A_LAUNCHER}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
+    return clean | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def command(*arguments: str | Path, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:
+    """The command of a run: under plain python, or under the real `deepspeed` where `ranks` is given.
+
+    Args:
+        launcher: flags of `deepspeed` in place of the number of ranks and a free port.
+    """
+    program = [sys.executable]
+    if ranks:
+        flags = launcher or ("--num_accelerators", str(ranks), "--master_port", str(free_port()))
+        program = ["deepspeed", *flags, "--log_level", "warning"]
+    return [*program, str(ROOT / "launcher/train.py"), *map(str, arguments)]

@@ -1,0 +1,343 @@
+"""One trial: the job is started, struck, started again until it ends, and what it made is compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults import damage, remedy
+from benchmarks.faults.job import Start, Watch, arrived
+from benchmarks.faults.plan import EPOCHS, Plan
+from benchmarks.faults.site import Site, SmallDisk, TwoNodes
+from benchmarks.faults.tiny import write_config
+
+MAX_STARTS = 5
+STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank does not answer
+TIMEOUT_SECONDS = 60  # of all others
+MARGIN_SECONDS = 20  # from the timeout to the end of all ranks, and from the loss of a rank; longer on a slow machine
+DEV_EXAMPLES = 403
+_TIMES = ("time", "samples_per_second")
+_BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """sha256 of what two runs must have in common: the exported weights, the metrics without time fields."""
+
+    export: str | None
+    metrics: str | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The undisturbed run."""
+
+    outcome: Outcome
+    seconds: float
+    best_epoch: int
+
+
+@dataclass
+class Row:
+    """What came of a trial; see README.md for the fields."""
+
+    trial: int
+    fault: str
+    moment: str
+    detail: str
+    struck: bool = False
+    starts: int = 0
+    statuses: list[int] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    ended_after_seconds: float | None = None
+    recovered: bool = False
+    identical: bool = False
+    hung: bool = False
+    left_behind: list[str] = field(default_factory=list)
+    broken_promises: list[str] = field(default_factory=list)
+    last_message: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.recovered and self.identical and not (self.hung or self.left_behind or self.broken_promises)
+
+
+def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[str, Any]:
+    """The job: all stages, dropout on, many shards and checkpoints.
+
+    Rates and `DEV_EXAMPLES` are such that each epoch is better than the one before: the export depends on every step.
+    """
+    return {
+        "run": {"dir": str(run), "timeout_seconds": timeout_seconds},
+        "task": {"name": "sst2", "data": str(data), "max_length": 32},
+        "teacher": {"model": str(body), "finetune": {"epochs": EPOCHS, "learning_rate": 3e-3, "batch_size": 16}},
+        "student": {"layers": [1, 3]},
+        "train": {"epochs": EPOCHS, "batch_size": 16, "learning_rate": 1e-4, "deepspeed": "ds_configs/zero1.json"},
+        "cache": {"shard_rows": 50},
+        "checkpoint": {"every_steps": 5},
+        "evaluate": {"latency_samples": 10},
+        "metrics": {"port": 0},
+    }
+
+
+def outcome(run: Path) -> Outcome:
+    export = run / "export/model.safetensors"
+    return Outcome(hashlib.sha256(export.read_bytes()).hexdigest() if export.exists() else None, _metrics(run))
+
+
+def _metrics(run: Path) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        for name in ("teacher_metrics.jsonl", "metrics.jsonl"):
+            for line in (run / name).read_text().splitlines():
+                record = {k: v for k, v in json.loads(line).items() if k not in _TIMES}
+                digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def left_behind(run: Path) -> list[str]:
+    """Locks and temporary files in a run folder; there must be none once it has ended."""
+    return sorted(
+        str(p.relative_to(run))
+        for p in run.rglob("*")
+        if p.name == "run.lock" or p.name.startswith(".") or p.suffix == ".tmp"
+    )
+
+
+def complete(run: Path) -> bool:
+    return (run / "export/model.safetensors").exists() and (run / "report.html").exists()
+
+
+def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
+    """Runs the job to its end, several times: they must agree, or no comparison means anything. The shortest time counts.
+
+    Raises:
+        RuntimeError: it does not end well even undisturbed, or differs from itself.
+    """
+    found: list[Reference] = []
+    for number in range(1, times + 1):
+        site = Site(folder / str(number), ranks)
+        site.folder.mkdir()
+        config = write_config(settings(body, data, site.run, TIMEOUT_SECONDS), site.folder)
+        start = Start(site.commands("--config", config), site.environment, site.folder / "start-1")
+        try:
+            ended = start.await_end(watch, 600)
+        finally:
+            start.kill()
+        if not ended or start.status or not complete(site.run):
+            raise RuntimeError(f"undisturbed, it ends with status {start.status}: {start.last_message}; see {folder}")
+        seconds = round(time.monotonic() - start.began, 2)
+        best_epoch = json.loads((site.run / "stages/distill.json").read_text())["outputs"]["best_epoch"]
+        found.append(Reference(outcome(site.run), seconds, best_epoch))
+    if len({reference.outcome for reference in found}) > 1:
+        raise RuntimeError(f"undisturbed runs differ among themselves; see {folder}")
+    return min(found, key=lambda reference: reference.seconds)
+
+
+class Trial:
+    """Runs one plan in a folder of its own."""
+
+    def __init__(
+        self, plan: Plan, folder: Path, body: Path, data: Path, ranks: int, reference: Reference, watch: Watch
+    ):
+        kinds: dict[str, type[Site]] = {"fill-disk": SmallDisk, "cut-link": TwoNodes}
+        self.plan, self.folder, self.reference, self.watch = plan, folder, reference, watch
+        self.site = kinds.get(plan.fault, Site)(folder, ranks)
+        self.stuck = plan.fault in ("stop-rank", "cut-link")
+        timeout = STUCK_TIMEOUT_SECONDS if self.stuck else TIMEOUT_SECONDS
+        self.config = write_config(settings(body, data, self.site.run, timeout), folder)
+        moment = f"{plan.moment:.3f} of the duration" if isinstance(plan.moment, float) else plan.moment
+        self.row = Row(plan.trial, plan.fault, f"{moment} + {1000 * plan.delay_seconds:.0f} ms", "")
+        self.margin_seconds = max(MARGIN_SECONDS, reference.seconds)
+        self.deadline_seconds = 60 + 6 * reference.seconds
+        self.in_stages = False
+        self.damaged: str | None = None
+
+    def run(self) -> Row:
+        row, run, began = self.row, self.site.run, time.monotonic()
+        flags: list[str] = []
+        with self.site:
+            while row.starts < MAX_STARTS:
+                start = self._start(flags)
+                row.statuses.append(start.status)
+                self._check_named(start)
+                if start.status == 0 and complete(run):
+                    row.recovered = True
+                    break
+                row.last_message = start.last_message
+                action = remedy.follow(row.last_message, self.folder / "aside") if start.status == 2 else None
+                flags = ["--fresh"] if action == "--fresh" else []
+                row.actions += [action] if action else []
+            row.left_behind = left_behind(run)
+            row.identical = row.recovered and outcome(run) == self.reference.outcome
+        row.seconds = round(time.monotonic() - began, 1)
+        return row
+
+    def _start(self, flags: list[str]) -> Start:
+        """One start of the same command, the first one disturbed; it has ended on return."""
+        self.row.starts += 1
+        commands = self.site.commands("--config", self.config, *flags)
+        with ExitStack() as stack:
+            start = Start(commands, self.site.environment, self.folder / f"start-{self.row.starts}")
+            stack.callback(start.kill)
+            if self.row.starts == 1:
+                self._disturb(start)
+            elif not start.await_end(self.watch, self.deadline_seconds):
+                self.row.hung = True
+        return start
+
+    # ------------------------------------------------------------------------------------------------- the fault
+
+    def _disturb(self, start: Start) -> None:
+        """Waits for the moment, strikes, and waits for the end that must come."""
+        plan, row = self.plan, self.row
+        self._await_moment(start)
+        if start.ended():
+            return
+        self.in_stages = any(self.site.run.glob("stages/*.json"))
+        row.struck = True
+        struck_at = time.monotonic()
+        with ExitStack() as after:
+            self._strike(start, after)
+            row.hung = not self._await_end(start)
+            row.ended_after_seconds = round(time.monotonic() - struck_at, 1)
+            if plan.fault != "stop-rank":  # there a rank is still stopped, and its launcher waits for it
+                start.await_end(self.watch, self.margin_seconds)
+            start.kill()
+        self._check_promises(start)
+        if not plan.running:
+            self._damage()
+
+    def _await_moment(self, start: Start) -> None:
+        moment = self.plan.moment
+        due = start.began + (moment * self.reference.seconds if isinstance(moment, float) else 0.0)
+
+        def came() -> bool:
+            if start.launchers[0].poll() is not None:
+                return True
+            return time.monotonic() >= due if isinstance(moment, float) else arrived(self.site.run, moment)
+
+        self.watch.until(came, self.deadline_seconds)
+        self.watch.until(lambda: False, self.plan.delay_seconds)
+
+    def _strike(self, start: Start, after: ExitStack) -> None:
+        """Acts once; what must be undone when the job has ended goes to `after`."""
+        plan, site = self.plan, self.site
+        if plan.fault == "kill-rank":
+            self._signal_rank(start, signal.SIGKILL)
+        elif plan.fault == "stop-rank":
+            self._signal_rank(start, signal.SIGSTOP)
+        elif plan.fault == "signal-rank":
+            self._signal_rank(start, signal.Signals[plan.stop_signal])
+        elif plan.fault == "signal-launcher":
+            self._signal_launcher(start, signal.Signals[plan.stop_signal])
+        elif isinstance(site, TwoNodes):
+            site.cut()
+            after.callback(site.mend)
+            self.row.detail = "until the end" if plan.cut_seconds is None else f"for {plan.cut_seconds:.0f} s"
+            if plan.cut_seconds is not None:
+                start.await_end(self.watch, plan.cut_seconds)
+                site.mend()
+        elif isinstance(site, SmallDisk):
+            site.fill(plan.free_bytes)
+            after.callback(site.empty)
+            self.row.detail = f"{plan.free_bytes} bytes left"
+        elif plan.fault == "kill-job" or not plan.running:
+            start.kill()
+        else:
+            self._damage()
+            if plan.kill_after_seconds is not None:
+                start.await_end(self.watch, plan.kill_after_seconds)
+                start.kill()
+
+    def _signal_rank(self, start: Start, number: signal.Signals) -> None:
+        self.row.detail = f"{number.name} to rank {self.plan.rank}"
+        if process := start.await_rank(self.watch, self.plan.rank, self.deadline_seconds):
+            process.send_signal(number)
+
+    def _signal_launcher(self, start: Start, number: signal.Signals) -> None:
+        self.row.detail = f"{number.name} to the launcher's {self.plan.target}"
+        child = start.child()
+        if self.plan.target == "group":
+            start.send(number)
+        elif self.plan.target == "child" and child:
+            child.send_signal(number)
+        else:
+            start.launchers[0].send_signal(number)
+
+    def _damage(self) -> None:
+        """Damages one file, where the plan's fault is of that kind and there is such a file."""
+        plan = self.plan
+        candidates: dict[str, Callable[[Path], list[Path]]] = {
+            "damage-checkpoint": damage.newest_checkpoint,
+            "damage-best": damage.newest_best,
+            "damage-cache": damage.shards,
+            "tear-metrics": damage.newest_records,
+            "tear-marker": damage.stage_markers,
+        }
+        if plan.fault not in candidates or self.damaged:
+            return
+        path = damage.pick(candidates[plan.fault](self.site.run), plan.which)
+        if path is None or not path.stat().st_size:
+            self.row.detail = "nothing there to damage"
+            return
+        owed = plan.fault.startswith("damage") and not plan.running and damage.needed(self.site.run, path)
+        kind = "truncate" if plan.fault == "tear-marker" else plan.damage
+        what = damage.tear(path, plan.where) if plan.fault == "tear-metrics" else damage.apply(kind, path, plan.where)
+        self.damaged = path.name if owed else None
+        self.row.detail = f"{path.relative_to(self.site.run)}: {what}, {'running' if plan.running else 'after kill -9'}"
+
+    # ----------------------------------------------------------------------------------------------- what is owed
+
+    def _await_end(self, start: Start) -> bool:
+        """Whether the struck job ends by itself, as soon as it must."""
+        plan = self.plan
+        if plan.fault == "stop-rank":
+            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds, but=plan.rank)
+        if plan.fault == "cut-link" and plan.cut_seconds is None:
+            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds)
+        if plan.fault == "kill-rank":
+            return start.await_ranks_end(self.watch, self.margin_seconds)
+        return start.await_end(self.watch, self.deadline_seconds)
+
+    def _check_promises(self, start: Start) -> None:
+        """What the disturbed start owed its user: a status, one line, nothing lying about."""
+        plan, row, broken = self.plan, self.row, self.row.broken_promises
+        if plan.fault == "fill-disk" and (lying := left_behind(self.site.run)):
+            broken.append(f"left on the full disk: {', '.join(lying)}")
+        killed = not self.stuck and start.status == 128 + signal.SIGKILL
+        if not self.in_stages or row.hung or killed or start.status == 0:
+            return
+        statuses = {"fill-disk": (2,), "signal-rank": (75,)}.get(plan.fault)
+        if statuses and start.status not in statuses:
+            broken.append(f"status {start.status}, not {statuses[0]}")
+        if plan.fault == "signal-launcher":
+            return  # who of the group heard of it is the launcher's affair
+        spoken = start.messages
+        if not spoken or (len(spoken) > 1 and plan.fault != "cut-link"):
+            broken.append(f"{len(spoken)} lines `pkd: ...` on stderr, not one")
+        if "Traceback" in start.errors:
+            broken.append("a traceback on stderr")
+        if plan.fault == "fill-disk" and not any(map(_BYTES.search, spoken)):
+            broken.append("the line names no bytes")
+        if self.stuck and not any("rank" in line for line in spoken):
+            broken.append("the line names no rank")
+
+    def _check_named(self, start: Start) -> None:
+        """A start after the damage must name what was damaged, where it still needed that."""
+        if self.damaged is None or self.row.starts == 1:
+            return
+        name, self.damaged = self.damaged, None
+        if name not in start.output:
+            self.row.broken_promises.append(f"{name} was damaged, and the next start does not say so")
