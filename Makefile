@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+TRIALS ?= 100
+SEED ?= 1
 # One rank per GPU, two at most; two ranks where there is no GPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
@@ -19,10 +21,10 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-scaling docs lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS='...' adds options; PYTHON=python3.12 chooses the Python of a new .venv; RANKS=n those of the demo"
 
 demo: .venv/.installed-demo ## distil on the embedded data, on 2 ranks (ARGS: section.key=value ...)
@@ -42,6 +44,12 @@ coverage: .venv/.installed-test ## run the tests, report the lines of pkd_dist t
 	@$(WITH_PATH) $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
+
+bench-faults: .venv/.installed-test ## disturb a run again and again (TRIALS=n SEED=s; root, for links and disks)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.faults --trials $(TRIALS) --seed $(SEED) $(ARGS)
+
+bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache of 100 M rows (ARGS: --rows n --output FILE)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.shuffle $(ARGS)
 
 docs: .venv/.installed-demo ## write docs/configuration.md from the schema
 	@$(BIN)/pkd config reference > docs/configuration.md.new

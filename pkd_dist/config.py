@@ -55,7 +55,10 @@ class Run(Section):
         description="Run folder: everything a run writes goes here. Must be writable; created if missing.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(42, description="Seed of shuffling, initialisation, dropout.")
-    timeout_seconds: Positive = Field(600, description="How long a rank waits for the others before it gives up, s.")
+    timeout_seconds: Positive = Field(
+        600,
+        description="For how long nothing may move on any rank before the ranks give up, s. Long work on one rank is not that.",
+    )
 
 
 class Task(Section):
