@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,16 @@ def settings(body: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
     return whole_run(body, data, tmp_path)
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
 def launch(
-    *arguments: str | Path, ranks: int = 0, timeout: float = 120, **extra: str
+    *arguments: str | Path, ranks: int = 0, torchrun: int = 0, timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs launcher/train.py to its end."""
+    """Runs launcher/train.py to its end: on so many ranks of deepspeed, or of torchrun, which starts sooner."""
     argv = command(*arguments, ranks=ranks)
+    if torchrun:
+        argv[:1] = [*TORCHRUN, "--standalone", "--nproc_per_node", str(torchrun)]
     return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 
 

@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one of two ranks, at every ZeRO stage: which rank, which step, and no update."""
+"""A gradient that is not finite on one of two ranks, at ZeRO stages: which rank, which step, and no update."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 
 @pytest.mark.parametrize(
     ("deepspeed", "micro"),
-    [("zero0_fp32", 6), ("zero1_fp32", 6), ("zero1_fp32", 3), ("zero2_fp32", 6), ("zero3_fp32", 6), ("zero1_bf16", 6)],
+    [("zero0_fp32", 6), ("zero1_fp32", 3), ("zero1_bf16", 6), ("zero3_fp32", 6)],
 )
 def test_the_rank_is_named_and_nothing_of_the_step_is_kept(tmp_path, deepspeed, micro):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, environment, launch, losses, results, whole_run, write_config
+from conftest import ROOT, TORCHRUN, environment, launch, losses, results, whole_run, write_config
 from netns import ADDRESSES, cable
 
 from pkd_dist.ranks import Ranks, free_port
@@ -15,7 +15,6 @@ from pkd_dist.ranks import Ranks, free_port
 TRAIN = str(ROOT / "launcher/train.py")
 DEEPSPEED = ["deepspeed", "--log_level", "warning"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 UP_TO_EVALUATE = ["--stages", "data,teacher,cache,init,distill,evaluate"]
 
 

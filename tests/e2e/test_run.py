@@ -159,19 +159,18 @@ def test_stages_fresh_and_a_dry_run_that_writes_nothing(settings, tmp_path):
     assert unknown.returncode == 2 and "'distil' is not a stage; allowed: data, teacher" in unknown.stderr
 
 
-def test_the_same_optimisation_on_one_and_two_ranks(settings, tmp_path):
+def test_the_same_optimisation_on_one_and_three_ranks(settings, tmp_path):
     settings["student"]["dropout"] = settings["teacher"]["finetune"]["dropout"] = 0.0
     settings["train"]["deepspeed"] = "ds_configs/zero1_fp32.json"
     settings["cache"]["precision"] = settings["cache"]["dtype"] = "float32"
     config = write_config(settings, tmp_path)
-    for name, ranks in (("one", 0), ("two", 2), ("three", 3)):
-        done = launch("--config", config, f"run.dir={tmp_path / name}", ranks=ranks)
+    for name, ranks in (("one", 0), ("three", 3)):
+        stages = ("--stages", "data,teacher,cache,init,distill,evaluate")
+        done = launch("--config", config, f"run.dir={tmp_path / name}", *stages, torchrun=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
-    one = losses(tmp_path / "one")
-    for name in ("two", "three"):
-        assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4)
-        assert results(tmp_path / name)["n"] == 41
-        assert abs(results(tmp_path / name)["accuracy"] - results(tmp_path / "one")["accuracy"]) <= 1 / 41
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert results(tmp_path / "three")["n"] == 41
+    assert abs(results(tmp_path / "three")["accuracy"] - results(tmp_path / "one")["accuracy"]) <= 1 / 41
 
 
 @pytest.mark.parametrize("states", ["cls", "tokens"])
