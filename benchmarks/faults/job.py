@@ -88,7 +88,7 @@ class Start:
                     process = psutil.Process(pid)
                     if process.status() != psutil.STATUS_ZOMBIE:
                         out.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
+            except (ProcessLookupError, psutil.Error):  # it is just ending
                 continue
         return out
 
@@ -100,7 +100,7 @@ class Start:
                 rank = process.environ().get("RANK")
                 if rank is not None and any(part.endswith("launcher/train.py") for part in process.cmdline()):
                     out.setdefault(int(rank), process)
-            except (psutil.NoSuchProcess, psutil.ZombieProcess, PermissionError):
+            except psutil.Error:  # it is just ending
                 continue
         return out
 

@@ -8,10 +8,12 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.faults import damage, remedy
 from benchmarks.faults.job import Start, Watch, arrived
@@ -175,8 +177,8 @@ class Trial:
                 if start.status == 0 and complete(run):
                     row.recovered = True
                     break
-                row.last_message = start.last_message
-                action = remedy.follow(row.last_message, self.folder / "aside") if start.status == 2 else None
+                row.last_message = start.last_message.replace(f"{self.folder}/", "")
+                action = remedy.follow(start.last_message, self.folder / "aside") if start.status == 2 else None
                 flags = ["--fresh"] if action == "--fresh" else []
                 row.actions += [action] if action else []
             row.left_behind = left_behind(run)
@@ -264,7 +266,8 @@ class Trial:
     def _signal_rank(self, start: Start, number: signal.Signals) -> None:
         self.row.detail = f"{number.name} to rank {self.plan.rank}"
         if process := start.await_rank(self.watch, self.plan.rank, self.deadline_seconds):
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def _signal_launcher(self, start: Start, number: signal.Signals) -> None:
         self.row.detail = f"{number.name} to the launcher's {self.plan.target}"
@@ -272,7 +275,8 @@ class Trial:
         if self.plan.target == "group":
             start.send(number)
         elif self.plan.target == "child" and child:
-            child.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
         else:
             start.launchers[0].send_signal(number)
 
@@ -286,12 +290,16 @@ class Trial:
             "tear-metrics": damage.newest_records,
             "tear-marker": damage.stage_markers,
         }
-        if plan.fault not in candidates or self.damaged:
+        if plan.fault not in candidates:
             return
-        path = damage.pick(candidates[plan.fault](self.site.run), plan.which)
-        if path is None or not path.stat().st_size:
-            self.row.detail = "nothing there to damage"
-            return
+        self.row.detail = "nothing there to damage"
+        with suppress(FileNotFoundError):  # a running job removes files, too
+            path = damage.pick(candidates[plan.fault](self.site.run), plan.which)
+            if path is not None and path.stat().st_size:
+                self._damage_file(path)
+
+    def _damage_file(self, path: Path) -> None:
+        plan = self.plan
         owed = plan.fault.startswith("damage") and not plan.running and damage.needed(self.site.run, path)
         kind = "truncate" if plan.fault == "tear-marker" else plan.damage
         what = damage.tear(path, plan.where) if plan.fault == "tear-metrics" else damage.apply(kind, path, plan.where)
