@@ -85,10 +85,11 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: dict
     def start() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         remove(temporary)
-        temporary.mkdir()
+        with require_space(folder, needed, f"the checkpoint of step {step}"):
+            temporary.mkdir()
 
     def write() -> dict[str, list[Any]]:
-        with require_space(folder, needed, f"the checkpoint of step {step}"):
+        with require_space(folder, 0, f"the checkpoint of step {step}"):
             path = temporary / f"rank-{world.rank:04d}.safetensors"
             places = {f"{s.kind}/{s.name}": [s.start, list(s.shape)] for s in slices}
             values = {f"{s.kind}/{s.name}": s.values.detach().cpu() for s in slices}
@@ -103,13 +104,15 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: dict
             sync(path)
             files = {name: value for part in parts for name, value in part.items()}
             files["state.json"] = [path.stat().st_size, sha256(path)]
-            if final.exists():
-                (final / COMMIT).unlink(missing_ok=True)  # first: a half-removed folder must not look committed
-                remove(final)
-            os.replace(temporary, final)
             marker = {"step": step, "world_size": world.size, "fingerprint": state["fingerprint"], "files": files}
-            write_json(final / COMMIT, marker)
+            write_json(temporary / COMMIT, marker)
+            earlier = final.with_name(f"{final.name}.earlier")  # of the same step, before its evaluation
+            if final.exists():
+                os.replace(final, earlier)
+            os.replace(temporary, final)
             sync(folder)
+        if earlier.exists():
+            _discard(earlier)
         _retain(folder, keep)
         return sum(size for size, _ in files.values())
 
@@ -132,8 +135,7 @@ def _retain(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and best weights that none of these refers to."""
     checkpoints = committed(folder)
     for old in checkpoints[:-keep]:
-        (old / COMMIT).unlink(missing_ok=True)
-        remove(old)
+        _discard(old)
     wanted = {read_state(kept)["best_file"] for kept in checkpoints[-keep:]}
     for best in folder.glob("best-*.safetensors"):
         if best.name not in wanted:
@@ -141,6 +143,11 @@ def _retain(folder: Path, keep: int) -> None:
     for folder_of_step in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
         if folder_of_step not in checkpoints:  # a kill left it
             remove(folder_of_step)
+
+
+def _discard(path: Path) -> None:
+    (path / COMMIT).unlink(missing_ok=True)  # first: a half-removed folder must not look committed
+    remove(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -170,6 +177,10 @@ def find(
                 raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
             if damaged:
                 say(f"going on from {path.name}: {damaged[0]}")
+            for passed_over in reversed(committed(folder)):
+                if passed_over == path:
+                    break
+                (passed_over / COMMIT).unlink()  # the next save clears it away
             return path, read_state(path)
         if damaged:
             raise UserError(f"{damaged[0]}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
@@ -178,8 +189,12 @@ def find(
     return world.on_main(choose)
 
 
-def damage(checkpoint: Path) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint, in words (None: nothing), and its commit marker. Reads every byte."""
+def damage(checkpoint: Path, best: bool = True) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, in words (None: nothing), and its commit marker. Reads every byte.
+
+    Args:
+        best: the best weights that it refers to count too.
+    """
     try:
         marker = json.loads((checkpoint / COMMIT).read_text())
         files = marker["files"].items()
@@ -190,8 +205,9 @@ def damage(checkpoint: Path) -> tuple[str | None, dict[str, Any]]:
         if problem:
             return problem, marker
     state = read_state(checkpoint)
-    best = state["best_file"] and _damaged_file(checkpoint.parent / state["best_file"], None, state["best_sha256"])
-    return best or None, marker
+    if best and state["best_file"]:
+        return _damaged_file(checkpoint.parent / state["best_file"], None, state["best_sha256"]), marker
+    return None, marker
 
 
 def _damaged_file(file: Path, size: int | None, digest: str) -> str | None:

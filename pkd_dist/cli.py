@@ -36,7 +36,7 @@ STAGE_NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "expor
 
 def train(argv: Sequence[str]) -> int:
     """`launcher/train.py`: runs the pipeline and returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="launcher/train.py",
         description="Distils a student from a teacher: "
         + ", ".join(STAGE_NAMES)
@@ -55,8 +55,18 @@ def train(argv: Sequence[str]) -> int:
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
     )  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    options = parser.parse_intermixed_args(argv)
+    try:
+        options = parser.parse_intermixed_args(argv)
+    except UserError as error:
+        if first_of_node():
+            print(f"pkd: {error}; --help lists the options", file=sys.stderr, flush=True)
+        return error.exit_status
     return run(options.config, options.overrides, options.stages, options.fresh, options.dry_run)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def run(
@@ -94,19 +104,19 @@ def run(
 
     def end(error: Exception) -> tuple[str, int] | None:
         signals.ending()
-        if world is None:
-            met = not isinstance(error, LostRank)  # those that did not meet: each node's first rank says so
-            return _told(error) if (ranks.main if ranks and met else first_of_node()) else None
-        from pkd_dist.dist import is_lost
+        if "torch" in sys.modules:
+            from pkd_dist.dist import is_lost
 
-        return world.agree_on_end(LostRank(str(error)) if is_lost(error) else error)
-
-    try:
-        return guarded(work, end)
-    finally:
+            error = LostRank(str(error)) if is_lost(error) else error
         if world is not None:
-            world.close()
-        signals.uninstall()
+            return world.agree_on_end(error)
+        return _told(error) if first_of_node() else None  # not met yet: the first rank of each node where it fails
+
+    status = guarded(work, end)
+    if world is not None:
+        world.linger() if status else world.close()
+    signals.uninstall()
+    return status
 
 
 def leave(status: int) -> NoReturn:
@@ -138,7 +148,7 @@ def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] 
         return Preempted.exit_status
     except Exception as error:
         log.debug("ended by an exception", exc_info=error)
-        told = end(_full_disk(error) if is_full(error) else error)
+        told = end(_full_disk(error) if is_full(error) and not hasattr(error, "exit_status") else error)
         if told is None:
             return getattr(error, "exit_status", 1)
         print(f"pkd: {told[0]}", file=sys.stderr, flush=True)
@@ -149,7 +159,9 @@ def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] 
 def _full_disk(error: Exception) -> UserError:
     name = getattr(error, "filename", None)
     where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
-    return UserError(f"{where}; free some and run the same command again")
+    told = UserError(f"{where}; free some and run the same command again")
+    told.__dict__.update(vars(error))  # whether all ranks raise it
+    return told
 
 
 def _chosen_stages(stages: str | None) -> list[str]:

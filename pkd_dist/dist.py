@@ -5,7 +5,6 @@ The only user of `torch.distributed` (DeepSpeed's engine aside). Who is who stan
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -30,7 +29,7 @@ from pkd_dist.watchdog import Watchdog
 T = TypeVar("T")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Waiting is the watchdog's to end: it knows whether the others still work."""
-_BOARD_SECONDS, _LAST_WORDS_SECONDS = 5.0, 1.5
+_BOARD_SECONDS, _LAST_WORDS_SECONDS = 5.0, 2.5
 _GOES_ON = "; the same command goes on from what is committed"
 _LOST = re.compile(
     r"closed by (the )?peer|reset by peer|Broken pipe|Connection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", re.I
@@ -51,7 +50,7 @@ class World:
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float = 600.0, signals: StopSignals | None = None):
-        self._position = "start"
+        self._position, self._last_words = "start", False
         self.rank, self.size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
         self.launcher, self.local_size = ranks.launcher, ranks.local_world_size
         if torch.cuda.is_available():
@@ -70,7 +69,7 @@ class World:
         self.signals.met()
         self._hosts = [host for host, _ in places]
         if self._watchdog:
-            self._watchdog.hosts = self._hosts
+            self._watchdog.hosts, self._watchdog.first_elsewhere = self._hosts, self.first_elsewhere
         if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
             torch.set_num_threads(max(1, len(cores) // places.count(places[self.rank])))
 
@@ -137,8 +136,8 @@ class World:
 
     def stop_here(self, what: str) -> None:
         """Raises Preempted on every rank where any has got a stop signal: a safe point where nothing is left to commit."""
-        number = max(self.gather(self.signals.number))
-        if number:
+        if self.sum(np.array([self.signals.number]))[0]:
+            number = max(self.gather(self.signals.number))
             raise Preempted(
                 f"{what}: stopped by {name_of(number)}; the same command goes on from what is committed", number
             )
@@ -232,6 +231,7 @@ class World:
     # the end
 
     def close(self) -> None:
+        """After a good end. (After another one the process just ends: NCCL would wait for ranks that are gone.)"""
         if self._watchdog:
             self._watchdog.stop()
         if torch_dist.is_initialized():
@@ -240,8 +240,8 @@ class World:
     def agree_on_end(self, error: Exception) -> tuple[str, int] | None:
         """After an exception on this rank: what the user is to read, and the exit status.
 
-        An exception that all ranks raise is told by rank 0. One that a single rank raises makes the others lose it: they
-        find it on the board, and the lowest rank that is left tells it.
+        An exception that all ranks raise is told by rank 0. One that a single rank raises makes the others lose it; the
+        first to claim the word on the board has it.
 
         Returns:
             The message and the status; None where another rank speaks.
@@ -251,22 +251,51 @@ class World:
             return (self._told(error), status) if self.main else None
         board = _Board()
         try:
-            if not isinstance(error, LostRank):
-                board.post("failure", json.dumps([self._told(error), status]))
             board.post(f"left/{self.rank}", "")
-            time.sleep(_LAST_WORDS_SECONDS)  # for the others to say the same
-            found = board.read(["failure", *(f"left/{rank}" for rank in range(self.size))])
-        except Exception:  # rank 0, where the ranks meet, is gone
-            return (f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1) if self.rank == 1 else None
-        left = [rank for rank in range(self.size) if f"left/{rank}" in found]
-        if self.rank != min(left):
+            gone = self._gone(board) if isinstance(error, LostRank) else []
+            first = board.claim("spoken")
+        except ConnectionRefusedError:  # rank 0, where the ranks meet, is gone
+            return self._about_rank_0(1)
+        except Exception:  # ... and its host with it
+            return self._about_rank_0(self.first_elsewhere)
+        self._last_words = self.main
+        if not first:
             return None
-        if "failure" in found:
-            message, status = json.loads(found["failure"])
-            return message, status
-        gone = [f"rank {rank} ({self._hosts[rank]})" for rank in range(self.size) if rank not in left]
-        blame = f"{', '.join(gone[:4])} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
+        if not isinstance(error, LostRank):
+            return self._told(error), status
+        named = [f"rank {rank} ({self._hosts[rank]})" for rank in gone]
+        more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
+        blame = (
+            f"{', '.join(named[:4])}{more} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
+        )
         return f"{self._position}: {blame}{_GOES_ON}", 1
+
+    def linger(self) -> None:
+        """After the last message: where the board goes with this process, the others first read there that all is said."""
+        if self._last_words:
+            time.sleep(_LAST_WORDS_SECONDS)
+
+    @property
+    def first_elsewhere(self) -> int:
+        """The first rank that is not on rank 0's host; 1 where all are."""
+        return next((rank for rank, host in enumerate(self._hosts) if host != self._hosts[0]), 1)
+
+    def _about_rank_0(self, speaker: int) -> tuple[str, int] | None:
+        if self.rank != speaker or (self._watchdog and self._watchdog.spoken):
+            return None
+        return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1
+
+    def _gone(self, board: _Board) -> list[int]:
+        """The ranks that neither say that they leave nor give a sign of life any more."""
+        keys = [f"{what}/{rank}" for what in ("left", "life") for rank in range(self.size)]
+        before = board.read(keys)
+        time.sleep(_LAST_WORDS_SECONDS)
+        after = board.read(keys)
+        return [
+            rank
+            for rank in range(self.size)
+            if f"left/{rank}" not in after and before.get(f"life/{rank}") == after.get(f"life/{rank}")
+        ]
 
     def _told(self, error: Exception) -> str:
         if hasattr(error, "exit_status"):
@@ -289,6 +318,7 @@ class _Board:
 
     def __init__(self) -> None:
         self._store: Any = None
+        self._known: set[str] = set()
 
     def _connected(self) -> Any:
         if self._store is None:
@@ -303,9 +333,17 @@ class _Board:
     def post(self, key: str, value: str) -> None:
         self._connected().set(key, value)
 
+    def claim(self, key: str) -> bool:
+        """Whether this is the first to claim it."""
+        return bool(self._connected().add(key, 1) == 1)
+
     def read(self, keys: list[str]) -> dict[str, str]:
+        """The keys that are there. One message for all that were there before."""
         store = self._connected()
-        return {key: store.get(key).decode() for key in keys if store.check([key])}
+        self._known.update(key for key in keys if key not in self._known and store.check([key]))
+        there = [key for key in keys if key in self._known]
+        values = store.multi_get(there) if there else []
+        return {key: value.decode() for key, value in zip(there, values, strict=True)}
 
 
 def _portable(error: Exception) -> Exception:
@@ -325,7 +363,9 @@ def _shared(error: Exception) -> Exception:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an exception says that another rank cannot be reached."""
+    """Whether an exception of this rank alone says that another rank cannot be reached."""
+    if getattr(error, "shared", False):
+        return False
     if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
         return True
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))

@@ -61,14 +61,16 @@ def predict(
     mine = scoring_batches(tokens, batch_size, world.rank, world.size)
     logits: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    for rows_B in mine:
-        if world.stopping():
-            break
+    # Where a forward pass is collective (ZeRO 3), all ranks must do the same number, and stop at the same one.
+    for i in range(-(-len(tokens) // (world.size * batch_size)) if len(tokens) else 0):
+        world.stop_here("in an evaluation")
+        rows_B = mine[i] if i < len(mine) else np.zeros(1, np.int64)
         batch = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(world.device)
-        logits.append(forward(batch.inputs).float().cpu().numpy())
-        positions.append(rows_B)
-        tick(len(rows_B))
-    world.stop_here("in an evaluation")
+        out = forward(batch.inputs).float().cpu().numpy()
+        if i < len(mine):
+            logits.append(out)
+            positions.append(rows_B)
+            tick(len(rows_B))
     width = max(world.gather(logits[0].shape[1] if logits else 0))
     rows = np.concatenate(logits) if logits else np.empty((0, width), np.float32)
     return world.gather_rows(rows, np.concatenate(positions) if positions else np.empty(0, np.int64), len(tokens))

@@ -8,6 +8,7 @@ the holder is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,8 @@ from pkd_dist.telemetry.log import log
 NAME = "run.lock"
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 6
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without such locks answer: then the sign of life alone decides."""
 
 
 class Lock:
@@ -72,6 +75,10 @@ class Lock:
             except BlockingIOError:
                 file.close()
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    file.close()
+                    raise
             if not self._still_there(file):  # the holder before removed the file while we opened it
                 file.close()
                 continue
@@ -111,7 +118,13 @@ class Lock:
     def _renew(self) -> None:
         while not self._released.wait(_RENEW_SECONDS):
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                if self._is_ours():
+                    os.utime(self._path)
+
+    def _is_ours(self) -> bool:
+        """Not so where another host took the lock over, because this one was silent for too long."""
+        content = _read(self._path)
+        return (content.get("host"), content.get("pid")) == (socket.gethostname(), os.getpid())
 
     def _holder(self) -> str:
         content = _read(self._path)
@@ -124,7 +137,8 @@ class Lock:
         if self._file is None:
             return
         self._released.set()
-        self._path.unlink(missing_ok=True)
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
 

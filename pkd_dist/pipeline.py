@@ -210,8 +210,7 @@ class Pipeline:
                     log.info("--fresh: the earlier run is kept in %s", move_aside(self.dir))
                 self.dir.mkdir(parents=True, exist_ok=True)
                 self._lock = Lock(self.dir).acquire(tick=self.world.beat)
-                for leftover in list(self.dir.rglob(".*.tmp")):  # of a killed job; nobody else writes here now
-                    remove(leftover)
+                self._sweep()
                 (self.dir / "stages").mkdir(exist_ok=True)
             except OSError as error:
                 if is_full(error):
@@ -235,6 +234,20 @@ class Pipeline:
 
         self.world.on_main(open_it)
         to_file(self.dir / "logs", self.world.rank)
+
+    def _sweep(self) -> None:
+        """Removes what a killed job left half-written, in the places where a run writes; nobody else does now."""
+        made = {path for stage in self.stages() for path in (*stage.made, *stage.leftovers)} | {
+            self.dir / "config.yaml"
+        }
+        leftovers = [other for path in made for other in path.parent.glob(f".{path.name}.*tmp")]
+        folders = {path for path in made if path.is_dir()} | {
+            self.dir / "stages",
+            self.dir / "data/train",
+            self.dir / "data/dev",
+        }
+        for leftover in (*leftovers, *(other for folder in folders for other in folder.glob(".*.tmp"))):
+            remove(leftover)
 
     def _environment(self) -> dict[str, Any]:
         """What the run was resolved to, beside the settings themselves."""
@@ -383,7 +396,10 @@ class Pipeline:
                 )
             out: dict[str, Any] = {"classes": list(train.classes), "class_names": self.task.names_of(train.classes)}
             for name, split in (("train", train), ("dev", dev)):
-                made = tokens.tokenize(split, tokenizer, self.config.task.max_length, self._dirs["data"] / name)
+                made = tokens.tokenize(
+                    split, tokenizer, self.config.task.max_length, self._dirs["data"] / name,
+                    lambda: self.world.interrupt("data"),
+                )  # fmt: skip
                 lengths = made.lengths_N
                 out[name] = {
                     "source": split.source,
@@ -712,6 +728,8 @@ class Pipeline:
             fingerprint=self._checkpoint_fingerprint(),
         )
         progress = Trainer(job, self.world, self.telemetry).run()
+        if config.cache.enabled:
+            self._require_cache_unaltered(shards)
         assert progress.best_file is not None
         return {
             "best_file": progress.best_file,
@@ -723,6 +741,17 @@ class Pipeline:
             "samples": progress.samples,
             "tokens": progress.tokens,
         }
+
+    def _require_cache_unaltered(self, shards: Sequence[int]) -> None:
+        """The answers were read through a memory map all the time: what came of others does not count."""
+        self.world.at("distill, the cache's checksums", loop=False)
+        try:
+            self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
+        except UserError as problem:
+            stage = next(stage for stage in self.stages() if stage.name == "distill")
+            why = f"the cache was altered while it was trained on ({str(problem).partition(';')[0]})"
+            self.world.on_main(lambda: self.markers.spoil(stage, why))
+            raise
 
     def _distill_missing(self, outputs: dict[str, Any]) -> str | None:
         best = self._dirs["checkpoints"] / outputs["best_file"]

@@ -2,7 +2,8 @@
 
 A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
 `"done": true`, when it has ended. Found done with the same inputs, it is not run again; found with other inputs, it says
-what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on.
+what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on. Found unreadable, or
+spoiled by what it was made of, it is moved aside as well.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Markers:
         try:
             marker = json.loads(path.read_text())
         except ValueError:
-            raise UserError(f"{path}: cannot be read; remove it to have the stage {stage.name} run again") from None
+            return "stale", f"{path} cannot be read"
+        if marker.get("spoiled"):
+            return "stale", marker["spoiled"]
         inputs = json.loads(json.dumps(stage.inputs()))
         changed = [k for k in inputs if inputs[k] != marker["inputs"].get(k)]
         if changed:
@@ -81,6 +84,11 @@ class Markers:
         if state == "stale" or (state == "broken" and not stage.completes):
             self._set_aside(stage)
         write_json(self._path(stage), {"done": False, "inputs": inputs})
+
+    def spoil(self, stage: Stage, why: str) -> None:
+        """What the stage has made so far does not count: at its next start it is set aside."""
+        marker = json.loads(self._path(stage).read_text())
+        write_json(self._path(stage), marker | {"done": False, "spoiled": why})
 
     def end(self, stage: Stage, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float) -> None:
         """Marks a stage done and removes what it needed only until then."""

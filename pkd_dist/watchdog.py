@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,7 +69,9 @@ class Watchdog:
         self._seen: dict[int, Seen] = {}
         self._reached = time.monotonic()
         self.peer_stop_signal = 0
+        self.spoken = False
         self.hosts: list[str] = []
+        self.first_elsewhere = 1
         self._over = threading.Event()
 
     def start(self) -> Watchdog:
@@ -109,7 +112,9 @@ class Watchdog:
     def _judge(self, now: float) -> None:
         """Ends the process unless another rank moves."""
         where, waiting = self._where()
-        found = verdict(self._rank, self._size, self._seen, self._reached, now, self._timeout, where, waiting)
+        found = verdict(
+            self._rank, self._size, self._seen, self._reached, now, self._timeout, where, waiting, self.first_elsewhere
+        )  # fmt: skip
         if found is None:
             return
         blame, speaks = found
@@ -145,7 +150,7 @@ class Watchdog:
     # another thread: the board, whose calls may take their time
 
     def _exchange(self) -> None:
-        count = 0
+        count, asked = 0, float("-inf")
         while not self._over.wait(self._interval):
             count += 1
             post: dict[str, Any] = {"count": count, "idle": self._idle, "at": self._position}
@@ -155,8 +160,10 @@ class Watchdog:
                 self._board.post(f"life/{self._rank}", json.dumps(post))
                 if self._stop_signal():
                     self._board.post("stop", str(self._stop_signal()))
-                keys = ["stop"]
-                if self._idle > self._timeout / 4:
+                keys = ["stop", "spoken"]
+                # every so often: many ranks that read of each other all the time keep the board busy
+                if self._idle > self._timeout / 4 and time.monotonic() - asked > self._timeout / 20:
+                    asked = time.monotonic()
                     keys += [f"life/{rank}" for rank in range(self._size) if rank != self._rank]
                 found = self._board.read(keys)
             except Exception as error:
@@ -164,6 +171,7 @@ class Watchdog:
                 continue
             now = self._reached = time.monotonic()
             self.peer_stop_signal = int(found.pop("stop", 0))
+            self.spoken = found.pop("spoken", None) is not None
             for key, value in found.items():
                 rank, new = int(key.partition("/")[2]), {"where": "", "waiting": True} | json.loads(value)
                 if rank not in self._seen or self._seen[rank][0]["count"] != new["count"]:
@@ -171,7 +179,15 @@ class Watchdog:
 
 
 def verdict(
-    rank: int, size: int, seen: dict[int, Seen], reached: float, now: float, timeout: float, where: str, waiting: bool
+    rank: int,
+    size: int,
+    seen: dict[int, Seen],
+    reached: float,
+    now: float,
+    timeout: float,
+    where: str,
+    waiting: bool,
+    first_elsewhere: int = 1,
 ) -> tuple[str, bool] | None:
     """What a rank concludes that has not moved for `timeout` seconds.
 
@@ -179,6 +195,7 @@ def verdict(
         seen: of the other ranks.
         reached: when the board was last reached.
         where, waiting: where this rank's main thread is, and whether that is a collective.
+        first_elsewhere: the first rank that is not on rank 0's host; it speaks where rank 0 cannot be reached.
 
     Returns:
         Who is to blame, and whether this rank is the one to say so; None: another rank moves, so wait.
@@ -186,7 +203,7 @@ def verdict(
     patience = timeout / 2
     cut_off = now - reached > patience
     if cut_off and rank:
-        return "rank 0, where the ranks meet, does not answer", rank == 1
+        return "rank 0, where the ranks meet, does not answer", rank == first_elsewhere
     silent, stuck = [], []
     for other in (other for other in range(size) if other != rank):
         post, new = seen.get(other, ({"at": "start"}, float("-inf")))
@@ -202,6 +219,9 @@ def verdict(
     if silent:
         last = seen[silent[0]][0]["at"] if silent[0] in seen else "start"
         return f"{_ranks(silent)} not answer (last seen at: {last})", speaks
+    if len(stuck) == size > 1:  # waiting for a GPU's collective looks like this too: the odd one out is to blame
+        places = Counter(place for _, place in stuck)
+        stuck = [one for one in stuck if places[one[1]] == 1] if len(places) == 2 and size > 2 else []
     if stuck:
         return "rank {} hangs in {}".format(*min(stuck)), speaks
     return "all ranks wait for each other", speaks

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,12 +55,15 @@ class TokenSet:
         return np.diff(self.offsets_N1)
 
 
-def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> TokenSet:
+def tokenize(
+    split: Split, tokenizer: Any, max_length: int, folder: Path, check: Callable[[], None] = lambda: None
+) -> TokenSet:
     """Tokenises a split into `folder` and opens it.
 
     Args:
         tokenizer: a Hugging Face tokenizer; a pair of columns becomes a pair of segments.
         max_length: tokens, special ones included.
+        check: called now and then; what it raises ends the work.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ids: list[np.ndarray] = []
@@ -68,6 +72,7 @@ def tokenize(split: Split, tokenizer: Any, max_length: int, folder: Path) -> Tok
     typed = "token_type_ids" in tokenizer.model_input_names
     truncated = 0
     for start in range(0, len(split), _CHUNK):
+        check()
         chunk = [column[start : start + _CHUNK] for column in split.texts]
         full = tokenizer(*chunk, truncation=False, verbose=False)
         cut = (

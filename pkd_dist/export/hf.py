@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, require_unaltered, write_atomically
-from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model
+from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model, weights_digest
 from pkd_dist.model.lean import put_back
 
 TOLERANCE = 1e-5
@@ -54,7 +55,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         `parameters`.
 
     Raises:
-        UserError: not a committed, intact checkpoint of a student, or `output` exists.
+        UserError: not a committed, intact checkpoint of a student beside what it was started from, or `output` exists.
     """
     if output.exists():
         raise UserError(f"--output: {output} exists; choose a new folder")
@@ -62,7 +63,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
     if not (path / checkpoint.COMMIT).is_file():
         raise UserError(f"--from-checkpoint: {path} is not a committed checkpoint; expected RUN/checkpoints/step-N")
-    problem, _ = checkpoint.damage(path)
+    problem, _ = checkpoint.damage(path, best=False)
     if problem:
         raise UserError(f"--from-checkpoint: {problem}; choose another checkpoint")
     init = path.absolute().parent.parent / "student_init"
@@ -70,6 +71,12 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         raise UserError(
             f"--from-checkpoint: {init} is missing; keep the checkpoint in its run folder, RUN/checkpoints/step-N"
         )
+    marker = init.parent / "stages" / "distill.json"
+    started_from = (
+        json.loads(marker.read_text())["inputs"].get("the student's starting weights") if marker.exists() else None
+    )
+    if started_from not in (None, weights_digest(str(init))):
+        raise UserError(f"--from-checkpoint: {init} is not what this student was started from; put that folder back")
     shards, state = checkpoint.Shards(path), checkpoint.read_state(path)
     model = load_model(str(init), "student_init")
     weights = {name: shards.whole(checkpoint.WEIGHT, name) for name in shards.names()}

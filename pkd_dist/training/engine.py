@@ -177,7 +177,7 @@ class Engine:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         if self._engine.skipped_steps > skipped:
-            if self.loss_scale_expected and self.loss_scale > 1.0:
+            if self.state.loss_scale_can_fall:
                 return float("inf")
             self._require_finite(float("nan"))
         self._require_finite(norm)
@@ -199,6 +199,7 @@ class Engine:
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer whole, in float32 on the CPU, from the float32 master weights; collective."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
@@ -206,6 +207,9 @@ class Engine:
             full: torch.Tensor = parameter
             if parameter.requires_grad:
                 full = safe_get_full_fp32_param(parameter) if self.stage > 0 else self.state.master(parameter)
+            elif self.stage == 3:
+                with GatheredParameters([parameter]):
+                    full = parameter.detach().clone()
             weights[name] = full.detach().float().cpu().contiguous().clone()
         for name, buffer in persistent_buffers(self.module):
             weights[name] = buffer.detach().cpu().contiguous().clone()

@@ -288,6 +288,7 @@ class Trainer:
 
     def _save(self) -> None:
         job, progress = self.job, self.progress
+        self.world.at(f"{job.name}, checkpoint of step {progress.step}", loop=False)
         state = {
             "fingerprint": job.fingerprint,
             "best_file": progress.best_file,

@@ -19,7 +19,7 @@ from torch import nn
 
 from pkd_dist.checkpoint import MOMENTS, WEIGHT, Shards, Slice
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class OptimizerState:
     def counters(self) -> dict[str, Any]:
         """What the optimizer counts, the same on all ranks: updates applied, and fp16's loss scale."""
         updates = [int(state["step"]) for state in self._adam.state.values() if "step" in state]
-        scale = {key: getattr(scaler, key) for scaler in self._scalers() for key in _SCALER}
+        scale = {key: getattr(scaler, key) for scaler in self._scalers() for key in _SCALER if hasattr(scaler, key)}
         return {"updates": max(updates, default=0), "loss_scale": scale}
 
     @torch.no_grad()
@@ -141,6 +141,14 @@ class OptimizerState:
             tensor.ds_tensor[:count].copy_(shards.read(WEIGHT, name, start, count))
         if tensor.numel() == tensor.ds_numel:  # small ones are kept whole beside their shares
             tensor.copy_(shards.whole(WEIGHT, name))
+
+    @property
+    def loss_scale_can_fall(self) -> bool:
+        """fp16: whether a step that overflowed may do better at the next lower loss scale."""
+        return any(
+            scaler.cur_scale > max(1.0, getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None)) or 1.0)
+            for scaler in self._scalers()
+        )
 
     def _scalers(self) -> list[Any]:
         """fp16's loss scaler, where there is one; it goes by two names."""

@@ -260,6 +260,23 @@ def test_reading_does_not_load_the_file(tmp_path):
     assert resident() - before < size // 8
 
 
+@pytest.mark.parametrize("damage", ["altered", "short", "empty"])
+def test_a_shard_damaged_before_the_manifest_lists_it_is_built_again(tmp_path, tokens, world, model, damage):
+    fill(tmp_path, tokens, world, model)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "manifest.json").unlink()
+    path = tmp_path / shard_name(1)
+    content = before[path.name]
+    changed = {
+        "altered": content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+        "short": content[: len(content) // 2],
+        "empty": b"",
+    }
+    path.write_bytes(changed[damage])
+    assert fill(tmp_path, tokens, world, model)[1] == SHARD_ROWS
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_many_shards_need_no_open_files(tmp_path, tokens, world, model):
     """A process may have few files open, a large cache has many shards."""
     fingerprint, _, _ = fill(tmp_path, tokens, world, model)

@@ -71,6 +71,40 @@ def test_a_folder_without_its_marker_does_not_exist(tmp_path, world):
     assert look(world, tmp_path) == (10, [])
 
 
+def test_a_second_save_of_a_step_never_leaves_none(tmp_path, world, monkeypatch):
+    """After a stop in an evaluation: killed between the two renames, the earlier one of the step is still there."""
+    write(world, tmp_path, 5)
+    final, happened = tmp_path / step_name(5), []
+
+    def killed(source, target):
+        if target == final:
+            happened.append(sorted(p.name for p in tmp_path.iterdir()))
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = checkpoint.os.replace
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(world, tmp_path, 5)
+    monkeypatch.undo()
+    assert happened == [[".step-00000005.tmp", "step-00000005.earlier"]]
+    found = find(world, tmp_path, "mine", print)
+    assert found[0].name == "step-00000005.earlier" and found[1]["step"] == 5
+    write(world, tmp_path, 5)
+    write(world, tmp_path, 6)
+    write(world, tmp_path, 7)
+    assert names(tmp_path) == [step_name(6), step_name(7)]
+
+
+def test_what_a_resume_passed_over_is_not_kept_in_place_of_an_intact_one(tmp_path, world):
+    write(world, tmp_path, 5)
+    write(world, tmp_path, 10)
+    shorten(tmp_path / "step-00000010/state.json")
+    assert look(world, tmp_path)[0] == 5
+    write(world, tmp_path, 7)
+    assert names(tmp_path) == [step_name(5), step_name(7)]
+
+
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, world):
     write(world, tmp_path, 5)
     huge = Slice(WEIGHT, "w", 0, torch.empty(1 << 48, dtype=torch.uint8, device="meta"), (1 << 48,))

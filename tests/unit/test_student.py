@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from pkd_dist.config import Student
 from pkd_dist.errors import UserError
 from pkd_dist.export.hf import best_student
+from pkd_dist.files import sha256
 from pkd_dist.model.encoder import load_model
 from pkd_dist.model.student import create, open_student
 
@@ -137,7 +138,7 @@ def test_a_folder_of_another_width_learns_a_projection_that_is_not_exported(teac
             parameter.add_(1)
     trained = {name: p.detach().clone() for name, p in student.named_parameters()}
     save_file(student.whole(trained, 1.0), tmp_path / "best.safetensors")
-    plain = best_student(tmp_path / "init", tmp_path / "best.safetensors")
+    plain = best_student(tmp_path / "init", tmp_path / "best.safetensors", sha256(tmp_path / "best.safetensors"))
     assert type(plain) is type(model) and not plain.training
     start = model.state_dict()
     assert plain.state_dict().keys() == start.keys(), "no projection"

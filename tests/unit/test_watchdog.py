@@ -41,6 +41,17 @@ def test_it_may_hang_itself():
     assert found == ("rank 0 hangs in evaluate.py, line 5 (score)", True)
 
 
+def test_where_waiting_looks_like_hanging_the_odd_one_out_is_to_blame():
+    """On a GPU: the host blocks where it reads a loss, whichever rank the collective waits for."""
+    elsewhere = {**HANGS[0], "where": "cache.py, line 5 (rows_of)"}, HANGS[1]
+    others = {1: HANGS, 2: elsewhere, 3: HANGS}
+    assert verdict(0, 4, others, NOW - 1, NOW, TIMEOUT, "loop.py, line 9 (_step)", False) == (
+        "rank 2 hangs in cache.py, line 5 (rows_of)", True,
+    )  # fmt: skip
+    same = verdict(0, 2, {1: HANGS}, NOW - 1, NOW, TIMEOUT, "loop.py, line 9 (_step)", False)
+    assert same == ("all ranks wait for each other", True)
+
+
 @pytest.mark.parametrize("others", [{1: MOVES}, {1: WAITS, 2: MOVES}])
 def test_while_another_rank_moves_it_waits(others):
     assert verdict(0, len(others) + 1, others, NOW - 1, NOW, TIMEOUT, "", True) is None
