@@ -5,8 +5,8 @@ for how long it has not moved. A rank whose own main thread has not moved for `t
 While any of them moves it goes on waiting: rank 0 may be reading a large file. When none does, it ends the process, and the
 lowest rank that still answers says what happened.
 
-Moving means a beat (a step, a batch, a collective entered or left), or computing: more than `_BUSY` of a core. In a loop on
-a GPU computing does not count, because waiting for NCCL looks the same.
+Moving means a beat (a step, a batch, a collective entered or left), or computing outside of a collective: more than `_BUSY`
+of a core. In a loop on a GPU computing does not count, because waiting for NCCL looks the same.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Watchdog:
         while not self._over.wait(self._interval):
             now, spent = time.monotonic(), time.process_time()
             computing = spent - computed > _BUSY * self._interval and self._computing_counts
-            if self._beats != beats or computing:
+            if self._beats != beats or (computing and not self._where()[1]):  # gloo, too, may spin
                 moved = now
             beats, computed = self._beats, spent
             self._idle = now - moved
