@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from conftest import ROOT, command, environment, launch, losses, write_config
 
 MOMENTS = {
