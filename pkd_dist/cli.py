@@ -102,7 +102,7 @@ def run(
         if chosen[-1] == "report" and world.main:
             print("\n" + pipeline.summary(), flush=True)
 
-    def end(error: Exception) -> tuple[str, int] | None:
+    def end(error: Exception) -> tuple[str | None, int]:
         signals.ending()
         if "torch" in sys.modules:
             from pkd_dist.dist import is_lost
@@ -110,7 +110,9 @@ def run(
             error = LostRank(str(error)) if is_lost(error) else error
         if world is not None:
             return world.agree_on_end(error)
-        return _told(error) if first_of_node() else None  # not met yet: the first rank of each node where it fails
+        if first_of_node():  # not met yet: the first rank of each node where it fails
+            return _told(error)
+        return None, getattr(error, "exit_status", 1)
 
     status = guarded(work, end)
     if world is not None:
@@ -127,7 +129,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: Exception) -> tuple[str | None, int]:
     """What is said of an exception, and its exit status, where there are no other ranks to ask."""
     if hasattr(error, "exit_status"):
         return str(error), error.exit_status
@@ -135,11 +137,11 @@ def _told(error: Exception) -> tuple[str, int]:
     return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
-def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] | None] = _told) -> int:
+def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str | None, int]] = _told) -> int:
     """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status.
 
     Args:
-        end: exception -> the line and the status; None where another rank speaks.
+        end: exception -> the line (None where another rank speaks) and the status.
     """
     try:
         work()
@@ -148,11 +150,10 @@ def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str, int] 
         return Preempted.exit_status
     except Exception as error:
         log.debug("ended by an exception", exc_info=error)
-        told = end(_full_disk(error) if is_full(error) and not hasattr(error, "exit_status") else error)
-        if told is None:
-            return getattr(error, "exit_status", 1)
-        print(f"pkd: {told[0]}", file=sys.stderr, flush=True)
-        return told[1]
+        message, status = end(_full_disk(error) if is_full(error) and not hasattr(error, "exit_status") else error)
+        if message is not None:
+            print(f"pkd: {message}", file=sys.stderr, flush=True)
+        return status
     return 0
 
 

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -237,30 +238,33 @@ class World:
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
-    def agree_on_end(self, error: Exception) -> tuple[str, int] | None:
-        """After an exception on this rank: what the user is to read, and the exit status.
+    def agree_on_end(self, error: Exception) -> tuple[str | None, int]:
+        """After an exception on this rank: what the user is to read, and the exit status, the same on all ranks.
 
         An exception that all ranks raise is told by rank 0. One that a single rank raises makes the others lose it; the
         first to claim the word on the board has it.
 
         Returns:
-            The message and the status; None where another rank speaks.
+            The message (None where another rank speaks) and the status.
         """
         status = getattr(error, "exit_status", 1)
         if self.size == 1 or isinstance(error, (DivergedError, Preempted)) or getattr(error, "shared", False):
-            return (self._told(error), status) if self.main else None
+            return (self._told(error) if self.main else None), status
         board = _Board()
         try:
             board.post(f"left/{self.rank}", "")
             gone = self._gone(board) if isinstance(error, LostRank) else []
             first = board.claim("spoken")
+            if first:
+                board.post("status", str(status))
+            status = int(board.read(["status"]).get("status", status))
         except ConnectionRefusedError:  # rank 0, where the ranks meet, is gone
-            return self._about_rank_0(1)
+            return self._about_rank_0(1), 1
         except Exception:  # ... and its host with it
-            return self._about_rank_0(self.first_elsewhere)
+            return self._about_rank_0(self.first_elsewhere), 1
         self._last_words = self.main
         if not first:
-            return None
+            return None, status
         if not isinstance(error, LostRank):
             return self._told(error), status
         named = [f"rank {rank} ({self._hosts[rank]})" for rank in gone]
@@ -268,7 +272,7 @@ class World:
         blame = (
             f"{', '.join(named[:4])}{more} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
         )
-        return f"{self._position}: {blame}{_GOES_ON}", 1
+        return f"{self._position}: {blame}{_GOES_ON}", status
 
     def linger(self) -> None:
         """After the last message: where the board goes with this process, the others first read there that all is said."""
@@ -280,10 +284,10 @@ class World:
         """The first rank that is not on rank 0's host; 1 where all are."""
         return next((rank for rank, host in enumerate(self._hosts) if host != self._hosts[0]), 1)
 
-    def _about_rank_0(self, speaker: int) -> tuple[str, int] | None:
+    def _about_rank_0(self, speaker: int) -> str | None:
         if self.rank != speaker or (self._watchdog and self._watchdog.spoken):
             return None
-        return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}", 1
+        return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}"
 
     def _gone(self, board: _Board) -> list[int]:
         """The ranks that neither say that they leave nor give a sign of life any more."""
@@ -303,7 +307,10 @@ class World:
         what = (
             f"{self._position}: a defect of pkd_dist on rank {self.rank}: {type(error).__name__}: {_first_line(error)}"
         )
-        return f"{what}; the traceback is in {log_file()}" if log_file() else what
+        if log_file():
+            return f"{what}; the traceback is in {log_file()}"
+        traceback.print_exception(error)
+        return what
 
     @staticmethod
     def _end(message: str | None) -> None:

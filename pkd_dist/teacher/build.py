@@ -113,12 +113,16 @@ def build(
     parts = [by_id[i : i + shard_rows] for i in range(0, len(by_id), shard_rows)]
     mine = range(world.rank, len(parts), world.size)
 
-    def find_missing() -> list[int]:
+    def find_missing() -> list[tuple[int, bool]]:
         folder.mkdir(parents=True, exist_ok=True)
         entries = manifest["shards"] if manifest else None
-        return [i for i in mine if _must_build(folder, i, fingerprint, entries)]
+        return [(i, (folder / shard_name(i)).exists()) for i in mine if _must_build(folder, i, fingerprint, entries)]
 
-    missing = [index for part in world.everywhere(find_missing) for index in part]
+    found = sorted(shard for part in world.everywhere(find_missing) for shard in part)
+    missing = [index for index, _ in found]
+    for index, there in found:
+        if there:
+            log.info("cache: %s is not what was written for this teacher and data", shard_name(index))
     if manifest is not None and not missing:
         return 0
     if len(missing) < len(parts) and world.main:
