@@ -138,18 +138,12 @@ class World:
     def stop_here(self, what: str) -> None:
         """Raises Preempted on every rank where any has got a stop signal: a safe point where nothing is left to commit."""
         if self.sum(np.array([self.signals.number]))[0]:
-            number = max(self.gather(self.signals.number))
-            raise Preempted(
-                f"{what}: stopped by {name_of(number)}; the same command goes on from what is committed", number
-            )
+            raise _stopped(what, max(self.gather(self.signals.number)))
 
     def interrupt(self, what: str) -> None:
         """For long work inside `on_main`, which hands the exception on: raises Preempted where this rank is to stop."""
         if self.stopping():
-            number = self.signals.number or (self._watchdog.peer_stop_signal if self._watchdog else 0)
-            raise Preempted(
-                f"{what}: stopped by {name_of(number)}; the same command goes on from what is committed", number
-            )
+            raise _stopped(what, self.signals.number or (self._watchdog.peer_stop_signal if self._watchdog else 0))
 
     # collectives
 
@@ -351,6 +345,10 @@ class _Board:
         there = [key for key in keys if key in self._known]
         values = store.multi_get(there) if there else []
         return {key: value.decode() for key, value in zip(there, values, strict=True)}
+
+
+def _stopped(what: str, number: int) -> Preempted:
+    return Preempted(f"{what}: stopped by {name_of(number)}{_GOES_ON}", number)
 
 
 def _portable(error: Exception) -> Exception:
