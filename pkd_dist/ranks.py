@@ -180,7 +180,9 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks:
     # Rank 0's word: mpirun hands a shell's variables to its own host alone.
     address, port = world.bcast((environ.get("MASTER_ADDR"), _number(environ, "MASTER_PORT", free_port())))
     address = address or ("127.0.0.1" if local_size == size else _mpi_master(world, node, port))
-    return _place(world.Get_rank(), node.Get_rank(), size, local_size, "mpirun", address, port)
+    place = _place(world.Get_rank(), node.Get_rank(), size, local_size, "mpirun", address, port)
+    MPI.Finalize()  # its work is done, and a process may now end in any way without mpirun calling that improper
+    return place
 
 
 def _mpi_master(world: Any, node: Any, port: int) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_kill import arrived, kill_at
 
 from pkd_dist.export import hf
+from pkd_dist.teacher.cache import map_tensors
 
 TO_DISTILL = ("--stages", "data,teacher,cache,init,distill")
 
@@ -177,8 +178,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_the_update(prep
     entry = manifest["shards"][2]
     tensors = load_file(cache / entry["file"])
     tensors["states"][7] = float("nan")
-    metadata = {"fingerprint": manifest["fingerprint_digest"]}
-    save_file(tensors, cache / entry["file"], metadata=metadata)
+    save_file(tensors, cache / entry["file"], metadata=map_tensors(cache / entry["file"])[2])
     entry["sha256"] = hashlib.sha256((cache / entry["file"]).read_bytes()).hexdigest()
     (cache / "manifest.json").write_text(json.dumps(manifest))
     shutil.copy(prepared / "run.yaml", tmp_path / "broken/run.yaml")
