@@ -156,7 +156,30 @@ class Student(Section):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "alpha": 0.5, "beta": 0.026, "temperature": 5.0, "normalize": True, "states": "cls",
+        "ds_reduction": "soft_ce", "pt_reduction": "sum",
+    },
+    "authors": {
+        "alpha": 0.5, "beta": 100.0, "temperature": 5.0, "normalize": True, "states": "cls",
+        "ds_reduction": "mean", "pt_reduction": "mean",
+    },
+    "seed": {
+        "alpha": 0.2, "beta": 10.0, "temperature": 1.0, "normalize": False, "states": "tokens",
+        "ds_reduction": "soft_ce_mean", "pt_reduction": "mean", "pair_embeddings": True, "projection": "always",
+    },
+}  # fmt: skip
+"""`distill.preset` -> the three meanings of the loss that are in use. The paper's beta is the authors' 100 at 5 pairs of
+width 768: beta_sum = beta_mean / (M * H). The seed also averages over padding; here padding is always left out."""
+
+
 class Distill(Section):
+    preset: Literal["paper", "authors", "seed"] | None = Field(
+        None,
+        description="Fills in the keys below that are not given: `paper` (the formulas as printed), `authors` (what their "
+        "code computes), `seed` (the OneFlow implementation: states of all tokens through a learned projection).",
+    )
     alpha: Fraction = Field(
         0.5, description="Weight of the teacher's soft predictions: (1 - alpha) * CE + alpha * DS + beta * PT."
     )
@@ -166,11 +189,18 @@ class Distill(Section):
         "skip",
         description="Teacher layers paired with student layers 1..k-1, counted from 1: `skip`, `last`, or a list of k-1.",
     )
+    pair_embeddings: bool = Field(False, description="Also pair the embeddings' outputs (the seed).")
     normalize: bool = Field(True, description="L2-normalise the states before the patience term.")
-    ds_reduction: Literal["batchmean", "mean", "soft_ce_mean"] = Field(
+    projection: Literal["auto", "always"] = Field(
+        "auto",
+        description="A learned projection of the student's states before the patience term, left out of the export: "
+        "`auto`: where its width differs from the teacher's; `always` (the seed): at equal width too.",
+    )
+    ds_reduction: Literal["batchmean", "mean", "soft_ce", "soft_ce_mean"] = Field(
         "batchmean",
         description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (authors' code): also "
-        "divided by the classes. `soft_ce_mean` (the seed): soft cross-entropy over examples and classes, no T^2.",
+        "divided by the classes. `soft_ce` (the paper): soft cross-entropy summed over classes, no T^2. `soft_ce_mean` "
+        "(the seed): that divided by the classes.",
     )
     pt_reduction: Literal["sum", "mean"] = Field(
         "mean",
@@ -179,6 +209,12 @@ class Distill(Section):
     states: Literal["cls", "tokens"] = Field(
         "cls", description="Compare [CLS] states, or every token's (padding left out)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        preset = PRESETS.get(str(given.get("preset")), {}) if isinstance(given, dict) else {}
+        return preset | given if preset else given
 
     @field_validator("patience")
     @classmethod
@@ -212,6 +248,11 @@ class Cache(Section):
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Precision the cached values are stored in."
+    )
+    layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="Teacher layers whose states are kept, from 1 (0: the embeddings); null: those that are paired. A cache "
+        "that holds more layers than a run needs serves it too.",
     )
     precision: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="Precision the teacher runs in; auto: float16 on a GPU, bfloat16 on a CPU."

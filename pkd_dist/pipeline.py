@@ -15,6 +15,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -138,10 +139,33 @@ class Pipeline:
         if config.student.init in ("first_k", "teacher_layers") and count > depth:
             raise UserError(f"student.num_layers: {count} is more than the teacher's {depth} layers")
         self.student_depth = count
-        self.pairs = layers.paired_layers(config.distill.patience, depth, count)
-        self.rounded = config.distill.patience == "skip" and layers.skip_is_rounded(depth, count)
+        self.pairs = self._paired(depth, count)
+        self.rounded = config.distill.patience == "skip" and bool(self.pairs) and layers.skip_is_rounded(depth, count)
+        self.kept_layers = self._kept(depth)
+        self.cached = config.cache.enabled and (config.distill.alpha > 0 or bool(self.pairs))
         _, self.precision = resolve_precision(self.deepspeed, self.world.device)
         self.teacher_precision = resolve_teacher_precision(config.cache.precision, self.world.device)
+
+    def _paired(self, depth: int, student_depth: int) -> tuple[tuple[int, int], ...]:
+        """(student layer, teacher layer) of the patience term, from 1 (0: the embeddings); none where it has no weight."""
+        distill = self.config.distill
+        if not distill.beta:
+            return ()
+        pairs = enumerate(layers.paired_layers(distill.patience, depth, student_depth), start=1)
+        return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
+
+    def _kept(self, depth: int) -> tuple[int, ...]:
+        """The teacher layers whose states a cache that is built now holds."""
+        needed = {theirs for _, theirs in self.pairs}
+        given = self.config.cache.layers
+        kept = needed if given is None else set(range(depth + 1)) if given == "all" else set(given)
+        if needed - kept:
+            raise UserError(
+                f"cache.layers: {given} lacks teacher layer {min(needed - kept)}, which is paired; add it, or give all"
+            )
+        if max(kept, default=0) > depth:
+            raise UserError(f"cache.layers: {max(kept)} is out of range; the teacher has {depth} layers")
+        return tuple(sorted(kept))
 
     def _check_given_classes(self) -> None:
         """A teacher that is used as it is must have this task's number of outputs."""
@@ -267,7 +291,7 @@ class Pipeline:
             "deepspeed": self.deepspeed,
             "teacher_layers": encoder.num_layers(self.base_config),
             "student_layers": self.student_depth,
-            "patience_pairs": [[i + 1, layer] for i, layer in enumerate(self.pairs)],
+            "patience_pairs": [list(pair) for pair in self.pairs],
             "beta_mean": beta if as_mean else beta * scale,
             "beta_sum": beta / scale if as_mean else beta,
         }
@@ -541,22 +565,23 @@ class Pipeline:
         return Path(self.config.cache.dir) if self.config.cache.dir else self.dir / "cache"
 
     def _fingerprint(self) -> Fingerprint:
+        """Of the answers that this run needs."""
         return Fingerprint(
             teacher=self.outputs["teacher"]["weights"],
             tokenizer=encoder.tokenizer_digest(self.base),
             tokens=self.outputs["data"]["train"]["input_digest"],
             max_length=self.config.task.max_length,
-            layers=self.pairs,
+            layers=tuple(theirs for _, theirs in self.pairs),
             dtype=self.config.cache.dtype,
             precision=self.teacher_precision,
             states=self.config.distill.states,
         )
 
-    def _live_teacher(self) -> LiveTeacher:
+    def _live_teacher(self, layers: Sequence[int]) -> LiveTeacher:
         model = encoder.load_model(self._teacher_folder)
         return LiveTeacher(
             model,
-            self.pairs,
+            layers,
             self.teacher_precision,
             self.config.cache.dtype,
             self.config.distill.states == "tokens",
@@ -564,17 +589,21 @@ class Pipeline:
         )
 
     def _cache_inputs(self) -> dict[str, Any]:
-        if not self.config.cache.enabled:
-            return {"cache.enabled": False}
-        return {"cache.dir": self.config.cache.dir, **self._fingerprint().as_json()}
+        if not self.cached:
+            return {"cached": False}
+        return {"cache.dir": self.config.cache.dir, **self._kept_fingerprint().as_json()}
+
+    def _kept_fingerprint(self) -> Fingerprint:
+        return replace(self._fingerprint(), layers=self.kept_layers)
 
     def _cache(self) -> dict[str, Any]:
-        if not self.config.cache.enabled:
-            log.info("cache: not built (cache.enabled is false): the teacher runs in every step")
+        if not self.cached:
+            off = "cache.enabled is false: the teacher runs in every step"
+            log.info("cache: not built (%s)", off if not self.config.cache.enabled else "alpha and beta are 0")
             return {"rows": 0, "built": 0}
         with self._sole_builder():
             built = build(
-                self._cache_folder, self._fingerprint(), self._tokens("train"), self._live_teacher,
+                self._cache_folder, self._kept_fingerprint(), self._tokens("train"), self._live_teacher,
                 self._tokenizer.pad_token_id, self.config.cache.shard_rows, self.world, self.telemetry,
             )  # fmt: skip
 
@@ -604,12 +633,12 @@ class Pipeline:
 
     def _cache_missing(self, outputs: dict[str, Any]) -> str | None:
         """A shard that is gone is built again; one that is damaged, or another teacher's cache, is refused."""
-        if not self.config.cache.enabled:
+        if not self.cached:
             return None
         manifest = cache.read_manifest(self._cache_folder)
         if manifest is None:
             return f"{self._cache_folder / cache.MANIFEST} is missing"
-        cache.require_fingerprint(self._cache_folder, manifest, self._fingerprint())
+        cache.require_fingerprint(self._cache_folder, manifest, self._kept_fingerprint())
         gone = []
         for entry in manifest["shards"]:
             if not (self._cache_folder / entry["file"]).exists():
@@ -686,16 +715,18 @@ class Pipeline:
 
     def _distill(self) -> dict[str, Any]:
         config = self.config
-        if config.cache.enabled:
+        answers = None
+        if self.cached:
             manifest = self.world.on_main(lambda: cache.read_manifest(self._cache_folder))
             shards = range(self.world.rank, len(manifest["shards"]) if manifest else 0, self.world.size)
             reader = self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
             answers = cached_answers(reader, self.world.device)
-        else:
-            answers = live_answers(self._live_teacher())
+        elif config.distill.alpha or self.pairs:
+            answers = live_answers(self._live_teacher(self._fingerprint().layers))
         module = student.open_student(
             self._dirs["init"],
             config.student.dropout,
+            config.distill.projection if self.pairs else "never",
             int(self.base_config.hidden_size),
             config.run.seed,
             self._used_vocabulary,
@@ -704,7 +735,7 @@ class Pipeline:
         job = Job(
             name="distill",
             module=module,
-            losses=DistillationLoss(config.distill, answers, tuple(range(1, len(self.pairs) + 1))),
+            losses=DistillationLoss(config.distill, answers, tuple(mine for mine, _ in self.pairs)),
             train=self._tokens("train"),
             dev=self._tokens("dev"),
             task=self.task,
@@ -728,7 +759,7 @@ class Pipeline:
             fingerprint=self._checkpoint_fingerprint(),
         )
         progress = Trainer(job, self.world, self.telemetry).run()
-        if config.cache.enabled:
+        if self.cached:
             self._require_cache_unaltered(shards)
         assert progress.best_file is not None
         return {

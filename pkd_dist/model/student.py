@@ -99,16 +99,24 @@ def _spread(count: int, total: int) -> tuple[int, ...]:
 
 
 def open_student(
-    folder: Path, dropout: float | None, teacher_hidden: int, seed: int, used_V: np.ndarray, all_tokens: bool
+    folder: Path,
+    dropout: float | None,
+    projection: str,
+    teacher_hidden: int,
+    seed: int,
+    used_V: np.ndarray,
+    all_tokens: bool,
 ) -> Encoder:
-    """The trainable student: the folder's model and, where its width differs from the teacher's, a new projection.
+    """The trainable student: the folder's model and, where it is wanted, a new projection to the teacher's width.
 
     Args:
+        projection: `auto`: where the widths differ; `always`; `never`: no states are compared.
         used_V, all_tokens: see `Encoder`.
     """
     model = load_model(str(folder), "student_init", dropout=dropout)
     width = int(model.config.hidden_size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        projection = None if width == teacher_hidden else nn.Linear(width, teacher_hidden)
-    return Encoder(model, projection, used_V, all_tokens)
+        wanted = projection == "always" or (projection == "auto" and width != teacher_hidden)
+        linear = nn.Linear(width, teacher_hidden) if wanted else None
+    return Encoder(model, linear, used_V, all_tokens)

@@ -40,27 +40,28 @@ class DistillationLoss:
     """L = (1 - alpha) * CE + alpha * DS + beta * PT per example; see `losses.py`.
 
     Attributes:
-        answers: where the teacher's side comes from.
-        layers: student layers (from 1) that are paired, in the order of the teacher's states; may be empty.
+        answers: where the teacher's side comes from; None where it has no weight.
+        layers: student layers (0: the embeddings) that are paired, in the order of the teacher's states; may be empty.
+        class_weights_C: see `hard_loss`.
     """
 
     distill: Distill
-    answers: Answers
+    answers: Answers | None
     layers: tuple[int, ...]
+    class_weights_C: torch.Tensor | None = None
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
         d = self.distill
         by_token = d.states == "tokens"
-        paired = self.layers if d.beta else ()
-        logits_BC, states = engine(batch.inputs, paired, by_token)
-        terms = {"ce": hard_loss(logits_BC, batch.labels_B)}
+        logits_BC, states = engine(batch.inputs, self.layers, by_token)
+        terms = {"ce": hard_loss(logits_BC, batch.labels_B, self.class_weights_C)}
         total = (1 - d.alpha) * terms["ce"]
-        if d.alpha or paired:
+        if self.answers is not None:
             teacher_BC, teacher_states = self.answers(batch)
         if d.alpha:
             terms["ds"] = soft_loss(logits_BC, teacher_BC, d.temperature, d.ds_reduction)
             total = total + d.alpha * terms["ds"]
-        if paired:
+        if self.layers:
             mask_BL = batch.attention_mask_BL if by_token else None
             terms["pt"] = patience_loss(states, teacher_states, d.normalize, d.pt_reduction, mask_BL)
             total = total + d.beta * terms["pt"]

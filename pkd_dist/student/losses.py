@@ -14,12 +14,23 @@ import torch
 import torch.nn.functional as F
 
 
-def hard_loss(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """CE: cross-entropy with the gold labels; for a regression (C = 1, floating labels) the squared error. Returns (B,)."""
+def hard_loss(
+    logits_BC: torch.Tensor, labels_B: torch.Tensor, class_weights_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    """CE: cross-entropy with the gold labels; for a regression (C = 1, floating labels) the squared error. Returns (B,).
+
+    Args:
+        labels_B: class indices, -1 where there is no label; of a regression numbers, NaN where there is none. The loss of
+            an example without a label is 0.
+        class_weights_C: by which the cross-entropy of each true class is multiplied.
+    """
     logits_BC = _wide(logits_BC)
     if labels_B.is_floating_point():
-        return (logits_BC.squeeze(-1) - labels_B).square()
-    return F.cross_entropy(logits_BC, labels_B, reduction="none")
+        error_B = (logits_BC.squeeze(-1) - labels_B.nan_to_num()).square()
+        return error_B.masked_fill(labels_B.isnan(), 0.0)
+    if class_weights_C is not None:
+        class_weights_C = class_weights_C.to(logits_BC)
+    return F.cross_entropy(logits_BC, labels_B, class_weights_C, ignore_index=-1, reduction="none")
 
 
 def soft_loss(
@@ -29,7 +40,8 @@ def soft_loss(
 
     Args:
         reduction: `batchmean` (default): KL(teacher || student) summed over classes, times T^2. `mean` (the authors'
-            code): that divided by C. `soft_ce_mean` (the seed): soft cross-entropy divided by C, without T^2.
+            code): that divided by C. `soft_ce` (the paper as printed): soft cross-entropy summed over classes, without
+            T^2. `soft_ce_mean` (the seed): that divided by C.
 
     A regression (C = 1) has no distribution to soften: DS is the squared difference of the two outputs.
     """
@@ -38,8 +50,9 @@ def soft_loss(
         return (student_BC - teacher_BC).square().squeeze(-1)
     log_student_BC = F.log_softmax(student_BC / temperature, dim=-1)
     teacher_p_BC = F.softmax(teacher_BC / temperature, dim=-1)
-    if reduction == "soft_ce_mean":
-        return -(teacher_p_BC * log_student_BC).mean(dim=-1)
+    if reduction in ("soft_ce", "soft_ce_mean"):
+        soft_ce_B = -(teacher_p_BC * log_student_BC).sum(dim=-1)
+        return soft_ce_B if reduction == "soft_ce" else soft_ce_B / student_BC.shape[-1]
     kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=-1) * temperature**2
     return kl_B if reduction == "batchmean" else kl_B / student_BC.shape[-1]
 

@@ -45,7 +45,7 @@ class LiveTeacher:
 
     Args:
         model: fine-tuned classifier.
-        layers: teacher layers (from 1) whose states are kept.
+        layers: teacher layers (from 1; 0: the embeddings) whose states are kept.
         precision: the model's own, see `DTYPES`.
         dtype: of the values handed out.
         tokens: states of every token, not of [CLS] alone.
@@ -87,7 +87,7 @@ def build(
     folder: Path,
     fingerprint: Fingerprint,
     tokens: TokenSet,
-    make_teacher: Callable[[], LiveTeacher],
+    make_teacher: Callable[[Sequence[int]], LiveTeacher],
     pad_id: int,
     shard_rows: int,
     world: World,
@@ -96,7 +96,8 @@ def build(
     """Completes the cache in `folder`; collective.
 
     Args:
-        make_teacher: called only where this rank has a shard to build.
+        fingerprint: a cache that is there and holds more layers is completed with those.
+        make_teacher: layers -> a teacher that hands out their states; called only where this rank has a shard to build.
 
     Returns:
         Rows that were computed now (0: all shards were there).
@@ -109,6 +110,7 @@ def build(
     manifest = world.on_main(lambda: cache.read_manifest(folder))
     if manifest is not None:
         cache.require_fingerprint(folder, manifest, fingerprint)
+        fingerprint = fingerprint.as_kept(manifest)
         shard_rows = manifest["shard_rows"]
     parts = [by_id[i : i + shard_rows] for i in range(0, len(by_id), shard_rows)]
     mine = range(world.rank, len(parts), world.size)
@@ -135,7 +137,7 @@ def build(
     telemetry.metrics.cache_expected.set(sum(len(parts[i]) for i in todo))
 
     def build_mine() -> None:
-        teacher = make_teacher() if todo else None
+        teacher = make_teacher(fingerprint.layers) if todo else None
         with Bar("cache, rows of this rank", sum(len(parts[i]) for i in todo), show=telemetry.show) as bar:
             for i in todo:
                 assert teacher is not None

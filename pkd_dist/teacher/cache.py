@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ _BF16 = "BF16"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a teacher's answers depend on. Two caches with equal fingerprints hold the same values."""
+    """What a teacher's answers depend on. Two caches with equal fingerprints hold the same values.
+
+    A cache that holds the states of more layers than are needed holds the same values, too.
+    """
 
     teacher: str
     tokenizer: str
@@ -49,8 +52,15 @@ class Fingerprint:
     def digest(self) -> str:
         return digest_of(self.as_json())
 
+    def as_kept(self, manifest: dict[str, Any]) -> Fingerprint:
+        """This fingerprint with the layers of a cache that holds at least its own."""
+        return replace(self, layers=tuple(manifest["fingerprint"]["layers"]))
+
     def differences(self, other: dict[str, Any]) -> list[str]:
+        """Where a cache of the fingerprint `other` does not hold what this one asks for, in words."""
         mine = self.as_json()
+        if set(self.layers) <= set(other.get("layers", ())):
+            mine.pop("layers")
         return [
             f"{part} ({other.get(part)}, this run's is {mine[part]})" for part in mine if mine[part] != other.get(part)
         ]
@@ -149,13 +159,16 @@ class CacheReader:
             problem = shard_problem(folder, entry, checksum=index in wanted)
             if problem:
                 raise UserError(f"{problem}; remove the file to have this shard built again")
+        kept = manifest["fingerprint"]["layers"]
+        self._places = [kept.index(layer) for layer in expected.layers]
         self.rows: int = manifest["rows"]
         self._tokens = manifest["fingerprint"]["states"] == "tokens"
         self._shards = [map_tensors(folder / entry["file"])[:2] for entry in manifest["shards"]]
         self._first = np.array([int(entry["first_id"]) for entry in manifest["shards"]], dtype=np.int64)
 
     def rows_of(self, ids_B: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, C) and states (B, M, H), or (B, length, M, H) of token states with padding 0, as stored.
+        """Logits (B, C) and states (B, M, H), or (B, length, M, H) of token states with padding 0, as stored; M are the
+        layers of the fingerprint that was expected.
 
         Raises:
             UserError: an example that the cache does not hold.
@@ -173,7 +186,7 @@ class CacheReader:
             hidden = (
                 self._token_states(arrays, dtypes, rows, length)
                 if self._tokens
-                else _tensor(arrays["states"][rows], dtypes["states"])
+                else _tensor(arrays["states"][rows[:, None], self._places], dtypes["states"])
             )
             if logits is None or states is None:
                 logits = part.new_empty((len(ids_B), *part.shape[1:]))
@@ -182,12 +195,12 @@ class CacheReader:
         assert logits is not None and states is not None
         return logits, states
 
-    @staticmethod
     def _token_states(
-        arrays: dict[str, np.ndarray], dtypes: dict[str, str], rows: np.ndarray, length: int
+        self, arrays: dict[str, np.ndarray], dtypes: dict[str, str], rows: np.ndarray, length: int
     ) -> torch.Tensor:
-        out = np.zeros((len(rows), length, *arrays["states"].shape[1:]), dtype=arrays["states"].dtype)
+        width = arrays["states"].shape[-1]
+        out = np.zeros((len(rows), length, len(self._places), width), dtype=arrays["states"].dtype)
         for i, row in enumerate(rows):
             start, stop = arrays["offsets"][row : row + 2]
-            out[i, : stop - start] = arrays["states"][start:stop]
+            out[i, : stop - start] = arrays["states"][start:stop, self._places]
         return _tensor(out, dtypes["states"])

@@ -58,8 +58,8 @@ def fill(folder, tokens, world, model, dtype="float32", states="cls", make=None,
     """Builds a cache; returns the fingerprint, the rows computed, and the metrics."""
     fingerprint = dataclasses.replace(fingerprint, dtype=dtype, states=states)
 
-    def teacher():
-        return LiveTeacher(model, LAYERS, "float32", dtype, states == "tokens", world.device)
+    def teacher(layers):
+        return LiveTeacher(model, layers, "float32", dtype, states == "tokens", world.device)
 
     telemetry = Telemetry(RunMetrics(), False)
     built = build(folder, fingerprint, tokens, make or teacher, 0, SHARD_ROWS, world, telemetry)
@@ -89,7 +89,7 @@ def mine(built, tmp_path):
     return shutil.copytree(built, tmp_path / "cache")
 
 
-def never():
+def never(layers):
     raise AssertionError("the teacher must not be loaded")
 
 
@@ -175,10 +175,25 @@ def test_shards_of_another_teacher_are_not_taken_over(mine, tokens, world, model
 
 @pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(Fingerprint)])
 def test_a_cache_that_differs_says_in_what(built, part):
-    value = {"max_length": 64, "layers": (1,)}.get(part, "other")
+    value = {"max_length": 64, "layers": (1, 3)}.get(part, "other")
     with pytest.raises(UserError) as error:
         CacheReader(built, dataclasses.replace(FINGERPRINT, **{part: value}))
     assert f"it differs in {part} (" in str(error.value) and ";" not in str(error.value).split("; use another")[0]
+
+
+@pytest.mark.parametrize("states", ["cls", "tokens"])
+def test_a_cache_of_more_layers_serves_who_needs_fewer(tmp_path, tokens, world, model, states):
+    whole, _, _ = fill(tmp_path, tokens, world, model, states=states)
+    wanted = CacheReader(tmp_path, whole).rows_of(tokens.ids_N[:9], 24)
+    for layers, places in (((2,), [1]), ((), []), ((2, 1), [1, 0])):
+        fewer = dataclasses.replace(whole, layers=layers)
+        got = CacheReader(tmp_path, fewer).rows_of(tokens.ids_N[:9], 24)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1][..., places, :])
+        assert fill(tmp_path, tokens, world, model, states=states, make=never, fingerprint=fewer)[1] == 0
+    before = (tmp_path / shard_name(1)).read_bytes()
+    (tmp_path / shard_name(1)).unlink()
+    assert fill(tmp_path, tokens, world, model, states=states, fingerprint=fewer)[1] == SHARD_ROWS
+    assert (tmp_path / shard_name(1)).read_bytes() == before, "built again with all of its layers"
 
 
 def test_an_unknown_example_is_refused(built, tokens):

@@ -26,6 +26,24 @@ def test_hard_loss_of_a_regression_is_the_squared_error():
     np.testing.assert_allclose(hard_loss(as_tensor(predicted), as_tensor(gold)), (predicted[:, 0] - gold) ** 2)
 
 
+def test_an_example_without_a_label_has_no_hard_loss_and_no_gradient():
+    logits = as_tensor(RNG.normal(size=(3, C))).requires_grad_()
+    loss = hard_loss(logits, torch.tensor([2, -1, 0]))
+    loss.sum().backward()
+    assert loss[1] == 0 and not logits.grad[1].any() and logits.grad[0].any()
+    predicted = as_tensor(RNG.normal(size=(2, 1))).requires_grad_()
+    loss = hard_loss(predicted, as_tensor([np.nan, 2.0]))
+    loss.sum().backward()
+    assert loss[0] == 0 and predicted.grad[0] == 0 and torch.isfinite(predicted.grad).all()
+
+
+def test_class_weights_multiply_the_loss_of_their_class():
+    logits, labels = as_tensor(RNG.normal(size=(4, 3))), torch.tensor([2, 0, -1, 1])
+    weights = torch.tensor([0.5, 2.0, 7.0])
+    expected = hard_loss(logits, labels) * torch.tensor([7.0, 0.5, 0.0, 2.0])
+    torch.testing.assert_close(hard_loss(logits, labels, weights), expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 5.0, 20.0])
 def test_soft_loss_reductions(temperature):
     student, teacher = RNG.normal(size=(B, C)) * 3, RNG.normal(size=(B, C)) * 3
@@ -35,6 +53,7 @@ def test_soft_loss_reductions(temperature):
     expected = {
         "batchmean": kl * temperature**2,
         "mean": kl * temperature**2 / C,
+        "soft_ce": -(p * log_q).sum(axis=1),
         "soft_ce_mean": -(p * log_q).sum(axis=1) / C,
     }
     for reduction, values in expected.items():

@@ -129,7 +129,7 @@ def test_a_folder_of_another_width_learns_a_projection_that_is_not_exported(teac
     assert what == f"the folder {own}" and model.config.num_hidden_layers == 2
     model.save_pretrained(tmp_path / "init")
     used = np.arange(20)
-    student = open_student(tmp_path / "init", None, 16, 42, used, False)
+    student = open_student(tmp_path / "init", None, "auto", 16, 42, used, False)
     assert student.projection is not None and student.projection.weight.shape == (16, 8)
     _, states = student({"input_ids": torch.tensor([[2, 7, 3]]), "attention_mask": torch.ones(1, 3)}, (1,))
     assert states.shape == (1, 1, 16), "as wide as the teacher's"
@@ -151,9 +151,11 @@ def test_a_folder_of_another_width_learns_a_projection_that_is_not_exported(teac
 
 def test_equal_widths_need_no_projection(teacher, deep, tmp_path):
     create(Student(layers=[1, 2]), teacher, deep, LABELS, 42)[0].save_pretrained(tmp_path)
-    student = open_student(tmp_path, 0.3, 16, 42, np.arange(20), False)
+    student = open_student(tmp_path, 0.3, "auto", 16, 42, np.arange(20), False)
     assert student.projection is None
     dropouts = {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)}
     assert dropouts == {0.3}
-    again = open_student(tmp_path, None, 24, 42, np.arange(20), False).projection
-    assert torch.equal(again.weight, open_student(tmp_path, None, 24, 42, np.arange(20), False).projection.weight)
+    again = open_student(tmp_path, None, "auto", 24, 42, np.arange(20), False).projection
+    assert torch.equal(
+        again.weight, open_student(tmp_path, None, "auto", 24, 42, np.arange(20), False).projection.weight
+    )

@@ -1,0 +1,76 @@
+"""The three meanings of the loss, each against a formula written down here in float64 numpy."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+
+from pkd_dist.config import PRESETS, load
+from pkd_dist.errors import UserError
+from pkd_dist.student.distill import DistillationLoss
+
+B, C, M, H, L = 6, 3, 2, 8, 5
+RNG = np.random.default_rng(0)
+STUDENT, TEACHER = RNG.normal(size=(B, C)) * 2, RNG.normal(size=(B, C)) * 2
+LABELS = RNG.integers(C, size=B)
+CE = -log_softmax(STUDENT, axis=1)[np.arange(B), LABELS].mean()
+
+
+def distill(*overrides):
+    return load(None, ["run.dir=unused", *overrides]).distill
+
+
+def total(settings, mine, theirs, mask=None):
+    """The mean loss of a batch, as the run computes it."""
+    tensors = [torch.from_numpy(x) for x in (STUDENT, TEACHER, mine, theirs)]
+    batch = SimpleNamespace(inputs={}, labels_B=torch.from_numpy(LABELS), attention_mask_BL=mask)
+    loss = DistillationLoss(settings, lambda batch: (tensors[1], tensors[3]), tuple(range(mine.shape[-2])))
+    return float(loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean())
+
+
+def normalised(states):
+    return states / np.linalg.norm(states, axis=-1, keepdims=True)
+
+
+def test_paper():
+    """Equations 3 to 8: soft cross-entropy summed over classes, squared distances summed over pairs; means over examples."""
+    mine, theirs = RNG.normal(size=(B, M, H)), RNG.normal(size=(B, M, H))
+    p, q = softmax(TEACHER / 5, axis=1), log_softmax(STUDENT / 5, axis=1)
+    soft = np.mean([-sum(p[i, c] * q[i, c] for c in range(C)) for i in range(B)])
+    patience = np.mean([np.sum((normalised(mine)[i] - normalised(theirs)[i]) ** 2) for i in range(B)])
+    assert total(distill("distill.preset=paper"), mine, theirs) == pytest.approx(
+        0.5 * CE + 0.5 * soft + 0.026 * patience, rel=1e-12
+    )
+
+
+def test_authors():
+    """Their code: `KLDivLoss` with its mean over B * C, times T^2, and `mse_loss` of normalised states."""
+    mine, theirs = RNG.normal(size=(B, M, H)), RNG.normal(size=(B, M, H))
+    p, q = softmax(TEACHER / 5, axis=1), log_softmax(STUDENT / 5, axis=1)
+    divergence = np.mean(p * (np.log(p) - q)) * 25
+    patience = np.mean((normalised(mine) - normalised(theirs)) ** 2)
+    assert total(distill("distill.preset=authors"), mine, theirs) == pytest.approx(
+        0.5 * CE + 0.5 * divergence + 100 * patience, rel=1e-12
+    )
+
+
+def test_seed():
+    """The seed: soft cross-entropy over B * C at T = 1, and the mean square over all tokens of a batch without padding."""
+    mine, theirs = RNG.normal(size=(B, L, M + 1, H)), RNG.normal(size=(B, L, M + 1, H))
+    soft = np.mean(-softmax(TEACHER, axis=1) * log_softmax(STUDENT, axis=1))
+    expected = 0.8 * CE + 0.2 * soft + 10 * np.mean((mine - theirs) ** 2)
+    assert total(distill("distill.preset=seed"), mine, theirs, torch.ones(B, L)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_preset_fills_in_what_is_not_given():
+    settings = distill("distill.preset=seed", "distill.alpha=0.7")
+    assert settings.alpha == 0.7 and {k: getattr(settings, k) for k in PRESETS["seed"]} == PRESETS["seed"] | {
+        "alpha": 0.7
+    }
+    assert distill("distill.preset=null") == distill()
+    with pytest.raises(
+        UserError, match=r"distill\.preset: 'papers' is refused: input should be 'paper', 'authors' or 'seed'"
+    ):
+        distill("distill.preset=papers")
