@@ -21,6 +21,7 @@ import typer
 import yaml
 
 from pkd_dist import config as schema
+from pkd_dist.data.tasks import GLUE
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_full
 from pkd_dist.memory import keep_freed_blocks
@@ -265,42 +266,56 @@ def _exit(work: Callable[[], Any]) -> None:
 
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Option(help="A GLUE task, or `custom`.")] = "sst2",
+    task: Annotated[str, typer.Option(help=f"A GLUE task ({', '.join(GLUE)}), or `custom`.")] = "sst2",
     data: Annotated[
-        str, typer.Option(help="Folder of train/dev[/test].{tsv,csv,jsonl,parquet}, or hub:NAME.")
+        str,
+        typer.Option(
+            help="Folder of train, dev and perhaps test as .tsv, .csv, .jsonl or .parquet, or as GLUE ships it; or "
+            "hub:NAME or hub:NAME:CONFIGURATION."
+        ),
     ] = "data/movie-reviews",
     text: Annotated[list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="`custom`: the label column.")] = None,
     kind: Annotated[str | None, typer.Option(help="`custom`: classification or regression.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A teacher: also count the tokens that its tokenizer makes of the text.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="With --model: longest input, tokens; longer is cut.")] = 128,
 ) -> None:
-    """Check a data folder and say what is in it: counts, classes, lengths.
+    """Check a data folder and say what is in it: counts, classes, lengths, what was left out, what stands twice.
 
     Example: pkd prepare --task sst2 --data data/movie-reviews
     """
 
     def work() -> None:
         import numpy as np
+        from rich.console import Console
 
-        from pkd_dist.data import tasks
-        from pkd_dist.data.text import SPLITS, find, read
+        from pkd_dist.data import summary, tasks
+        from pkd_dist.data.text import Split, available, read
 
         overrides = ["run.dir=unused", *_task_overrides(task, data, text, label, kind)]
-        resolved = tasks.resolve(schema.load(None, overrides).task)
-        classes = None
-        for split in SPLITS:
-            if split == "test" and find(data, split) is None:
-                continue
-            part = read(data, split, resolved, classes)
-            classes = part.classes or None
-            words = [sum(len(column[i].split()) for column in part.texts) for i in range(len(part))]
-            counts = np.bincount(part.labels_N, minlength=len(part.classes)).tolist() if part.classes else []
-            shares = ", ".join(
-                f"{name} {count}" for name, count in zip(resolved.names_of(part.classes), counts, strict=True)
-            )
-            print(
-                f"{part.source}: {len(part)} examples; words p50 {np.median(words):.0f}, longest {max(words)}"
-                + (f"; {shares}" if shares else "")
-            )
+        resolved = tasks.resolve(schema.load(None, [*overrides, f"task.max_length={max_length}"]).task)
+        token_lengths = None
+        if model is not None:
+            from pkd_dist.model import encoder
+
+            tokenizer = encoder.load_tokenizer(encoder.locate(model, "--model"))
+
+            def token_lengths(split: Split) -> np.ndarray:
+                encoded = tokenizer(*split.texts, truncation=False, verbose=False)["input_ids"]
+                return np.array([len(ids) for ids in encoded])
+
+        splits: dict[str, Split] = {}
+        for name in dict.fromkeys(("train", "dev", *available(data, resolved))):
+            splits[name] = read(data, name, resolved, splits["train"].classes or None if splits else None)
+        print("\n".join(summary.all_notes(splits)) + "\n")
+        console = Console(highlight=False)
+        console.width = max(console.width, 0 if console.is_terminal else 140)
+        console.print(summary.splits_table(splits, max_length, token_lengths))
+        if not resolved.regression:
+            console.print()
+            console.print(summary.classes_table(splits, resolved))
 
     _exit(work)
 

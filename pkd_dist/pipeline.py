@@ -93,9 +93,7 @@ class Pipeline:
     def _preflight(self) -> None:
         config = self.config
         for split in self.splits:
-            if text.find(config.task.data, split) is None:
-                names = ", ".join(f"{split}.{e}" for e in text.EXTENSIONS)
-                raise UserError(f"task.data: {config.task.data} has no split {split!r}; expected one of {names}")
+            text.require(config.task.data, split, self.task)
         if config.teacher.finetune is None:
             if not encoder.is_fine_tuned(self.base):
                 raise UserError(
@@ -394,13 +392,12 @@ class Pipeline:
     # data
 
     def _data_inputs(self) -> dict[str, Any]:
-        sources = {split: text.find(self.config.task.data, split) for split in ("train", "dev")}
         return {
+            **text.digests(self.config.task.data, ("train", "dev"), self.task),
             **{
-                p.name if isinstance(p, Path) else s: sha256(p) if isinstance(p, Path) else p
-                for s, p in sources.items()
+                f"task.{key}": value
+                for key, value in self.config.task.model_dump(exclude={"data", "metric", "class_weights"}).items()
             },
-            **{f"task.{key}": value for key, value in self.config.task.model_dump(exclude={"data", "metric"}).items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
         }
 
@@ -438,6 +435,8 @@ class Pipeline:
                     out[name]["per_class"] = np.bincount(split.labels_N, minlength=len(split.classes)).tolist()
                 cut = f", {made.truncated} cut to {self.config.task.max_length}" if made.truncated else ""
                 log.info("data: %s: %d examples, %d tokens%s", split.source, len(made), int(lengths.sum()), cut)
+                for note in split.notes:
+                    log.info("data: %s: %s", split.source, note)
             if len(train) < self.world.size:
                 raise UserError(
                     f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"

@@ -1,9 +1,12 @@
-"""What a task is: its columns, its classes and the metric that chooses the best epoch."""
+"""What a task is: its columns, its classes, the metric that chooses the best epoch, and how GLUE and the hub ship it.
+
+A GLUE task is a row of `GLUE`. All that is special about its files stands in that row; one reader (`text.py`) reads them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pkd_dist.config import Task as TaskConfig
 from pkd_dist.errors import UserError
@@ -18,6 +21,21 @@ MAIN_METRICS = {
 
 
 @dataclass(frozen=True)
+class Release:
+    """A data set as its authors released it: two labelled files, and a list of the training pairs that GLUE made dev.
+
+    Attributes:
+        dev_ids: without it there is no dev split; the test file serves as dev then, and there is no test split.
+        id_columns: the columns of `train` that the two columns of `dev_ids` refer to.
+    """
+
+    train: str
+    test: str
+    dev_ids: str
+    id_columns: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task.
 
@@ -25,9 +43,19 @@ class Task:
         text: the one or two text columns.
         label: the label column.
         classes: values of the label column in class order; None: taken from the training split, sorted.
-        class_names: what the exported model calls the classes; None: the values themselves.
+        class_names: what the exported model calls the classes; None: the values themselves. Data may use either.
         metric: a key of `MAIN_METRICS`.
         regression: the label is a number.
+        splits: names of its splits, train first. Those that start with `test` may be without labels.
+        value_range: the least and the greatest value of a regression; None: any.
+        files: split -> how GLUE calls its file (without the ending), where that is not the split's name.
+        headerless: columns of a file whose first line does not name them.
+        release: the original release, which serves where a folder has no file of any split.
+        leave_out_broken: lines with too few fields or an empty text are left out and counted; else they are refused.
+        no_label: label value of examples that nobody could decide on; they are left out and counted.
+        hub_columns: own column -> the hub's, where they differ.
+        hub_splits: own split -> the hub's, where they differ.
+        submissions: split -> the file that GLUE's server takes for it.
     """
 
     name: str
@@ -37,6 +65,16 @@ class Task:
     class_names: tuple[str, ...] | None = None
     metric: str = "accuracy"
     regression: bool = False
+    splits: tuple[str, ...] = ("train", "dev", "test")
+    value_range: tuple[float, float] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    headerless: tuple[str, ...] = ()
+    release: Release | None = None
+    leave_out_broken: bool = False
+    no_label: str | None = None
+    hub_columns: Mapping[str, str] = field(default_factory=dict)
+    hub_splits: Mapping[str, str] = field(default_factory=lambda: {"dev": "validation"})
+    submissions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def main_metric(self) -> str:
@@ -48,19 +86,44 @@ class Task:
         return [own.get(value, value) for value in classes]
 
 
+_BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
 GLUE = {
     task.name: task
     for task in (
-        Task("sst2", ("sentence",), "label", ("0", "1"), ("negative", "positive")),
-        Task("mrpc", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("not_equivalent", "equivalent")),
-        Task("qqp", ("question1", "question2"), "is_duplicate", ("0", "1"), ("not_duplicate", "duplicate")),
-        Task("qnli", ("question", "sentence"), "label", _ENTAILMENT),
-        Task("rte", ("sentence1", "sentence2"), "label", _ENTAILMENT),
-        Task("wnli", ("sentence1", "sentence2"), "label", ("0", "1"), ("not_entailment", "entailment")),
-        Task("stsb", ("sentence1", "sentence2"), "score", metric="pearson_spearman", regression=True),
+        Task(
+            "cola", ("sentence",), "label", _BINARY, ("unacceptable", "acceptable"), metric="mcc",
+            headerless=("source", "label", "mark", "sentence"), submissions={"test": "CoLA.tsv"},
+        ),
+        Task("sst2", ("sentence",), "label", _BINARY, ("negative", "positive"), submissions={"test": "SST-2.tsv"}),
+        Task(
+            "mrpc", ("#1 String", "#2 String"), "Quality", _BINARY, ("not_equivalent", "equivalent"),
+            release=Release("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv", ("#1 ID", "#2 ID")),
+            hub_columns={"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"},
+            submissions={"test": "MRPC.tsv"},
+        ),
+        Task(
+            "qqp", ("question1", "question2"), "is_duplicate", _BINARY, ("not_duplicate", "duplicate"),
+            leave_out_broken=True, hub_columns={"is_duplicate": "label"}, submissions={"test": "QQP.tsv"},
+        ),
+        Task(
+            "stsb", _PAIR, "score", metric="pearson_spearman", regression=True, value_range=(0.0, 5.0),
+            hub_columns={"score": "label"}, submissions={"test": "STS-B.tsv"},
+        ),
+        Task(
+            "mnli", _PAIR, "gold_label", ("entailment", "neutral", "contradiction"), no_label="-",
+            splits=("train", "dev", "dev_mismatched", "test", "test_mismatched"),
+            files={"dev": "dev_matched", "test": "test_matched"},
+            hub_columns={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
+            hub_splits={"dev": "validation_matched", "dev_mismatched": "validation_mismatched", "test": "test_matched"},
+            submissions={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        ),
+        Task("qnli", ("question", "sentence"), "label", _ENTAILMENT, submissions={"test": "QNLI.tsv"}),
+        Task("rte", _PAIR, "label", _ENTAILMENT, submissions={"test": "RTE.tsv"}),
+        Task("wnli", _PAIR, "label", _BINARY, ("not_entailment", "entailment"), submissions={"test": "WNLI.tsv"}),
     )
-}
+}  # fmt: skip
 
 
 def resolve(config: TaskConfig) -> Task:
@@ -82,4 +145,4 @@ def resolve(config: TaskConfig) -> Task:
         ) from None
     if config.metric and task.regression != (config.metric == "pearson_spearman"):
         raise UserError(f"task.metric: {config.metric} does not fit {task.name}; its own is {task.metric}")
-    return Task(**{**task.__dict__, "metric": config.metric or task.metric})
+    return replace(task, metric=config.metric or task.metric)

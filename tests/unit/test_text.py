@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pkd_dist.data.tasks import GLUE, Task
-from pkd_dist.data.text import read
+from pkd_dist.data.text import is_labelled, read, read_unlabeled, unlabelled, without
 from pkd_dist.errors import UserError
 
 SST2 = GLUE["sst2"]
@@ -83,22 +83,6 @@ def test_regression_labels_are_numbers(tmp_path):
     assert "dev.tsv:2: score 'x' is not a number" in refused(tmp_path, GLUE["stsb"], "dev")
 
 
-@pytest.mark.parametrize("name", sorted(GLUE))
-def test_every_glue_layout_loads(tmp_path, name):
-    task = GLUE[name]
-    labels = task.classes or ("1.5", "3")
-    header = "\t".join(["index", *task.text, task.label])
-    put(
-        tmp_path,
-        "train.tsv",
-        header
-        + "\n"
-        + "".join("\t".join([str(i), *["some text"] * len(task.text), labels[i % 2]]) + "\n" for i in range(4)),
-    )
-    split = read(str(tmp_path), "train", task)
-    assert len(split) == 4 and len(split.texts) == len(task.text)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,6 +123,102 @@ def test_other_formats_are_refused_too(tmp_path, name, content, message):
     put(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path), "train", CUSTOM)
+
+
+@pytest.mark.parametrize("count", [50, 300])
+@pytest.mark.parametrize("text", [("a",), ("a", "b")], ids=["single", "pairs"])
+def test_many_classes_keep_their_names(tmp_path, count, text):
+    names = [f"intent {i:03d}" for i in range(count)]
+    rows = [{"a": f"text {i}", "b": "other", "y": names[-i % count]} for i in range(2 * count)]
+    put(tmp_path, "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    put(tmp_path, "dev.jsonl", json.dumps(rows[7]) + "\n")
+    task = Task("custom", text, "y")
+    train = read(str(tmp_path), "train", task)
+    dev = read(str(tmp_path), "dev", task, train.classes)
+    assert train.classes == tuple(names) and task.names_of(train.classes) == names
+    assert [train.classes[i] for i in train.labels_N] == [row["y"] for row in rows]
+    assert dev.classes == train.classes and dev.labels_N.tolist() == [count - 7]
+    put(tmp_path, "test.jsonl", '{"a": "x", "b": "y", "y": "intent"}\n')
+    message = refused(tmp_path, task, "test", train.classes)
+    assert message.endswith("intent 008, intent 009, ..."), "not hundreds of names"
+
+
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["1.0", "1", "01"], ["01", "1", "1.0"]),
+        (["2", "nan", "10"], ["10", "2", "nan"]),
+    ],
+)
+def test_classes_have_one_order(tmp_path, values, order):
+    put(tmp_path, "train.jsonl", "".join(json.dumps({"a": "x", "b": "x", "y": v}) + "\n" for v in values))
+    assert list(read(str(tmp_path), "train", CUSTOM).classes) == order
+
+
+def test_a_class_that_is_called_minus_one_is_a_label(tmp_path):
+    put(tmp_path, "train.jsonl", '{"a": "1", "b": "2", "y": -1}\n{"a": "1", "b": "2", "y": 1}\n')
+    put(tmp_path, "test.jsonl", '{"a": "1", "b": "2", "y": -1}\n')
+    classes = read(str(tmp_path), "train", CUSTOM).classes
+    assert read(str(tmp_path), "test", CUSTOM, classes).labels_N.tolist() == [0]
+    put(tmp_path, "test.jsonl", '{"a": "1", "b": "2"}\n')
+    assert not is_labelled(read(str(tmp_path), "test", CUSTOM, classes).labels_N).any()
+
+
+def test_what_is_labelled_in_either_library():
+    import torch
+
+    for labels in (np.array([0, -1, 2]), np.array([0.5, np.nan, -1.0], np.float32)):
+        assert is_labelled(labels).tolist() == [True, False, True]
+        assert is_labelled(torch.from_numpy(labels)).tolist() == [True, False, True]
+    for regression in (False, True):
+        assert not is_labelled(unlabelled(3, regression)).any()
+
+
+def test_text_without_labels(tmp_path):
+    put(tmp_path, "train.tsv", "sentence\tlabel\none\t0\ntwo\t1\n")
+    put(tmp_path, "more.txt", "\ufeffthree\r\n\r\ntwo\r\n four\ttabs\r\nthree")
+    put(tmp_path, "more.csv", 'sentence,label\n"five, six",whatever\none,\n')
+    more = read_unlabeled([f"{tmp_path}/more.txt", f"{tmp_path}/more.csv"], SST2)
+    assert more.texts == (["three", "two", " four\ttabs", "three", "five, six", "one"],)
+    assert more.labels_N.dtype == np.int64 and not is_labelled(more.labels_N).any()
+    train = read(str(tmp_path), "train", SST2)
+    left = without(more, train)
+    assert left.texts == (["three", " four\ttabs", "five, six"],)
+    assert left.notes == (f"3 of 6 texts are left out: 2 in {train.source}, 1 repeated",)
+    assert not set(left.ids_N) & set(train.ids_N) and len(left.labels_N) == 3
+    assert without(left, train) == left
+    with pytest.raises(UserError, match=r"more\.csv: nothing is left, 6 of 6 texts are left out: 6 in .*give other"):
+        without(more, more)
+
+
+def test_pairs_without_labels_and_lines_that_are_broken(tmp_path):
+    put(tmp_path, "more.tsv", "question1\tquestion2\na?\tb?\nno tab\nc?\td?\n")
+    more = read_unlabeled([f"{tmp_path}/more.tsv"], GLUE["qqp"])
+    assert more.texts == (["a?", "c?"], ["b?", "d?"])
+    assert more.notes == ("more.tsv: 1 left out, broken, with too few fields or an empty text: line 3",)
+    put(tmp_path, "score.jsonl", '{"sentence1": "a", "sentence2": "b"}\n')
+    assert np.isnan(read_unlabeled([f"{tmp_path}/score.jsonl"], GLUE["stsb"]).labels_N).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "message"),
+    [
+        ("none.txt", None, SST2, r"^task\.unlabeled: no such file: .*none\.txt$"),
+        ("more.pdf", "x", SST2, r"^task\.unlabeled: .*more\.pdf is not one of \.txt, \.tsv, \.csv"),
+        ("more.txt", "x", GLUE["rte"], r"holds single texts, rte needs pairs; .* columns sentence1 and sentence2$"),
+        ("more.txt", "", SST2, r"more\.txt: is empty"),
+        ("more.txt", b"fine\n\xff\n", SST2, r"more\.txt:2: byte 0xff is not valid UTF-8"),
+        ("more.tsv", "text\nfine\n", SST2, r"more\.tsv:1: has no column 'sentence'"),
+        ("more.tsv", "sentence\n", SST2, r"more\.tsv: has no examples"),
+        ("more.jsonl", '{"sentence": ""}\n', SST2, r"more\.jsonl:1: sentence is empty"),
+    ],
+)
+def test_more_text_that_cannot_be_read(tmp_path, name, content, task, message):
+    if content is not None:
+        put(tmp_path, name, content)
+    with pytest.raises(UserError, match=message):
+        read_unlabeled([f"{tmp_path}/{name}"], task)
 
 
 def test_a_label_that_training_never_saw(tmp_path):

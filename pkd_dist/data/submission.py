@@ -1,0 +1,43 @@
+"""Predictions of a split in the format that GLUE's server takes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pkd_dist.data.tasks import Task
+from pkd_dist.files import write_atomically
+
+
+def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> Path:
+    """Writes `index<TAB>prediction` lines under the name that GLUE expects (`SPLIT.tsv` where it expects none).
+
+    Args:
+        folder: where to; must exist.
+        logits_NC: one row an example, in the order of the file; (N, 1) for a regression.
+        classes: values of the label column in the order of the logits, written as they are.
+
+    Returns:
+        The file.
+    """
+    path = folder / task.submissions.get(split, f"{split}.tsv")
+    table = [("index", "prediction"), *enumerate(_predictions(task, logits_NC, classes))]
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(table)
+
+    write_atomically(path, save)
+    return path
+
+
+def _predictions(task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> Iterator[str]:
+    if not task.regression:
+        yield from (classes[i] for i in logits_NC.argmax(axis=1))
+    elif task.value_range:
+        yield from (f"{value:.3f}" for value in np.clip(logits_NC[:, 0], *task.value_range) + 0.0)  # never -0.000
+    else:
+        yield from map(str, logits_NC[:, 0])

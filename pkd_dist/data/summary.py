@@ -1,0 +1,113 @@
+"""What is in a data set, as tables for `pkd prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.text import Split, is_labelled
+
+_CLASSES_SHOWN = 20
+Encode = Callable[[Split], np.ndarray]
+
+
+def overlap(split: Split, train: Split | None) -> tuple[int, int]:
+    """Examples whose text stands in `train` too, and how many of those have a label that it does not have there.
+
+    Args:
+        train: None: the split itself, of which only what stands before counts.
+    """
+    labels_of: dict[tuple[str, ...], set[float]] = {}
+    if train is not None:
+        for fields, label in zip(zip(*train.texts, strict=True), train.labels_N.tolist(), strict=True):
+            labels_of.setdefault(fields, set()).add(label)
+    found = other = 0
+    labelled_N = is_labelled(split.labels_N).tolist()
+    for fields, label, labelled in zip(
+        zip(*split.texts, strict=True), split.labels_N.tolist(), labelled_N, strict=True
+    ):
+        if fields in labels_of:
+            found += 1
+            other += labelled and label not in labels_of[fields]
+        if train is None:
+            labels_of.setdefault(fields, set()).add(label)
+    return found, other
+
+
+def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: Encode | None) -> Table:
+    """A row a split: sizes, lengths, repeats, and what stands in train too.
+
+    Args:
+        splits: by name, train among them.
+        token_lengths: split -> tokens of each example, uncut; None: no such column.
+    """
+    table = _table("", "examples", "words p50, p95, most", "repeated", "in train too", "labels")
+    if token_lengths:
+        table.add_column(f"tokens p50, p95; over {max_length}", justify="right")
+    for name, split in splits.items():
+        words_N = np.sum([[len(text.split()) for text in column] for column in split.texts], axis=0)
+        cells = [f"{len(split):,}", f"{_quantiles(words_N)}, {words_N.max()}", _overlap(*overlap(split, None))]
+        cells += ["" if name == "train" else _overlap(*overlap(split, splits["train"])), _labels(split)]
+        if token_lengths:
+            lengths_N = token_lengths(split)
+            cells.append(f"{_quantiles(lengths_N)}; {(lengths_N > max_length).mean():.1%}")
+        table.add_row(name, *cells)
+    return table
+
+
+def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
+    """A row a class, the commonest first where there are too many to show: count and share in each labelled split."""
+    classes = splits["train"].classes
+    labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
+    count_SC = np.array([np.bincount(s.labels_N, minlength=len(classes)) for s in labelled.values()])
+    table = _table("class", *labelled)
+
+    def add(name: str, count_S: Any) -> None:
+        shares = zip(count_S, count_SC.sum(axis=1), strict=True)
+        table.add_row(name, *(f"{count:,} ({count / total:.1%})" for count, total in shares))
+
+    names = task.names_of(classes)
+    order = np.argsort(-count_SC[0], kind="stable") if len(classes) > _CLASSES_SHOWN else np.arange(len(classes))
+    for i in order[:_CLASSES_SHOWN]:
+        add(names[i], count_SC[:, i])
+    rest = order[_CLASSES_SHOWN:]
+    if len(rest):
+        low, high = count_SC[0, rest].min(), count_SC[0, rest].max()
+        add(f"{len(rest)} more, {low:,} to {high:,} each in train", count_SC[:, rest].sum(axis=1))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    return table
+
+
+def _quantiles(values_N: np.ndarray) -> str:
+    return ", ".join(f"{value:.0f}" for value in np.percentile(values_N, [50, 95]))
+
+
+def _overlap(found: int, other: int) -> str:
+    return f"{found:,}" + (f" ({other:,} with another label)" if other else "")
+
+
+def _labels(split: Split) -> str:
+    labels_N = split.labels_N
+    if not is_labelled(labels_N).any():
+        return "unlabelled"
+    if labels_N.dtype.kind == "f":
+        return f"{labels_N.min():g} to {labels_N.max():g}, mean {labels_N.mean():.2f}"
+    return f"{len(np.unique(labels_N))} classes"
+
+
+def all_notes(splits: Mapping[str, Split]) -> Iterator[str]:
+    """Where each split was read from, and what was left out."""
+    for name, split in splits.items():
+        yield f"{name}: {split.source}"
+        yield from (f"  {note}" for note in split.notes)

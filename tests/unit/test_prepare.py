@@ -1,0 +1,85 @@
+"""`pkd prepare` through the real command line."""
+
+import json
+import re
+
+import pytest
+from glue_folders import FOLDERS, put
+from typer.testing import CliRunner
+
+from pkd_dist import cli
+from pkd_dist.data.tasks import GLUE
+
+
+def pkd(*arguments):
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def row(output, first):
+    """The cells of the table row that starts so."""
+    line = next(line for line in output.splitlines() if re.match(rf"{re.escape(first)}\s\s", line))
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+@pytest.mark.parametrize(
+    "command", ["prepare", "finetune", "cache", "init-student", "distill", "evaluate", "export", "report", "config"]
+)
+def test_every_help_can_be_read(command):
+    status, output, _ = pkd(command, "--help")
+    assert status == 0 and "Usage" in output
+
+
+def test_help_lists_the_tasks():
+    output = re.sub(r"[\s│]+", " ", pkd("prepare", "--help")[1])
+    assert ", ".join(GLUE) in output
+
+
+def test_every_split_of_mnli(tmp_path):
+    status, output, _ = pkd("prepare", "--task", "mnli", "--data", put(tmp_path, **FOLDERS["mnli"]))
+    assert status == 0
+    assert f"dev_mismatched: {tmp_path}/dev_mismatched.tsv\n  1 left out, nobody could decide" in output
+    for name in GLUE["mnli"].splits:
+        examples, words, *rest = row(output, name)
+        assert (examples, words) == ("3" if name == "train" else "2", "2, 2, 2")
+        assert rest[-1] == (
+            "unlabelled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes"
+        )
+    assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labelled splits alone"
+
+
+def test_what_stands_twice(tmp_path, body):
+    train = ["good\t1", "good\t0", "bad\t0", "so so so\t1", "so so so\t1"]
+    dev = ["good\t1", "bad\t1", "new one\t0", "so so so\t0"]
+    for name, rows in (("train", train), ("dev", dev), ("test", ["bad", "more words than these"])):
+        header = "sentence" if name == "test" else "sentence\tlabel"
+        (tmp_path / f"{name}.tsv").write_text("\n".join([header, *rows]) + "\n")
+    status, output, _ = pkd("prepare", "--data", tmp_path, "--model", body, "--max-length", 4)
+    assert status == 0
+    assert row(output, "train") == ["5", "1, 3, 3", "2 (1 with another label)", "2 classes", "3, 5; 40.0%"]
+    assert row(output, "dev")[1:5] == ["2, 3, 3", "0", "3 (2 with another label)", "2 classes"]
+    assert row(output, "test")[1:5] == ["2, 4, 4", "0", "1", "unlabelled"]
+
+
+@pytest.mark.parametrize("count", [50, 300])
+def test_many_classes_and_regression(tmp_path, count):
+    rows = [{"a": f"t {i}", "y": f"intent {i % count}"} for i in range(2 * count)] + [{"a": "t", "y": "intent 7"}]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--task", "custom", "--data", tmp_path, "--text", "a", "--label", "y"]
+    status, output, _ = pkd("prepare", *own)
+    assert status == 0 and f"{count} classes" in output
+    assert row(output, "intent 7")[0].startswith("3 (")
+    assert row(output, f"{count - 20} more, 2 to 2 each in train")[0].startswith(f"{2 * (count - 20)} (")
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text('{"a": "x", "y": 1}\n{"a": "y", "y": 4}\n')
+    status, output, _ = pkd("prepare", *own, "--kind", "regression")
+    assert status == 0 and row(output, "dev")[-1] == "1 to 4, mean 2.50"
+
+
+@pytest.mark.parametrize("missing", ["train", "dev"])
+def test_a_split_that_must_be_there(tmp_path, missing):
+    files = {name: content for name, content in FOLDERS["rte"].items() if not name.startswith(missing)}
+    status, _, error = pkd("prepare", "--task", "rte", "--data", put(tmp_path, **files))
+    assert status == 2
+    assert error.startswith(f"pkd: task.data: {tmp_path} has no split '{missing}'; expected one of {missing}.tsv")
