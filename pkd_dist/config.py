@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=1)]
 
 def _leaf_types(annotation: Any) -> set[Any]:
     """The plain types that an annotation is made of."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list, dict):
         return {leaf for part in typing.get_args(annotation) for leaf in _leaf_types(part)}
     return {annotation}
 
@@ -61,11 +61,29 @@ class Run(Section):
     )
 
 
+class Augment(Section):
+    copies: Count = Field(10, description="Copies of each training example; those that are no new text are left out.")
+    mask: Fraction = Field(0.1, description="Probability that a word becomes the tokenizer's mask token.")
+    replace: Fraction = Field(
+        0.1, description="Probability that a word becomes another, drawn from the frequencies in the training text."
+    )
+    ngram: Fraction = Field(0.25, description="Probability that of a text only a random run of 1 to 5 words is kept.")
+
+    @model_validator(mode="after")
+    def _one_fate_a_word(self) -> Augment:
+        if self.mask + self.replace > 1:
+            raise ValueError(
+                f"task.augment.mask {self.mask} and replace {self.replace} must not be more than 1 together"
+            )
+        return self
+
+
 class Task(Section):
     name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them) or `custom`.")
     data: str = Field(
         "data/movie-reviews",
-        description="Folder with train/dev[/test].{tsv,csv,jsonl,parquet}, or `hub:NAME` of a Hugging Face data set.",
+        description="Folder with train/dev[/test].{tsv,csv,jsonl,parquet}, or as GLUE ships the task; or `hub:NAME` or "
+        "`hub:NAME:CONFIGURATION` of a Hugging Face data set, such as `hub:nyu-mll/glue:cola`.",
     )
     max_length: Annotated[int, Field(ge=4, le=8192)] = Field(128, description="Longest input, tokens; longer is cut.")
     text: list[str] | None = Field(None, description="`custom` only: the one or two text columns.")
@@ -75,6 +93,30 @@ class Task(Section):
         None,
         description="Metric that chooses the best epoch. Default: the task's own; accuracy or pearson_spearman for `custom`.",
     )
+
+    unlabeled: list[str] = Field(
+        [],
+        description="Files of more text, for the teacher to label: `.txt` with one text a line, or a table with the task's "
+        "text columns.",
+    )
+    augment: Augment | None = Field(
+        None, description="More text made out of the training text, for the teacher to label; null: none."
+    )
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+        None,
+        description="Weights of the classes in the loss of labelled examples: `balanced` (n / (classes * count)), or by "
+        "class name or value, 1 where not named; null: all alike.",
+    )
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _class_names_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name, weight in value.items():
+            if isinstance(name, bool) or isinstance(weight, bool):
+                raise ValueError("a true/false value is not allowed here; put a class name such as 'no' in quotes")
+        return {str(name): weight for name, weight in value.items()}
 
     @model_validator(mode="after")
     def _custom(self) -> Task:
@@ -580,6 +622,8 @@ def _type_names(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
         return [name for part in typing.get_args(annotation) for name in _type_names(part)]
     if origin is Literal:
         return [f"`{value}`" for value in typing.get_args(annotation)]
+    if origin is dict:
+        return [" to ".join("/".join(_type_names(part)) for part in typing.get_args(annotation))]
     if origin is list:
         return ["list of " + "/".join(_type_names(typing.get_args(annotation)[0]))]
     if annotation is type(None):

@@ -104,6 +104,24 @@ def test_every_deepspeed_configuration_that_is_shipped_loads(path):
             "run: {dir: x}\ntask: {label: y}\n",
             "run.yaml:2: task.label is allowed only with task.name custom; sst2 fixes it",
         ),
+        (
+            "run: {dir: x}\ntask: {unlabeled: more.txt}\n",
+            "task.unlabeled: 'more.txt' is refused: input should be a valid li",
+        ),
+        ("run: {dir: x}\ntask: {augment: {copies: 0}}\n", "run.yaml:2: task.augment.copies: 0 is refused"),
+        (
+            "run: {dir: x}\ntask: {augment: {mask: .7, replace: .4}}\n",
+            "task.augment.mask 0.7 and replace 0.4 must not be",
+        ),
+        (
+            "run: {dir: x}\ntask: {class_weights: even}\n",
+            "task.class_weights: 'even' is refused: input should be 'balanced'",
+        ),
+        (
+            "run: {dir: x}\ntask: {class_weights: {a: 0}}\n",
+            "task.class_weights: input should be 'balanced'; or input should be gr",
+        ),
+        ("run: {dir: x}\ntask: {class_weights: {no: 2}}\n", "put a class name such as 'no' in quotes"),
         ("- run\n", "run.yaml: must hold sections such as `run:` and `task:`, not a list"),
         ("", "run.yaml: run is missing"),
         ("run: {dir: x\n", "run.yaml:2: not valid YAML: expected ',' or '}'"),
@@ -122,6 +140,17 @@ def test_numbers_as_people_write_them(tmp_path):
     assert load(path).train.learning_rate == 1e-4
     assert load(path).train.warmup_ratio == 0.0
     assert load(path, ["train.learning_rate=2E-05"]).train.learning_rate == 2e-5
+
+
+def test_more_text_and_class_weights(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {dir: x}\ntask:\n  unlabeled: [a.txt, b.tsv]\n  augment: {}\n  class_weights: {0: 2, 'no': 1e-1}\n"
+    )
+    task = load(path, ["task.augment.copies=3"]).task
+    assert task.unlabeled == ["a.txt", "b.tsv"] and task.class_weights == {"0": 2.0, "no": 0.1}
+    assert task.augment and task.augment.model_dump() == {"copies": 3, "mask": 0.1, "replace": 0.1, "ngram": 0.25}
+    assert load(path, ["task.class_weights=balanced"]).task.class_weights == "balanced"
 
 
 def test_the_command_line_wins_and_is_named(tmp_path):

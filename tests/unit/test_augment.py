@@ -1,0 +1,108 @@
+"""More text out of the training text: what a copy is made of, and that it depends on nothing else."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pkd_dist.config import Augment
+from pkd_dist.data.augment import augment
+from pkd_dist.data.text import Split, example_ids, is_labelled
+from pkd_dist.errors import UserError
+
+WORDS = ["the", "a", "film", "plot", "is", "was", "good", "bad", "very", "not", "dull", "fine", "actor", "scene"]
+RNG = np.random.default_rng(5)
+
+
+def split_of(*columns, regression=False):
+    labels = np.zeros(len(columns[0]), np.float32 if regression else np.int64)
+    return Split(example_ids(columns), columns, labels, () if regression else ("0", "1"), "train.tsv")
+
+
+def random_texts(count, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(3, 12))) for _ in range(count)]
+
+
+def copies(split, seed=1, mask_token="[MASK]", **settings):
+    return augment(split, Augment(**{"copies": 1, "mask": 0, "replace": 0, "ngram": 0} | settings), seed, mask_token)
+
+
+def rows(split):
+    return set(zip(*split.texts, strict=True))
+
+
+SINGLE = split_of(random_texts(400, 1))
+PAIRS = split_of(random_texts(600, 2), random_texts(600, 3))
+UNLIKE = split_of([" ".join(f"{word}{i}" for word in WORDS) for i in range(500)])
+"""No word stands in two texts, so that no copy of one is a copy of another."""
+ALL = {"copies": 3, "mask": 0.1, "replace": 0.1, "ngram": 0.25}
+
+
+def test_words_are_masked_and_replaced_as_often_as_asked():
+    made = copies(split_of([" ".join(WORDS * 20) + f" {i}" for i in range(50)]), mask=0.2, replace=0.3)
+    words = [word for text in made.texts[0] for word in text.split()]
+    assert len(words) == 50 * (len(WORDS) * 20 + 1), "no word is lost"
+    original = [*WORDS * 20, "last"] * 50
+    assert np.mean([word == "[MASK]" for word in words]) == pytest.approx(0.2, abs=0.01)
+    other = np.mean([word != "[MASK]" and word != before for word, before in zip(words, original, strict=True)])
+    assert other == pytest.approx(0.3 * (1 - 1 / len(WORDS)), abs=0.02), "a word may be drawn for itself"
+
+
+def test_words_are_drawn_by_their_frequency():
+    made = copies(split_of([f"{i}" + " rare often often often often" * 9 for i in range(300)]), replace=1)
+    words = [word for text in made.texts[0] for word in text.split()]
+    assert words.count("often") / len(words) == pytest.approx(0.8, abs=0.02)
+    assert words.count("rare") / len(words) == pytest.approx(0.2, abs=0.02)
+
+
+def test_runs_of_one_to_five_words():
+    made = copies(SINGLE, copies=4, ngram=1)
+    lengths = {len(text.split()) for text in made.texts[0]}
+    assert lengths == {1, 2, 3, 4, 5}
+    whole = " | ".join(SINGLE.texts[0])
+    assert all(text in whole for text in made.texts[0])
+    part = copies(UNLIKE, ngram=0.4)
+    assert len(part) / 500 == pytest.approx(0.4, abs=0.1), "the others are as they were, so they are left out"
+
+
+def test_of_pairs_either_or_both_are_changed():
+    made = copies(split_of(UNLIKE.texts[0], UNLIKE.texts[0]), mask=0.5)
+    masked = [tuple("[MASK]" in text for text in pair) for pair in zip(*made.texts, strict=True)]
+    for what in ((True, False), (False, True), (True, True)):
+        assert masked.count(what) / len(masked) == pytest.approx(1 / 3, abs=0.06)
+
+
+@pytest.mark.parametrize("split", [SINGLE, PAIRS], ids=["single", "pairs"])
+def test_a_copy_depends_on_seed_example_and_number_alone(split):
+    made = copies(split, **ALL)
+    again = copies(split, **ALL)
+    assert made.texts == again.texts and np.array_equal(made.ids_N, again.ids_N)
+    order = RNG.permutation(len(split))
+    shuffled = Split(
+        split.ids_N[order], tuple([c[i] for i in order] for c in split.texts), split.labels_N, ("0", "1"), ""
+    )
+    assert rows(copies(shuffled, **ALL)) == rows(made)
+    assert set(copies(shuffled, **ALL).ids_N) == set(made.ids_N)
+    assert rows(copies(split, **ALL | {"copies": 2})) < rows(made), "a copy more changes none of the others"
+    assert rows(copies(split, 2, **ALL)) != rows(made)
+
+
+def test_no_text_twice_and_none_of_training():
+    made = copies(SINGLE, **ALL)
+    assert len(rows(made)) == len(made) and not rows(made) & rows(SINGLE)
+    assert not set(made.ids_N) & set(SINGLE.ids_N) and len(set(made.ids_N)) == len(made)
+    assert made.notes[0].startswith(f"{1200 - len(made)} of 1200 texts are left out: ")
+    assert "in train.tsv" in made.notes[0] and "repeated" in made.notes[0]
+    assert made.labels_N.dtype == np.int64 and not is_labelled(made.labels_N).any()
+    assert (made.classes, made.source) == (("0", "1"), "train.tsv, augmented")
+    number = copies(split_of(random_texts(9, 1), regression=True), mask=0.5)
+    assert number.labels_N.dtype == np.float32 and not is_labelled(number.labels_N).any()
+
+
+def test_what_cannot_be_made():
+    with pytest.raises(UserError, match=r"^task\.augment\.mask: the teacher's tokenizer has no mask token; give 0$"):
+        copies(SINGLE, mask_token=None, mask=0.1)
+    assert len(copies(SINGLE, mask_token=None, replace=0.5))
+    with pytest.raises(UserError, match="augmented: nothing is left, 400 of 400 texts are left out"):
+        copies(dataclasses.replace(SINGLE))
