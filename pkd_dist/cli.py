@@ -380,6 +380,82 @@ def evaluate(
     _exit(work)
 
 
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Sentences; none: read them from --file.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")
+    ] = "",
+    file: Annotated[str, typer.Option(help="A sentence a line; `-`: standard input.")] = "-",
+    pair: Annotated[bool, typer.Option("--pair", help="A tab separates the two texts of a pair.")] = False,
+    max_length: Annotated[int, typer.Option(min=4, help="Longest input, tokens; longer is cut.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one forward pass.")] = 32,
+) -> None:
+    """Answer sentences with any fine-tuned folder: a JSON object a line, with label names and probabilities.
+
+    Example: pkd predict --model runs/demo/export "A thoroughly engaging film."
+
+    Example: cut -f1 reviews.tsv | pkd predict --model runs/demo/export > answers.jsonl
+    """
+
+    def work() -> None:
+        from pkd_dist import predict as answers
+
+        if not model:
+            raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
+        given = [(f"text {i}", text) for i, text in enumerate(texts, start=1)] if texts else answers.lines(file)
+        size = 1 if not texts and file == "-" and sys.stdin.isatty() else batch_size
+        for line in answers.predict(model, given, pair, max_length, size):
+            print(line, flush=size == 1)
+
+    _exit(work)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option(help="Folder of all runs and of the table.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Among finetune, kd, pkd-skip, pkd-last, random, first-k, tokens, seed.")
+    ] = "finetune,kd,pkd-skip,pkd-last",
+    method: Annotated[
+        list[str] | None, typer.Option(help='One of your own: "NAME: section.key=value ...". May be given again.')
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the students.")] = "1,2,3",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    launcher: Annotated[str, typer.Option(help="Command before launcher/train.py; default: this Python.")] = "",
+) -> None:
+    """Train several methods over several seeds on one teacher and one cache; print and plot the table.
+
+    Example: pkd compare --config configs/demo.yaml --output runs/compare --methods finetune,kd,pkd-skip --seeds 1,2,3
+
+    Example: pkd compare --config my.yaml --output runs/pairs --method "pairs: distill.patience=[1,5]" --jobs 2
+    """
+
+    def work() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from pkd_dist import compare as comparison
+
+        try:
+            chosen = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds: {seeds!r} is not a list of numbers such as 1,2,3") from None
+        named = comparison.parse_methods(methods, method or [])
+        made = comparison.Comparison(config, overrides or [], named, chosen, output, launcher, jobs).run()
+        header, body = comparison.rows(made)
+        table = Table(*header)
+        for row in body:
+            table.add_row(*row)
+        Console().print(table)
+        print(f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over seeds")
+        print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
+
+    _exit(work)
+
+
 @config_app.command("check")
 def config_check(file: Annotated[str, typer.Argument(metavar="FILE")], overrides: Overrides = None) -> None:
     """Check a run configuration and the DeepSpeed JSON it names.

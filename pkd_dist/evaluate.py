@@ -17,6 +17,7 @@ from torch import nn
 
 from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tasks import Task
+from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.model.encoder import parameter_count
@@ -108,6 +109,14 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
     return out | {"main_metric": out[task.main_metric]}
 
 
+def scores(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> dict[str, Any]:
+    """`score` of a labelled split, with the 95% interval of an accuracy."""
+    out: dict[str, Any] = score(logits_NC, np.asarray(tokens.labels_N), task)
+    if "accuracy" in out:
+        out["accuracy_interval_95"] = list(interval(out["accuracy"], len(tokens)))
+    return out
+
+
 def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95% interval of a share of n examples."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -184,33 +193,56 @@ def speed(
     }
 
 
-def figures_of(model: Any, accuracy: float | None, n: int) -> dict[str, Any]:
+def figures_of(model: Any) -> dict[str, Any]:
     """What is said of a model beside its metrics and its speed."""
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-    out = {"parameters": parameter_count(model), "modelSize": size}
-    return out if accuracy is None else out | {"accuracy_interval_95": list(interval(accuracy, n))}
+    return {"parameters": parameter_count(model), "modelSize": size}
 
 
 def compare(
-    models: dict[str, Any], dev: TokenSet, task: Task, world: World, batch_size: int, samples: int, pad_id: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    models: dict[str, Any],
+    splits: dict[str, TokenSet],
+    task: Task,
+    world: World,
+    batch_size: int,
+    samples: int,
+    pad_id: int,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
 
+    Args:
+        models: `teacher` and `student`.
+        splits: name -> examples; `dev` gives the main figures and the inputs that are timed. Those without labels are
+            answered, not scored.
+
     Returns:
-        The content of `results_eval.json`, and what the report needs beside it (confusion matrices).
+        The content of `results_eval.json`; what the report needs beside it (confusion matrices); and of each split
+        without labels the logits of both models, (N, C).
     """
     forwards: dict[str, Any] = {}
-    logits: dict[str, np.ndarray] = {}
-    figures: dict[str, dict[str, Any]] = {}
+    logits: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
     for name, model in models.items():
         model.to(world.device)
         forwards[name] = lambda inputs, model=model: model(**inputs).logits
+        rows = sum(map(len, splits.values()))
         with (
             evaluating(model),
-            Bar(f"evaluate, {name}, rows of this rank", len(dev) // world.size, show=world.main) as bar,
+            Bar(f"evaluate, {name}, rows of this rank", rows // world.size, show=world.main) as bar,
         ):
-            logits[name] = predict(forwards[name], dev, world, batch_size, pad_id, bar.advance)
-        figures[name] = world.on_main(partial(score, logits[name], np.asarray(dev.labels_N), task))
+            for split, tokens in splits.items():
+                logits[split][name] = predict(forwards[name], tokens, world, batch_size, pad_id, bar.advance)
+
+    def judge() -> dict[str, dict[str, Any]]:
+        """split -> `n`, the scores of both, and how far they agree."""
+        return {
+            split: {
+                "n": len(tokens),
+                **{name: scores(logits[split][name], tokens, task) for name in models},
+                "agreement": agreement(logits[split]["teacher"], logits[split]["student"]),
+            }
+            for split, tokens in splits.items()
+            if split not in unlabelled
+        }
 
     def measure() -> dict[str, dict[str, float]]:
         threads = torch.get_num_threads()
@@ -218,18 +250,19 @@ def compare(
         try:
             with torch.inference_mode():
                 interrupt = partial(world.interrupt, "in an evaluation")
-                return speed(forwards, dev, world.device, batch_size, samples, pad_id, check=interrupt)
+                return speed(forwards, splits["dev"], world.device, batch_size, samples, pad_id, check=interrupt)
         finally:
             torch.set_num_threads(threads)
 
+    unlabelled = {split for split, tokens in splits.items() if not is_labelled(tokens.labels_N).all()}
+    judged = world.on_main(judge)
     speeds = world.on_main(measure)
-    for name, model in models.items():
-        figures[name] |= figures_of(model, figures[name].get("accuracy"), len(dev)) | speeds[name]
-    teacher, pupil = figures["teacher"], figures["student"]
+    dev = judged.pop("dev")
+    teacher, pupil = ({**dev[name], **figures_of(models[name]), **speeds[name]} for name in ("teacher", "student"))
     results = {
         "task": task.name,
         "split": "dev",
-        "n": len(dev),
+        "n": dev["n"],
         **{
             k: v
             for k, v in pupil.items()
@@ -242,14 +275,15 @@ def compare(
             "size": teacher["modelSize"] / pupil["modelSize"],
             "throughput": pupil["reasoningTime"] / teacher["reasoningTime"],
             "retention": pupil["main_metric"] / teacher["main_metric"] if teacher["main_metric"] else 0.0,
-            "agreement": agreement(logits["teacher"], logits["student"]),
+            "agreement": dev["agreement"],
         },
+        "splits": judged,
     }
     marker: dict[str, Any] = {}
     if not task.regression:
-        width = logits["student"].shape[1]
+        width = logits["dev"]["student"].shape[1]
         for name in models:
             matrix = np.zeros((width, width), dtype=int)
-            np.add.at(matrix, (np.asarray(dev.labels_N), logits[name].argmax(axis=1)), 1)
+            np.add.at(matrix, (np.asarray(splits["dev"].labels_N), logits["dev"][name].argmax(axis=1)), 1)
             marker[f"confusion_{name}"] = matrix.tolist()
-    return results, marker
+    return results, marker, {split: logits[split] for split in unlabelled}

@@ -26,12 +26,14 @@ import torch
 import yaml
 
 from pkd_dist import __version__, checkpoint
-from pkd_dist.config import Config, load_deepspeed
-from pkd_dist.data import tasks, text, tokens
+from pkd_dist.config import Config, load_deepspeed, project_path
+from pkd_dist.data import submission, tasks, text, tokens
+from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.data.weights import class_weights
 from pkd_dist.dist import World
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import compare, evaluating, figures_of, predict, score, speed
+from pkd_dist.evaluate import compare, evaluating, figures_of, predict, scores, speed
 from pkd_dist.export import card, hf
 from pkd_dist.files import (
     changed_file,
@@ -265,8 +267,7 @@ class Pipeline:
         leftovers = [other for path in made for other in path.parent.glob(f".{path.name}.*tmp")]
         folders = {path for path in made if path.is_dir()} | {
             self.dir / "stages",
-            self.dir / "data/train",
-            self.dir / "data/dev",
+            *(self.dir / "data").glob("*"),
         }
         for leftover in (*leftovers, *(other for folder in folders for other in folder.glob(".*.tmp"))):
             remove(leftover)
@@ -367,7 +368,7 @@ class Pipeline:
                 "evaluate",
                 self._evaluate_inputs,
                 self._evaluate,
-                (self._result_file,),
+                (self._result_file, d["predictions"]),
                 lambda out: absent(self._result_file),
             ),
             Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
@@ -382,8 +383,8 @@ class Pipeline:
 
     @property
     def _dirs(self) -> dict[str, Path]:
-        names = {"data": "data", "init": "student_init", "checkpoints": "checkpoints", "export": "export"}
-        return {key: self.dir / name for key, name in names.items()}
+        names = ("data", "checkpoints", "predictions", "export")
+        return {"init": self.dir / "student_init", **{name: self.dir / name for name in names}}
 
     @property
     def _result_file(self) -> Path:
@@ -392,20 +393,23 @@ class Pipeline:
     # data
 
     def _data_inputs(self) -> dict[str, Any]:
+        task = self.config.task
+        settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
         return {
-            **text.digests(self.config.task.data, ("train", "dev"), self.task),
-            **{
-                f"task.{key}": value
-                for key, value in self.config.task.model_dump(exclude={"data", "metric", "class_weights"}).items()
-            },
+            **text.digests(task.data, text.available(task.data, self.task), self.task),
+            **{f"the text of {name}": sha256(project_path(name)) for name in task.unlabeled},
+            **{f"task.{key}": value for key, value in settings.items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
+            **({"run.seed": self.config.run.seed} if task.augment else {}),
         }
 
     def _data(self) -> dict[str, Any]:
-        def prepare() -> dict[str, Any]:
-            tokenizer = encoder.load_tokenizer(self.base)
-            train = text.read(self.config.task.data, "train", self.task, self.class_order())
-            dev = text.read(self.config.task.data, "dev", self.task, train.classes or None)
+        def write() -> dict[str, Any]:
+            task, folder = self.config.task, self._dirs["data"]
+            train, made = prepare(
+                task, self.task, self.class_order(), self._tokenizer, folder, self.config.run.seed,
+                lambda: self.world.interrupt("data"),
+            )  # fmt: skip
             if (
                 self.config.teacher.finetune is None
                 and not self.task.regression
@@ -415,37 +419,16 @@ class Pipeline:
                     f"teacher.model: {self.config.teacher.model} has {self.base_config.num_labels} classes, {train.source} has "
                     f"{len(train.classes)} ({', '.join(train.classes[:10])}); give a teacher of this task, or teacher.finetune"
                 )
-            out: dict[str, Any] = {"classes": list(train.classes), "class_names": self.task.names_of(train.classes)}
-            for name, split in (("train", train), ("dev", dev)):
-                made = tokens.tokenize(
-                    split, tokenizer, self.config.task.max_length, self._dirs["data"] / name,
-                    lambda: self.world.interrupt("data"),
-                )  # fmt: skip
-                lengths = made.lengths_N
-                out[name] = {
-                    "source": split.source,
-                    "examples": len(made),
-                    "digest": made.digest,
-                    "input_digest": made.input_digest,
-                    "tokens": int(lengths.sum()),
-                    "longest": int(lengths.max()),
-                    "truncated": made.truncated,
-                }
-                if split.classes:
-                    out[name]["per_class"] = np.bincount(split.labels_N, minlength=len(split.classes)).tolist()
-                cut = f", {made.truncated} cut to {self.config.task.max_length}" if made.truncated else ""
-                log.info("data: %s: %d examples, %d tokens%s", split.source, len(made), int(lengths.sum()), cut)
-                for note in split.notes:
-                    log.info("data: %s: %s", split.source, note)
             if len(train) < self.world.size:
                 raise UserError(
                     f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"
                 )
-            sample = {"texts": [column[:8] for column in dev.texts]}
-            write_json(self._dirs["data"] / "sample.json", sample)
-            return out
+            dev = text.read(task.data, "dev", self.task, train.classes or None)
+            write_json(folder / "sample.json", {"texts": [column[:8] for column in dev.texts]})
+            names = self.task.names_of(train.classes)
+            return {"classes": list(train.classes), "class_names": names, "sets": list(made), **made}
 
-        return self.world.on_main(prepare)
+        return self.world.on_main(write)
 
     def class_order(self) -> tuple[str, ...] | None:
         """Label values in the order of a given teacher's outputs, where its class names say so."""
@@ -466,11 +449,23 @@ class Pipeline:
         )
 
     def _data_missing(self, outputs: dict[str, Any]) -> str | None:
-        folders = [self._dirs["data"] / split for split in ("train", "dev")]
+        folders = [self._dirs["data"] / name for name in outputs["sets"]]
         return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
 
     def _tokens(self, split: str) -> TokenSet:
         return tokens.open_tokens(self._dirs["data"] / split)
+
+    @property
+    def _taught(self) -> str:
+        """The token set that the student learns from: where the teacher has no weight, text without labels has no say."""
+        return DISTILL if DISTILL in self.outputs["data"] and (self.config.distill.alpha or self.pairs) else "train"
+
+    def _class_weights(self) -> torch.Tensor | None:
+        """Collective."""
+        setting, data = self.config.task.class_weights, self.outputs["data"]
+        labels_N = np.asarray(self._tokens("train").labels_N)
+        weights_C = self.world.on_main(lambda: class_weights(setting, labels_N, data["classes"], data["class_names"]))
+        return None if weights_C is None else torch.from_numpy(weights_C)
 
     @property
     def _labels(self) -> dict[str, Any]:
@@ -487,8 +482,8 @@ class Pipeline:
 
     @cached_property
     def _used_vocabulary(self) -> np.ndarray:
-        """Token ids that occur in train or dev."""
-        arrays = [self._tokens(split).input_ids_T for split in ("train", "dev")]
+        """Token ids that occur in training or dev."""
+        arrays = [self._tokens(name).input_ids_T for name in dict.fromkeys(("train", "dev", self._taught))]
         return used_vocabulary(arrays, int(self.base_config.vocab_size), self._tokenizer.pad_token_id)
 
     @cached_property
@@ -510,12 +505,13 @@ class Pipeline:
         return digest_of(self.inputs)
 
     def _optimizer_inputs(self) -> dict[str, Any]:
-        train = self.config.train
+        train, weights = self.config.train, self.config.task.class_weights
         return {
             "run.seed": self.config.run.seed,
             "train.max_grad_norm": train.max_grad_norm,
             "train.adam_epsilon": train.adam_epsilon,
             "precision": self.precision,
+            **({"task.class_weights": weights} if weights else {}),
         }
 
     def _teacher_inputs(self) -> dict[str, Any]:
@@ -535,7 +531,8 @@ class Pipeline:
         if not self.world.on_main(folder.exists):
             progress = finetune(
                 self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self._used_vocabulary, self.deepspeed, folder, self._checkpoint_fingerprint(), self.world, self.telemetry,
+                self._class_weights(), self._used_vocabulary, self.deepspeed, folder, self._checkpoint_fingerprint(),
+                self.world, self.telemetry,
             )  # fmt: skip
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
 
@@ -568,7 +565,7 @@ class Pipeline:
         return Fingerprint(
             teacher=self.outputs["teacher"]["weights"],
             tokenizer=encoder.tokenizer_digest(self.base),
-            tokens=self.outputs["data"]["train"]["input_digest"],
+            tokens=self.outputs["data"][self._taught]["input_digest"],
             max_length=self.config.task.max_length,
             layers=tuple(theirs for _, theirs in self.pairs),
             dtype=self.config.cache.dtype,
@@ -602,14 +599,18 @@ class Pipeline:
             return {"rows": 0, "built": 0}
         with self._sole_builder():
             built = build(
-                self._cache_folder, self._kept_fingerprint(), self._tokens("train"), self._live_teacher,
+                self._cache_folder, self._kept_fingerprint(), self._tokens(self._taught), self._live_teacher,
                 self._tokenizer.pad_token_id, self.config.cache.shard_rows, self.world, self.telemetry,
             )  # fmt: skip
 
         def size() -> int:
             return sum(p.stat().st_size for p in self._cache_folder.glob("*.*s*"))
 
-        return {"rows": self.outputs["data"]["train"]["examples"], "built": built, "bytes": self.world.on_main(size)}
+        return {
+            "rows": self.outputs["data"][self._taught]["examples"],
+            "built": built,
+            "bytes": self.world.on_main(size),
+        }
 
     @contextlib.contextmanager
     def _sole_builder(self) -> Iterator[None]:
@@ -709,7 +710,8 @@ class Pipeline:
             "cache.enabled": config.cache.enabled,
             "the student's starting weights": self.outputs["init"]["weights"],
             "the teacher's answers": self._fingerprint().digest,
-            **{f"the {split} data": self.outputs["data"][split]["digest"] for split in ("train", "dev")},
+            "the training data": self.outputs["data"][self._taught]["digest"],
+            "the dev data": self.outputs["data"]["dev"]["digest"],
         }
 
     def _distill(self) -> dict[str, Any]:
@@ -734,8 +736,10 @@ class Pipeline:
         job = Job(
             name="distill",
             module=module,
-            losses=DistillationLoss(config.distill, answers, tuple(mine for mine, _ in self.pairs)),
-            train=self._tokens("train"),
+            losses=DistillationLoss(
+                config.distill, answers, tuple(mine for mine, _ in self.pairs), self._class_weights()
+            ),
+            train=self._tokens(self._taught),
             dev=self._tokens("dev"),
             task=self.task,
             pad_id=self._tokenizer.pad_token_id,
@@ -800,19 +804,30 @@ class Pipeline:
         return {
             "the student": self.outputs["distill"]["weights"],
             "the teacher": self.outputs["teacher"]["weights"],
-            "the dev data": self.outputs["data"]["dev"]["digest"],
+            **{f"the {split} data": self.outputs["data"][split]["digest"] for split in self._scored},
             "task.metric": self.task.metric,
             "evaluate.result_dir": self.config.evaluate.result_dir,
         }
 
+    @property
+    def _scored(self) -> list[str]:
+        return [name for name in self.outputs["data"]["sets"] if name not in ("train", DISTILL)]
+
     def _evaluate(self) -> dict[str, Any]:
         models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
-        results, marker = compare(models, self._tokens("dev"), self.task, self.world, self.config.evaluate.batch_size,
-                                  self.config.evaluate.latency_samples, self._tokenizer.pad_token_id)  # fmt: skip
+        splits = {split: self._tokens(split) for split in self._scored}
+        results, marker, answers = compare(models, splits, self.task, self.world, self.config.evaluate.batch_size,
+                                           self.config.evaluate.latency_samples, self._tokenizer.pad_token_id)  # fmt: skip
 
         def write() -> None:
             self._result_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._result_file, results)
+            for split, logits in answers.items():
+                for name, logits_NC in logits.items():
+                    folder = self._dirs["predictions"] / name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    path = submission.write(folder, split, self.task, logits_NC, self.outputs["data"]["classes"])
+                    log.info("evaluate: %s has no labels; the %s's answers: %s", split, name, path)
 
         self.world.on_main(write)
         return {"results": results, **marker}
@@ -897,9 +912,9 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
                 "task": pipeline.task.name,
                 "split": split,
                 "n": len(made),
-                **score(logits, part.labels_N, pipeline.task),
+                **scores(logits, made, pipeline.task),
             }
-            return figures | figures_of(model, figures.get("accuracy"), len(made)) | speeds["model"]
+            return figures | figures_of(model) | speeds["model"]
     finally:
         world.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ from pkd_dist.training.engine import Engine
 from pkd_dist.training.loop import Job, Progress, Trainer
 
 
-def gold_loss(engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
-    ce_B = hard_loss(engine(batch.inputs)[0], batch.labels_B)
-    return {"total": ce_B, "ce": ce_B}
+@dataclass(frozen=True)
+class GoldLoss:
+    """Cross-entropy with the labels alone; see `hard_loss`."""
+
+    class_weights_C: torch.Tensor | None
+
+    def __call__(self, engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
+        ce_B = hard_loss(engine(batch.inputs)[0], batch.labels_B, self.class_weights_C)
+        return {"total": ce_B, "ce": ce_B}
 
 
 def finetune(
@@ -36,6 +43,7 @@ def finetune(
     task: Task,
     train: TokenSet,
     dev: TokenSet,
+    class_weights_C: torch.Tensor | None,
     used_V: np.ndarray,
     deepspeed: dict[str, Any],
     output: Path,
@@ -48,6 +56,7 @@ def finetune(
     Args:
         base: folder or hub name to start from.
         labels: configuration fields of the classes.
+        class_weights_C: see `hard_loss`.
         used_V: token ids that occur in train or dev.
         output: made whole at the end, or not at all. Checkpoints live beside it until then.
     """
@@ -59,7 +68,7 @@ def finetune(
     job = Job(
         name="teacher",
         module=Encoder(model, used_V=used_V),
-        losses=gold_loss,
+        losses=GoldLoss(class_weights_C),
         train=train,
         dev=dev,
         task=task,
