@@ -339,8 +339,7 @@ def init_student(
 
         folder = encoder.locate(teacher, "--teacher")
         model, what = student.create(config.student, folder, folder, {}, config.run.seed)
-        model.save_pretrained(output)
-        encoder.load_tokenizer(folder, "--teacher").save_pretrained(output)
+        encoder.save_model(model, encoder.load_tokenizer(folder, "--teacher"), output)
         print(f"{output}: {encoder.parameter_count(model):,} parameters, {what}")
 
     _exit(work)

@@ -170,15 +170,28 @@ class Student(Section):
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="`teacher_layers` only: encoder layers to copy, 0-based, increasing. Default: every second one.",
+        description="`teacher_layers` only: encoder layers to copy, 0-based, increasing. Default: every second one. Of an "
+        "ALBERT, whose layers are one, only the number counts; of a ModernBERT the first one must be among them.",
     )
     num_layers: Count | None = Field(
         None,
         description="Number of layers for `first_k`, `random` (default: half the teacher's) or a folder (default: all).",
     )
+    hidden_size: Count | None = Field(
+        None,
+        description="`random` only: width of the student, a multiple of the width of the teacher's heads; the inside of a "
+        "layer follows in proportion. Default: the teacher's. A learned projection, not exported, stands before the "
+        "patience term.",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Hidden and attention dropout while distilling; null: the model's own."
     )
+
+    @model_validator(mode="after")
+    def _width(self) -> Student:
+        if self.hidden_size is not None and self.init != "random":
+            raise ValueError(f"student.hidden_size is allowed only with student.init random, not {self.init}")
+        return self
 
     @model_validator(mode="after")
     def _layers_or_number(self) -> Student:

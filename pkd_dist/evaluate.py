@@ -20,7 +20,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
-from pkd_dist.model.encoder import parameter_count
+from pkd_dist.model.encoder import accepted, parameter_count
 from pkd_dist.telemetry.progress import Bar
 
 _THROUGHPUT_EXAMPLES = 512
@@ -223,7 +223,7 @@ def compare(
     logits: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
     for name, model in models.items():
         model.to(world.device)
-        forwards[name] = lambda inputs, model=model: model(**inputs).logits
+        forwards[name] = lambda inputs, model=model: model(**accepted(model, inputs)).logits
         rows = sum(map(len, splits.values()))
         with (
             evaluating(model),

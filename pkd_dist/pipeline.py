@@ -8,7 +8,6 @@ How a stage is found done, changed or interrupted stands in `stages.py`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import platform
@@ -46,7 +45,7 @@ from pkd_dist.files import (
     write_json,
 )
 from pkd_dist.lock import Lock
-from pkd_dist.model import encoder, layers, student
+from pkd_dist.model import encoder, fit, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.ranks import discover
 from pkd_dist.stages import Markers, Stage, absent
@@ -96,6 +95,8 @@ class Pipeline:
         config = self.config
         for split in self.splits:
             text.require(config.task.data, split, self.task)
+        length = config.task.max_length
+        fit.require_fit(self.base_config, self._tokenizer, length, config.teacher.model, "teacher.model")
         if config.teacher.finetune is None:
             if not encoder.is_fine_tuned(self.base):
                 raise UserError(
@@ -103,44 +104,14 @@ class Pipeline:
                     "teacher.finetune to fine-tune it here, or a fine-tuned folder"
                 )
             self._check_given_classes()
-        longest = encoder.longest_input(self.base_config)
-        if longest and config.task.max_length > longest:
-            raise UserError(
-                f"task.max_length: {config.task.max_length} is more than {config.teacher.model} can read; give at most {longest}"
-            )
+        self.student_depth = student.planned_depth(config.student, self.base_config, self._tokenizer, length)
         depth = encoder.num_layers(self.base_config)
-        chosen = layers.copied_layers(config.student.layers, depth)
-        if config.student.init in ("first_k", "random"):
-            count = config.student.num_layers or max(1, depth // 2)
-        elif config.student.init == "teacher_layers":
-            count = config.student.num_layers or len(chosen)
-        else:
-            near = difflib.get_close_matches(config.student.init, ("teacher_layers", "first_k", "random"), n=1)
-            if near and not Path(config.student.init).exists():
-                raise UserError(f"student.init: {config.student.init!r} is not known; did you mean {near[0]}?")
-            folder = encoder.locate(config.student.init, "student.init")
-            own = encoder.load_config(folder, "student.init")
-            reads = encoder.longest_input(own)
-            if reads and config.task.max_length > reads:
-                raise UserError(
-                    f"task.max_length: {config.task.max_length} is more than {config.student.init} can read; give at most {reads}"
-                )
-            if (config.student.num_layers or 0) > encoder.num_layers(own):
-                raise UserError(
-                    f"student.num_layers: {config.student.num_layers} is more than the {encoder.num_layers(own)} layers of "
-                    f"{config.student.init}"
-                )
-            count = config.student.num_layers or encoder.num_layers(own)
-            if own.vocab_size != self.base_config.vocab_size:
-                raise UserError(
-                    f"student.init: {config.student.init} has a vocabulary of {own.vocab_size}, the teacher's has "
-                    f"{self.base_config.vocab_size}; both must read the same tokens"
-                )
-        if config.student.init in ("first_k", "teacher_layers") and count > depth:
-            raise UserError(f"student.num_layers: {count} is more than the teacher's {depth} layers")
-        self.student_depth = count
-        self.pairs = self._paired(depth, count)
-        self.rounded = config.distill.patience == "skip" and bool(self.pairs) and layers.skip_is_rounded(depth, count)
+        self.pairs = self._paired(depth, self.student_depth)
+        self.rounded = (
+            config.distill.patience == "skip"
+            and bool(self.pairs)
+            and layers.skip_is_rounded(depth, self.student_depth)
+        )
         self.kept_layers = self._kept(depth)
         self.cached = config.cache.enabled and (config.distill.alpha > 0 or bool(self.pairs))
         _, self.precision = resolve_precision(self.deepspeed, self.world.device)
@@ -902,7 +873,7 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             model.to(world.device)
 
             def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-                return model(**inputs).logits
+                return model(**encoder.accepted(model, inputs)).logits
 
             size, pad_id = config.evaluate.batch_size, tokenizer.pad_token_id
             with evaluating(model), Bar(f"evaluate, {split}", len(made)) as bar:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """203 training and 41 dev sentences: neither divides by ranks or batch. Read-only."""
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:

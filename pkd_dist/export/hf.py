@@ -17,7 +17,7 @@ from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, require_unaltered, write_atomically
-from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model, weights_digest
+from pkd_dist.model.encoder import USED_IDS, accepted, load_model, load_tokenizer, save_model, weights_digest
 from pkd_dist.model.lean import put_back
 
 TOLERANCE = 1e-5
@@ -157,7 +157,8 @@ def _verify(
     worst = 0.0
     for start in range(0, len(dev), 64):
         rows = np.arange(start, min(start + 64, len(dev)))
-        inputs = collate(dev, rows, np.ones(len(rows)), tokenizer.pad_token_id).to(reloaded.device).inputs
+        batch = collate(dev, rows, np.ones(len(rows)), tokenizer.pad_token_id).to(reloaded.device)
+        inputs = accepted(student, batch.inputs)
         worst = max(worst, float((student(**inputs).logits - reloaded(**inputs).logits).abs().max()))
     if not worst <= TOLERANCE:
         raise UserError(

@@ -5,9 +5,12 @@ Shapes: B rows, L tokens, C classes (1 for a regression), M chosen layers, H hid
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +178,15 @@ class Encoder(nn.Module):
         or (B, L, M, H) where `tokens`; None where no layer is asked for. Dtypes are those of the computation."""
         if self.vocabulary is not None:
             inputs = inputs | {"input_ids": self.vocabulary(inputs["input_ids"])}
+        inputs = accepted(self.model, inputs)
         out = self.model(**inputs, output_hidden_states=bool(layers), return_dict=True)
         if not layers:
             return out.logits, None
+        if len(out.hidden_states) != num_layers(self.model.config) + 1:
+            raise UserError(
+                f"{type(self.model).__name__} gives {len(out.hidden_states)} hidden states for "
+                f"{num_layers(self.model.config)} layers, not one after each; use a model of another family"
+            )
         chosen = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
         states = torch.stack(chosen, dim=-2)
         return out.logits, states if self.projection is None else self.projection(states)
@@ -196,11 +205,28 @@ class Encoder(nn.Module):
         return plain | {name: self.vocabulary.whole(weights[name], decay)}
 
 
+def accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a tokenizer's outputs those that this model takes: not every family has token types, or more than one."""
+    names = _parameters(type(model).forward)
+    typed = (getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    return {k: v for k, v in inputs.items() if k in names and (typed or k != "token_type_ids")}
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
 def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:
-    """The name and the list of a model's encoder layers; None where they are not a list of their own (ALBERT)."""
+    """The name and the list of a model's encoder layers; None where they are not one list of their own."""
     depth = num_layers(model.config)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return found[0] if found else ("", None)
+    return found[0] if len(found) == 1 and not shares_layers(model.config) else ("", None)
+
+
+def shares_layers(config: Any) -> bool:
+    """Whether one set of weights serves several layers (ALBERT)."""
+    return getattr(config, "num_hidden_groups", None) is not None
 
 
 def parameter_count(model: PreTrainedModel) -> int:
@@ -208,7 +234,7 @@ def parameter_count(model: PreTrainedModel) -> int:
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Writes a Hugging Face folder; the one above it exists.
+    """Writes a Hugging Face folder; the one above it exists. Its tokenizer gives what this model takes, and no more.
 
     Raises:
         UserError: the disk is full.
@@ -216,20 +242,14 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        own = copy.copy(tokenizer)
+        own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
+        own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # else not written
+        own.save_pretrained(folder)
 
 
 def num_layers(config: Any) -> int:
     return int(config.num_hidden_layers)
-
-
-def longest_input(config: Any) -> int | None:
-    """Tokens that a model has positions for; None where its configuration does not say."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return positions - offset
 
 
 def weights_digest(folder: str) -> str:

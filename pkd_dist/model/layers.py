@@ -50,18 +50,36 @@ def skip_is_rounded(teacher_layers: int, student_layers: int) -> bool:
     return teacher_layers % student_layers != 0
 
 
-def copied_layers(layers: Sequence[int] | None, teacher_layers: int) -> tuple[int, ...]:
-    """Teacher layers (from 0) that a student is made of; default: every second one, the last included.
+def copied_layers(
+    layers: Sequence[int] | None, teacher_layers: int, count: int | None = None, keep_first: bool = False
+) -> tuple[int, ...]:
+    """Teacher layers (from 0) that a student is made of.
+
+    Args:
+        layers: as chosen; None: `count` of them at even distance, by default every second one, the last included.
+        keep_first: the teacher's first layer must be the student's.
 
     Raises:
-        UserError: out of range. (Order and repeats are checked by the schema.)
+        UserError: out of range, more than there are, or the first one left out. (The schema checks order and repeats.)
     """
     if layers is None:
-        return tuple(range(teacher_layers - 1, -1, -2))[::-1]
+        if (count or 0) > teacher_layers:
+            raise UserError(f"student.num_layers: {count} is more than the teacher's {teacher_layers} layers")
+        if keep_first:
+            count = count or -(-teacher_layers // 2)
+            return tuple(round(i * (teacher_layers - 1) / max(1, count - 1)) for i in range(count))
+        if count is None:
+            return tuple(range(teacher_layers - 1, -1, -2))[::-1]
+        return tuple(round((i + 1) * teacher_layers / count) - 1 for i in range(count))
     for layer in layers:
         if layer >= teacher_layers:
             raise UserError(
                 f"student.layers: layer {layer} is out of range; the teacher has {teacher_layers} layers, "
                 f"counted 0 to {teacher_layers - 1}"
             )
+    if keep_first and layers[0] != 0:
+        raise UserError(
+            f"student.layers: {list(layers)} must begin with 0: this family's first layer alone has no norm before its "
+            "attention, so no other layer can take its place"
+        )
     return tuple(layers)

@@ -25,6 +25,15 @@ from torch import nn
 
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 """Families of one layer structure, whose classification heads read the first token of the last layer."""
+_POSITIONS_FOLLOW_PADDING = (
+    "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "ibert", "mpnet",
+    "longformer", "luke", "xmod",
+)  # fmt: skip
+
+
+def positions_follow_padding(config: Any) -> bool:
+    """Whether a model counts positions from its padding token's id, over the tokens that are not it."""
+    return getattr(config, "model_type", None) in _POSITIONS_FOLLOW_PADDING
 
 
 def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
@@ -61,9 +70,9 @@ def _first_token_layer(
 
 
 def used_vocabulary(token_arrays: Iterable[np.ndarray], size: int, pad_id: int) -> np.ndarray:
-    """Ids that occur, ascending, and every id up to the padding's (which so keeps its number in a compact table)."""
+    """Ids that occur and the padding's, ascending."""
     used = np.zeros(size, dtype=bool)
-    used[: pad_id + 1] = True
+    used[pad_id] = True
     for array in token_arrays:
         for start in range(0, len(array), 1 << 20):
             used[array[start : start + (1 << 20)]] = True
@@ -81,16 +90,19 @@ class CompactVocabulary(nn.Module):
     def __init__(self, model: nn.Module, used_V: np.ndarray):
         super().__init__()
         full: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+        pad = full.padding_idx
+        if pad is not None and positions_follow_padding(model.config):
+            used_V = np.union1d(used_V, np.arange(pad + 1))  # so that padding keeps its number
         used = torch.from_numpy(used_V)
         self.name = next(name for name, p in model.named_parameters() if p is full.weight)
         self._start = full.weight.detach().clone()
-        shape = (len(used), full.embedding_dim)
-        compact = nn.Embedding(*shape, padding_idx=full.padding_idx, dtype=full.weight.dtype)
+        place = torch.full((full.num_embeddings,), len(used), dtype=torch.int64)  # an id not in the table is refused
+        place[used] = torch.arange(len(used))
+        padding = int(place[pad]) if pad is not None and pad in used_V else None
+        compact = nn.Embedding(len(used), full.embedding_dim, padding_idx=padding, dtype=full.weight.dtype)
         with torch.no_grad():
             compact.weight.copy_(full.weight[used])
         model.set_input_embeddings(compact)  # type: ignore[operator]
-        place = torch.full((full.num_embeddings,), len(used), dtype=torch.int64)  # an id not in the table is refused
-        place[used] = torch.arange(len(used))
         self.place: torch.Tensor
         self.used: torch.Tensor
         self.register_buffer("place", place, persistent=False)

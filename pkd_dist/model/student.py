@@ -4,6 +4,7 @@ folder of the user's own. Each way ends in a Hugging Face folder."""
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,28 +17,126 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pkd_dist.config import Student as StudentConfig
 from pkd_dist.errors import UserError
-from pkd_dist.model.encoder import Encoder, encoder_layers, load_config, load_model, locate, num_layers
+from pkd_dist.model.encoder import (
+    Encoder,
+    encoder_layers,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    num_layers,
+    shares_layers,
+)
+from pkd_dist.model.fit import require_fit, require_same_tokens
 from pkd_dist.model.layers import copied_layers
+
+WAYS = ("teacher_layers", "first_k", "random")
+"""Values of `student.init` that are not a folder."""
+
+
+def planned_depth(config: StudentConfig, teacher: Any, tokenizer: Any, max_length: int) -> int:
+    """The number of layers that a student will have.
+
+    Args:
+        config: `student` of the run.
+        teacher: the teacher's configuration.
+        tokenizer: the run's (the teacher's).
+        max_length: of the run's inputs, tokens.
+
+    Raises:
+        UserError: whatever can be known to be wrong before it is made.
+    """
+    if config.init in WAYS:
+        if config.hidden_size:
+            _resized(teacher, config.hidden_size)
+        return len(_chosen_layers(config, teacher))
+    near = difflib.get_close_matches(config.init, WAYS, n=1)
+    if near and not Path(config.init).exists():
+        raise UserError(f"student.init: {config.init!r} is not known; did you mean {near[0]}?")
+    folder = locate(config.init, "student.init")
+    own = load_config(folder, "student.init")
+    require_same_tokens(tokenizer, load_tokenizer(folder, "student.init"), config.init)
+    require_fit(own, tokenizer, max_length, config.init, "student.init")
+    return len(_chosen_layers(config, own))
+
+
+def _chosen_layers(config: StudentConfig, source: Any) -> tuple[int, ...]:
+    """Layers (from 0) that a student has of a model of configuration `source`; of random ones only the number counts."""
+    total = num_layers(source)
+    if config.init == "teacher_layers":
+        chosen = copied_layers(config.layers, total, config.num_layers, source.model_type == "modernbert")
+    else:
+        count = config.num_layers or (max(1, total // 2) if config.init in WAYS else total)
+        if count > total and config.init != "random":
+            whose = (
+                f"the {total} layers of {config.init}" if config.init not in WAYS else f"the teacher's {total} layers"
+            )
+            raise UserError(f"student.num_layers: {count} is more than {whose}")
+        chosen = tuple(range(count))
+    groups = getattr(source, "num_hidden_groups", None) or 1
+    if groups > 1 and len(chosen) < total:
+        raise UserError(
+            f"student.init: {config.init}: {total} layers share {groups} groups of weights, by their place in the whole, so "
+            "fewer layers would be others; use a teacher with one group, or a folder of your own as it is"
+        )
+    return chosen
+
+
+def _cut(config: Any, layers: Sequence[int]) -> Any:
+    """A model configuration with these layers alone (from 0; where there are more than it has, all else is repeated)."""
+    config = copy.deepcopy(config)
+    types = getattr(config, "layer_types", None)  # global or local attention: a layer keeps its own
+    if types is not None:
+        config.layer_types = [types[i % len(types)] for i in layers]
+    config.num_hidden_layers = len(layers)
+    return config
+
+
+def _resized(config: Any, hidden: int) -> Any:
+    """A model configuration of another width: heads as wide as before, so more or fewer; all else in proportion.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    config = copy.deepcopy(config)
+    before, head = int(config.hidden_size), int(config.hidden_size) // int(config.num_attention_heads)
+    inner = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # DistilBERT's name for it
+    scaled = getattr(config, inner) * hidden
+    if hidden % head or scaled % before:
+        raise UserError(
+            f"student.hidden_size: {hidden} does not fit: the teacher's heads are {head} wide and its {before} become "
+            f"{getattr(config, inner)} inside a layer; give a multiple of {head} that keeps this ratio whole"
+        )
+    for name in ("embedding_size", "pooler_hidden_size"):  # where they were not a width of their own
+        if getattr(config, name, None) == before:
+            setattr(config, name, hidden)
+    config.hidden_size, config.num_attention_heads = hidden, hidden // head
+    setattr(config, inner, scaled // before)
+    return config
 
 
 def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model made of the chosen encoder layers of `source` (from 0) and all that is not an encoder layer."""
-    config = copy.deepcopy(source.config)
-    config.num_hidden_layers = len(layers)
-    model = AutoModelForSequenceClassification.from_config(config)
-    prefix, found = encoder_layers(source)
-    if found is None:
-        raise UserError(
-            f"{type(source).__name__} has no list of encoder layers to copy from; use student.init random or a folder"
-        )
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
-    weights = {}
-    for name, value in source.state_dict().items():
-        match = pattern.fullmatch(name)
-        if match is None:
-            weights[name] = value
-        elif int(match[1]) in layers:
-            weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
+    """A model made of the chosen encoder layers of `source` (from 0) and all that is not an encoder layer. Where one set
+    of weights serves all layers (ALBERT) only their number counts.
+
+    Raises:
+        UserError: its layers are not one list.
+    """
+    weights = source.state_dict()
+    if not shares_layers(source.config):
+        prefix, found = encoder_layers(source)
+        if found is None:
+            raise UserError(
+                f"{type(source).__name__} has no list of encoder layers to copy from; use student.init random or a folder"
+            )
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
+        for name in list(weights):
+            match = pattern.fullmatch(name)
+            if match is not None:
+                value = weights.pop(name)
+                if int(match[1]) in layers:
+                    weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
+    model = AutoModelForSequenceClassification.from_config(_cut(source.config, layers), dtype=torch.float32)
     model.load_state_dict(weights)
     return model
 
@@ -62,40 +161,27 @@ def create(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        shape = load_config(teacher)
-        wanted = config.num_layers or max(1, num_layers(shape) // 2)
-        if config.init == "teacher_layers":
-            chosen = copied_layers(config.layers, num_layers(shape))
-            if config.layers is None and config.num_layers:
-                chosen = _spread(config.num_layers, num_layers(shape))
-            return take_layers(load_model(teacher), chosen), f"teacher layers {list(chosen)} (from 0)"
         if config.init == "random":
-            shape.num_hidden_layers = wanted
+            shape = load_config(teacher)
+            layers = _chosen_layers(config, shape)
+            if config.hidden_size:
+                shape = _resized(shape, config.hidden_size)
+            shape = _cut(shape, layers)
             for name, value in labels.items():
                 setattr(shape, name, value)
-            return AutoModelForSequenceClassification.from_config(shape), f"{wanted} layers of random weights"
+            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
+            return model, f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
+        if config.init == "teacher_layers":
+            source = load_model(teacher)
+            layers = _chosen_layers(config, source.config)
+            return take_layers(source, layers), f"teacher layers {list(layers)} (from 0)"
         if config.init == "first_k":
             source = load_model(pretrained, new_head=True, **labels)
-            if wanted > num_layers(source.config):
-                raise UserError(
-                    f"student.num_layers: {wanted} is more than the {num_layers(source.config)} layers of {pretrained}"
-                )
-            return take_layers(source, range(wanted)), f"the first {wanted} layers of {pretrained}"
+            layers = _chosen_layers(config, source.config)
+            return take_layers(source, layers), f"the first {len(layers)} layers of {pretrained}"
         source = load_model(locate(config.init, "student.init"), "student.init", new_head=True, **labels)
-        if config.num_layers and config.num_layers > num_layers(source.config):
-            raise UserError(
-                f"student.num_layers: {config.num_layers} is more than the {num_layers(source.config)} layers of {config.init}"
-            )
-        return (
-            take_layers(source, range(config.num_layers)) if config.num_layers else source
-        ), f"the folder {config.init}"
-
-
-def _spread(count: int, total: int) -> tuple[int, ...]:
-    """`count` of `total` layers at even distance, the last included."""
-    if count > total:
-        raise UserError(f"student.num_layers: {count} is more than the teacher's {total} layers")
-    return tuple(round((i + 1) * total / count) - 1 for i in range(count))
+        layers = _chosen_layers(config, source.config)
+        return take_layers(source, layers) if config.num_layers else source, f"the folder {config.init}"
 
 
 def open_student(

@@ -52,3 +52,13 @@ def test_copied_layers():
     assert copied_layers(None, 6) == (1, 3, 5)
     with pytest.raises(UserError, match="counted 0 to 5"):
         copied_layers([1, 6], 6)
+
+
+@pytest.mark.parametrize("teacher", range(1, 25))
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_layers_at_even_distance(teacher, keep_first):
+    for count in (None, *range(1, teacher + 1)):
+        chosen = copied_layers(None, teacher, count, keep_first)
+        assert len(chosen) == (count or -(-teacher // 2)) and list(chosen) == sorted(set(chosen))
+        assert chosen[-1] == teacher - 1 or chosen == (0,)
+        assert chosen[0] == 0 or not keep_first

@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForSequenceClassification, BertConfig, ElectraConfig, RobertaConfig
 
-from pkd_dist.model.encoder import Encoder, longest_input
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.fit import longest_input
 from pkd_dist.model.lean import used_vocabulary
 
 SHAPE = {
     "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = [BertConfig, RobertaConfig, ElectraConfig]
 
 
@@ -35,7 +37,7 @@ def pair(family, dtype=torch.float64):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_states_and_gradients(family):
-    plain, lean, inputs, used = pair(family)
+    plain, lean, inputs, _ = pair(family)
     assert lean.lean_last_layer and lean.vocabulary is not None
     out = plain(**inputs, output_hidden_states=True)
     logits, states = lean(inputs, (1, 2))
@@ -47,7 +49,7 @@ def test_logits_states_and_gradients(family):
     for name, p in plain.named_parameters():
         mine = gradients[name]
         if name == lean.vocabulary.name:
-            torch.testing.assert_close(mine, p.grad[torch.from_numpy(used)], rtol=0, atol=1e-12)
+            torch.testing.assert_close(mine, p.grad[lean.vocabulary.used], rtol=0, atol=1e-12)
         elif p.grad is not None:
             torch.testing.assert_close(mine, p.grad, rtol=0, atol=1e-12)
 
@@ -89,6 +91,20 @@ def test_token_states_keep_the_whole_last_layer():
     _, states = lean(inputs, (1, 3), tokens=True)
     hidden = plain(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[:, :, 1], hidden[3], rtol=0, atol=1e-12)
+
+
+def test_a_padding_token_of_a_high_number_keeps_no_others():
+    config = BertConfig(**SHAPE, pad_token_id=190)
+    plain = AutoModelForSequenceClassification.from_config(config).double().eval()
+    ids = torch.tensor([[5, 80, 190], [7, 9, 6]])
+    used = used_vocabulary([ids.numpy().ravel()], 200, 190)
+    lean = Encoder(copy.deepcopy(plain), used_V=used)
+    assert lean.vocabulary.used.tolist() == [5, 6, 7, 9, 80, 190]
+    inputs = {"input_ids": ids, "attention_mask": (ids != 190).long()}
+    torch.testing.assert_close(lean(inputs)[0], plain(**inputs).logits, rtol=0, atol=1e-12)
+    lean(inputs)[0].sum().backward()
+    table = lean.model.get_input_embeddings().weight
+    assert not table.grad[5].any() and table.grad[:5].any(1).all(), "padding is not trained"
 
 
 def test_a_token_outside_the_table_is_an_error_not_a_wrong_row():

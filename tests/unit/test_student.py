@@ -90,7 +90,7 @@ def test_the_first_layers_before_fine_tuning(teacher, deep):
 
 def test_random_weights_of_the_teachers_shape(teacher, deep):
     student, what = create(Student(init="random", num_layers=3), teacher, deep, LABELS, 42)
-    assert what == "3 layers of random weights" and student.config.num_hidden_layers == 3
+    assert what == "3 layers of random weights, 16 wide" and student.config.num_hidden_layers == 3
     source = weights(teacher)
     for name, value in student.state_dict().items():
         assert value.shape == source[name].shape
@@ -113,7 +113,7 @@ def test_what_is_drawn_follows_the_seed_and_disturbs_nothing(teacher, deep, init
     [
         ({"layers": [3, 12]}, "student.layers: layer 12 is out of range; the teacher has 12 layers, counted 0 to 11"),
         ({"num_layers": 13}, "student.num_layers: 13 is more than the teacher's 12 layers"),
-        ({"init": "first_k", "num_layers": 13}, "student.num_layers: 13 is more than the 12 layers of"),
+        ({"init": "first_k", "num_layers": 13}, "student.num_layers: 13 is more than the teacher's 12 layers"),
         ({"init": "./nowhere"}, "student.init: no such folder: ./nowhere"),
     ],
 )

