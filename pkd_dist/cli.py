@@ -334,12 +334,16 @@ def init_student(
     def work() -> None:
         if output.exists():
             raise UserError(f"--output: {output} exists; choose a new folder")
+        if not output.absolute().parent.is_dir():
+            raise UserError(f"--output: no such folder: {output.absolute().parent}")
         config = schema.load(None, ["run.dir=unused", f"student.layers=[{layers}]"])
-        from pkd_dist.model import encoder, student
+        from pkd_dist.model import encoder, fit, student
 
         folder = encoder.locate(teacher, "--teacher")
+        tokenizer = encoder.load_tokenizer(folder, "--teacher")
+        fit.require_fit(encoder.load_config(folder, "--teacher"), tokenizer, 1, teacher, "--teacher")
         model, what = student.create(config.student, folder, folder, {}, config.run.seed)
-        encoder.save_model(model, encoder.load_tokenizer(folder, "--teacher"), output)
+        encoder.save_model(model, tokenizer, output)
         print(f"{output}: {encoder.parameter_count(model):,} parameters, {what}")
 
     _exit(work)

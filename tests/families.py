@@ -66,13 +66,15 @@ def tokenizer_of(family: str) -> hf.PreTrainedTokenizerFast:
     return make_tokenizer(ROBERTA_SPECIAL if family == "roberta" else BERT_SPECIAL)
 
 
-def make_folder(folder: Path, family: str, classifier: bool = False, **fields: Any) -> str:
-    """A Hugging Face folder: a body, or a classifier (with classes "no" and "yes"). Its tokenizer gives token types,
-    whatever the family."""
+def make_folder(
+    folder: Path, family: str, classifier: bool = False, names: tuple[str, ...] = ("no", "yes"), **fields: Any
+) -> str:
+    """A Hugging Face folder: a body, or a classifier of classes `names`. Its tokenizer gives token types, whatever the
+    family."""
     torch.manual_seed(3)
     config = shape_of(family, **fields)
     if classifier:
-        config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     kind = hf.AutoModelForSequenceClassification if classifier else hf.AutoModel
     model = kind.from_config(config)
     with torch.no_grad():

@@ -161,20 +161,17 @@ def create(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if config.init == "teacher_layers":
+            layers = _chosen_layers(config, load_config(teacher))
+            return take_layers(load_model(teacher), layers), f"teacher layers {list(layers)} (from 0)"
         if config.init == "random":
             shape = load_config(teacher)
             layers = _chosen_layers(config, shape)
-            if config.hidden_size:
-                shape = _resized(shape, config.hidden_size)
-            shape = _cut(shape, layers)
+            shape = _cut(_resized(shape, config.hidden_size) if config.hidden_size else shape, layers)
             for name, value in labels.items():
                 setattr(shape, name, value)
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
             return model, f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
-        if config.init == "teacher_layers":
-            source = load_model(teacher)
-            layers = _chosen_layers(config, source.config)
-            return take_layers(source, layers), f"teacher layers {list(layers)} (from 0)"
         if config.init == "first_k":
             source = load_model(pretrained, new_head=True, **labels)
             layers = _chosen_layers(config, source.config)

@@ -5,13 +5,15 @@ import pytest
 import torch
 from conftest import make_body
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, pipeline
+from typer.testing import CliRunner
 
+from pkd_dist.cli import app
 from pkd_dist.config import Student
 from pkd_dist.errors import UserError
 from pkd_dist.export.hf import best_student
 from pkd_dist.files import sha256
-from pkd_dist.model.encoder import load_model
+from pkd_dist.model.encoder import load_model, load_tokenizer, save_model
 from pkd_dist.model.student import create, open_student
 
 LABELS = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
@@ -33,7 +35,7 @@ def teacher(deep, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
+    save_model(model, load_tokenizer(deep), folder)
     return str(folder)
 
 
@@ -77,6 +79,53 @@ def test_chosen_layers_of_the_teacher(teacher, deep):
 def test_layers_that_are_not_named_are_spread(teacher, deep, settings, layers):
     student, _ = create(Student(**settings), teacher, deep, LABELS, 42)
     is_made_of(student, weights(teacher), layers)
+
+
+def init_student(teacher, layers, output):
+    """`pkd init-student`, in this process."""
+    arguments = ["init-student", "--teacher", str(teacher), "--layers", layers, "--output", str(output)]
+    return CliRunner().invoke(app, arguments)
+
+
+def test_pkd_init_student_writes_chosen_layers_bit_for_bit(teacher, tmp_path):
+    done = init_student(teacher, "2,6,10", tmp_path / "student")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{tmp_path / 'student'}: 9,106 parameters, teacher layers [2, 6, 10] (from 0)\n"
+    is_made_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "student"), weights(teacher), [2, 6, 10])
+    assert pipeline("text-classification", str(tmp_path / "student"))("a good film")[0]["label"] in ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("3,12", "student.layers: layer 12 is out of range; the teacher has 12 layers, counted 0 to 11"),
+        ("6,2", "student.layers must be increasing without repeats, not [6, 2]"),
+        ("a,b", "student.layers.0: 'a' is refused: input should be a valid integer"),
+        ("", "student.layers is empty; it must name at least one teacher layer"),
+    ],
+)
+def test_pkd_init_student_refuses_layers(teacher, tmp_path, layers, message):
+    done = init_student(teacher, layers, tmp_path / "student")
+    assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1, done.output
+    assert not (tmp_path / "student").exists()
+
+
+def test_pkd_init_student_refuses_folders(teacher, deep, tmp_path):
+    decoder = tmp_path / "gpt2"
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=60, n_embd=16, n_layer=4, n_head=2, n_positions=64)
+    ).save_pretrained(decoder)
+    load_tokenizer(deep).save_pretrained(decoder)
+    for source, output, message in (
+        (decoder, tmp_path / "student", f"--teacher: {decoder} is a gpt2, which predicts the next token"),
+        (deep, tmp_path / "student", "lacks the weights of classifier.bias; it is not fine-tuned"),
+        (tmp_path / "none", tmp_path / "student", f"--teacher: no such folder: {tmp_path / 'none'}"),
+        (teacher, tmp_path / "none/student", f"--output: no such folder: {tmp_path / 'none'}"),
+        (teacher, decoder, f"--output: {decoder} exists; choose a new folder"),
+    ):
+        done = init_student(source, "1,3", output)
+        assert done.exit_code == 2 and message in done.output, done.output
+    assert not (tmp_path / "student").exists()
 
 
 def test_the_first_layers_before_fine_tuning(teacher, deep):
