@@ -15,7 +15,7 @@ Where a model's family does not allow a saving it is left as it is.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-"""Families of one layer structure, whose classification heads read the first token of the last layer."""
+"""Families of one layer structure, whose classification heads read the first token of the last layer; DistilBERT's
+layer is the same by other names."""
 _POSITIONS_FOLLOW_PADDING = (
     "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "ibert", "mpnet",
     "longformer", "luke", "xmod",
@@ -42,31 +43,48 @@ def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
     Returns:
         False where the model's family is not known to read the first token alone; the model is then unchanged.
     """
-    if getattr(model.config, "model_type", None) not in _BERT_LIKE or layers is None:
+    family = getattr(model.config, "model_type", None)
+    if family not in (*_BERT_LIKE, "distilbert") or layers is None:
         return False
     if (
         getattr(model.config, "is_decoder", False)
         or getattr(model.config, "position_embedding_type", "absolute") != "absolute"
     ):
         return False
-    layers[-1].forward = types.MethodType(_first_token_layer, layers[-1])  # type: ignore[method-assign]
+    forward = _first_token_block if family == "distilbert" else _first_token_layer
+    layers[-1].forward = types.MethodType(forward, layers[-1])  # type: ignore[method-assign]
     return True
 
 
 def _first_token_layer(
     layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
-    attention = layer.attention.self
-    first_B1H = hidden_BLH[:, :1]
-    heads = (attention.num_attention_heads, attention.attention_head_size)
+    attention, first_B1H = layer.attention.self, hidden_BLH[:, :1]
+    parts, dropout = (attention.query, attention.key, attention.value), attention.dropout.p if layer.training else 0.0
+    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    return layer.feed_forward_chunk(layer.attention.output(context_B1H, first_B1H))
+
+
+def _first_token_block(
+    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    attention, first_B1H = layer.attention, hidden_BLH[:, :1]
+    parts, dropout = (attention.q_lin, attention.k_lin, attention.v_lin), attention.dropout.p if layer.training else 0.0
+    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    attended_B1H = layer.sa_layer_norm(attention.out_lin(context_B1H) + first_B1H)
+    return layer.output_layer_norm(layer.ffn(attended_B1H) + attended_B1H)
+
+
+def _attend(
+    parts: Sequence[nn.Module], head_size: int, hidden_BLH: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """What the first token takes from all, (B, 1, H), through the projections to query, key and value."""
     query, key, value = (
-        part(states).unflatten(-1, heads).transpose(1, 2)
-        for part, states in ((attention.query, first_B1H), (attention.key, hidden_BLH), (attention.value, hidden_BLH))
+        part(states).unflatten(-1, (-1, head_size)).transpose(1, 2)
+        for part, states in zip(parts, (hidden_BLH[:, :1], hidden_BLH, hidden_BLH), strict=True)
     )
-    mask = None if attention_mask is None else attention_mask[:, :, :1]
-    dropout = attention.dropout.p if layer.training else 0.0
-    context = F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
-    return layer.feed_forward_chunk(layer.attention.output(context, first_B1H))
+    first = None if mask is None else mask[:, :, :1]
+    return F.scaled_dot_product_attention(query, key, value, first, dropout).transpose(1, 2).flatten(2)
 
 
 def used_vocabulary(token_arrays: Iterable[np.ndarray], size: int, pad_id: int) -> np.ndarray:
