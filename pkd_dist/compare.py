@@ -33,7 +33,8 @@ from pkd_dist.data import tasks
 from pkd_dist.errors import Preempted, UserError
 from pkd_dist.files import digest_of, write_atomically, write_json
 from pkd_dist.model import encoder
-from pkd_dist.model.layers import copied_layers, paired_layers
+from pkd_dist.model.layers import paired_layers
+from pkd_dist.model.student import planned_depth
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
@@ -132,8 +133,8 @@ class Comparison:
         self.command = shlex.split(launcher) or [sys.executable]
         self.jobs, self.seeds = jobs, list(seeds)
         self.base = self._resolved({})
-        self.teacher = encoder.locate(self.base.teacher.model)
-        self.depth = encoder.num_layers(encoder.load_config(self.teacher))
+        folder = encoder.locate(self.base.teacher.model)
+        self.teacher, self.tokenizer = encoder.load_config(folder), encoder.load_tokenizer(folder)
         self.methods = {name: self._complete(method) for name, method in methods.items()}
         self.trials = [self._trial(name, seed) for seed in seeds for name in self.methods]
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -143,10 +144,8 @@ class Comparison:
         return load(self.config_file, [*self.given, f"run.dir={self.output}", *as_arguments(overrides)])
 
     def _student_layers(self, method: Overrides) -> int:
-        student = self._resolved({k: v for k, v in method.items() if k != "student.init"}).student
-        if student.init not in ("teacher_layers", "random", "first_k") and not student.num_layers:
-            return encoder.num_layers(encoder.load_config(encoder.locate(student.init, "student.init"), "student.init"))
-        return student.num_layers or len(copied_layers(student.layers, self.depth))
+        config = self._resolved({key: value for key, value in method.items() if key != "student.init"})
+        return planned_depth(config.student, self.teacher, self.tokenizer, config.task.max_length)
 
     def _complete(self, method: Overrides) -> Overrides:
         """A method with what its starting weights need: a number of layers, and the model to take them from."""
@@ -177,7 +176,9 @@ class Comparison:
         for method in self.methods.values():
             distill = self._resolved(method).distill
             if distill.beta and distill.states == "cls":
-                needed |= {*paired_layers(distill.patience, self.depth, self._student_layers(method))}
+                needed |= {
+                    *paired_layers(distill.patience, encoder.num_layers(self.teacher), self._student_layers(method))
+                }
                 needed |= {0} if distill.pair_embeddings else set()
         return sorted(needed)
 

@@ -108,9 +108,7 @@ class Pipeline:
         depth = encoder.num_layers(self.base_config)
         self.pairs = self._paired(depth, self.student_depth)
         self.rounded = (
-            config.distill.patience == "skip"
-            and bool(self.pairs)
-            and layers.skip_is_rounded(depth, self.student_depth)
+            config.distill.patience == "skip" and bool(self.pairs) and layers.skip_is_rounded(depth, self.student_depth)
         )
         self.kept_layers = self._kept(depth)
         self.cached = config.cache.enabled and (config.distill.alpha > 0 or bool(self.pairs))

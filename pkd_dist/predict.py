@@ -13,6 +13,7 @@ import torch
 
 from pkd_dist.errors import UserError
 from pkd_dist.model import encoder
+from pkd_dist.model.fit import longest_input
 
 
 def lines(file: str) -> Iterator[tuple[str, str]]:
@@ -53,7 +54,7 @@ def predict(
     folder = encoder.locate(model, "--model")
     classifier: Any = encoder.load_model(folder, "--model")
     tokenizer = encoder.load_tokenizer(folder, "--model")
-    longest = encoder.longest_input(classifier.config)
+    longest = longest_input(classifier.config)
     if longest and max_length > longest:
         raise UserError(f"--max-length: {max_length} is more than {model} can read; give at most {longest}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
 """`make bench-glue`: trains all methods on each data set, one after the other; goes on where it was stopped.
 
-    python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench]
-    python -m benchmarks.glue --report       # docs/results.md and its plot from benchmarks/results/glue.json alone
+python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench]
+python -m benchmarks.glue --report       # docs/results.md and its plot from benchmarks/results/glue.json alone
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(DATA), help="data sets, in this order")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--report", action="store_true", help="only write docs/results.md from benchmarks/results/glue.json")
+    parser.add_argument(
+        "--report", action="store_true", help="only write docs/results.md from benchmarks/results/glue.json"
+    )
     options = parser.parse_args()
     only = options.only.split(",")
     if unknown := set(only) - set(DATA):

@@ -166,7 +166,7 @@ def test_a_student_of_another_width_and_of_random_weights(folder, family, tmp_pa
     assert student.config.num_attention_heads == 2, "the heads are as wide as the teacher's"
     assert (student.config.hidden_dim if family == "distilbert" else student.config.intermediate_size) == 32
     save_model(student, load_tokenizer(folder), tmp_path / "init")
-    trained = open_student(tmp_path / "init", None, 32, 1, np.arange(SIZE), False)
+    trained = open_student(tmp_path / "init", None, "auto", 32, 1, np.arange(SIZE), False)
     logits, states = trained(read(load_tokenizer(folder)), (1,))
     assert logits.shape == (3, 2) and states.shape == (3, 1, 32)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "init")
@@ -218,7 +218,7 @@ def test_a_student_of_another_family_with_the_teachers_tokens(folder, family, tm
     student, what = create(settings, teacher, teacher, LABELS, 1)
     assert student.config.model_type == family and what == f"the folder {folder}"
     save_model(student, tokenizer, tmp_path / "init")
-    trained = open_student(tmp_path / "init", 0.0, 32, 1, np.arange(SIZE), False)
+    trained = open_student(tmp_path / "init", 0.0, "auto", 32, 1, np.arange(SIZE), False)
     assert trained(read(tokenizer, pairs=True), (1, 2))[1].shape == (3, 2, 32)
 
 
