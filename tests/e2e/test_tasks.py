@@ -1,0 +1,165 @@
+"""Whole runs of other tasks than two classes of single sentences: three classes of pairs as GLUE ships them, a regression,
+fifty classes with text that only the teacher labels; and what `pkd predict` and `pkd compare` make of them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment, launch, results, sentences, write_config, write_tsv
+from glue_folders import FOLDERS, put
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pkd_dist.predict import predict
+
+CLASSES = [f"topic {i}" for i in range(50)]
+
+
+def finished(settings, tmp_path, **task):
+    settings["task"] = {"max_length": 32, **task}
+    settings["teacher"]["finetune"]["epochs"] = settings["train"]["epochs"] = 1
+    done = launch("--config", write_config(settings, tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done, tmp_path / "run"
+
+
+def answers(run, texts, pair=False):
+    given = ((f"text {i}", text) for i, text in enumerate(texts))
+    return [json.loads(line) for line in predict(str(run / "export"), given, pair, 32, 2)]
+
+
+def logits_of(run, *columns):
+    """What plain transformers says."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
+    return model(**tokenizer(*columns, padding=True, return_tensors="pt")).logits.detach().numpy()
+
+
+def test_three_classes_of_pairs_with_two_dev_sets_and_tests_without_labels(settings, tmp_path):
+    data = put(tmp_path / "MNLI", **FOLDERS["mnli"])
+    done, run = finished(settings, tmp_path, name="mnli", data=data)
+    assert "nobody could decide" in done.stdout, "what is left out is said"
+    found = results(run)
+    assert found["n"] == 2 and set(found["splits"]) == {"dev_mismatched"}
+    assert found["splits"]["dev_mismatched"]["n"] == 2 and "accuracy" in found["splits"]["dev_mismatched"]["student"]
+    names = ["entailment", "neutral", "contradiction"]
+    for side in ("teacher", "student"):
+        for file in ("MNLI-m.tsv", "MNLI-mm.tsv"):
+            header, *rows = (run / "predictions" / side / file).read_text().splitlines()
+            assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == ["0", "1"]
+            assert {row.split("\t")[1] for row in rows} <= set(names)
+    logits = logits_of(run, ["a", "b"], ["d", "d"])
+    said = answers(run, ["a\td", "b\td"], pair=True)
+    assert [s["label"] for s in said] == [names[i] for i in logits.argmax(axis=1)]
+    assert [row.split("\t")[1] for row in (run / "predictions/student/MNLI-m.tsv").read_text().splitlines()[1:]] == [
+        s["label"] for s in said
+    ]
+    assert list(said[0]["probabilities"]) == names and said[0]["text_pair"] == "d"
+
+
+def test_a_regression(settings, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [(a, b, rng.uniform(0, 5)) for (a, _), (b, _) in zip(sentences(83, 3), sentences(83, 4), strict=True)]
+    for split, part in (("train", rows[:60]), ("dev", rows[60:])):
+        table = "sentence1\tsentence2\tscore\n" + "".join(f"{a}\t{b}\t{s:.3f}\n" for a, b, s in part)
+        put(tmp_path / "STS-B", **{f"{split}__tsv": table})
+    put(tmp_path / "STS-B", test__tsv=FOLDERS["stsb"]["test__tsv"])
+    _, run = finished(settings, tmp_path, name="stsb", data=str(tmp_path / "STS-B"))
+    found = results(run)
+    dev = rows[60:]
+    predicted = logits_of(run, [a for a, _, _ in dev], [b for _, b, _ in dev])[:, 0]
+    gold = [round(s, 3) for _, _, s in dev]
+    assert found["pearson"] == pytest.approx(pearsonr(predicted, gold).statistic, abs=1e-4)
+    assert found["spearman"] == pytest.approx(spearmanr(predicted, gold).statistic, abs=1e-2)
+    assert found["main_metric"] == pytest.approx((found["pearson"] + found["spearman"]) / 2)
+    values = [answer["value"] for answer in answers(run, ["e\tf", "g\th"], pair=True)]
+    submitted = (run / "predictions/student/STS-B.tsv").read_text().splitlines()[1:]
+    assert [float(line.split("\t")[1]) for line in submitted] == pytest.approx(np.clip(values, 0, 5), abs=2e-3)
+
+
+def test_fifty_classes_with_more_text_than_labels(settings, tmp_path):
+    def rows(count, seed):
+        rng = np.random.default_rng(seed)
+        return [{"body": text, "topic": CLASSES[rng.integers(50)]} for text, _ in sentences(count, seed)]
+
+    train = rows(200, 1) + [{"body": f"film {chr(97 + i % 26)} plot", "topic": name} for i, name in enumerate(CLASSES)]
+    for split, part in (("train", train), ("dev", rows(60, 2))):
+        put(tmp_path / "data", **{f"{split}__jsonl": "\n".join(map(json.dumps, part))})
+    more = ["the scene is warm", "the scene is warm", train[0]["body"], "a cold actor and a cold plot"]
+    put(tmp_path / "data", more__txt="\n".join(more))
+    done, run = finished(
+        settings, tmp_path, name="custom", data=str(tmp_path / "data"), text=["body"], label="topic",
+        unlabeled=[str(tmp_path / "data/more.txt")], augment={"copies": 1}, class_weights="balanced",
+    )  # fmt: skip
+    assert "2 of 4 texts are left out" in done.stdout
+    made = json.loads((run / "stages/data.json").read_text())["outputs"]
+    assert made["train"]["examples"] == made["train"]["labelled"] == made["distill"]["labelled"] == 250
+    examples = made["distill"]["examples"]
+    assert 252 < examples <= 502
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in steps) == -(-examples // 16)
+    config = json.loads((run / "export/config.json").read_text())
+    assert sorted(config["label2id"]) == sorted(CLASSES) and len(config["id2label"]) == 50
+    dev = rows(60, 2)
+    predicted = logits_of(run, [row["body"] for row in dev]).argmax(axis=1)
+    gold = [config["label2id"][row["topic"]] for row in dev]
+    found = results(run)
+    assert found["accuracy"] == accuracy_score(gold, predicted)
+    assert found["f_1"] == pytest.approx(f1_score(gold, predicted, average="macro", zero_division=0))
+    assert found["MCC"] == pytest.approx(matthews_corrcoef(gold, predicted))
+    assert answers(run, [dev[0]["body"]])[0]["label"] == config["id2label"][str(predicted[0])]
+
+    said = subprocess.run(
+        [sys.executable, "-m", "pkd_dist.cli", "predict", "--model", str(run / "export"), "--batch-size", "2"],
+        input="a film\nété\nthe plot\r\n".encode(), cwd=ROOT, env=environment(), capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    lines = [json.loads(line) for line in said.stdout.decode().splitlines()]
+    assert [line["text"] for line in lines] == ["a film", "été", "the plot"]
+    assert all(line["label"] in CLASSES and sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+
+
+def test_compare_trains_on_one_teacher_and_one_cache_and_goes_on(settings, tmp_path):
+    write_tsv(tmp_path / "data/train.tsv", sentences(203, 1))
+    write_tsv(tmp_path / "data/dev.tsv", sentences(41, 2))
+    write_tsv(tmp_path / "data/test.tsv", sentences(37, 5))
+    settings["task"]["data"] = str(tmp_path / "data")
+    settings["train"]["epochs"] = 1
+    argv = [
+        sys.executable, "-m", "pkd_dist.cli", "compare", "--config", write_config(settings, tmp_path), "--jobs", "2",
+        "--output", tmp_path / "out", "--methods", "finetune,pkd-last", "--seeds", "1,2", "--method",
+    ]  # fmt: skip
+
+    def compare(own):
+        return subprocess.run(
+            [*map(str, argv), own], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        )
+
+    refused = compare("broken: distill.alpha=7")
+    assert refused.returncode == 2 and "distill.alpha: 7" in refused.stderr and not (tmp_path / "out").exists()
+    done = compare("shallow: distill.beta=0 student.layers=[3]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "out/compare.json").read_text())
+    assert list(made["methods"]) == ["finetune", "pkd-last", "shallow"] and made["splits"] == ["dev", "test"]
+    for name, method in made["methods"].items():
+        assert method["layers"] == (1 if name == "shallow" else 2)
+        for seed, figures in method["seeds"].items():
+            found = results(tmp_path / "out" / name / f"seed-{seed}")
+            test = found["splits"]["test"]
+            assert (figures["dev"], figures["test"]) == (found["accuracy"], test["student"]["accuracy"])
+            assert figures["score"] == pytest.approx((41 * found["accuracy"] + 37 * test["student"]["accuracy"]) / 78)
+        scores = [figures["score"] for figures in method["seeds"].values()]
+        assert method["mean"]["score"] == pytest.approx(np.mean(scores))
+        assert method["half_interval_95"]["score"] == pytest.approx(
+            12.706204736 * abs(scores[0] - scores[1]) / 2, abs=1e-6
+        )
+    assert set(made["methods"]["pkd-last"]) >= {"minus finetune"} and "minus finetune" not in made["methods"]["shallow"]
+    assert len(list((tmp_path / "out").glob("cache-*"))) == 1, "one cache"
+    said = [(tmp_path / "out" / name / "seed-2/log.txt").read_text() for name in ("finetune", "pkd-last")]
+    assert "alpha and beta are 0" in said[0] and "cache: runs" in said[1]
+    assert (tmp_path / "out/compare.png").stat().st_size > 10_000
+    assert "| pkd-last | 2 | 2 |" in (tmp_path / "out/compare.md").read_text()
