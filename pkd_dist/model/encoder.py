@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
-from pkd_dist.model.lean import CompactVocabulary, is_tied, only_first_token
+from pkd_dist.model.lean import CompactVocabulary, has_plain_vocabulary, only_first_token
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -136,13 +136,10 @@ def set_dropout(config: Any, dropout: float | None) -> None:
     if dropout is None:
         return
     for name, value in list(vars(config).items()):
-        if (
-            ("dropout" in name or name.endswith("_pdrop"))
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-        ):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "dropout" in name and number and 0 <= value < 1:
             setattr(config, name, float(dropout))
-    if hasattr(config, "classifier_dropout"):
+    if hasattr(config, "classifier_dropout"):  # may be None: that of the hidden layers
         config.classifier_dropout = float(dropout)
 
 
@@ -166,7 +163,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.lean_last_layer = not all_tokens and only_first_token(model, encoder_layers(model)[1])
-        compact = used_V is not None and not is_tied(model)
+        compact = used_V is not None and has_plain_vocabulary(model)
         self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model
         self.projection = projection

@@ -13,6 +13,7 @@ KNOWN_FAMILIES = (
     "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "deberta-v2", "modernbert",
 )  # fmt: skip
 """`model_type`s that are known to work. Another encoder may: what a model needs is checked, not its name."""
+_NOT_BY_TOKEN = ("canine", "funnel", "perceiver")
 PROBES = (
     ("A film by José Núñez, isn't it?  Yes: 3.5/5!",),
     ("Über-naïve PLOT; don't\twatch…", "#2 (1999) — 10€, www.example.org 電影 😀"),
@@ -51,6 +52,8 @@ def require_fit(config: Any, tokenizer: Any, max_length: int, name: str, key: st
             f"{key}: {name} is a {family}, which predicts the next token: its first token does not stand for the text, "
             f"as an encoder's does; {known}"
         )
+    if family in _NOT_BY_TOKEN:
+        raise UserError(f"{key}: {name} is a {family}, whose layers do not give one state for each token; {known}")
     longest = longest_input(config)
     if longest and max_length > longest:
         raise UserError(f"task.max_length: {max_length} is more than {name} can read; give at most {longest}")

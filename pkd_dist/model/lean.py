@@ -142,7 +142,9 @@ def put_back(start_VH: torch.Tensor, used: torch.Tensor, compact_VH: torch.Tenso
     return full
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Whether the word embedding is also used elsewhere in the model."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) != 1
+def has_plain_vocabulary(model: nn.Module) -> bool:
+    """Whether the word embedding is a plain table that nothing else in the model uses."""
+    table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    if type(table) is not nn.Embedding:
+        return False
+    return sum(p is table.weight for _, p in model.named_parameters(remove_duplicate=False)) == 1

@@ -85,9 +85,10 @@ def _chosen_layers(config: StudentConfig, source: Any) -> tuple[int, ...]:
 def _cut(config: Any, layers: Sequence[int]) -> Any:
     """A model configuration with these layers alone (from 0; where there are more than it has, all else is repeated)."""
     config = copy.deepcopy(config)
-    types = getattr(config, "layer_types", None)  # global or local attention: a layer keeps its own
-    if types is not None:
-        config.layer_types = [types[i % len(types)] for i in layers]
+    for name in ("layer_types", "attention_window"):  # ModernBERT's and Longformer's: a layer keeps its own
+        values = getattr(config, name, None)
+        if isinstance(values, list):
+            setattr(config, name, [values[i % len(values)] for i in layers])
     config.num_hidden_layers = len(layers)
     return config
 
@@ -120,7 +121,7 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     of weights serves all layers (ALBERT) only their number counts.
 
     Raises:
-        UserError: its layers are not one list.
+        UserError: its layers are not one list, or something else depends on their number.
     """
     weights = source.state_dict()
     if not shares_layers(source.config):
@@ -137,7 +138,13 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
                 if int(match[1]) in layers:
                     weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
     model = AutoModelForSequenceClassification.from_config(_cut(source.config, layers), dtype=torch.float32)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{type(source).__name__} does not stay the same with fewer layers ({why}); use student.init random or a folder"
+        ) from None
     return model
 
 

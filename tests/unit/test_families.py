@@ -140,12 +140,13 @@ def test_dropout_reaches_all_of_it_and_nothing_else(folder, family):
         assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {value}
         inputs = accepted(model, read(load_tokenizer(folder)))
         assert torch.equal(model(**inputs).logits, model(**inputs).logits) == (value == 0)
-    before, shape = shape_of(family).to_dict(), shape_of(family)
+    before, shape = shape_of(family, dropout_samples=5).to_dict(), shape_of(family, dropout_samples=5)
     set_dropout(shape, 0.3)
     after = shape.to_dict()
-    assert {value for name, value in after.items() if "dropout" in name} == {0.3}
-    assert {k: v for k, v in after.items() if "dropout" not in k} == {
-        k: v for k, v in before.items() if "dropout" not in k
+    probabilities = {name for name in after if "dropout" in name} - {"dropout_samples"}
+    assert {after[name] for name in probabilities} == {0.3}
+    assert {k: v for k, v in after.items() if k not in probabilities} == {
+        k: v for k, v in before.items() if k not in probabilities
     }
 
 
@@ -286,6 +287,7 @@ NOT_ENCODERS = {
     "bert decoder": (hf.BertConfig, {"is_decoder": True}, "which predicts the next token"),
     "t5": (hf.T5Config, {}, "an encoder with a decoder; an encoder alone is needed"),
     "bart": (hf.BartConfig, {}, "an encoder with a decoder"),
+    "canine": (hf.CanineConfig, {}, "whose layers do not give one state for each token"),
     "clip": (hf.CLIPConfig, {}, "of which transformers has no sequence classifier"),
 }
 
@@ -353,3 +355,42 @@ def test_a_family_without_one_list_of_layers_has_none_to_copy(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="XLMForSequenceClassification has no list of encoder layers to copy from"):
         create(Student(layers=[0]), str(tmp_path), str(tmp_path), {}, 1)
+
+
+def test_a_family_with_weights_for_the_number_of_layers_has_none_to_copy():
+    """ESM's contact head reads the attention of all its layers."""
+    model = AutoModelForSequenceClassification.from_config(
+        hf.EsmConfig(**SHAPE, intermediate_size=64, pad_token_id=0, mask_token_id=4, max_position_embeddings=64)
+    )
+    with pytest.raises(
+        UserError, match="EsmForSequenceClassification does not stay the same with fewer layers .size mis"
+    ):
+        take_layers(model, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (hf.LongformerConfig, {"attention_window": [4, 8, 4, 16], "pad_token_id": 1, "max_position_embeddings": 66}),
+        (hf.IBertConfig, {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}),
+        (hf.MobileBertConfig, {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32}),
+    ],
+)
+def test_families_that_nobody_thought_of(kind, fields):
+    """Longformer's window is a layer's own; I-BERT's embedding is no plain table; MobileBERT has its own layers."""
+    torch.manual_seed(1)
+    shape = SHAPE | {"intermediate_size": 64, "max_position_embeddings": 64} | fields
+    plain = AutoModelForSequenceClassification.from_config(kind(**shape)).eval()
+    tokenizer = tokenizer_of("roberta" if shape.get("pad_token_id") else "bert")
+    require_fit(plain.config, tokenizer, 16, "mine", "teacher.model")
+    inputs = dict(tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt"))
+    used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
+    wanted = plain(**accepted(plain, inputs), output_hidden_states=True)
+    lean = Encoder(copy.deepcopy(plain), used_V=used).eval()
+    assert (lean.vocabulary is None) == (kind is hf.IBertConfig) and not lean.lean_last_layer
+    logits, states = lean(inputs, (1,))
+    torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states[:, 0], wanted.hidden_states[1][:, 0], rtol=0, atol=1e-5)
+    student = take_layers(plain, (0, 2)).eval()
+    _, mine = Encoder(student)(inputs, (1,))
+    torch.testing.assert_close(mine, states, rtol=0, atol=1e-5)
