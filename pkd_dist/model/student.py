@@ -83,7 +83,7 @@ def _chosen_layers(config: StudentConfig, source: Any) -> tuple[int, ...]:
 
 
 def _cut(config: Any, layers: Sequence[int]) -> Any:
-    """A model configuration with these layers alone (from 0; where there are more than it has, all else is repeated)."""
+    """A model configuration with these layers alone (from 0); of random layers beyond its own the kinds repeat."""
     config = copy.deepcopy(config)
     for name in ("layer_types", "attention_window"):  # ModernBERT's and Longformer's: a layer keeps its own
         values = getattr(config, name, None)
