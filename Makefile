@@ -21,7 +21,7 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-scaling docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ coverage: .venv/.installed-test ## run the tests, report the lines of pkd_dist t
 
 bench-faults: .venv/.installed-test ## disturb a run again and again (TRIALS=n SEED=s; root, for links and disks)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.faults --trials $(TRIALS) --seed $(SEED) $(ARGS)
+
+bench-glue: .venv/.installed-demo ## methods, depths and seeds on real tasks (GLUE=folder with SST-2/ and RTE/; ARGS)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.glue $(if $(GLUE),--glue-dir $(GLUE)) $(ARGS)
 
 bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache of 100 M rows (ARGS: --rows n --output FILE)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.shuffle $(ARGS)

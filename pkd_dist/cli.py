@@ -391,7 +391,10 @@ def predict(
     ] = "",
     file: Annotated[str, typer.Option(help="A sentence a line; `-`: standard input.")] = "-",
     pair: Annotated[bool, typer.Option("--pair", help="A tab separates the two texts of a pair.")] = False,
-    max_length: Annotated[int, typer.Option(min=4, help="Longest input, tokens; longer is cut.")] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=4, help="Longest input, tokens; longer is cut. Default: 128, or what the model reads."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one forward pass.")] = 32,
 ) -> None:
     """Answer sentences with any fine-tuned folder: a JSON object a line, with label names and probabilities.

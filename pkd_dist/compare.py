@@ -33,7 +33,6 @@ from pkd_dist.data import tasks
 from pkd_dist.errors import Preempted, UserError
 from pkd_dist.files import digest_of, write_atomically, write_json
 from pkd_dist.model import encoder
-from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import planned_depth
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -166,21 +165,9 @@ class Comparison:
         text = [config.task.model_dump(mode="json"), config.run.seed if config.task.augment else None]
         states = config.distill.states
         overrides["cache.dir"] = str(self.output / f"cache-{states}-{digest_of(text)[:6]}")
-        if states == "cls":
-            overrides["cache.layers"] = self._layers()
+        if states == "cls" and self.base.cache.layers is None:
+            overrides["cache.layers"] = "all"  # whatever method is added later finds its layers
         return Trial(name, seed, folder, overrides)
-
-    def _layers(self) -> list[int]:
-        """The teacher layers that any method pairs: what the shared cache keeps."""
-        needed: set[int] = set(self.base.cache.layers if isinstance(self.base.cache.layers, list) else ())
-        for method in self.methods.values():
-            distill = self._resolved(method).distill
-            if distill.beta and distill.states == "cls":
-                needed |= {
-                    *paired_layers(distill.patience, encoder.num_layers(self.teacher), self._student_layers(method))
-                }
-                needed |= {0} if distill.pair_embeddings else set()
-        return sorted(needed)
 
     # ------------------------------------------------------------------------------------------------------- running
 

@@ -38,7 +38,7 @@ def lines(file: str) -> Iterator[tuple[str, str]]:
 
 
 def predict(
-    model: str, texts: Iterable[tuple[str, str]], pair: bool, max_length: int, batch_size: int
+    model: str, texts: Iterable[tuple[str, str]], pair: bool, max_length: int | None, batch_size: int
 ) -> Iterator[str]:
     """Answers in the order of the texts, as JSON: `text` (and `text_pair`), then `label`, `probability` and
     `probabilities` by class name, or `value` of a regression.
@@ -46,7 +46,7 @@ def predict(
     Args:
         model: folder or hub name of a fine-tuned sequence classifier.
         texts: (where it stands, text); of a pair the two halves are separated by a tab.
-        max_length: tokens; longer texts are cut.
+        max_length: tokens; longer texts are cut. None: 128, or what the model can read where that is less.
 
     Raises:
         UserError: the model cannot be used, or a text is empty or not a pair.
@@ -55,6 +55,7 @@ def predict(
     classifier: Any = encoder.load_model(folder, "--model")
     tokenizer = encoder.load_tokenizer(folder, "--model")
     longest = longest_input(classifier.config)
+    max_length = max_length or min(128, longest or 128)
     if longest and max_length > longest:
         raise UserError(f"--max-length: {max_length} is more than {model} can read; give at most {longest}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import dataclass
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +23,99 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kd": {"distill.beta": 0.0},
     "pkd-skip": {"distill.patience": "skip"},
     "pkd-last": {"distill.patience": "last"},
-    "kd+text": {"distill.beta": 0.0, "task.augment.copies": 4},
-    "pkd+text": {"distill.patience": "skip", "task.augment.copies": 4},
+    "kd+text": {"distill.beta": 0.0, "task.augment.copies": 2, "train.epochs": 2},
 }
-"""`+text`: with more text made of the training text, for which only the teacher has labels (`task.augment`)."""
+"""`kd+text`: three times the text, for half of the epochs; of what is made of the training text (`task.augment`) only the
+teacher has labels."""
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 """Layers of the student -> the layers of the 6-layer teacher (from 0) that it is made of."""
+DATA: dict[str, tuple[str | None, tuple[int, ...]]] = {
+    "movie-reviews": (None, (1, 2, 3, 4, 5)),
+    "sst2": ("SST-2", (1, 2, 3)),
+    "rte": ("RTE", (1, 2, 3)),
+}
+"""Data set -> its folder below --glue-dir (None: embedded), and seeds."""
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What is trained on one data set, in this order.
-
-    Attributes:
-        folder: below --glue-dir; None: in the configuration.
-        methods: (layers of the student, loss).
-    """
-
-    folder: str | None
-    seeds: tuple[int, ...]
-    methods: tuple[tuple[int, str], ...]
-
-
-DATA = {
-    "movie-reviews": DataSet(
-        None, (1, 2, 3, 4, 5),
-        (*((2, loss) for loss in LOSSES), *((depth, loss) for depth in (3, 1) for loss in ("finetune", "kd", "kd+text"))),
-    ),
-    "sst2": DataSet(
-        "SST-2", (1, 2, 3),
-        (
-            (3, "kd"), (2, "kd"), (2, "finetune"), (2, "pkd-skip"), (2, "pkd-last"),
-            (3, "finetune"), (3, "pkd-skip"), (1, "finetune"), (1, "kd"),
-        ),
-    ),
-    "rte": DataSet(
-        "RTE", (1, 2, 3),
-        (*((2, loss) for loss in LOSSES), *((depth, loss) for depth in (3, 1) for loss in ("finetune", "kd", "kd+text"))),
-    ),
-}  # fmt: skip
-
-
-def methods_of(data: DataSet) -> dict[str, dict[str, Any]]:
-    return {f"{loss}-{depth}": {**LOSSES[loss], "student.layers": COPIED[depth]} for depth, loss in data.methods}
-
-
-def run(glue_dir: Path | None, only: list[str], output: Path, jobs: int) -> None:
+def run(
+    name: str, glue_dir: Path | None, losses: list[str], depths: list[int], output: Path, jobs: int
+) -> dict[str, Any]:
     from pkd_dist.compare import Comparison
 
-    for name in only:
-        data = DATA[name]
-        overrides = [f"task.data={glue_dir}/{data.folder}"] if data.folder else []
-        config = str(HERE / f"{name}.yaml")
-        made = Comparison(config, overrides, methods_of(data), data.seeds, output / name, "", jobs).run()
-        collect(name, made)
+    folder, seeds = DATA[name]
+    overrides = [f"task.data={glue_dir}/{folder}"] if folder else []
+    methods = {f"{loss}-{d}": {**LOSSES[loss], "student.layers": COPIED[d]} for d in depths for loss in losses}
+    return Comparison(str(HERE / f"{name}.yaml"), overrides, methods, seeds, output / name, "", jobs).run()
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
+    """Adds to what other calls have measured."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**known, name: made}, indent=1) + "\n")
+    before = known.get(name, {})
+    merged = {**before, **made, "methods": {**before.get("methods", {}), **made["methods"]}}
+    RESULTS.write_text(json.dumps({**known, name: merged}, indent=1) + "\n")
+
+
+def speeds(output: Path) -> dict[str, Any]:
+    """Teacher and a student of each depth, in turn on the same inputs; weights do not matter for speed."""
+    import torch
+
+    from pkd_dist.data.tokens import open_tokens
+    from pkd_dist.evaluate import speed
+    from pkd_dist.model.encoder import load_model, load_tokenizer
+
+    teacher = output / "teacher" / "teacher"
+    folders = {6: teacher} | {
+        depth: found for depth in COPIED if (found := next(output.glob(f"*-{depth}/seed-*/student_init"), None))
+    }
+    models: dict[str, Any] = {str(depth): load_model(str(folder)) for depth, folder in sorted(folders.items())}
+    forwards = {depth: lambda inputs, model=model: model(**inputs).logits for depth, model in models.items()}
+    pad_id = load_tokenizer(str(teacher)).pad_token_id
+    with torch.inference_mode():
+        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, pad_id)
+    return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": found}
+
+
+def _cpu() -> str:
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def chosen(text: str, allowed: Any, option: str, parser: argparse.ArgumentParser) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in map(str, allowed)]:
+        parser.error(f"{option}: {unknown[0]!r} is not known; allowed: {', '.join(map(str, allowed))}")
+    return names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.glue", description=__doc__)
     parser.add_argument("--glue-dir", type=Path, help="holds SST-2/ and RTE/ as GLUE ships them")
     parser.add_argument("--only", default=",".join(DATA), help="data sets, in this order")
+    parser.add_argument(
+        "--losses", default=",".join(LOSSES), help="what is compared; the first is what others are held against"
+    )
+    parser.add_argument("--layers", default="2,3,1", help="layers of the students")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument(
-        "--report", action="store_true", help="only write docs/results.md from benchmarks/results/glue.json"
-    )
+    parser.add_argument("--report", action="store_true", help="only write docs/results.md from what is measured")
     options = parser.parse_args()
-    only = options.only.split(",")
-    if unknown := set(only) - set(DATA):
-        parser.error(f"--only: {', '.join(unknown)} is not known; allowed: {', '.join(DATA)}")
-    if not options.report and not options.glue_dir and any(DATA[name].folder for name in only):
+    only = chosen(options.only, DATA, "--only", parser)
+    losses = chosen(options.losses, LOSSES, "--losses", parser)
+    depths = [int(depth) for depth in chosen(options.layers, COPIED, "--layers", parser)]
+    if not options.report and not options.glue_dir and any(DATA[name][0] for name in only):
         parser.error("--glue-dir is needed for sst2 and rte; or give --only movie-reviews")
-    if not options.report:
-        to_terminal(True)
-        if status := guarded(lambda: run(options.glue_dir, only, options.output, options.jobs)):
+    to_terminal(True)
+    for name in [] if options.report else only:
+
+        def work(name: str = name) -> None:
+            made = run(name, options.glue_dir, losses, depths, options.output, options.jobs)
+            collect(name, {**made, "speed": speeds(options.output / name)})
+
+        if status := guarded(work):
             leave(status)
     report.write(RESULTS)
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -73,7 +73,7 @@ def test_a_regression(settings, tmp_path):
     dev = rows[60:]
     predicted = logits_of(run, [a for a, _, _ in dev], [b for _, b, _ in dev])[:, 0]
     gold = [round(s, 3) for _, _, s in dev]
-    assert found["pearson"] == pytest.approx(pearsonr(predicted, gold).statistic, abs=1e-4)
+    assert found["pearson"] == pytest.approx(pearsonr(predicted, gold).statistic, abs=1e-3)
     assert found["spearman"] == pytest.approx(spearmanr(predicted, gold).statistic, abs=1e-2)
     assert found["main_metric"] == pytest.approx((found["pearson"] + found["spearman"]) / 2)
     values = [answer["value"] for answer in answers(run, ["e\tf", "g\th"], pair=True)]
