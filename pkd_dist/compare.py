@@ -134,7 +134,8 @@ class Comparison:
         self.base = self._resolved({})
         folder = encoder.locate(self.base.teacher.model)
         self.teacher, self.tokenizer = encoder.load_config(folder), encoder.load_tokenizer(folder)
-        self.methods = {name: self._complete(method) for name, method in methods.items()}
+        self.depths = {name: self._student_layers(method) for name, method in methods.items()}
+        self.methods = {name: self._complete(method, self.depths[name]) for name, method in methods.items()}
         self.trials = [self._trial(name, seed) for seed in seeds for name in self.methods]
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = threading.Event()
@@ -146,15 +147,14 @@ class Comparison:
         config = self._resolved({key: value for key, value in method.items() if key != "student.init"})
         return planned_depth(config.student, self.teacher, self.tokenizer, config.task.max_length)
 
-    def _complete(self, method: Overrides) -> Overrides:
+    def _complete(self, method: Overrides, depth: int) -> Overrides:
         """A method with what its starting weights need: a number of layers, and the model to take them from."""
         init = method.get("student.init")
         if init not in ("random", "first_k"):
             return method
         # the teacher of a run is already fine-tuned: the first layers are those of the model it was made from
         start = self.base.teacher.model if init == "first_k" else init
-        count = self._student_layers(method)
-        return {**method, "student.init": start, "student.layers": None, "student.num_layers": count}
+        return {**method, "student.init": start, "student.layers": None, "student.num_layers": depth}
 
     def _trial(self, name: str, seed: int) -> Trial:
         folder = self.output / name / f"seed-{seed}"
@@ -199,8 +199,7 @@ class Comparison:
         return made
 
     def _write(self, results: Mapping[str, Mapping[int, dict[str, Any]]]) -> dict[str, Any]:
-        depths = {name: self._student_layers(method) for name, method in self.methods.items()}
-        made = summary(self.base, {name: by_seed for name, by_seed in results.items() if by_seed}, depths)
+        made = summary(self.base, {name: by_seed for name, by_seed in results.items() if by_seed}, self.depths)
         write_json(self.output / "compare.json", made)
         table = as_markdown(made)
         write_atomically(self.output / "compare.md", lambda tmp: tmp.write_text(table, encoding="utf-8"))

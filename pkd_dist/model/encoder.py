@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
@@ -104,6 +105,7 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, or weights other than a new head are missing.
     """
+    disable_progress_bar()  # of loading, which takes a moment; a download keeps its own
     config = load_config(folder, key, **overrides)
     set_dropout(config, dropout)
     try:

@@ -1,0 +1,79 @@
+"""`pkd predict`: answers equal to the model's own, in the order of the lines, and every line that cannot be answered."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from families import make_folder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from pkd_dist.cli import app
+from pkd_dist.errors import UserError
+from pkd_dist.predict import lines, predict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("bert"), "bert", classifier=True, names=("no", "yes"))
+
+
+def test_answers_are_the_models_own(folder):
+    texts = ["a film", "the plot was very dull and the story empty", "good"]
+    said = [json.loads(line) for line in predict(folder, ((t, t) for t in texts), False, None, 2)]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for text, answer in zip(texts, said, strict=True):
+        shares = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
+        assert answer["text"] == text and answer["label"] == ("no", "yes")[int(shares.argmax())]
+        assert answer["probabilities"] == pytest.approx({"no": float(shares[0]), "yes": float(shares[1])}, abs=1e-6)
+        assert answer["probability"] == max(answer["probabilities"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "pair", "message"),
+    [
+        ("", False, "here:1: the text is empty; every line needs one"),
+        ("  \t", True, "here:1: the text is empty"),
+        ("no tab", True, "here:1: --pair needs two texts separated by one tab, here are 1"),
+        ("a\tb\tc", True, "here are 3"),
+    ],
+)
+def test_a_text_that_cannot_be_answered(folder, text, pair, message):
+    with pytest.raises(UserError, match=message):
+        list(predict(folder, [("here:1", text)], pair, 16, 4))
+
+
+def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_bytes("\ufeffone\r\nzwölf\nlast".encode())
+    assert [text for _, text in lines(str(tmp_path / "texts.txt"))] == ["one", "zwölf", "last"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\nbr\xe9ak\n")))
+    with pytest.raises(UserError, match="standard input:2: byte 0xe9 is not valid UTF-8; save the text as UTF-8"):
+        list(lines("-"))
+    with pytest.raises(UserError, match=r"--file: no/such\.txt cannot be read"):
+        list(lines("no/such.txt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a film"], "--model is missing; give a fine-tuned folder"),
+        (["a film", "--model", "no/such/folder/here"], "--model: no such folder"),
+        (["a film", "--model", "{folder}", "--max-length", "5000"], "is more than .* can read; give at most"),
+    ],
+)
+def test_what_pkd_predict_refuses(folder, arguments, message):
+    done = CliRunner().invoke(app, ["predict", *(a.replace("{folder}", folder) for a in arguments)])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(done.stderr)
+
+
+def test_a_regression_gives_its_value(tmp_path):
+    folder = make_folder(tmp_path / "bert", "bert", classifier=True, names=("score",))
+    [answer] = [json.loads(line) for line in predict(folder, [("", "a\tb")], True, None, 1)]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        value = float(model(**tokenizer("a", "b", return_tensors="pt")).logits)
+    assert answer == {"text": "a", "text_pair": "b", "value": pytest.approx(value, abs=1e-6)}
