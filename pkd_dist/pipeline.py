@@ -866,6 +866,8 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             classes = pipeline.class_order()
             tokenizer = encoder.load_tokenizer(pipeline.base)
             part = text.read(config.task.data, split, pipeline.task, classes)
+            if not text.is_labelled(part.labels_N).all():
+                raise UserError(f"--split: {part.source} has no labels to score; `pkd predict` answers it")
             made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))
             model: Any = encoder.load_model(pipeline.base)
             model.to(world.device)

@@ -75,7 +75,7 @@ def _outputs(folder, names, epochs, history, steps, regression):
         {"epoch": e + 1, "step": steps * (e + 1) // epochs, metric: v, "main_metric": v}
         for e, v in enumerate(per_epoch)
     ]
-    split = {"source": "train.tsv", "examples": 800, "tokens": 9000, "longest": 60, "truncated": 0}
+    split = {"source": "train.tsv", "examples": 800, "labelled": 800, "tokens": 9000, "longest": 60, "truncated": 0}
     if not regression:
         split["per_class"] = [50] * len(names)
     teacher = 20 * np.eye(len(names), dtype=int) + rng.integers(0, 3, (len(names),) * 2)
@@ -88,13 +88,16 @@ def _outputs(folder, names, epochs, history, steps, regression):
     sides = {side: _figures(value, regression) for side, value in (("teacher", 0.82), ("student", 0.8))}
     sides["teacher"] |= {"parameters": 22_713_986, "reasoningTime": 180.0}
     kept = {"parameters": 2.0, "size": 2.0, "throughput": 2.06, "retention": 0.976, "agreement": 0.915}
-    results = {"task": "t", "split": "dev", "n": 400, **sides, "compression": kept}
+    results = {"task": "t", "split": "dev", "n": 400, **sides, "compression": kept, "splits": {}}
     evaluated = {"results": results}
     if not regression:
         evaluated |= {"confusion_teacher": teacher.tolist(), "confusion_student": student.tolist()}
     names = [] if regression else names
     return {
-        "data": {"classes": names, "class_names": names, "train": split, "dev": {**split, "source": "dev.tsv"}},
+        "data": {
+            "classes": names, "class_names": names, "sets": ["train", "dev"], "train": split,
+            "dev": {**split, "source": "dev.tsv"},
+        },
         "teacher": {"folder": str(folder / "teacher")} | ({"best_epoch": epochs, "history": dev} if history else {}),
         "cache": {"rows": 800, "built": 1},
         "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "parameters": 11_000_000},
@@ -285,3 +288,21 @@ class TestWarnings:
     def test_rounded_patience_map(self, run):
         change_resolved(run, teacher_layers=7)
         assert "The teacher's 7 layers do not divide by the student's 3" in self.shown(run)
+
+
+def test_other_splits_and_text_without_labels(tmp_path):
+    run = make_run(tmp_path)
+
+    def more_text(data):
+        data["sets"].append("distill")
+        data["distill"] = {**data["train"], "examples": 2300}
+
+    def mismatched(out):
+        figures = {side: _figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}
+        out["results"]["splits"] = {"dev_mismatched": {"n": 1234, **figures, "agreement": 0.877}}
+
+    change(run, "data", more_text)
+    change(run, "evaluate", mismatched)
+    _, page = written(run)
+    assert "What the student read 2,300 examples, 1,500 without a label" in page.text
+    assert "dev mismatched, 1,234 examples 71.3% 69.4% 87.7%" in page.text
