@@ -170,3 +170,27 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
     assert len(seen) == len(timed) + 3 * 6, "warm-up: 5 sentences and a batch of each"
     assert [name for name, _ in timed] == list(names) * (10 + 2 * batches), "in turn"
     assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
+
+
+@pytest.mark.parametrize("name", sorted(GLUE))
+def test_every_glue_task_has_its_official_metrics(name):
+    """On the same predictions: scikit-learn's and scipy's figures under the names of results_eval.json."""
+    task, rng = GLUE[name], np.random.default_rng(5)
+    if task.regression:
+        gold = rng.uniform(0, 5, size=80).astype(np.float32)
+        logits = gold[:, None] + rng.normal(size=(80, 1))
+        official = {
+            "pearson": pearsonr(logits[:, 0], gold).statistic,
+            "spearman": spearmanr(logits[:, 0], gold).statistic,
+        }
+    else:
+        gold, logits = rng.integers(len(task.classes), size=80), rng.normal(size=(80, len(task.classes)))
+        logits[np.arange(80), gold] += 1
+        said = logits.argmax(axis=1)
+        official = {"accuracy": accuracy_score(gold, said)}
+        official |= {"f_1": f1_score(gold, said)} if name in ("mrpc", "qqp") else {}
+        official |= {"MCC": matthews_corrcoef(gold, said)} if name == "cola" else {}
+    found = score(logits, gold, task)
+    assert {key: found[key] for key in official} == pytest.approx(official)
+    best = {"cola": "MCC", "stsb": "pearson_spearman"}.get(name, "accuracy")
+    assert found["main_metric"] == found[best]
