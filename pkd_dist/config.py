@@ -328,6 +328,7 @@ class Evaluate(Section):
     latency_samples: Annotated[int, Field(ge=10)] = Field(
         200, description="Single-sentence requests timed for each model."
     )
+    throughput_samples: Count = Field(512, description="Examples whose batches are timed, three times, for each model.")
 
 
 class Export(Section):

@@ -23,7 +23,6 @@ from pkd_dist.dist import World
 from pkd_dist.model.encoder import accepted, parameter_count
 from pkd_dist.telemetry.progress import Bar
 
-_THROUGHPUT_EXAMPLES = 512
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -138,7 +137,8 @@ def speed(
     tokens: TokenSet,
     device: torch.device,
     batch_size: int,
-    samples: int,
+    requests: int,
+    examples: int,
     pad_id: int,
     repeats: int = 3,
     check: Callable[[], None] = lambda: None,
@@ -147,8 +147,9 @@ def speed(
 
     Args:
         forwards: name -> forward.
-        samples: single-sentence requests timed for each, at the lengths of the real text.
-        repeats: passes over the batches of throughput; the median counts.
+        requests: of single sentences, timed for each, at the lengths of the real text.
+        examples: about so many are timed in batches of `batch_size`.
+        repeats: passes over those; the median counts.
         check: called before each request; what it raises ends the measurement.
 
     Returns:
@@ -165,10 +166,11 @@ def speed(
 
     rng = np.random.default_rng(0)
     singles = [
-        collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs for _ in range(samples)
+        collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs
+        for _ in range(requests)
     ]
     every = scoring_batches(tokens, batch_size, 0, 1)
-    rows = every[:: -(-len(every) * batch_size // _THROUGHPUT_EXAMPLES)]  # long and short ones alike
+    rows = every[:: -(-len(every) * batch_size // examples)]  # long and short ones alike
     batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
     for forward in forwards.values():  # warm-up
         for inputs in [*singles[:5], batches[0]]:
@@ -205,7 +207,8 @@ def compare(
     task: Task,
     world: World,
     batch_size: int,
-    samples: int,
+    requests: int,
+    examples: int,
     pad_id: int,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
@@ -214,6 +217,7 @@ def compare(
         models: `teacher` and `student`.
         splits: name -> examples; `dev` gives the main figures and the inputs that are timed. Those without labels are
             answered, not scored.
+        requests, examples: see `speed`.
 
     Returns:
         The content of `results_eval.json`; what the report needs beside it (confusion matrices); and of each split
@@ -250,7 +254,9 @@ def compare(
         try:
             with torch.inference_mode():
                 interrupt = partial(world.interrupt, "in an evaluation")
-                return speed(forwards, splits["dev"], world.device, batch_size, samples, pad_id, check=interrupt)
+                return speed(
+                    forwards, splits["dev"], world.device, batch_size, requests, examples, pad_id, check=interrupt
+                )
         finally:
             torch.set_num_threads(threads)
 

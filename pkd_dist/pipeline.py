@@ -785,8 +785,11 @@ class Pipeline:
     def _evaluate(self) -> dict[str, Any]:
         models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
         splits = {split: self._tokens(split) for split in self._scored}
-        results, marker, answers = compare(models, splits, self.task, self.world, self.config.evaluate.batch_size,
-                                           self.config.evaluate.latency_samples, self._tokenizer.pad_token_id)  # fmt: skip
+        config = self.config.evaluate
+        results, marker, answers = compare(
+            models, splits, self.task, self.world, config.batch_size, config.latency_samples, config.throughput_samples,
+            self._tokenizer.pad_token_id,
+        )  # fmt: skip
 
         def write() -> None:
             self._result_file.parent.mkdir(parents=True, exist_ok=True)
@@ -875,10 +878,13 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
             def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
                 return model(**encoder.accepted(model, inputs)).logits
 
-            size, pad_id = config.evaluate.batch_size, tokenizer.pad_token_id
+            asked, pad_id = config.evaluate, tokenizer.pad_token_id
             with evaluating(model), Bar(f"evaluate, {split}", len(made)) as bar:
-                logits = predict(forward, made, world, size, pad_id, bar.advance)
-                speeds = speed({"model": forward}, made, world.device, size, config.evaluate.latency_samples, pad_id)
+                logits = predict(forward, made, world, asked.batch_size, pad_id, bar.advance)
+                speeds = speed(
+                    {"model": forward}, made, world.device, asked.batch_size, asked.latency_samples,
+                    asked.throughput_samples, pad_id,
+                )  # fmt: skip
             figures: dict[str, Any] = {
                 "task": pipeline.task.name,
                 "split": split,

@@ -72,7 +72,7 @@ def speeds(output: Path) -> dict[str, Any]:
     forwards = {depth: lambda inputs, model=model: model(**inputs).logits for depth, model in models.items()}
     pad_id = load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
-        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, pad_id)
+        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
     return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": found}
 
 

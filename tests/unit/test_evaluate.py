@@ -160,7 +160,7 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
         return run
 
     names = ("teacher", "student", "third")
-    found = speed({name: model(name) for name in names}, tokens, torch.device("cpu"), 8, 10, PAD, repeats=2)
+    found = speed({name: model(name) for name in names}, tokens, torch.device("cpu"), 8, 10, 512, PAD, repeats=2)
     assert list(found) == list(names)
     for figures in found.values():
         assert figures.keys() == {"latency_ms_p50", "latency_ms_p99", "reasoningTime"}
