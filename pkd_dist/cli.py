@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -349,12 +350,16 @@ def init_student(
     _exit(work)
 
 
+def _as_option(key: re.Match[str]) -> str:
+    return "--" + (key[1] or {"name": "task"}.get(key[2], key[2])).replace("_", "-")
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")],
-    task: Annotated[str, typer.Option(help="A GLUE task.")] = "sst2",
+    task: Annotated[str, typer.Option(help="A GLUE task, or `custom`.")] = "sst2",
     data: Annotated[str, typer.Option(help="Data folder.")] = "data/movie-reviews",
-    split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    split: Annotated[str, typer.Option(help="One with labels: dev, of MNLI also dev_mismatched, or test.")] = "dev",
     text: Annotated[list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="`custom`: the label column.")] = None,
     kind: Annotated[str | None, typer.Option(help="`custom`: classification or regression.")] = None,
@@ -375,7 +380,10 @@ def evaluate(
         overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}"]
         overrides += [f"teacher.model={json.dumps(model)}", *_task_overrides(task, data, text, label, kind)]
         config = schema.load(None, ["run.dir=unused", *overrides])
-        figures = evaluate_folder(config, split)
+        try:
+            figures = evaluate_folder(config, split)
+        except UserError as error:  # in the words that were typed
+            raise UserError(re.sub(r"\b(?:teacher\.(model)|task\.(\w+))\b(?=:)", _as_option, str(error))) from None
         print(json.dumps(figures, indent=2))
         if output is not None:
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -411,8 +419,12 @@ def predict(
             raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
         given = [(f"text {i}", text) for i, text in enumerate(texts, start=1)] if texts else answers.lines(file)
         size = 1 if not texts and file == "-" and sys.stdin.isatty() else batch_size
-        for line in answers.predict(model, given, pair, max_length, size):
-            print(line, flush=size == 1)
+        try:
+            for line in answers.predict(model, given, pair, max_length, size):
+                print(line, flush=size == 1)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has seen enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     _exit(work)
 

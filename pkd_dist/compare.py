@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,21 +23,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from pkd_dist.config import Config, load
-from pkd_dist.data import tasks
-from pkd_dist.errors import Preempted, UserError
-from pkd_dist.files import digest_of, write_atomically, write_json
+from pkd_dist.config import PRESETS, Config, load
+from pkd_dist.data import tasks, text
+from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.files import digest_of, sha256, write_atomically, write_json
 from pkd_dist.model import encoder
+from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import planned_depth
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
+SIDES = ("teacher", "student")
 TRAIN = Path(__file__).resolve().parents[1] / "launcher" / "train.py"
 Overrides = dict[str, Any]
 """Dotted key -> value."""
@@ -49,7 +53,7 @@ METHODS: dict[str, Overrides] = {
     "random": {"student.init": "random"},
     "first-k": {"student.init": "first_k"},
     "tokens": {"distill.states": "tokens"},
-    "seed": {"distill.preset": "seed"},
+    "seed": {"distill.preset": "seed", **{f"distill.{key}": value for key, value in PRESETS["seed"].items()}},
 }
 """What is compared by name; everything else is as the configuration says. `finetune`: labels alone. `kd`: and the teacher's
 predictions. `pkd-skip`, `pkd-last`: and its layers. `random`, `first-k`: other starting weights. `tokens`: the states of
@@ -77,16 +81,18 @@ def parse_methods(names: str, own: Sequence[str]) -> dict[str, Overrides]:
         if name not in METHODS:
             raise UserError(f"--methods: {name!r} is not known; allowed: {', '.join(METHODS)}; --method defines others")
         chosen[name] = METHODS[name]
-    for text in own:
-        name, colon, rest = text.partition(":")
-        pairs = [part.partition("=") for part in shlex.split(rest)]
+    for given in own:
+        name, colon, rest = given.partition(":")
+        name = name.strip()
+        try:
+            pairs = [part.partition("=") for part in shlex.split(rest)]
+        except ValueError:  # a quotation mark that is not closed
+            pairs = []
         if not colon or not pairs or not all(key and equals for key, equals, _ in pairs):
-            raise UserError(f'--method: {text!r} is not of the form "NAME: section.key=value section.key=value"')
-        if name.strip() in chosen or not name.strip().replace("-", "").replace("+", "").replace("_", "").isalnum():
-            raise UserError(
-                f"--method: the name {name.strip()!r} is taken, or has other signs than letters, digits, - + _"
-            )
-        chosen[name.strip()] = {key: Raw(value) for key, _, value in pairs}
+            raise UserError(f'--method: {given!r} is not of the form "NAME: section.key=value section.key=value"')
+        if name in (*chosen, "teacher") or not re.fullmatch(r"[\w+-]+", name) or name.startswith("cache-"):
+            raise UserError(f"--method: the name {name!r} is taken, or has other signs than letters, digits, - + _")
+        chosen[name] = {key: Raw(value) for key, _, value in pairs}
     if not chosen:
         raise UserError(f"--methods: name at least one of {', '.join(METHODS)}")
     return chosen
@@ -132,46 +138,79 @@ class Comparison:
             raise UserError(
                 "--jobs: with --launcher one run at a time; the launcher's ranks have the machine to themselves"
             )
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"--seeds: {', '.join(map(str, seeds))}: one stands twice; give each once")
         self.config_file, self.given, self.output = config_file, list(overrides), output
         self.command = shlex.split(launcher) or [sys.executable]
         self.jobs, self.seeds = jobs, list(seeds)
         self.base = self._resolved({})
-        folder = encoder.locate(self.base.teacher.model)
-        self.teacher, self.tokenizer = encoder.load_config(folder), encoder.load_tokenizer(folder)
-        self.depths = {name: self._student_layers(method) for name, method in methods.items()}
-        self.methods = {name: self._complete(method, self.depths[name]) for name, method in methods.items()}
+        self.folder = encoder.locate(self.base.teacher.model)
+        self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)
+        self.methods = {name: self._complete(method) for name, method in methods.items()}
+        self.depths = {name: self._require_possible(method) for name, method in self.methods.items()}
         self.trials = [self._trial(name, seed) for seed in seeds for name in self.methods]
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = threading.Event()
 
     def _resolved(self, overrides: Mapping[str, Any]) -> Config:
-        return load(self.config_file, [*self.given, f"run.dir={self.output}", *as_arguments(overrides)])
+        return load(self.config_file, [*self.given, *as_arguments({"run.dir": str(self.output), **overrides})])
 
-    def _student_layers(self, method: Overrides) -> int:
-        config = self._resolved({key: value for key, value in method.items() if key != "student.init"})
+    def _depth(self, config: Config) -> int:
         return planned_depth(config.student, self.teacher, self.tokenizer, config.task.max_length)
 
-    def _complete(self, method: Overrides, depth: int) -> Overrides:
-        """A method with what its starting weights need: a number of layers, and the model to take them from."""
-        init = method.get("student.init")
-        if init not in ("random", "first_k"):
-            return method
-        # the teacher of a run is already fine-tuned: the first layers are those of the model it was made from
-        start = self.base.teacher.model if init == "first_k" else init
-        return {**method, "student.init": start, "student.layers": None, "student.num_layers": depth}
+    def _complete(self, method: Overrides) -> Overrides:
+        """A method with what its starting weights need: as many layers as the configuration's student has where it names
+        no number, and for `first_k` the model that the teacher was made from, since the runs' teacher is fine-tuned."""
+        student, made = self.base.student, dict(method)
+        init = str(method.get("student.init", student.init))
+        if init != student.init and student.layers is not None:
+            made.setdefault("student.layers", None)
+        if init in ("random", "first_k") and not made.get("student.num_layers"):
+            made["student.num_layers"] = self._depth(self.base)
+        if init == "first_k" and self.base.teacher.finetune:
+            made["student.init"] = self.base.teacher.model
+        return made
+
+    def _require_possible(self, method: Overrides) -> int:
+        """The layers of a method's student. Raises UserError where a run of it would be refused for its layers."""
+        config = self._resolved(method)
+        depth = self._depth(config)
+        self._paired(config, depth)
+        return depth
+
+    def _paired(self, config: Config, depth: int) -> tuple[int, ...]:
+        distill = config.distill
+        return paired_layers(distill.patience, encoder.num_layers(self.teacher), depth) if distill.beta else ()
 
     def _trial(self, name: str, seed: int) -> Trial:
         folder = self.output / name / f"seed-{seed}"
-        overrides = self.methods[name] | {"run.seed": seed, "run.dir": str(folder)}
+        overrides = self.methods[name] | {"run.seed": seed, "run.dir": str(folder), "evaluate.result_dir": None}
         if self.base.teacher.finetune:
             overrides |= {"teacher.model": str(self.output / "teacher" / "teacher"), "teacher.finetune": None}
         config = self._resolved(overrides)
-        text = [config.task.model_dump(mode="json"), config.run.seed if config.task.augment else None]
-        states = config.distill.states
-        overrides["cache.dir"] = str(self.output / f"cache-{states}-{digest_of(text)[:6]}")
-        if states == "cls" and self.base.cache.layers is None:
+        by_token = config.distill.states == "tokens" and config.distill.beta > 0
+        if not by_token and config.cache.layers is None:
             overrides["cache.layers"] = "all"  # whatever method is added later finds its layers
+        pairs = [self._paired(config, self.depths[name]), config.distill.pair_embeddings] if by_token else None
+        answers = digest_of([self._teacher_identity, self._text(config), config.cache.model_dump(mode="json"), pairs])
+        overrides["cache.dir"] = str(self.output / f"cache-{'tokens' if by_token else 'cls'}-{answers[:8]}")
         return Trial(name, seed, folder, overrides)
+
+    @cached_property
+    def _teacher_identity(self) -> Any:
+        made = self.base.teacher.model_dump(mode="json")
+        return [made, self.base.run.seed] if self.base.teacher.finetune else encoder.weights_digest(self.folder)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        task = tasks.resolve(self.base.task)
+        return text.digests(self.base.task.data, text.available(self.base.task.data, task), task)
+
+    def _text(self, config: Config) -> Any:
+        """Whatever the cached text depends on."""
+        task = config.task
+        more = [sha256(path) for path in text.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
+        return [task.model_dump(mode="json"), more, config.run.seed if task.augment else None, self._files]
 
     # ------------------------------------------------------------------------------------------------------- running
 
@@ -180,10 +219,13 @@ class Comparison:
 
         Raises:
             UserError: a run was refused, or failed; the others that were under way are stopped and go on with the same command.
+            DivergedError: runs diverged, and all the others are done.
             Preempted: stopped by a signal.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in self.methods}
+        diverged: list[str] = []
+        made: dict[str, Any] = {}
         with self._stoppable(), Bar("compare", len(self.trials)) as bar:
             if self.base.teacher.finetune:
                 self._launch(self.output / "teacher", {"run.dir": str(self.output / "teacher")}, "data,teacher")
@@ -191,15 +233,23 @@ class Comparison:
                 futures = {pool.submit(self._train, trial): trial for trial in self.trials}
                 try:
                     for future in as_completed(futures):
-                        trial, result = futures[future], future.result()
+                        trial = futures[future]
+                        bar.advance()
+                        try:
+                            result = future.result()
+                        except DivergedError as error:
+                            diverged.append(f"{trial.method}, seed {trial.seed}")
+                            log.info("compare: %s", error)
+                            continue
                         results[trial.method][trial.seed] = result
                         log.info("compare: %s, seed %d: %s", trial.method, trial.seed, _in_a_line(result))
-                        bar.advance()
                         made = self._write(results)  # a comparison of days shows what it has
                 except BaseException:
                     self._stop()
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
+        if diverged:
+            raise DivergedError(f"compare: {'; '.join(diverged)} diverged; the table in {self.output} is of the others")
         return made
 
     def _write(self, results: Mapping[str, Mapping[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -221,21 +271,26 @@ class Comparison:
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
         with open(folder / "log.txt", "ab") as said:
+            start = said.tell()
             command = [*self.command, str(TRAIN), "--config", self.config_file, *arguments]
             job = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
             self._running.add(job)
             if self._stopped.is_set():
                 job.terminate()
-            status = job.wait()
+            try:
+                status = job.wait()
+            except Preempted:  # the signal came to this thread
+                job.terminate()
+                job.wait()
+                raise
             self._running.discard(job)
         if self._stopped.is_set() or status == Preempted.exit_status:
             raise Preempted("compare: stopped; what is trained stays, and the same command goes on", signal.SIGTERM)
         if status:
-            lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = (folder / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
             why = next((line for line in reversed(lines) if line.startswith("pkd: ")), "pkd: it ended without a word")
-            raise UserError(
-                f"{folder}: status {status}: {why.removeprefix('pkd: ')} (all it said: {folder / 'log.txt'})"
-            )
+            kind = DivergedError if status == DivergedError.exit_status else UserError
+            raise kind(f"{folder}: status {status}: {why.removeprefix('pkd: ')} (all it said: {folder / 'log.txt'})")
 
     def _stop(self) -> None:
         self._stopped.set()
@@ -285,10 +340,11 @@ def summary(
     """
     metric = tasks.resolve(config.task).main_metric
     one = next(iter(next(iter(results.values())).values()))
-    splits = ["dev", *(split for split, figures in one.get("splits", {}).items() if "student" in figures)]
+    splits = ["dev", *one["splits"]]
+    pooled = splits if metric == "accuracy" else ["dev"]  # what else a metric is, its mean over splits is not
     methods: dict[str, Any] = {}
     for name, by_seed in results.items():
-        figures = {seed: _figures(result, splits, metric) for seed, result in sorted(by_seed.items())}
+        figures = {seed: _figures(result, splits, pooled, metric) for seed, result in sorted(by_seed.items())}
         keys = list(next(iter(figures.values())))
         columns = {key: [figures[seed][key] for seed in figures] for key in keys}
         methods[name] = {
@@ -303,28 +359,31 @@ def summary(
         for key in ("score", "agreement") if seeds else ():
             mean, half = interval([method["seeds"][s][key] - methods[first]["seeds"][s][key] for s in seeds])
             method.setdefault(f"minus {first}", {})[key] = {"mean": mean, "half_interval_95": half}
-    teacher = _figures({**one, "student": one["teacher"]}, splits, metric, "teacher")
-    return {"task": one["task"], "metric": metric, "splits": splits, "teacher": teacher, "methods": methods}
+    teacher = _figures(one, splits, pooled, metric, "teacher")
+    about = {"task": one["task"], "metric": metric, "splits": splits, "pooled": pooled}
+    return {**about, "teacher": teacher, "methods": methods}
 
 
-def _figures(result: dict[str, Any], splits: Sequence[str], metric: str, side: str = "student") -> dict[str, float]:
-    """`score` pools the splits, each example counting once."""
-    parts = {"dev": {"n": result["n"], "agreement": result["compression"]["agreement"], **result}}
-    parts |= result.get("splits", {})
-    out: dict[str, float] = {}
-    sizes = np.array([parts[split]["n"] for split in splits], dtype=float)
-    scores = [float(parts[split][side][metric]) for split in splits]
-    agreements = [float(parts[split]["agreement"]) if side == "student" else 1.0 for split in splits]
-    out |= dict(zip(splits, scores, strict=True))
-    out["score"] = float(np.dot(scores, sizes) / sizes.sum())
-    out["agreement"] = float(np.dot(agreements, sizes) / sizes.sum())
-    out |= {key: float(result[side][key]) for key in ("parameters", "modelSize")}
-    return out
+def _figures(
+    result: dict[str, Any], splits: Sequence[str], pooled: Sequence[str], metric: str, side: str = "student"
+) -> dict[str, float]:
+    """`score` and `agreement` are over the pooled splits, each example counting once."""
+    dev = {"n": result["n"], "agreement": result["compression"]["agreement"], **{s: result[s] for s in SIDES}}
+    parts = {"dev": dev, **result["splits"]}
+    sizes = [parts[split]["n"] for split in pooled]
+    scores = {split: float(parts[split][side][metric]) for split in splits}
+    agreements = [float(parts[split]["agreement"]) if side == "student" else 1.0 for split in pooled]
+    return {
+        **scores,
+        "score": float(np.average([scores[split] for split in pooled], weights=sizes)),
+        "agreement": float(np.average(agreements, weights=sizes)),
+        **{key: float(result[side][key]) for key in ("parameters", "modelSize")},
+    }
 
 
 def _in_a_line(result: dict[str, Any]) -> str:
     scores = {"dev": result["main_metric"]}
-    scores |= {k: v["student"]["main_metric"] for k, v in result.get("splits", {}).items() if "student" in v}
+    scores |= {split: figures["student"]["main_metric"] for split, figures in result["splits"].items()}
     shown = ", ".join(f"{split} {value:.4f}" for split, value in scores.items())
     return f"{shown}, agreement {result['compression']['agreement']:.4f}"
 
@@ -332,8 +391,9 @@ def _in_a_line(result: dict[str, Any]) -> str:
 def rows(made: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table as (header, rows of text); scores and agreement in percent where they are shares."""
     splits = made["splits"]
-    scored = [*splits, *(["score"] if len(splits) > 1 else []), "agreement"]
-    names = {"score": " + ".join(splits), "agreement": "agreement with the teacher"}
+    pooled = made["pooled"]
+    scored = [*splits, *(["score"] if len(pooled) > 1 else []), "agreement"]
+    names = {"score": " + ".join(pooled), "agreement": "agreement with the teacher"}
     header = ["method", "layers", "seeds", *(names.get(key, key) for key in scored), "parameters, M"]
 
     def shown(mean: float, half: float | None = None) -> str:
@@ -376,7 +436,7 @@ def plot(made: dict[str, Any]) -> Figure:
     """Scores and agreement of each method: a point a seed, the mean with its 95% interval, the teacher as a line."""
     methods = made["methods"]
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(methods)), layout="constrained")
-    label = made["metric"] + " on " + " + ".join(made["splits"])
+    label = made["metric"] + " on " + " + ".join(made["pooled"])
     panels = (("score", f"{label}, %"), ("agreement", "agreement with the teacher, %"))
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         for place, method in enumerate(methods.values()):

@@ -97,7 +97,7 @@ class Task(Section):
     unlabeled: list[str] = Field(
         [],
         description="Files of more text, for the teacher to label: `.txt` with one text a line, or a table with the task's "
-        "text columns.",
+        "text columns. CE is 0 for it, and every term is a mean over all text, with labels and without.",
     )
     augment: Augment | None = Field(
         None, description="More text made out of the training text, for the teacher to label; null: none."
@@ -360,6 +360,15 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     metrics: Metrics = Metrics()
+
+    @model_validator(mode="after")
+    def _what_first_k_needs(self) -> Config:
+        if self.student.init == "first_k" and self.teacher.finetune is None:
+            raise ValueError(
+                "student.init first_k takes the layers of the teacher's model before fine-tuning, which is not known without "
+                "teacher.finetune; give that model's folder as student.init, with student.num_layers"
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------- loading

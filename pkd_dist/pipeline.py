@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from pkd_dist import __version__, checkpoint
-from pkd_dist.config import Config, load_deepspeed, project_path
+from pkd_dist.config import Config, load_deepspeed
 from pkd_dist.data import submission, tasks, text, tokens
 from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
@@ -71,16 +71,14 @@ class Pipeline:
         config: as loaded.
         config_file: for messages.
         world: the ranks.
-        splits: those that must be there.
+        scores: the one split that `evaluate_folder` needs, of a model that is not distilled; None: a run.
 
     Raises:
         UserError: whatever can be known to be wrong before anything is written.
     """
 
-    def __init__(
-        self, config: Config, config_file: str | Path | None, world: World, splits: Sequence[str] = ("train", "dev")
-    ):
-        self.config, self.world, self.splits = config, world, splits
+    def __init__(self, config: Config, config_file: str | Path | None, world: World, scores: str | None = None):
+        self.config, self.world, self.scores = config, world, scores
         self.dir = Path(config.run.dir)
         self.markers = Markers(self.dir)
         self.deepspeed = load_deepspeed(config, config_file)
@@ -93,8 +91,9 @@ class Pipeline:
 
     def _preflight(self) -> None:
         config = self.config
-        for split in self.splits:
+        for split in [self.scores] if self.scores else ["train", "dev"]:
             text.require(config.task.data, split, self.task)
+        text.unlabeled_paths(config.task.unlabeled, self.task)
         length = config.task.max_length
         fit.require_fit(self.base_config, self._tokenizer, length, config.teacher.model, "teacher.model")
         if config.teacher.finetune is None:
@@ -104,6 +103,8 @@ class Pipeline:
                     "teacher.finetune to fine-tune it here, or a fine-tuned folder"
                 )
             self._check_given_classes()
+        if self.scores:
+            return
         self.student_depth = student.planned_depth(config.student, self.base_config, self._tokenizer, length)
         depth = encoder.num_layers(self.base_config)
         self.pairs = self._paired(depth, self.student_depth)
@@ -366,7 +367,7 @@ class Pipeline:
         settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
         return {
             **text.digests(task.data, text.available(task.data, self.task), self.task),
-            **{f"the text of {name}": sha256(project_path(name)) for name in task.unlabeled},
+            **{f"the text of {path}": sha256(path) for path in text.unlabeled_paths(task.unlabeled, self.task)},
             **{f"task.{key}": value for key, value in settings.items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
             **({"run.seed": self.config.run.seed} if task.augment else {}),
@@ -379,25 +380,28 @@ class Pipeline:
                 task, self.task, self.class_order(), self._tokenizer, folder, self.config.run.seed,
                 lambda: self.world.interrupt("data"),
             )  # fmt: skip
-            if (
-                self.config.teacher.finetune is None
-                and not self.task.regression
-                and len(train.classes) != self.base_config.num_labels
-            ):
-                raise UserError(
-                    f"teacher.model: {self.config.teacher.model} has {self.base_config.num_labels} classes, {train.source} has "
-                    f"{len(train.classes)} ({', '.join(train.classes[:10])}); give a teacher of this task, or teacher.finetune"
-                )
+            if self.config.teacher.finetune is None:
+                self.require_outputs(train)
+            names = self.task.names_of(train.classes)
+            class_weights(task.class_weights, train.labels_N, train.classes, names)  # refused here, if it cannot be
             if len(train) < self.world.size:
                 raise UserError(
                     f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"
                 )
             dev = text.read(task.data, "dev", self.task, train.classes or None)
             write_json(folder / "sample.json", {"texts": [column[:8] for column in dev.texts]})
-            names = self.task.names_of(train.classes)
             return {"classes": list(train.classes), "class_names": names, "sets": list(made), **made}
 
         return self.world.on_main(write)
+
+    def require_outputs(self, split: text.Split) -> None:
+        """Raises UserError where a model that is used as it is has not an output for each class of a split."""
+        outputs = int(self.base_config.num_labels)
+        if not self.task.regression and len(split.classes) != outputs:
+            raise UserError(
+                f"teacher.model: {self.config.teacher.model} has {outputs} classes, {split.source} has "
+                f"{len(split.classes)} ({', '.join(split.classes[:10])}); give a model of this task, or teacher.finetune"
+            )
 
     def class_order(self) -> tuple[str, ...] | None:
         """Label values in the order of a given teacher's outputs, where its class names say so."""
@@ -449,10 +453,9 @@ class Pipeline:
             "problem_type": "single_label_classification",
         }
 
-    @cached_property
-    def _used_vocabulary(self) -> np.ndarray:
-        """Token ids that occur in training or dev."""
-        arrays = [self._tokens(name).input_ids_T for name in dict.fromkeys(("train", "dev", self._taught))]
+    def _used_vocabulary(self, *sets: str) -> np.ndarray:
+        """Token ids that occur in these token sets."""
+        arrays = [self._tokens(name).input_ids_T for name in sets]
         return used_vocabulary(arrays, int(self.base_config.vocab_size), self._tokenizer.pad_token_id)
 
     @cached_property
@@ -500,7 +503,7 @@ class Pipeline:
         if not self.world.on_main(folder.exists):
             progress = finetune(
                 self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self._class_weights(), self._used_vocabulary, self.deepspeed, folder, self._checkpoint_fingerprint(),
+                self._class_weights(), self._used_vocabulary("train", "dev"), self.deepspeed, folder, self._checkpoint_fingerprint(),
                 self.world, self.telemetry,
             )  # fmt: skip
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
@@ -699,7 +702,7 @@ class Pipeline:
             config.distill.projection if self.pairs else "never",
             int(self.base_config.hidden_size),
             config.run.seed,
-            self._used_vocabulary,
+            self._used_vocabulary(self._taught, "dev"),
             config.distill.states == "tokens",
         )
         job = Job(
@@ -814,7 +817,7 @@ class Pipeline:
         def write() -> dict[str, Any]:
             folder = self._dirs["export"]
             sample = tuple(json.loads((self._dirs["data"] / "sample.json").read_text())["texts"])
-            model_card = card.render(self.config, self._environment(), self.outputs)
+            model_card = card.render(self.config, self._environment(), self.outputs, self.task.main_metric)
             difference = hf.export(
                 self._best_student(),
                 self._tokenizer,
@@ -865,12 +868,15 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
     world = World(discover(), config.run.timeout_seconds)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            pipeline = Pipeline(config, None, world, splits=(split,))
+            pipeline = Pipeline(config, None, world, scores=split)
             classes = pipeline.class_order()
+            if classes is None and not pipeline.task.regression and text.find(config.task.data, "train", pipeline.task):
+                classes = text.read(config.task.data, "train", pipeline.task).classes
             tokenizer = encoder.load_tokenizer(pipeline.base)
             part = text.read(config.task.data, split, pipeline.task, classes)
             if not text.is_labelled(part.labels_N).all():
                 raise UserError(f"--split: {part.source} has no labels to score; `pkd predict` answers it")
+            pipeline.require_outputs(part)
             made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))
             model: Any = encoder.load_model(pipeline.base)
             model.to(world.device)

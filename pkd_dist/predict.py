@@ -54,6 +54,8 @@ def predict(
     folder = encoder.locate(model, "--model")
     classifier: Any = encoder.load_model(folder, "--model")
     tokenizer = encoder.load_tokenizer(folder, "--model")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--model: the tokenizer of {model} has no padding token; give it one (pad_token)")
     longest = longest_input(classifier.config)
     max_length = max_length or min(128, longest or 128)
     if longest and max_length > longest:
@@ -65,7 +67,7 @@ def predict(
         columns = [list(column) for column in zip(*batch, strict=True)]
         inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            logits_BC = classifier(**inputs.to(device)).logits.float().cpu()
+            logits_BC = classifier(**encoder.accepted(classifier, inputs.to(device))).logits.float().cpu()
         for parts, logits_C in zip(batch, logits_BC, strict=True):
             given = dict(zip(("text", "text_pair"), parts, strict=False))
             yield json.dumps(given | _answer(logits_C, classifier.config.id2label), ensure_ascii=False)

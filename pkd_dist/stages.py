@@ -63,9 +63,10 @@ class Markers:
         if marker.get("spoiled"):
             return "stale", marker["spoiled"]
         inputs = json.loads(json.dumps(stage.inputs()))
-        changed = [k for k in inputs if inputs[k] != marker["inputs"].get(k)]
+        before = marker["inputs"]
+        changed = [k for k in {**inputs, **before} if inputs.get(k) != before.get(k)]
         if changed:
-            parts = [f"{k} changed ({_short(marker['inputs'].get(k))} -> {_short(inputs[k])})" for k in changed[:3]]
+            parts = [f"{k} changed ({_short(before.get(k))} -> {_short(inputs.get(k))})" for k in changed[:3]]
             return "stale", "; ".join(parts) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         if not marker["done"]:
             return "started", "it was interrupted"

