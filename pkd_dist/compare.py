@@ -210,7 +210,7 @@ class Comparison:
         """Whatever the cached text depends on."""
         task = config.task
         more = [sha256(path) for path in text.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
-        return [task.model_dump(mode="json"), more, config.run.seed if task.augment else None, self._files]
+        return [task.model_dump(mode="json"), more, self._files]
 
     # ------------------------------------------------------------------------------------------------------- running
 

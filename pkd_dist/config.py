@@ -68,6 +68,10 @@ class Augment(Section):
         0.1, description="Probability that a word becomes another, drawn from the frequencies in the training text."
     )
     ngram: Fraction = Field(0.25, description="Probability that of a text only a random run of 1 to 5 words is kept.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        1,
+        description="Of the changes; not run.seed's, so that runs of many seeds share the text and the teacher's answers.",
+    )
 
     @model_validator(mode="after")
     def _one_fate_a_word(self) -> Augment:

@@ -370,14 +370,13 @@ class Pipeline:
             **{f"the text of {path}": sha256(path) for path in text.unlabeled_paths(task.unlabeled, self.task)},
             **{f"task.{key}": value for key, value in settings.items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
-            **({"run.seed": self.config.run.seed} if task.augment else {}),
         }
 
     def _data(self) -> dict[str, Any]:
         def write() -> dict[str, Any]:
             task, folder = self.config.task, self._dirs["data"]
             train, made = prepare(
-                task, self.task, self.class_order(), self._tokenizer, folder, self.config.run.seed,
+                task, self.task, self.class_order(), self._tokenizer, folder,
                 lambda: self.world.interrupt("data"),
             )  # fmt: skip
             if self.config.teacher.finetune is None:

@@ -23,9 +23,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kd": {"distill.beta": 0.0},
     "pkd-skip": {"distill.patience": "skip"},
     "pkd-last": {"distill.patience": "last"},
-    "kd+text": {"distill.beta": 0.0, "task.augment.copies": 2, "train.epochs": 2},
+    "kd+text": {"distill.beta": 0.0, "task.augment.copies": 2},
+    "pkd+text": {"distill.patience": "skip", "task.augment.copies": 2},
 }
-"""`kd+text`: three times the text, for half of the epochs; of what is made of the training text (`task.augment`) only the
+"""`+text`: three times the text, for half of the epochs; of what is made of the training text (`task.augment`) only the
 teacher has labels."""
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 """Layers of the student -> the layers of the 6-layer teacher (from 0) that it is made of."""
@@ -41,11 +42,18 @@ def run(
     name: str, glue_dir: Path | None, losses: list[str], depths: list[int], output: Path, jobs: int
 ) -> dict[str, Any]:
     from pkd_dist.compare import Comparison
+    from pkd_dist.config import load
 
     folder, seeds = DATA[name]
     overrides = [f"task.data={glue_dir}/{folder}"] if folder else []
-    methods = {f"{loss}-{d}": {**LOSSES[loss], "student.layers": COPIED[d]} for d in depths for loss in losses}
-    return Comparison(str(HERE / f"{name}.yaml"), overrides, methods, seeds, output / name, "", jobs).run()
+    config = str(HERE / f"{name}.yaml")
+    half = {"train.epochs": load(config).train.epochs // 2}
+    methods = {
+        f"{loss}-{depth}": {**LOSSES[loss], "student.layers": COPIED[depth], **(half if loss.endswith("+text") else {})}
+        for depth in depths
+        for loss in losses
+    }
+    return Comparison(config, overrides, methods, seeds, output / name, "", jobs).run()
 
 
 def collect(name: str, made: dict[str, Any]) -> None:

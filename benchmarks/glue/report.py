@@ -12,7 +12,14 @@ from pkd_dist.files import write_atomically
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TITLES = {"movie-reviews": "Film reviews (embedded)", "sst2": "SST-2", "rte": "RTE"}
-COLOURS = {"finetune": "#8a8a8a", "kd": "#1f6fb4", "pkd-skip": "#c2571a", "pkd-last": "#7a3fa0", "kd+text": "#2b8a57"}
+COLOURS = {
+    "finetune": "#8a8a8a",
+    "kd": "#1f6fb4",
+    "pkd-skip": "#c2571a",
+    "pkd-last": "#7a3fa0",
+    "kd+text": "#2b8a57",
+    "pkd+text": "#b0892a",
+}
 HEAD = """\
 # Results
 
@@ -34,7 +41,7 @@ METHODS = """\
 | finetune | labels alone |
 | kd | and the teacher's predictions (alpha 0.5, temperature 5) |
 | pkd-skip, pkd-last | and its [CLS] states (beta 100, normalised, mean), paired by skip or last |
-| kd+text | kd on three times the text for half of the epochs: copies of the training text, changed at random, that the teacher labels |
+| kd+text, pkd+text | kd and pkd-skip on three times the text for half of the epochs: copies of the training text, changed at random, that the teacher labels |
 
 With one layer there is nothing to pair, so PKD is KD.
 """

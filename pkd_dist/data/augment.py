@@ -23,12 +23,11 @@ _LONGEST_NGRAM = 5
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def augment(split: Split, settings: Augment, seed: int, mask_token: str | None) -> Split:
+def augment(split: Split, settings: Augment, mask_token: str | None) -> Split:
     """New texts made of a split's, without labels. Those equal to a text of the split or to each other are left out, and
     counted in the notes.
 
     Args:
-        seed: the run's.
         mask_token: the tokenizer's; None where it has none.
 
     Raises:
@@ -39,7 +38,7 @@ def augment(split: Split, settings: Augment, seed: int, mask_token: str | None) 
     columns = [_Column(texts, mask_token or "") for texts in split.texts]
     made: tuple[list[str], ...] = tuple([] for _ in columns)
     with np.errstate(over="ignore"):  # hashes wrap around
-        base_N = _hash(split.ids_N.view(np.uint64), seed)
+        base_N = _hash(split.ids_N.view(np.uint64), settings.seed)
         for copy in range(settings.copies):
             key_N = _hash(base_N, copy)
             changed = np.floor(_uniform(_hash(key_N, 0)) * 3)  # of a pair: 0 the first, 1 the second, 2 both

@@ -28,14 +28,12 @@ def prepare(
     classes: Sequence[str] | None,
     tokenizer: Any,
     folder: Path,
-    seed: int,
     check: Callable[[], None],
 ) -> tuple[Split, dict[str, dict[str, Any]]]:
     """Reads, tokenises and writes all of a task's text.
 
     Args:
         classes: label values in class order; None: the task's own, else those of train.
-        seed: of augmentation.
         check: called now and then; what it raises ends the work.
 
     Returns:
@@ -51,23 +49,21 @@ def prepare(
     for name in text.available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
-    if more := list(_more(config, task, splits, tokenizer.mask_token, seed)):
+    if more := list(_more(config, task, splits, tokenizer.mask_token)):
         splits[DISTILL] = _joined([train, *more])
     return train, {
         name: _tokenized(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
     }
 
 
-def _more(
-    config: TaskConfig, task: Task, splits: dict[str, Split], mask_token: str | None, seed: int
-) -> Iterator[Split]:
+def _more(config: TaskConfig, task: Task, splits: dict[str, Split], mask_token: str | None) -> Iterator[Split]:
     """Text without labels, none of which stands in a split or twice."""
     unlabeled = []
     if config.unlabeled:
         unlabeled = [text.without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
         yield from unlabeled
     if config.augment:
-        made = augment(splits["train"], config.augment, seed, mask_token)
+        made = augment(splits["train"], config.augment, mask_token)
         yield text.without(made, *splits.values(), *unlabeled)
 
 

@@ -25,7 +25,8 @@ def random_texts(count, seed):
 
 
 def copies(split, seed=1, mask_token="[MASK]", **settings):
-    return augment(split, Augment(**{"copies": 1, "mask": 0, "replace": 0, "ngram": 0} | settings), seed, mask_token)
+    settings = {"copies": 1, "mask": 0, "replace": 0, "ngram": 0, "seed": seed} | settings
+    return augment(split, Augment(**settings), mask_token)
 
 
 def rows(split):

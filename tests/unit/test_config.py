@@ -150,7 +150,13 @@ def test_more_text_and_class_weights(tmp_path):
     )
     task = load(path, ["task.augment.copies=3"]).task
     assert task.unlabeled == ["a.txt", "b.tsv"] and task.class_weights == {"0": 2.0, "no": 0.1}
-    assert task.augment and task.augment.model_dump() == {"copies": 3, "mask": 0.1, "replace": 0.1, "ngram": 0.25}
+    assert task.augment and task.augment.model_dump() == {
+        "copies": 3,
+        "mask": 0.1,
+        "replace": 0.1,
+        "ngram": 0.25,
+        "seed": 1,
+    }
     assert load(path, ["task.class_weights=balanced"]).task.class_weights == "balanced"
 
 
