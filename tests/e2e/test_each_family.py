@@ -1,6 +1,7 @@
 """A whole run of each family through the real launcher, and what plain transformers makes of the export."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ from conftest import ROOT, environment, launch, results, write_config
 from families import FAMILIES, make_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from typer.testing import CliRunner
+
+from pkd_dist.cli import app
 
 SHORT = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 32}
 TEXTS = ["a good film", "the plot was very dull and the story empty"]
@@ -59,6 +63,23 @@ def test_a_whole_run(case, data, tmp_path):
         assert {a["label"]: a["score"] for a in answers} == pytest.approx(
             {"negative": float(row[0]), "positive": float(row[1])}, abs=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("good,1\nbad,2\n", "--model: .* has 3 classes, .*dev.csv has 2 (1, 2); give a model of this task"),
+        (None, "--data: no such folder: .*data; it must hold"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_split_is_refused_in_the_words_of_the_command(tmp_path, rows, message):
+    model = make_folder(tmp_path / "model", "bert", classifier=True, names=("LABEL_0", "LABEL_1", "LABEL_2"))
+    if rows:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/dev.csv").write_text("body,stars\n" + rows)
+    argv = ["evaluate", "--model", model, "--data", str(tmp_path / "data"), "--task", "custom", "--text", "body"]
+    done = CliRunner().invoke(app, [*argv, "--label", "stars", "--max-length", "32"])
+    assert done.exit_code == 2 and re.search(message.replace("(", r"\(").replace(")", r"\)"), done.stderr), done.stderr
 
 
 def test_pkd_evaluates_a_model_that_takes_no_types(data, tmp_path):

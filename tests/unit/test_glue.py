@@ -197,6 +197,24 @@ def test_the_hub_layout(hub, tmp_path, monkeypatch, name):
             assert part.labels_N.tolist() == ([1.5, 0.0, 5.0] if task.regression else [1, 0, 1])
 
 
+def test_undecided_examples_of_the_hub_are_left_out_and_new_content_is_another_digest(tmp_path, monkeypatch):
+    import datasets
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"body": Value("string"), "verdict": ClassLabel(names=["no", "yes"])})
+    task, data, seen = Task("custom", ("body",), "verdict"), f"hub:{tmp_path / 'data'}", []
+    (tmp_path / "data").mkdir()
+    for labels in ([0, 1, -1, 1], [0, 1, 1, -1]):
+        rows = {"body": ["a", "b", "c", "d"], "verdict": labels}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / "data/train.parquet")
+        part = text.read(data, "train", task)
+        assert part.classes == ("no", "yes") and len(part) == 3 and "c" not in part.texts[0] or labels[2] == 1
+        assert any("nobody could decide (verdict is 'missing')" in note for note in part.notes)
+        seen.append(text.digests(data, ["train", "test"], task))
+    assert list(seen[0]) == ["train"] and seen[0] != seen[1]
+
+
 def test_a_hub_data_set_without_the_split_or_the_column(hub, tmp_path, monkeypatch):
     import datasets
 
