@@ -27,6 +27,7 @@ def config(settings, tmp_path):
     settings["train"] |= {"epochs": 2, "deepspeed": "ds_configs/zero1_fp32.json"}
     settings["teacher"]["finetune"] |= {"epochs": 1, "dropout": 0.0}
     settings["student"]["dropout"] = 0.0
+    settings["cache"] |= {"precision": "float32", "dtype": "float32"}
     settings["checkpoint"]["every_steps"] = 20
     return write_config(settings, tmp_path)
 
