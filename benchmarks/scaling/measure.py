@@ -355,7 +355,7 @@ def teacher() -> dict[str, Any]:
             print_of = Fingerprint(name, "k", "d", 128, layers, "float16", "bfloat16", "cls")
             folder = Path(scratch) / name
             start = time.process_time()
-            build(folder, print_of, subject, lambda made_of=made_of: made_of, 0, 4096, world, telemetry)
+            build(folder, print_of, subject, lambda layers, made_of=made_of: made_of, 0, 4096, world, telemetry)
             out[f"build_{name}_rows_per_second"] = len(subject) / (time.process_time() - start)
             out[f"build_{name}_bytes_per_row"] = sum(p.stat().st_size for p in folder.glob("*.safetensors")) / len(
                 subject
