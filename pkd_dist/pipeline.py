@@ -375,10 +375,11 @@ class Pipeline:
     def _data(self) -> dict[str, Any]:
         def write() -> dict[str, Any]:
             task, folder = self.config.task, self._dirs["data"]
-            train, made = prepare(
+            splits, made = prepare(
                 task, self.task, self.class_order(), self._tokenizer, folder,
                 lambda: self.world.interrupt("data"),
             )  # fmt: skip
+            train = splits["train"]
             if self.config.teacher.finetune is None:
                 self.require_outputs(train)
             names = self.task.names_of(train.classes)
@@ -387,8 +388,7 @@ class Pipeline:
                 raise UserError(
                     f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"
                 )
-            dev = text.read(task.data, "dev", self.task, train.classes or None)
-            write_json(folder / "sample.json", {"texts": [column[:8] for column in dev.texts]})
+            write_json(folder / "sample.json", {"texts": [column[:8] for column in splits["dev"].texts]})
             return {"classes": list(train.classes), "class_names": names, "sets": list(made), **made}
 
         return self.world.on_main(write)

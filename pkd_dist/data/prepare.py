@@ -29,7 +29,7 @@ def prepare(
     tokenizer: Any,
     folder: Path,
     check: Callable[[], None],
-) -> tuple[Split, dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Split], dict[str, dict[str, Any]]]:
     """Reads, tokenises and writes all of a task's text.
 
     Args:
@@ -37,21 +37,20 @@ def prepare(
         check: called now and then; what it raises ends the work.
 
     Returns:
-        The training split, and of each token set `source`, `examples`, `labelled`, `digest`, `input_digest`, `tokens`,
+        The text, and of each token set `source`, `examples`, `labelled`, `digest`, `input_digest`, `tokens`,
         `longest`, `truncated`, `notes` and, of a classification, `per_class`.
 
     Raises:
         UserError: whatever is wrong, with file and line.
     """
-    train = text.read(config.data, "train", task, classes)
-    known = train.classes or None
-    splits = {"train": train}
+    splits = {"train": text.read(config.data, "train", task, classes)}
+    known = splits["train"].classes or None
     for name in text.available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
     if more := list(_more(config, task, splits, tokenizer.mask_token)):
-        splits[DISTILL] = _joined([train, *more])
-    return train, {
+        splits[DISTILL] = _joined([splits["train"], *more])
+    return splits, {
         name: _tokenized(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
     }
 
