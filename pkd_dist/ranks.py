@@ -116,7 +116,7 @@ def _from_variables(environ: Mapping[str, str]) -> Ranks:
     default = _slurm_local_size(environ) if "SLURM_STEP_TASKS_PER_NODE" in environ else world  # mapped under srun
     local = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", default))
     address, port = "127.0.0.1", 0
-    if world > 1:
+    if world > 1 or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds the store, for one rank too
         port = _number(environ, "MASTER_PORT")
         if not (address := environ.get("MASTER_ADDR", "")):
             raise UserError("environment: RANK and WORLD_SIZE are set, but MASTER_ADDR is not; export rank 0's address")

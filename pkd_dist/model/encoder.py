@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
+from pkd_dist.model.fused import fuse
 from pkd_dist.model.lean import CompactVocabulary, has_plain_vocabulary, only_first_token
 
 WEIGHT_FILES = (
@@ -164,7 +165,9 @@ class Encoder(nn.Module):
         all_tokens: bool = False,
     ):
         super().__init__()
-        self.lean_last_layer = not all_tokens and only_first_token(model, encoder_layers(model)[1])
+        layers = encoder_layers(model)[1]
+        self.lean_last_layer = not all_tokens and only_first_token(model, layers)
+        self.fused = fuse(model, layers)
         compact = used_V is not None and has_plain_vocabulary(model)
         self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model

@@ -37,21 +37,22 @@ def positions_follow_padding(config: Any) -> bool:
     return getattr(config, "model_type", None) in _POSITIONS_FOLLOW_PADDING
 
 
+def is_bert_like(config: Any) -> bool:
+    """Whether a model's layers are those of BERT or DistilBERT."""
+    if getattr(config, "model_type", None) not in (*_BERT_LIKE, "distilbert") or getattr(config, "is_decoder", False):
+        return False
+    return getattr(config, "position_embedding_type", "absolute") == "absolute"
+
+
 def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
     """Makes the last encoder layer compute its output for the first token alone; (B, L, H) in, (B, 1, H) out.
 
     Returns:
         False where the model's family is not known to read the first token alone; the model is then unchanged.
     """
-    family = getattr(model.config, "model_type", None)
-    if family not in (*_BERT_LIKE, "distilbert") or layers is None:
+    if layers is None or not is_bert_like(model.config):
         return False
-    if (
-        getattr(model.config, "is_decoder", False)
-        or getattr(model.config, "position_embedding_type", "absolute") != "absolute"
-    ):
-        return False
-    forward = _first_token_block if family == "distilbert" else _first_token_layer
+    forward = _first_token_block if model.config.model_type == "distilbert" else _first_token_layer
     layers[-1].forward = types.MethodType(forward, layers[-1])  # type: ignore[method-assign]
     return True
 

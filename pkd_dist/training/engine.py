@@ -93,8 +93,10 @@ class Engine:
 
         if world.device.type == "cpu":
             ops.__dict__["__compatible_ops__"] = collections.defaultdict(bool)  # nothing is compiled on a CPU
-        self.stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
         self.loss_scale_expected = bool(deepspeed.get("fp16", {}).get("enabled"))
+        deepspeed = _for_ranks(deepspeed, world.size)
+        self.stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+        self._clips = self.stage == 0 and not self.loss_scale_expected
         self._scale = float(world.size * plan.accumulation)
         self._plan = plan
         offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
@@ -103,7 +105,7 @@ class Engine:
             "train_batch_size": plan.micro_batch_size * plan.accumulation * world.size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.accumulation,
-            "gradient_clipping": plan.max_grad_norm,
+            "gradient_clipping": 0.0 if self._clips else plan.max_grad_norm,
             "steps_per_print": 10**9,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -133,6 +135,8 @@ class Engine:
             raise UserError(
                 f"train.deepspeed: DeepSpeed refuses the JSON's {error.title}: {key}: {first['msg']}"
             ) from None
+        if world.size == 1:
+            self._engine.enable_backward_allreduce = False  # it would flatten all gradients, and copy them back
         self.module = module
         self.state = OptimizerState(module, self._engine.optimizer, self._adam, self.stage, world.rank, world.size)
 
@@ -166,13 +170,14 @@ class Engine:
         return self._update(), rate
 
     def _update(self) -> float:
-        if self.stage == 0 and not self.loss_scale_expected:
-            norm = float(
-                torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-            )
-            self._require_finite(norm)
+        if self._clips:
+            trained = [p for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            self._require_finite(float(norm))
+            if norm > self._plan.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(trained, self._plan.max_grad_norm, norm)
             self._engine.step()
-            return norm
+            return float(norm)
         skipped = self._engine.skipped_steps
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
@@ -214,6 +219,16 @@ class Engine:
         for name, buffer in persistent_buffers(self.module):
             weights[name] = buffer.detach().cpu().contiguous().clone()
         return weights
+
+
+def _for_ranks(deepspeed: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """ZeRO 1 and 2 shard optimizer state and gradients. One rank has nothing to shard: stage 0 is the same computation,
+    without copies of all gradients and weights."""
+    zero = deepspeed.get("zero_optimization", {})
+    needed = "offload_optimizer" in zero or any(deepspeed.get(half, {}).get("enabled") for half in ("fp16", "bf16"))
+    if ranks > 1 or needed or zero.get("stage", 0) not in (1, 2):
+        return deepspeed
+    return {**deepspeed, "zero_optimization": {"stage": 0}}
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

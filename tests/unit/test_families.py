@@ -130,6 +130,8 @@ def test_the_savings_are_exact_over_steps_of_adamw(folder, family, dtype, tolera
             optimizer.step()
     weights = lean.whole({name: p.detach() for name, p in lean.named_parameters()}, (1 - 1e-3 * 0.1) ** 3)
     for name, p in plain.named_parameters():
+        if "key.bias" in name or "k_lin.bias" in name:
+            continue  # softmax does not see it: its gradient is 0, and AdamW makes steps of what rounding leaves of it
         torch.testing.assert_close(weights[f"model.{name}"], p.detach(), rtol=tolerance, atol=tolerance, msg=name)
     assert not torch.allclose(plain.get_input_embeddings().weight, start, atol=1e-4)
 

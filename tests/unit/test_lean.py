@@ -71,6 +71,8 @@ def test_weights_after_20_steps_of_adamw_with_decay(family, dtype, tolerance):
     weights = {name: p.detach() for name, p in lean.named_parameters()}
     whole = lean.whole(weights, float(np.prod(1 - rates * decay)))
     for name, p in plain.named_parameters():
+        if name.endswith("key.bias"):
+            continue  # softmax does not see it: its gradient is 0, and AdamW makes steps of what rounding leaves of it
         torch.testing.assert_close(whole[f"model.{name}"], p.detach(), rtol=tolerance, atol=tolerance, msg=name)
 
 
