@@ -25,7 +25,7 @@ HEAD = """\
 
 Made by `python -m benchmarks.glue --report` from [benchmarks/results/glue.json](../benchmarks/results/glue.json), which
 `make bench-glue` writes ([how](../benchmarks/glue/README.md)). The teacher is a 6-layer MiniLM (hidden 384, 22.7 M parameters),
-fine-tuned once on each data set; students copy its layers 6 (1 layer), 3 and 6 (2 layers), or 2, 4 and 6 (3 layers) and are
+fine-tuned once on each data set; students copy its layers 6 (1 layer), 3 and 6 (2 layers; on SST-2 2 and 4), or 2, 4 and 6 (3 layers) and are
 trained from its cache. Every setting but the loss is the same for all methods; nothing was tuned for one of them. What is
 not in a table is not measured yet: the same command goes on and adds it.
 
@@ -42,7 +42,7 @@ METHODS = """\
 | finetune | labels alone |
 | kd | and the teacher's predictions (alpha 0.5, temperature 5) |
 | pkd-skip, pkd-last | and its [CLS] states (beta 100, normalised, mean), paired by skip or last |
-| kd+text, pkd+text | kd and pkd-skip on three times the text for half of the epochs: copies of the training text, changed at random, that the teacher labels |
+| kd+text, pkd+text | kd and pkd-skip on three times the text (film reviews, RTE: for half of the epochs): copies of the training text, changed at random, that the teacher labels |
 
 With one layer there is nothing to pair, so PKD is KD.
 """

@@ -172,12 +172,13 @@ class Engine:
     def _update(self) -> float:
         if self._clips:
             trained = [p for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-            self._require_finite(float(norm))
+            total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            norm = float(total)
+            self._require_finite(norm)
             if norm > self._plan.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(trained, self._plan.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(trained, self._plan.max_grad_norm, total)
             self._engine.step()
-            return float(norm)
+            return norm
         skipped = self._engine.skipped_steps
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
