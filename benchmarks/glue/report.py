@@ -25,9 +25,9 @@ HEAD = """\
 
 Made by `python -m benchmarks.glue --report` from [benchmarks/results/glue.json](../benchmarks/results/glue.json), which
 `make bench-glue` writes ([how](../benchmarks/glue/README.md)). The teacher is a 6-layer MiniLM (hidden 384, 22.7 M parameters),
-fine-tuned once on each data set; students copy its layers 6 (1 layer), 3 and 6 (2 layers; on SST-2 2 and 4), or 2, 4 and 6 (3 layers) and are
-trained from its cache. Every setting but the loss is the same for all methods; nothing was tuned for one of them. What is
-not in a table is not measured yet: the same command goes on and adds it.
+fine-tuned once on each data set; students copy its layers 6 (1 layer), 3 and 6 (2 layers; on SST-2: 2 and 4), or 2, 4 and 6
+(3 layers) and are trained from its cache. Every setting but the loss is the same for all methods; nothing was tuned for one
+of them. What is not in a table is not measured yet: the same command goes on and adds it.
 
 Scores and agreement in percent: mean over seeds, ± half of its 95% interval (Student's t). *against finetune*: difference
 of the scores seed by seed, with the same interval: where it does not reach over 0 the difference is unlikely to be chance.

@@ -51,6 +51,11 @@ def test_each_launcher(environ, expected):
         assert (found.master_addr, found.master_port) == ("127.0.0.1", 29501)
 
 
+@pytest.mark.parametrize(("held", "port"), [({}, 0), ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 29501)])
+def test_one_rank_takes_any_free_port_unless_its_launcher_holds_the_store(held, port):
+    assert discover({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | held | MASTER).master_port == port
+
+
 @pytest.mark.parametrize(
     ("rank", "node", "local"), [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1), (4, 2, 0)], ids=lambda v: str(v)
 )
