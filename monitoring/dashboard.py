@@ -51,13 +51,14 @@ def series(name: str, suffix: str = "") -> str:
 
 @dataclass
 class Panel:
-    """One graph: `lines` are (expression, legend); `about` names the metric whose help is its description."""
+    """One graph, or a table of labels: `lines` are (expression, legend); `about` is the metric whose help describes it."""
 
     title: str
     about: str
     lines: list[tuple[str, str]]
     unit: str = "short"
     options: dict[str, object] = field(default_factory=dict)
+    table: bool = False
 
 
 def gauge(title: str, name: str, unit: str = "short", **options: object) -> Panel:
@@ -83,6 +84,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Stage", "pkd_stage", [(f"{series('pkd_stage')} == 1", "{{instance}} {{stage}}")]),
         gauge("Steps", "pkd_step"),
         gauge("Epochs", "pkd_epoch"),
+        Panel("What runs", "pkd_info", [(series("pkd_info"), "")], table=True),
     ],
     "Training": [
         gauge("Loss", "pkd_loss", **LOGARITHMIC),
@@ -131,9 +133,7 @@ def dashboard() -> grafana.Dashboard:
         y += 1
         for number, graph in enumerate(graphs):
             line, column = divmod(number, 24 // WIDTH)
-            panels.append(
-                _time_series(graph, grafana.GridPos(h=HEIGHT, w=WIDTH, x=column * WIDTH, y=y + line * HEIGHT))
-            )
+            panels.append(_graph(graph, grafana.GridPos(h=HEIGHT, w=WIDTH, x=column * WIDTH, y=y + line * HEIGHT)))
         y += HEIGHT * -(-len(graphs) // (24 // WIDTH))
     return grafana.Dashboard(
         title="Patient Knowledge Distillation",
@@ -157,20 +157,21 @@ def dashboard() -> grafana.Dashboard:
     ).auto_panel_ids()  # fmt: skip
 
 
-def _time_series(panel: Panel, place: grafana.GridPos) -> grafana.TimeSeries:
-    return grafana.TimeSeries(
+def _graph(panel: Panel, place: grafana.GridPos) -> grafana.Panel:
+    kind, form, look = grafana.TimeSeries, {}, {"legendDisplayMode": "list", "tooltipMode": "multi", "unit": panel.unit}
+    if panel.table:
+        kind, form, look = grafana.Table, {"format": "table", "instant": True}, {}
+    return kind(
         title=panel.title,
         description=HELPS[panel.about],
         dataSource=SOURCE,
         targets=[
-            grafana.Target(expr=expression, legendFormat=legend, refId=chr(ord("A") + i))
+            grafana.Target(expr=expression, legendFormat=legend, refId=chr(ord("A") + i), **form)
             for i, (expression, legend) in enumerate(panel.lines)
         ],
-        unit=panel.unit,
-        maxDataPoints=None,
         gridPos=place,
-        legendDisplayMode="list",
-        tooltipMode="multi",
+        maxDataPoints=None,
+        **look,
         **panel.options,
     )
 
