@@ -6,13 +6,13 @@ import http.client
 import os
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 
 import pytest
+from certificates import make_certificate
 
 from pkd_dist.config import load
 from pkd_dist.errors import UserError
@@ -229,18 +229,6 @@ def test_nonsense_and_early_ends_leave_no_word_on_the_terminal(serve, certificat
 def certificate(tmp_path_factory):
     """-> (certificate, key) of 127.0.0.1."""
     return make_certificate(tmp_path_factory.mktemp("tls"))
-
-
-def make_certificate(folder, *more):
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", key, "-out",
-         certificate, "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1",
-         *(more or ("-nodes",))],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    key.chmod(0o600)
-    return certificate, key
 
 
 def context_of(certificate):
