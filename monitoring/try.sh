@@ -27,7 +27,8 @@ end() {
 trap end EXIT
 trap 'exit 0' INT TERM
 
-cp -r "$here/prometheus.yml" "$here/rules" "$folder"
+cp -r "$here/rules" "$folder"
+sed 's/^  scrape_interval: .*/  scrape_interval: 2s/' "$here/prometheus.yml" >"$folder/prometheus.yml"
 if [[ -d $what ]]; then
     ln -s "$(cd "$what" && pwd)" "$folder/targets"
 elif [[ $what =~ ^.+:[0-9]+$ ]]; then
