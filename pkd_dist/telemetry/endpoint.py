@@ -1,7 +1,7 @@
 """The HTTP server of a run's metrics. Whoever asks, and however slowly, training does not wait.
 
 What answers is prometheus_client's application. Around it stand: a bounded number of connections, of which the oldest gives
-way to the next; a limit on how long each may be silent; answers that are made anew a few times a second at most; TLS, whose
+way to the next; a limit on how long each may be silent; answers that are made anew once a second at most; TLS, whose
 handshakes are each connection's own affair; and passwords.
 """
 
@@ -34,7 +34,7 @@ from pkd_dist.telemetry.log import log
 
 CONNECTIONS = 16
 _SILENT_SECONDS = 5.0
-_FRESH_SECONDS = 0.2
+_FRESH_SECONDS = 1.0
 _PORTS_TRIED = 50
 
 
