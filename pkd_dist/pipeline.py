@@ -31,7 +31,7 @@ from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.data.weights import class_weights
 from pkd_dist.dist import World
-from pkd_dist.errors import UserError
+from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluate import compare, evaluating, figures_of, predict, scores, speed
 from pkd_dist.export import card, hf
 from pkd_dist.files import (
@@ -55,9 +55,11 @@ from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.teacher.cache import CacheReader, Fingerprint
 from pkd_dist.teacher.finetune import finetune
 from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar, timed
+from pkd_dist.telemetry.publish import published
 from pkd_dist.training.engine import resolve_precision
 from pkd_dist.training.loop import Job, Trainer
 
@@ -105,6 +107,7 @@ class Pipeline:
             self._check_given_classes()
         if self.scores:
             return
+        self.access = load_access(config.metrics) if config.metrics.enabled and self.world.node_main else Access()
         self.student_depth = student.planned_depth(config.student, self.base_config, self._tokenizer, length)
         depth = encoder.num_layers(self.base_config)
         self.pairs = self._paired(depth, self.student_depth)
@@ -167,27 +170,45 @@ class Pipeline:
                 self._lock.release()
 
     def _run(self, stages: Sequence[str]) -> None:
-        metrics = RunMetrics()
-        metrics.info.labels(__version__, self.config.run.dir, self.task.name, str(self.world.size), self.precision).set(
-            1
-        )
+        with contextlib.ExitStack() as stack:
+            node = self._node()
+            metrics = self._metrics(node)
+            self.telemetry = Telemetry(metrics, self.world.main)
+            publication = self.world.together(
+                lambda: stack.enter_context(published(metrics, self.config.metrics, self.access, self.dir, node))
+            )
+            self._load_speed_settings()
+            try:
+                for stage in self.stages():
+                    self._run_stage(stage, stage.name in stages)
+                    if publication:
+                        publication.push()
+                    if stage.name == stages[-1]:
+                        break
+            except Preempted:
+                metrics.preemptions.inc()
+                raise
+            except DivergedError:
+                metrics.nonfinite.inc()
+                raise
+
+    def _node(self) -> int | None:
+        """On the first rank of each node: which of the nodes it is; collective."""
+        firsts = [rank for rank, first in enumerate(self.world.gather(self.world.node_main)) if first]
+        return firsts.index(self.world.rank) if self.world.node_main else None
+
+    def _metrics(self, node: int | None) -> RunMetrics:
+        publishes = node is not None and self.config.metrics.enabled
+        metrics = RunMetrics(self.dir / "counters" / f"node-{node}.json" if publishes else None)
+        metrics.info.labels(
+            __version__, str(self.dir.absolute()), self.task.name, str(self.world.size), self.precision,
+            os.environ.get("SLURM_JOB_ID", ""),
+        ).set(1)  # fmt: skip
         for name in STAGES:
             metrics.stage.labels(stage=name).set(0)
-        self.telemetry = Telemetry(metrics, self.world.main)
-        server = None
-        if self.config.metrics.enabled and self.world.node_main:
-            server = metrics.serve(self.config.metrics.host, self.config.metrics.port)
-            if server:
-                log.info("metrics: http://%s:%d/metrics", self.config.metrics.host, server[1])
-        self._load_speed_settings()
-        try:
-            for stage in self.stages():
-                self._run_stage(stage, stage.name in stages)
-                if stage.name == stages[-1]:
-                    break
-        finally:
-            if server:
-                server[0].shutdown()
+        if self.world.device.type == "cuda":
+            metrics.watch_gpu(self.world.device)
+        return metrics
 
     def _load_speed_settings(self) -> None:
         torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
@@ -282,10 +303,13 @@ class Pipeline:
 
         self.world.on_main(lambda: self.markers.begin(stage, state, inputs))
         self.inputs = inputs
-        self.telemetry.metrics.stage.labels(stage=stage.name).set(1)
+        runs = self.telemetry.metrics.stage.labels(stage=stage.name)
         with timed() as seconds:
-            outputs = self.world.broadcast(stage.run())
-        self.telemetry.metrics.stage.labels(stage=stage.name).set(0)
+            runs.set(1)
+            try:
+                outputs = self.world.broadcast(stage.run())
+            finally:
+                runs.set(0)
         self.outputs[stage.name] = outputs
         self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds[0]))
         log.info("%s: done in %.1f s", stage.name, seconds[0])
@@ -804,7 +828,15 @@ class Pipeline:
                     log.info("evaluate: %s has no labels; the %s's answers: %s", split, name, path)
 
         self.world.on_main(write)
+        self._show_results(results)
         return {"results": results, **marker}
+
+    def _show_results(self, results: dict[str, Any]) -> None:
+        """The finished student's figures: what trained before has no say any more."""
+        metrics = self.telemetry.metrics
+        metrics.eval_metric.clear()
+        for split, figures in {"dev": results, **results["splits"]}.items():
+            metrics.show_evaluation(split, figures["student"])
 
     # export
 

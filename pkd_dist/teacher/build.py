@@ -134,7 +134,8 @@ def build(
             len(parts) - len(missing),
         )
     todo = [i for i in mine if i in missing]
-    telemetry.metrics.cache_expected.set(sum(len(parts[i]) for i in todo))
+    metrics = telemetry.metrics
+    metrics.cache_expected.set(metrics.value("pkd_cache_rows_total") + sum(len(parts[i]) for i in todo))
 
     def build_mine() -> None:
         teacher = make_teacher(fingerprint.layers) if todo else None
@@ -144,11 +145,11 @@ def build(
                 world.at(f"cache, {shard_name(i)}")
 
                 def tick(rows: int) -> bool:
-                    telemetry.metrics.cache_rows.inc(rows)
                     bar.advance(rows)
                     return world.stopping()
 
                 whole = _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick)
+                metrics.cache_rows.inc(len(parts[i]) * whole)
                 if not whole or world.stopping():
                     return
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,6 +122,7 @@ class Trainer:
         path, state = found
         self.engine.state.restore(Shards(path), state["counters"])
         self.progress = Progress(**state["progress"])
+        self.telemetry.metrics.checkpoint_time.set((path / checkpoint.COMMIT).stat().st_mtime)
         if self.progress.step < self.total_steps:
             log.info(
                 "%s: going on from step %d of %d (%s)", self.job.name, self.progress.step, self.total_steps, path.name
@@ -135,7 +136,7 @@ class Trainer:
             Preempted: a stop signal came; a checkpoint is committed.
         """
         job, progress = self.job, self.progress
-        self._count_on()
+        self._show_position()
         epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
         bar = Bar(f"{job.name}, {epochs_shown}", self.total_steps, progress.step, self.telemetry.show)
         with bar:
@@ -164,12 +165,14 @@ class Trainer:
         wanted = epochs % self.job.eval_every_epochs == 0 or epochs == self.job.epochs
         return within == 0 and wanted and self.progress.evaluated_epochs < epochs
 
-    def _count_on(self) -> None:
-        """Counters and gauges go on where the checkpoint left them."""
+    def _show_position(self) -> None:
+        """Gauges go on where the checkpoint left them. (Counters do so by themselves: see `RunMetrics`.)"""
         metrics, progress = self.telemetry.metrics, self.progress
-        metrics.samples.inc(progress.samples)
-        metrics.tokens.inc(progress.tokens)
         metrics.step.set(progress.step)
+        metrics.epoch.set(progress.step / self.batches.steps)
+        metrics.eval_metric.clear()  # of another training
+        if progress.history:
+            metrics.show_evaluation("dev", progress.history[-1])
 
     def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
@@ -196,6 +199,7 @@ class Trainer:
         sums[-1] = self.world.stop_signal()
         sums = self.world.sum(sums)
         if sums[-2]:
+            self._show_loss(sums)
             self._diverged("the loss", local, [])
         progress = self.progress
         try:
@@ -212,6 +216,10 @@ class Trainer:
         parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
         stop = max(self.world.gather(self.world.stop_signal())) if sums[-1] else 0
         return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s", stop
+
+    def _show_loss(self, values: Iterable[float]) -> None:
+        for name, value in zip(TERMS, values, strict=False):
+            self.telemetry.metrics.loss.labels(term=name).set(value)
 
     def _log_step(
         self,
@@ -230,8 +238,7 @@ class Trainer:
         metrics.tokens.inc(tokens)
         metrics.step_seconds.observe(seconds)
         metrics.data_wait.inc(waited)
-        for name, value in losses.items():
-            metrics.loss.labels(term=name).set(value)
+        self._show_loss(losses.values())
         metrics.learning_rate.set(learning_rate)
         metrics.grad_norm.set(norm)
         metrics.loss_scale.set(self.engine.loss_scale)
@@ -277,8 +284,7 @@ class Trainer:
                 return sha256(path)
 
             progress.best_sha256 = self.world.on_main(keep)
-        for name, value in figures.items():
-            self.telemetry.metrics.eval_metric.labels(split="dev", metric=name).set(value)
+        self.telemetry.metrics.show_evaluation("dev", figures)
         if self.records:
             self.records.write({"step": progress.step, "epoch": epoch, "split": "dev", **figures, "time": time.time()})
         log.info(
@@ -307,7 +313,6 @@ class Trainer:
 
     def _diverged(self, what: str, local: np.ndarray, micro: list[Batch]) -> NoReturn:
         """Ends the run on every rank; names the rank and the terms. `micro`: where a gradient is to be looked at again."""
-        self.telemetry.metrics.nonfinite.inc()
         finite = np.isfinite(local).all() and self._gradient_is_finite(micro)
         every = self.world.gather((bool(finite), dict(zip(TERMS, local.tolist(), strict=False))))
         bad = next((rank for rank, (good, _) in enumerate(every) if not good), 0)
@@ -333,7 +338,6 @@ class Trainer:
 
     def _preempted(self, number: int) -> NoReturn:
         self._save()
-        self.telemetry.metrics.preemptions.inc()
         raise Preempted(
             f"{self.job.name}: stopped by {signal.Signals(number).name}; a checkpoint of step {self.progress.step} is committed "
             f"in {self.job.folder}; the same command goes on from it",

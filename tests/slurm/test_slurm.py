@@ -105,6 +105,22 @@ def test_a_job_ends_with_the_status_of_the_run(cluster, config, tmp_path):
     assert "run.yaml: no such configuration file" in (folder / f"logs/{job}-rank0.log").read_text()
 
 
+def test_prometheus_finds_each_node_until_the_job_ends_however_it_ends(cluster, config, tmp_path):
+    """Killed, the ranks can take nothing away themselves, nor can what waits for their end: SLURM kills that too."""
+    targets, more = tmp_path / "targets", ["metrics.enabled=true", "metrics.port=0", "train.epochs=1000"]
+    options = ["--nodes=2", "--tasks-per-node=1", f"metrics.discovery_dir={targets}", *more]
+    job, folder = submit(cluster, ROOT, "--config", config, *options, cwd=tmp_path)
+    run = folder.parents[1]
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3, "the third step")
+    labels = [json.loads(file.read_text())[0]["labels"] for file in sorted(targets.iterdir())]
+    assert [label["node"] for label in labels] == ["0", "1"]
+    assert {label["run"] for label in labels} == {str(run)}
+    cluster("scancel", "--signal=KILL", f"{job}.0")  # the ranks, not the batch script
+    until(lambda: ended(cluster, job), "the end of the job")
+    assert cluster.job(job)["JobState"] == "FAILED"
+    assert not list(targets.iterdir()), (folder / f"logs/{job}.log").read_text()
+
+
 def test_what_is_asked_for_reaches_slurm(cluster, config, tmp_path):
     options = ["--nodes=1-2", "--gpus-per-node=2", "--time=2:00:00", "--sbatch=--hold", "--sbatch", "--comment='a b'"]
     job, folder = submit(cluster, ROOT, "--config", config, *options, "train.epochs=7", cwd=tmp_path)

@@ -1,112 +1,140 @@
-"""Prometheus metrics: served over HTTP under documented names, on the next port where one is taken."""
+"""Prometheus metrics: their names, counters that outlive a process, and the documents that are made from them."""
 
-import socket
-import urllib.error
-import urllib.request
+import json
+import subprocess
 
 import pytest
+import torch
+from conftest import ROOT
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
-from pkd_dist.telemetry.log import log
-from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist import config as schema
+from pkd_dist.pipeline import STAGES
+from pkd_dist.telemetry.metrics import EVAL_METRICS, STEP_SECONDS_BUCKETS, RunMetrics, reference
+from pkd_dist.training.loop import TERMS
 
-NAMES = {
-    "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total",
-    "pkd_step_seconds_bucket", "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale",
-    "pkd_cache_rows_total", "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds",
-    "pkd_checkpoint_seconds", "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total",
-    "pkd_data_wait_seconds_total", "process_resident_memory_bytes", "python_info",
+SPEC = {
+    "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds",
+    "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale", "pkd_cache_rows_total",
+    "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds", "pkd_checkpoint_seconds",
+    "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total", "pkd_gpu_memory_bytes",
+    "pkd_data_wait_seconds_total",
 }  # fmt: skip
 
 
-@pytest.fixture
-def serve():
-    """Starts a server as a run does; ends it after the test."""
-    servers = []
-
-    def start(metrics, port, host="127.0.0.1"):
-        served = metrics.serve(host, port)
-        servers.extend([served[0]] if served else [])
-        return served and served[1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def sample(metrics, name, **labels):
+    return metrics.registry.get_sample_value(name, labels)
 
 
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """-> the messages so far."""
-    monkeypatch.setattr(log, "propagate", True)
-    caplog.set_level("INFO", "pkd")
-    return lambda: caplog.messages
-
-
-def scrape(port):
-    """Sample lines by name and labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
-        lines = answer.read().decode().splitlines()
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-
-def test_a_scrape_holds_every_metric_and_its_value(serve, said):
+def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it():
     metrics = RunMetrics()
-    metrics.info.labels("1.0", "runs/x", "sst2", "2", "float32").set(1)
-    metrics.stage.labels(stage="distill").set(1)
-    metrics.loss.labels(term="pt").set(0.25)
-    metrics.eval_metric.labels(split="dev", metric="accuracy").set(0.9)
-    metrics.samples.inc(64)
-    metrics.step_seconds.observe(0.03)
-    port = serve(metrics, 0)
-    assert port > 0 and not said(), "any port was asked for: nothing to say"
-    found = scrape(port)
-    assert {key.partition("{")[0] for key in found} >= NAMES
-    assert found['pkd_info{precision="float32",run="runs/x",task="sst2",version="1.0",world_size="2"}'] == 1
-    assert found['pkd_loss{term="pt"}'] == 0.25
-    assert found['pkd_eval_metric{metric="accuracy",split="dev"}'] == 0.9
-    assert found['pkd_step_seconds_bucket{le="0.02"}'] == 0 and found['pkd_step_seconds_bucket{le="0.05"}'] == 1
-    metrics.samples.inc(36)
-    assert scrape(port)["pkd_samples_total"] == 100, "live"
+    metrics.gpu_memory.labels(kind="total").set(1)
+    text = generate_latest(metrics.registry)
+    types = {line.split()[2]: line.split()[3] for line in text.decode().splitlines() if line.startswith("# TYPE")}
+    assert {m.name: m.kind for m in metrics.described} == {k: v for k, v in types.items() if k.startswith("pkd_")}
+    assert {m.name for m in metrics.described} == SPEC
+    assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "python_info"} <= types.keys()
+    assert b"_created" not in text
+    assert list(text_string_to_metric_families(text.decode()))
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
-def test_two_runs_have_a_registry_each(serve):
-    first, second = RunMetrics(), RunMetrics()
+def test_what_the_labels_are_documented_to_be_is_what_they_are():
+    documented = {(m.name, label): values for m in RunMetrics().described for label, values in m.labels.items()}
+    for key, values in {("pkd_stage", "stage"): STAGES, ("pkd_loss", "term"): TERMS, ("pkd_eval_metric", "metric"): EVAL_METRICS}.items():  # fmt: skip
+        assert [word for word in documented[key].split("`")[1::2] if word in values] == list(values)
+
+
+def test_buckets_tell_steps_of_1_ms_from_those_of_10_s():
+    assert STEP_SECONDS_BUCKETS[0] == 0.001 and STEP_SECONDS_BUCKETS[-1] == 10
+    assert max(b / a for a, b in zip(STEP_SECONDS_BUCKETS, STEP_SECONDS_BUCKETS[1:], strict=False)) <= 2.5
+
+
+def count(metrics, samples, seconds):
+    metrics.samples.inc(samples)
+    metrics.step_seconds.observe(seconds)
+
+
+def test_counters_go_on_from_what_a_killed_process_had_told(tmp_path):
+    file = tmp_path / "new/node-0.json"
+    first = RunMetrics(file)
+    count(first, 64, 0.03)
     first.step.set(7)
-    assert scrape(serve(first, 0))["pkd_step"] == 7
-    assert scrape(serve(second, 0))["pkd_step"] == 0
+    generate_latest(first.registry)  # a scrape
+    told = file.read_bytes()
+    generate_latest(first.registry)
+    assert file.read_bytes() == told and [path.name for path in file.parent.iterdir()] == [file.name]
+    count(first, 999, 5)  # nobody asks for it: it is lost with the process
+    second = RunMetrics(file)
+    assert sample(second, "pkd_samples_total") == second.value("pkd_samples_total") == 64
+    assert sample(second, "pkd_step") == 0, "a gauge says what is now"
+    count(second, 36, 0.04)
+    assert sample(second, "pkd_samples_total") == 100
+    assert sample(second, "pkd_step_seconds_count") == sample(second, "pkd_step_seconds_bucket", le="0.05") == 2
+    assert sample(second, "pkd_step_seconds_bucket", le="0.02") == 0
+    assert sample(second, "pkd_step_seconds_sum") == pytest.approx(0.07)
+    assert sample(RunMetrics(file), "pkd_samples_total") == 100
 
 
-def test_a_port_in_use_is_left_for_the_next(serve, said):
-    first = serve(RunMetrics(), 0)
+@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"pkd_samples_total": 5}), b"\xff"])
+def test_counters_of_a_file_that_cannot_be_used_start_from_0(tmp_path, content):
+    file = tmp_path / "node-0.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    metrics = RunMetrics(file)
+    assert sample(metrics, "pkd_samples_total") == 0
+    count(metrics, 3, 1)
+    assert sample(metrics, "pkd_samples_total") == sample(RunMetrics(file), "pkd_samples_total") == 3
+
+
+def test_counters_that_cannot_be_written_are_served_all_the_same(tmp_path):
+    (tmp_path / "counters").write_text("in the way")
+    metrics = RunMetrics(tmp_path / "counters/node-0.json")
+    count(metrics, 5, 1)
+    assert sample(metrics, "pkd_samples_total") == 5
+
+
+def test_an_evaluation_shows_known_metrics_alone():
     metrics = RunMetrics()
-    metrics.step.set(5)
-    second = serve(metrics, first)
-    assert first < second < first + 50
-    assert said() == [f"metrics: port {first} is in use; serving on {second} instead"]
-    assert scrape(second)["pkd_step"] == 5
-    assert scrape(first)["pkd_step"] == 0
+    metrics.show_evaluation("dev", {"epoch": 3, "accuracy": 0.5, "main_metric": 0.5, "accuracy_interval_95": [0, 1]})
+    [family] = [family for family in metrics.registry.collect() if family.name == "pkd_eval_metric"]
+    assert {s.labels["metric"]: s.value for s in family.samples} == {"accuracy": 0.5, "main_metric": 0.5}
 
 
-def test_without_a_port_the_run_goes_on(serve, said):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 65535))
-        taken.listen()
-        assert serve(RunMetrics(), 65535) is None
-    [message] = said()
-    assert message.endswith("in use; going on without them")
+def test_gpu_memory_is_read_at_the_scrape(monkeypatch):
+    """Without a GPU: that each kind asks torch for what its name says."""
+    asked = {"memory_allocated": 3, "max_memory_allocated": 5, "memory_reserved": 8}
+    for name, value in asked.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    free = [60]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80))
+    metrics = RunMetrics()
+    assert sample(metrics, "pkd_gpu_memory_bytes", kind="total") is None
+    metrics.watch_gpu("cuda:0")
+    kinds = {"allocated": 3, "peak": 5, "reserved": 8, "used": 20, "total": 80}
+    assert {kind: sample(metrics, "pkd_gpu_memory_bytes", kind=kind) for kind in kinds} == kinds
+    free[0] = 10
+    assert sample(metrics, "pkd_gpu_memory_bytes", kind="used") == 70
 
 
-def test_an_address_that_is_not_ours(serve, said):
-    assert serve(RunMetrics(), 0, host="192.0.2.1") is None  # reserved for documentation
-    [message] = said()
-    assert message.startswith("metrics: cannot listen on 192.0.2.1:0 (") and "going on without them" in message
+def test_the_document_is_current():
+    defaults = schema.Metrics()
+    text = reference(defaults.host, defaults.port)
+    assert all(f"| `{name}` |" in text for name in SPEC)
+    assert (ROOT / "docs/metrics.md").read_text() == text, "run `make docs`"
 
 
-def test_a_server_that_was_shut_down_is_gone():
-    server, port = RunMetrics().serve("127.0.0.1", 0)
-    scrape(port)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(urllib.error.URLError):
-        scrape(port)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["tls_cert=a.pem"], "metrics.tls_cert needs metrics.tls_key beside it"),
+        (["tls_key=a.pem"], "metrics.tls_key needs metrics.tls_cert beside it"),
+        *((["pushgateway=" + url], "must be a URL such as http://gateway:9091") for url in
+          ("gateway:9091", "ftp://gateway", "http://me:secret@gateway:9091", "http://", "http://gateway:port")),
+    ],
+)  # fmt: skip
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(schema.UserError, match=message) as refused:
+        schema.load(None, ["run.dir=x", *(f"metrics.{setting}" for setting in settings)])
+    assert "\n" not in str(refused.value)

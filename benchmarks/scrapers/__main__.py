@@ -1,0 +1,176 @@
+"""What many and slow scrapers do to the steps of a run: segments with and without them, in turn, of one real run.
+
+    python -m benchmarks.scrapers [--pairs 6] [--seconds 5] ...
+
+A tiny teacher is distilled on sentences of one length, so that each step is the same work, with one thread: what the
+scrapers themselves take of the machine falls on another core, as it does where they are elsewhere. In a segment with
+scrapers 50 connections hang (half of them silent, half after a request whose answer they never read) and 20 scrapes a second
+are answered. The order of a pair alternates. Writes benchmarks/results/scrapers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.tiny import BAD, GOOD, PLAIN, ROOT, command, environment, make_body, write_config, write_tsv
+from pkd_dist.ranks import free_port
+from pkd_dist.telemetry.records import read
+
+RESULTS = ROOT / "benchmarks" / "results" / "scrapers.json"
+REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
+WORDS, WARM_UP_STEPS, SETTLE_SECONDS = 24, 50, 0.5
+LIMIT_PERCENT = 2.0
+
+
+def equal_sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    draw = random.Random(seed)
+    labels = [draw.randrange(2) for _ in range(count)]
+    return [(" ".join(draw.choices(PLAIN, k=WORDS - 1) + [draw.choice((BAD, GOOD)[y])]), y) for y in labels]
+
+
+@contextlib.contextmanager
+def run(folder: Path, port: int, hidden: int) -> Iterator[Path]:
+    """A run that trains for ever -> its metrics.jsonl."""
+    body = make_body(folder / "body", layers=6, hidden=hidden)
+    for split, count in (("train", 640), ("dev", 32)):
+        write_tsv(folder / f"data/{split}.tsv", equal_sentences(count, len(split)))
+    never = 10**6
+    settings = {
+        "run": {"dir": str(folder / "run")},
+        "task": {"name": "sst2", "data": str(folder / "data"), "max_length": 64},
+        "teacher": {"model": str(body), "finetune": {"epochs": 1}},
+        "student": {"layers": [1, 3, 5]},
+        "train": {"epochs": never, "batch_size": 32, "deepspeed": "ds_configs/zero1_fp32.json"},
+        "checkpoint": {"every_steps": 10**9},
+        "evaluate": {"every_epochs": never},
+        "metrics": {"port": port},
+    }
+    with open(folder / "log", "wb") as log:
+        argv = command("--config", write_config(settings, folder))
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        try:
+            steps = folder / "run/metrics.jsonl"
+            while not steps.exists() or len(steps.read_bytes().splitlines()) < WARM_UP_STEPS:
+                if process.poll() is not None:
+                    raise SystemExit((folder / "log").read_text())
+                time.sleep(0.5)
+            yield steps
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def scrape(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(REQUEST)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    if not answer.startswith(b"HTTP/1.0 200") or b"pkd_step " not in answer:
+        raise SystemExit(f"not an answer: {answer[:200]!r}")
+
+
+def scrapers(port: int, seconds: float, hanging: int, per_second: float) -> tuple[int, list[float]]:
+    """Scrapes for so long, beside connections that hang -> how many were answered, and the seconds that each took."""
+    took = []
+    with contextlib.ExitStack() as stack:
+        for number in range(hanging):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            connection.connect(("127.0.0.1", port))
+            if number % 2:
+                connection.sendall(REQUEST)
+        start = time.monotonic()
+        for number in range(round(seconds * per_second)):
+            time.sleep(max(0.0, start + number / per_second - time.monotonic()))
+            began = time.perf_counter()
+            scrape(port)
+            took.append(time.perf_counter() - began)
+        time.sleep(max(0.0, start + seconds - time.monotonic()))
+    return len(took), took
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    segments: list[tuple[int, bool, float, float]] = []
+    took: list[float] = []
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder, run(Path(folder), port, options.hidden) as steps:
+        for pair in range(options.pairs):
+            for on in (False, True) if pair % 2 else (True, False):
+                time.sleep(SETTLE_SECONDS)
+                start = time.time()
+                if on:
+                    took += scrapers(port, options.seconds, options.hanging, options.per_second)[1]
+                else:
+                    time.sleep(options.seconds)
+                segments.append((pair, on, start, time.time()))
+        times = [record["time"] for record in read(steps)]
+    durations: dict[bool, list[float]] = {True: [], False: []}
+    medians: dict[tuple[int, bool], float] = {}
+    for pair, on, start, end in segments:
+        here = [b - a for a, b in zip(times, times[1:], strict=False) if start <= a and b <= end]
+        durations[on] += here
+        medians[pair, on] = statistics.median(here)
+    changes = [100 * (medians[pair, True] / medians[pair, False] - 1) for pair in range(options.pairs)]
+    without, beside = (percentiles(durations[on]) for on in (False, True))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "settings": {name: value for name, value in vars(options).items() if name != "output"},
+        "steps": {"without": len(durations[False]), "beside": len(durations[True])},
+        "step_ms_without": without,
+        "step_ms_beside": beside,
+        "change_percent": {name: 100 * (beside[name] / without[name] - 1) for name in without},
+        "change_percent_of_pairs": changes,
+        "median_change_percent_of_pairs": statistics.median(changes),
+        "scrapes_answered": len(took),
+        "scrape_ms": percentiles(took),
+    }  # fmt: skip
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """In milliseconds."""
+    ordered = sorted(seconds)
+    return {f"p{share}": 1e3 * ordered[round(share / 100 * (len(ordered) - 1))] for share in (10, 25, 50, 75, 90)}
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=6, help="of segments (default 6)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a segment (default 5)")
+    parser.add_argument("--hanging", type=int, default=50, help="connections (default 50)")
+    parser.add_argument("--per-second", type=float, default=20.0, help="scrapes (default 20)")
+    parser.add_argument("--hidden", type=int, default=384, help="width of the model (default 384, as in the demo)")
+    parser.add_argument("--output", type=str, default=str(RESULTS), help=f"default {RESULTS.relative_to(ROOT)}")
+    options = parser.parse_args()
+    found = measure(options)
+    Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    changed = found["median_change_percent_of_pairs"]
+    print(f"\nbeside scrapers a step takes {changed:+.2f}% (limit {LIMIT_PERCENT:g}%): {options.output}")
+    return int(changed >= LIMIT_PERCENT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

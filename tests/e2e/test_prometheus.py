@@ -1,0 +1,298 @@
+"""Real runs under a real Prometheus and a real Pushgateway: what they know of a run is what the run wrote down."""
+
+import contextlib
+import itertools
+import json
+import re
+import signal
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+from certificates import make_certificate
+from conftest import ROOT, TORCHRUN, command, environment, results, whole_run, write_config
+
+from pkd_dist.config import load
+from pkd_dist.ranks import free_port
+from pkd_dist.telemetry.discovery import Target
+from pkd_dist.telemetry.endpoint import load_access, serve
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.records import read
+
+
+def until(happens, what, timeout_seconds=120):
+    deadline = time.monotonic() + timeout_seconds
+    while not (found := happens()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds} s"
+        time.sleep(0.1)
+    return found
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def answers(url):
+    try:
+        return fetch(url) is not None
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def program(*argv, log):
+    with open(log, "wb") as out:
+        process = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=out, cwd=log.parent)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+class Prometheus:
+    """The project's own configuration, scraping twice a second; `targets` and `gateways` are its folders."""
+
+    def __init__(self, folder, **replaced):
+        self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
+        self.targets, self.gateways = folder / "targets", folder / "gateways"
+        text = (
+            (ROOT / "monitoring/prometheus.yml").read_text().replace("scrape_interval: 10s", "scrape_interval: 500ms")
+        )
+        for old, new in replaced.items():
+            assert f"# {old}: " in text
+            text = re.sub(rf"# {old}: .*", f"{old}: {new}", text)
+        for made in (self.targets, self.gateways):
+            made.mkdir(parents=True)
+        (folder / "prometheus.yml").write_text(text)
+        (folder / "rules").symlink_to(ROOT / "monitoring/rules")
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        options = [f"--config.file={self.folder}/prometheus.yml", f"--storage.tsdb.path={self.folder}/data"]
+        options += [f"--web.listen-address={self.url.removeprefix('http://')}", "--log.level=warn"]
+        self._stack.enter_context(program("prometheus", *options, log=self.folder / "prometheus.log"))
+        until(lambda: answers(f"{self.url}/-/ready"), "Prometheus")
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def active(self):
+        found = json.loads(fetch(f"{self.url}/api/v1/targets?state=active"))["data"]["activeTargets"]
+        return [target for target in found if target["labels"]["job"] == "pkd"]
+
+    def query(self, expression):
+        """The answer's series: (labels, values or value)."""
+        answer = json.loads(fetch(f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"))
+        return [(series["metric"], series.get("values", series.get("value"))) for series in answer["data"]["result"]]
+
+    def samples(self, selector):
+        """{time of the scrape: value} of one series, every sample there is."""
+        [(_, values)] = self.query(f"{selector}[1h]")
+        return {at: float(value) for at, value in values}
+
+    def value(self, expression):
+        """Of one series, now; None where there is none."""
+        found = self.query(expression)
+        return float(found[0][1][1]) if found else None
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory):
+    with Prometheus(tmp_path_factory.mktemp("prometheus")) as prometheus:
+        yield prometheus
+
+
+@pytest.fixture(scope="module")
+def gateway(prometheus):
+    """A Pushgateway that Prometheus scrapes -> its URL."""
+    address = f"127.0.0.1:{free_port()}"
+    with program(
+        "prometheus-pushgateway", f"--web.listen-address={address}", log=prometheus.folder / "pushgateway.log"
+    ):
+        until(lambda: answers(f"http://{address}/metrics"), "the Pushgateway")
+        (prometheus.gateways / "here.json").write_text(json.dumps([{"targets": [address]}]))
+        yield f"http://{address}"
+
+
+def watched(body, data, folder, prometheus, gateway):
+    settings = whole_run(body, data, folder)
+    settings["train"]["epochs"] = 60
+    settings["checkpoint"]["every_steps"] = 100
+    settings["metrics"] = {"port": 0, "discovery_dir": str(prometheus.targets), "pushgateway": gateway}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def run(prometheus, gateway, body, data, tmp_path_factory):
+    """A run on two ranks from its start to its end: its folder, and what it said and served while it trained."""
+    folder = tmp_path_factory.mktemp("watched")
+    config = write_config(watched(body, data, folder, prometheus, gateway), folder)
+    argv = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *command("--config", config)[1:]]
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        distilling = 'pkd_step > 5 and on (instance) pkd_stage{stage="distill"} == 1'
+        until(lambda: prometheus.query(distilling), "a scraped step of the student")
+        files, targets = list(prometheus.targets.iterdir()), prometheus.active()
+        served = fetch(targets[0]["scrapeUrl"])
+        out, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, out
+    return folder / "run", files, targets, served, out
+
+
+def test_prometheus_finds_a_run_while_it_lives(run, prometheus):
+    folder, files, targets, _, out = run
+    assert len(files) == len(targets) == 1, "one endpoint for the two ranks of a node"
+    labels = {"instance": f"{folder}/0", "job": "pkd", "node": "0", "run": str(folder)}
+    assert (targets[0]["health"], targets[0]["labels"]) == ("up", labels)
+    assert f"metrics: {targets[0]['scrapeUrl']}\n" in out
+    assert not list(prometheus.targets.iterdir()), "the file is gone with the run"
+    until(lambda: not prometheus.active(), "Prometheus forgets the target")
+
+
+def test_what_is_served_is_clean(run):
+    checked = subprocess.run(["promtool", "check", "metrics"], input=run[3], capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    assert all(f"# TYPE {metric.name} " in run[3] for metric in RunMetrics().described)
+
+
+def test_what_prometheus_knows_is_what_the_run_wrote(run, prometheus):
+    folder = run[0]
+    records = list(read(folder / "metrics.jsonl"))
+    lines = {record["step"]: record for record in records if "split" not in record}
+    live = f'job="pkd", run="{folder}"'
+    patience = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')  # the student's alone is not 0
+    steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if patience.get(at)}
+    assert len(set(steps.values())) >= 3
+    for term, key in (("total", "loss"), ("ce", "loss_ce"), ("ds", "loss_ds"), ("pt", "loss_pt")):
+        found = prometheus.samples(f'pkd_loss{{{live}, term="{term}"}}')
+        for at, step in steps.items():  # training goes on while a scrape reads one metric after the other
+            near = [lines[number][key] for number in (step - 1, step, step + 1) if number in lines]
+            assert found[at] in near, (term, step)
+    written = {record["main_metric"] for record in records if "split" in record}
+    found = prometheus.samples(f'pkd_eval_metric{{{live}, split="dev", metric="main_metric"}}')
+    trained = {value for at, value in found.items() if at in steps}
+    assert trained and trained <= written
+    assert set(prometheus.samples(f"pkd_loss_scale{{{live}}}").values()) <= {0, 1}
+
+
+def test_the_last_values_are_pushed(run, prometheus, gateway):
+    folder = run[0]
+    last = f'job="pkd_last", run="{folder}", node="0", instance="{folder}/0"'
+    steps = max(record["step"] for record in read(folder / "metrics.jsonl"))
+    until(lambda: prometheus.value(f"pkd_step{{{last}}}") == steps, "the last step")
+    assert prometheus.value(f"sum(pkd_stage{{{last}}})") == 0
+    assert prometheus.value(f"count(pkd_stage{{{last}}})") == 8
+    for name in ("accuracy", "MCC", "f_1", "main_metric"):
+        expression = f'pkd_eval_metric{{{last}, split="dev", metric="{name}"}}'
+        assert prometheus.value(expression) == results(folder)[name]
+    assert prometheus.value(f"pkd_cache_rows_total{{{last}}}") == prometheus.value(f"pkd_cache_rows_expected{{{last}}}")
+    assert prometheus.value(f"pkd_cache_rows_total{{{last}}}") in (100, 103), "rank 0's shards of 203 rows, 50 each"
+    assert prometheus.value(f"pkd_samples_total{{{last}}}") == 203 * (2 + 60)
+    assert prometheus.value(f"pkd_step_seconds_count{{{last}}}") == 13 * (2 + 60)
+
+
+def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp_path):
+    config = write_config(watched(body, data, tmp_path, prometheus, "http://127.0.0.1:1"), tmp_path)
+    live = f'job="pkd", run="{tmp_path / "run"}"'
+
+    def start():
+        argv = command("--config", config, "--stages", "data,teacher,cache,init,distill")
+        return subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+
+    def distilled(step):
+        return f'pkd_step{{{live}}} > {step} and on (instance) pkd_stage{{stage="distill"}} == 1'
+
+    processes = []
+    try:
+        for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
+            processes.append(start())
+            until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
+            processes[-1].send_signal(stop)
+            assert processes[-1].wait(60) == status
+            until(lambda: not list(prometheus.targets.iterdir()), "its target file goes")
+        processes.append(start())
+        out, _ = processes[-1].communicate(timeout=240)
+        assert processes[-1].returncode == 0, out
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for counter in ("pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds_count", "pkd_data_wait_seconds_total"):
+        assert prometheus.value(f"resets({counter}{{{live}}}[1h])") == 0, counter
+    assert prometheus.value(f"changes(process_start_time_seconds{{{live}}}[1h])") == 2, "three processes"
+    assert prometheus.value(f"max_over_time(pkd_preemptions_total{{{live}}}[1h])") == 1
+    counted = prometheus.value(f"last_over_time(pkd_samples_total{{{live}}}[1h])")
+    assert counted > 203 * 62 - 16 * 40, "nothing that was told is lost"
+    times = prometheus.samples(f"pkd_checkpoint_last_success_timestamp_seconds{{{live}}}")
+    known = [time for time in times.values() if time]
+    assert known and all(b > a - 1 for a, b in itertools.pairwise(known)), "of the checkpoint that it goes on from"
+    assert out.count("nothing could be pushed to http://127.0.0.1:1 (") == 1 and "going on" in out
+
+
+def test_prometheus_gets_through_tls_and_a_password(tmp_path):
+    certificate, key = make_certificate(tmp_path)
+    for name, content in (("users", "scraper:secret\n"), ("scraper.password", "secret")):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o600)
+    settings = {"tls_cert": certificate, "tls_key": key, "password_file": tmp_path / "users"}
+    config = load(None, ["run.dir=x", *(f"metrics.{name}={value}" for name, value in settings.items())]).metrics
+    metrics = RunMetrics()
+    metrics.step.set(7)
+    endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(config))
+    given = {
+        "basic_auth": f"{{username: scraper, password_file: {tmp_path}/scraper.password}}",
+        "tls_config": f"{{ca_file: {certificate}}}",
+    }
+    with Prometheus(tmp_path / "prometheus", **given) as prometheus:
+        target = Target(prometheus.targets, tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=True)
+        until(lambda: prometheus.value("pkd_step") == 7, f"a scrape ({prometheus.active})")
+        assert prometheus.active()[0]["scrapeUrl"] == f"https://127.0.0.1:{endpoint.port}/metrics"
+        target.close()
+    endpoint.close()
+
+
+def test_try_sh_shows_the_targets(tmp_path):
+    metrics = RunMetrics()
+    endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(load(None, ["run.dir=x"]).metrics))
+    target = Target(tmp_path / "targets", tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=False)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for given, instance in ((f"127.0.0.1:{endpoint.port}", f"127.0.0.1:{endpoint.port}"), (tmp_path / "targets", f"{tmp_path}/run/0")):  # fmt: skip
+        extra = environment(PORT=str(free_port()), TMPDIR=str(scratch))
+        argv = [ROOT / "monitoring/try.sh", str(given)]
+        shown = subprocess.Popen(argv, env=extra, stdout=subprocess.PIPE, text=True)
+        lines = []
+        for line in shown.stdout:
+            lines.append(line)
+            if line.startswith("Ctrl-C"):
+                break
+        assert f"up      http://127.0.0.1:{endpoint.port}/metrics  {instance}  \n" in lines, lines
+        url = next(re.search(r"http://127.0.0.1:\d+", line)[0] for line in lines if line.startswith("Prometheus: "))
+        assert answers(f"{url}/-/ready")
+        shown.send_signal(signal.SIGTERM)
+        shown.wait(30)
+        assert not answers(f"{url}/-/ready") and not list(scratch.iterdir()), "nothing stays"
+    target.close()
+    endpoint.close()
+    refused = subprocess.run([ROOT / "monitoring/try.sh", "nothing"], capture_output=True, text=True, env=environment())
+    assert (refused.returncode, refused.stderr) == (2, "try.sh: nothing: neither a folder nor HOST:PORT\n")
+
+
+@pytest.mark.parametrize("key", ["tls", "password"])
+def test_a_run_with_files_that_cannot_be_used_ends_before_it_begins(settings, tmp_path, key):
+    given = {"tls": {"tls_cert": "a.pem", "tls_key": "b.pem"}, "password": {"password_file": "c"}}[key]
+    settings["metrics"] = {"port": 0, **given}
+    argv = command("--config", write_config(settings, tmp_path))
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    name, value = next(iter(given.items()))
+    said = f"pkd: metrics.{name}: {value} cannot be read (No such file or directory)\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,195 @@
+"""Where Prometheus finds a run: files that go with it, and those of runs that could not take theirs away."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, environment
+from typer.testing import CliRunner
+
+from pkd_dist.cli import app
+from pkd_dist.errors import UserError
+from pkd_dist.telemetry import discovery
+from pkd_dist.telemetry.discovery import STALE_SECONDS, Target, address, target_file, targets
+
+LIVES = """
+import sys, time
+from pathlib import Path
+from pkd_dist.telemetry.discovery import Target
+target = Target(Path(sys.argv[1]), Path(sys.argv[2]), 0, "10.0.0.1", 9400, False)
+print(target.file, flush=True)
+sys.stdin.read()
+"""
+
+
+def until(happens, what):
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def age(file, seconds):
+    then = time.time() - seconds
+    os.utime(file, (then, then))
+
+
+def test_a_target_is_there_from_its_making_to_its_end(tmp_path):
+    folder, run = tmp_path / "new/targets", tmp_path / "run"
+    first, second = (Target(folder, run, node, "10.0.0.1", 9400 + node, https=bool(node)) for node in (0, 1))
+    [group] = json.loads(first.file.read_text())
+    assert group["targets"] == ["10.0.0.1:9400"] and group.keys() == {"targets", "labels"}
+    shown = {k: v for k, v in group["labels"].items() if not k.startswith("__")}
+    assert shown == {"run": str(run), "node": "0", "instance": f"{run}/0"}
+    assert json.loads(second.file.read_text())[0]["labels"]["__scheme__"] == "https"
+    assert "__scheme__" not in group["labels"]
+    assert sorted(folder.iterdir()) == sorted([first.file, second.file]), "nothing else"
+    first.close()
+    assert list(folder.iterdir()) == [second.file]
+    second.close()
+    assert not list(folder.iterdir())
+
+
+def living(folder, run):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVES, folder, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT
+    )  # fmt: skip
+    assert process.stdout.readline().strip()
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "terminated", "without a word"])
+def test_however_a_process_ends_its_file_goes(tmp_path, end):
+    process = living(tmp_path / "targets", tmp_path / "run")
+    [file] = (tmp_path / "targets").glob("*")
+    process.send_signal(end) if end else process.communicate(b"")
+    process.wait(30)
+    until(lambda: not file.exists(), "the file goes")
+
+
+def test_a_run_that_went_on_elsewhere_keeps_its_file(tmp_path):
+    """The helper of the start before wakes up late, and must not remove what is not its own."""
+    folder, run = tmp_path / "targets", tmp_path / "run"
+    process = living(folder, run)
+    again = Target(folder, run, 0, "10.0.0.2", 9400, False)
+    [helper] = [int(pid) for pid in children(process.pid)]
+    process.kill()
+    process.wait()
+    until(lambda: not os.path.exists(f"/proc/{helper}"), "the helper ends")
+    assert json.loads(again.file.read_text())[0]["targets"] == ["10.0.0.2:9400"]
+    again.close()
+    assert not again.file.exists()
+
+
+def children(pid):
+    return (line for line in open(f"/proc/{pid}/task/{pid}/children").read().split())
+
+
+def test_the_helper_outlives_what_a_launcher_sends_to_all(tmp_path):
+    process = living(tmp_path / "targets", tmp_path / "run")
+    [file] = (tmp_path / "targets").glob("*")
+    [helper] = [int(pid) for pid in children(process.pid)]
+    assert os.getpgid(helper) != os.getpgid(process.pid)
+    until(lambda: ignored(helper) & 0x4203 == 0x4203, "its trap is set")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(helper, number)
+    assert file.exists()
+    process.kill()
+    process.wait()
+    until(lambda: not file.exists(), "the file goes")
+
+
+def ignored(pid):
+    """The signals that a process ignores, a bit each."""
+    return next(int(line.split()[1], 16) for line in open(f"/proc/{pid}/status") if line.startswith("SigIgn"))
+
+
+def left_behind(folder, name, silent_seconds):
+    """As after the death of a node."""
+    folder.mkdir(exist_ok=True)
+    file = target_file(folder, folder / name, 0)
+    file.write_text(json.dumps([{"targets": ["10.0.0.9:9400"], "labels": {"run": name}}]))
+    age(file, silent_seconds)
+    return file
+
+
+def test_the_next_start_of_any_run_removes_stale_files(tmp_path):
+    folder = tmp_path / "targets"
+    stale = left_behind(folder, "dead", STALE_SECONDS + 5)
+    alive = left_behind(folder, "alive", STALE_SECONDS - 60)
+    foreign = folder / "others.json"
+    foreign.write_text("[]")
+    age(foreign, 10 * STALE_SECONDS)
+    mine = Target(folder, tmp_path / "run", 0, "10.0.0.1", 9400, False)
+    assert not stale.exists()
+    assert sorted(folder.iterdir()) == sorted([alive, foreign, mine.file])
+    mine.close()
+
+
+def test_a_sign_of_life_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "_RENEW_SECONDS", 0.05)
+    target = Target(tmp_path, tmp_path / "run", 0, "10.0.0.1", 9400, False)
+    age(target.file, 10 * STALE_SECONDS)
+    until(lambda: not any(found.stale for found in targets(tmp_path)), "it is young again")
+    target.close()
+
+
+def pkd(*arguments):
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    return done.exit_code, done.output
+
+
+def test_pkd_lists_and_sweeps(tmp_path):
+    folder = tmp_path / "targets"
+    stale, alive = left_behind(folder, "dead", STALE_SECONDS + 5), left_behind(folder, "alive", 2)
+    torn = folder / "pkd-0-0.json"
+    torn.write_text("[{")
+    status, out = pkd("metrics", "targets", folder)
+    lines = sorted(line.split("\t") for line in out.splitlines())
+    assert status == 0 and [line[:2] + line[3:] for line in lines] == [
+        ["10.0.0.9:9400", "alive", "alive"], ["10.0.0.9:9400", "stale", "dead"], ["pkd-0-0.json", "alive", ""],
+    ]  # fmt: skip
+    assert lines[1][2].startswith("silent for 60") and stale.exists()
+    status, out = pkd("metrics", "targets", folder, "--sweep")
+    assert status == 0 and "10.0.0.9:9400\tremoved\tsilent for 60" in out
+    assert sorted(folder.iterdir()) == sorted([alive, torn])
+
+
+def test_pkd_withdraws_a_killed_runs_files_on_all_nodes(tmp_path):
+    folder, run = tmp_path / "targets", tmp_path / "run"
+    other = left_behind(folder, "other", 1)
+    mine = [target_file(folder, run, node) for node in (0, 1, 11)]
+    for file in mine:
+        file.write_text("[]")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"run: {{dir: {run}}}\nmetrics: {{discovery_dir: {folder}}}\n")
+    assert pkd("metrics", "withdraw", "--config", config) == (0, "")
+    assert list(folder.iterdir()) == [other]
+    config.write_text(f"run: {{dir: {run}}}\n")
+    assert pkd("metrics", "withdraw", "--config", config) == (0, "")
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as refused:
+        Target(tmp_path / "file/targets", tmp_path / "run", 0, "10.0.0.1", 9400, False)
+    assert str(refused.value) == (
+        f"metrics.discovery_dir: {tmp_path / 'file/targets'} cannot be written (Not a directory); choose another"
+    )
+    said = f"pkd: {tmp_path / 'gone'}: not a folder that can be written (No such file or directory)\n"
+    assert pkd("metrics", "targets", tmp_path / "gone") == (2, said)
+
+
+def test_an_address_that_others_reach(monkeypatch):
+    monkeypatch.setattr(discovery, "own_addresses", lambda: ["10.1.2.3", "fd00::1"])
+    monkeypatch.setattr(discovery.socket, "gethostname", lambda: "node7")
+    assert address("127.0.0.1", 9400, False) == "127.0.0.1:9400"
+    assert address("::1", 9400, False) == "[::1]:9400"
+    assert address("0.0.0.0", 9400, False) == address("::", 9400, False) == "10.1.2.3:9400"
+    assert address("0.0.0.0", 9400, True) == "node7:9400", "a certificate has names"
+    monkeypatch.setattr(discovery, "own_addresses", lambda: [])
+    assert address("0.0.0.0", 9400, False) == "node7:9400"
