@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,14 +25,14 @@ import numpy as np
 import torch
 import yaml
 
-from pkd_dist import __version__, checkpoint
+from pkd_dist import __version__, answers, checkpoint
 from pkd_dist.config import Config, load_deepspeed
 from pkd_dist.data import submission, tasks, text, tokens
 from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.data.weights import class_weights
 from pkd_dist.dist import World
-from pkd_dist.errors import UserError
+from pkd_dist.errors import Preempted, UserError
 from pkd_dist.evaluate import compare, evaluating, figures_of, predict, scores, speed
 from pkd_dist.export import card, hf
 from pkd_dist.files import (
@@ -57,7 +58,7 @@ from pkd_dist.teacher.finetune import finetune
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.telemetry.progress import Bar, timed
+from pkd_dist.telemetry.progress import Bar
 from pkd_dist.training.engine import resolve_precision
 from pkd_dist.training.loop import Job, Trainer
 
@@ -283,12 +284,19 @@ class Pipeline:
         self.world.on_main(lambda: self.markers.begin(stage, state, inputs))
         self.inputs = inputs
         self.telemetry.metrics.stage.labels(stage=stage.name).set(1)
-        with timed() as seconds:
+        began = time.monotonic()
+        try:
             outputs = self.world.broadcast(stage.run())
+        except Preempted:
+            if self.world.main:
+                with contextlib.suppress(UserError):  # a full disk: its count is not worth another end
+                    self.markers.stop(stage, time.monotonic() - began)
+            raise
         self.telemetry.metrics.stage.labels(stage=stage.name).set(0)
         self.outputs[stage.name] = outputs
-        self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds[0]))
-        log.info("%s: done in %.1f s", stage.name, seconds[0])
+        seconds = time.monotonic() - began
+        self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds))
+        log.info("%s: done in %.1f s", stage.name, seconds)
 
     def plan(self) -> list[str]:
         """One line a stage: done, or why it would run. Reads, never writes."""
@@ -338,8 +346,8 @@ class Pipeline:
                 "evaluate",
                 self._evaluate_inputs,
                 self._evaluate,
-                (self._result_file, d["predictions"]),
-                lambda out: absent(self._result_file),
+                (self._result_file, d["predictions"], self._answers_file),
+                lambda out: absent(self._result_file) or absent(self._answers_file),
             ),
             Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
             Stage(
@@ -359,6 +367,10 @@ class Pipeline:
     @property
     def _result_file(self) -> Path:
         return Path(self.config.evaluate.result_dir or self.dir) / "results_eval.json"
+
+    @property
+    def _answers_file(self) -> Path:
+        return self.dir / answers.FILE
 
     # data
 
@@ -788,7 +800,7 @@ class Pipeline:
         models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
         splits = {split: self._tokens(split) for split in self._scored}
         config = self.config.evaluate
-        results, marker, answers = compare(
+        results, timings, logits = compare(
             models, splits, self.task, self.world, config.batch_size, config.latency_samples, config.throughput_samples,
             self._tokenizer.pad_token_id,
         )  # fmt: skip
@@ -796,15 +808,20 @@ class Pipeline:
         def write() -> None:
             self._result_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._result_file, results)
-            for split, logits in answers.items():
-                for name, logits_NC in logits.items():
+            answers.write(self._answers_file, splits, logits)
+            for split in (name for name in splits if name not in ("dev", *results["splits"])):
+                for name, logits_NC in logits[split].items():
                     folder = self._dirs["predictions"] / name
                     folder.mkdir(parents=True, exist_ok=True)
                     path = submission.write(folder, split, self.task, logits_NC, self.outputs["data"]["classes"])
                     log.info("evaluate: %s has no labels; the %s's answers: %s", split, name, path)
 
         self.world.on_main(write)
-        return {"results": results, **marker}
+        return {
+            "results": results,
+            "latencies_ms": {name: timing.latencies_ms_R.round(4).tolist() for name, timing in timings.items()},
+            "rates": {name: timing.rates for name, timing in timings.items()},
+        }
 
     # export
 
@@ -896,7 +913,7 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
                 "n": len(made),
                 **scores(logits, made, pipeline.task),
             }
-            return figures | figures_of(model) | speeds["model"]
+            return figures | figures_of(model) | speeds["model"].figures
     finally:
         world.close()
 

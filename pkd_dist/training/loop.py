@@ -32,6 +32,7 @@ from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
+from pkd_dist.training.clock import StepClock
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
 TERMS = ("total", "ce", "ds", "pt")
@@ -173,17 +174,18 @@ class Trainer:
 
     def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
-        start = time.perf_counter()
+        clock = StepClock(self.world.device)
         self.world.at(f"{self.job.name}, step {self.progress.step + 1}")
         # what is drawn in a step depends on nothing else, so a resume needs no random state
         torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
         micro = self.batches.step(order, step)
-        waited = time.perf_counter() - start
+        clock.ended("data")
         sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
         for i, batch in enumerate(micro):
             batch = batch.to(self.world.device)
             terms = self.job.losses(self.engine, batch)
             weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
+            clock.ended("forward")
             self.engine.backward(weighted["total"])
             for k, name in enumerate(TERMS):
                 if name in weighted:
@@ -191,10 +193,12 @@ class Trainer:
             sums[len(TERMS)] += batch.tokens
             if i + 1 < len(micro):
                 self.engine.micro_step()
+            clock.ended("backward")
         local = sums[: len(TERMS)].copy()
         sums[-2] = not np.isfinite(local).all()
         sums[-1] = self.world.stop_signal()
         sums = self.world.sum(sums)
+        clock.ended("ranks")
         if sums[-2]:
             self._diverged("the loss", local, [])
         progress = self.progress
@@ -202,13 +206,14 @@ class Trainer:
             norm, learning_rate = self.engine.step(progress.step)
         except DivergedError:
             self._diverged("the gradient", local, micro)
+        clock.ended("optimizer")
         examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
         progress.step += 1
         progress.samples += examples
         progress.tokens += int(sums[len(TERMS)])
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - clock.start
         losses = dict(zip(TERMS, sums.tolist(), strict=False))
-        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), seconds, waited)
+        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), {"step": seconds, **clock.seconds})
         parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
         stop = max(self.world.gather(self.world.stop_signal())) if sums[-1] else 0
         return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s", stop
@@ -220,16 +225,15 @@ class Trainer:
         norm: float,
         examples: int,
         tokens: int,
-        seconds: float,
-        waited: float,
+        seconds: dict[str, float],
     ) -> None:
         metrics, step = self.telemetry.metrics, self.progress.step
         metrics.step.set(step)
         metrics.epoch.set(step / self.batches.steps)
         metrics.samples.inc(examples)
         metrics.tokens.inc(tokens)
-        metrics.step_seconds.observe(seconds)
-        metrics.data_wait.inc(waited)
+        metrics.step_seconds.observe(seconds["step"])
+        metrics.data_wait.inc(seconds["data"])
         for name, value in losses.items():
             metrics.loss.labels(term=name).set(value)
         metrics.learning_rate.set(learning_rate)
@@ -244,7 +248,9 @@ class Trainer:
                     **{f"loss_{name}": losses[name] for name in TERMS[1:]},
                     "learning_rate": learning_rate,
                     "grad_norm": norm,
-                    "samples_per_second": examples / seconds,
+                    **({"loss_scale": self.engine.loss_scale} if self.engine.loss_scale_expected else {}),
+                    "samples_per_second": examples / seconds["step"],
+                    "seconds": {part: round(value, 6) for part, value in seconds.items()},
                     "time": time.time(),
                 }
             )
@@ -253,6 +259,7 @@ class Trainer:
         """Scores dev and keeps the weights where the task's metric is better than ever before."""
         job, progress = self.job, self.progress
         self.world.at(f"{job.name}, evaluation of epoch {epoch}")
+        began = time.perf_counter()
         with evaluating(job.module):
             try:
                 logits = predict(
@@ -280,7 +287,9 @@ class Trainer:
         for name, value in figures.items():
             self.telemetry.metrics.eval_metric.labels(split="dev", metric=name).set(value)
         if self.records:
-            self.records.write({"step": progress.step, "epoch": epoch, "split": "dev", **figures, "time": time.time()})
+            took = {"evaluation": round(time.perf_counter() - began, 6)}
+            line = {"step": progress.step, "epoch": epoch, "split": "dev", **figures, "seconds": took}
+            self.records.write({**line, "time": time.time()})
         log.info(
             "%s: epoch %d of %d: dev %s %.4f%s", job.name, epoch, job.epochs, job.task.main_metric, figures["main_metric"],
             " (best so far, kept)" if better else "",
