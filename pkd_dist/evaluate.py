@@ -205,10 +205,7 @@ def speed(
             for name, forward in forwards.items():
                 seconds[name][repeat] += timed(forward, inputs)
     total = sum(len(r) for r in rows)
-    return {
-        name: Timing(np.asarray(latency[name]), [total / each for each in seconds[name]])
-        for name in forwards
-    }
+    return {name: Timing(np.asarray(latency[name]), [total / each for each in seconds[name]]) for name in forwards}
 
 
 def figures_of(model: Any) -> dict[str, Any]:

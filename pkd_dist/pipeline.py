@@ -55,7 +55,7 @@ from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.teacher.cache import CacheReader, Fingerprint
 from pkd_dist.teacher.finetune import finetune
-from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
@@ -88,6 +88,7 @@ class Pipeline:
         self.base_config = encoder.load_config(self.base)
         self.outputs: dict[str, dict[str, Any]] = {}
         self._lock: Lock | None = None
+        trackers.require(config.trackers)
         self._preflight()
 
     def _preflight(self) -> None:
@@ -174,7 +175,8 @@ class Pipeline:
         )
         for name in STAGES:
             metrics.stage.labels(stage=name).set(0)
-        self.telemetry = Telemetry(metrics, self.world.main)
+        also = trackers.Trackers(self.dir, self.config.trackers, self.config.model_dump(mode="json"))
+        self.telemetry = Telemetry(metrics, self.world.main, also)
         server = None
         if self.config.metrics.enabled and self.world.node_main:
             server = metrics.serve(self.config.metrics.host, self.config.metrics.port)
@@ -319,7 +321,12 @@ class Pipeline:
     def stages(self) -> list[Stage]:
         run, d = self.dir, self._dirs
         teacher_made = (
-            (run / "teacher", run / "teacher_checkpoints", run / "teacher_metrics.jsonl")
+            (
+                run / "teacher",
+                run / "teacher_checkpoints",
+                run / "teacher_metrics.jsonl",
+                *trackers.folders(run, "teacher_"),
+            )
             if self.config.teacher.finetune
             else ()
         )
@@ -339,7 +346,7 @@ class Pipeline:
                 "distill",
                 self._distill_inputs,
                 self._distill,
-                (d["checkpoints"], run / "metrics.jsonl"),
+                (d["checkpoints"], run / "metrics.jsonl", *trackers.folders(run)),
                 self._distill_missing,
             ),
             Stage(
@@ -866,9 +873,9 @@ class Pipeline:
         return {"results": digest_of(self.outputs["evaluate"]["results"]), "export": self.outputs["export"]["weights"]}
 
     def _report(self) -> dict[str, Any]:
-        from pkd_dist import report
+        from pkd_dist.report import pages
 
-        return self.world.on_main(lambda: report.write(self.dir))
+        return self.world.on_main(lambda: pages.write(self.dir))
 
     def summary(self) -> str:
         """The table a run ends with: teacher beside student, and where to find the export and the report."""

@@ -32,6 +32,7 @@ from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
+from pkd_dist.telemetry.trackers import Tracking
 from pkd_dist.training.clock import StepClock
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
@@ -115,6 +116,11 @@ class Trainer:
         self.progress = Progress()
         self._resume()
         self.records = Records(job.records) if world.main else None
+        self.tracking = Tracking([])
+        world.on_main(self._track)
+
+    def _track(self) -> None:
+        self.tracking = self.telemetry.trackers.open(self.job.name, self.progress.step)
 
     def _resume(self) -> None:
         found = checkpoint.find(self.world, self.job.folder, self.job.fingerprint, log.info)
@@ -135,6 +141,17 @@ class Trainer:
             DivergedError: a loss or gradient is not finite; nothing of the bad step is saved.
             Preempted: a stop signal came; a checkpoint is committed.
         """
+        try:
+            self._run()
+        except BaseException:
+            self.tracking.close(False)
+            raise
+        self.tracking.close(True)
+        if self.records:
+            self.records.close()
+        return self.progress
+
+    def _run(self) -> None:
         job, progress = self.job, self.progress
         self._count_on()
         epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
@@ -155,9 +172,6 @@ class Trainer:
                         self._preempted(stop)
                     if not self._due() and progress.step % job.checkpoint.every_steps == 0:
                         self._save()
-        if self.records:
-            self.records.close()
-        return progress
 
     def _due(self) -> bool:
         """Whether an epoch has ended that is to be evaluated, and is not yet."""
@@ -240,7 +254,7 @@ class Trainer:
         metrics.grad_norm.set(norm)
         metrics.loss_scale.set(self.engine.loss_scale)
         if self.records and step % self.job.log_every_steps == 0:
-            self.records.write(
+            self._record(
                 {
                     "step": step,
                     "epoch": round(step / self.batches.steps, 6),
@@ -254,6 +268,10 @@ class Trainer:
                     "time": time.time(),
                 }
             )
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.records:
+            self.tracking.write(line, self.records.write(line))
 
     def _evaluate(self, epoch: int) -> None:
         """Scores dev and keeps the weights where the task's metric is better than ever before."""
@@ -289,7 +307,7 @@ class Trainer:
         if self.records:
             took = {"evaluation": round(time.perf_counter() - began, 6)}
             line = {"step": progress.step, "epoch": epoch, "split": "dev", **figures, "seconds": took}
-            self.records.write({**line, "time": time.time()})
+            self._record({**line, "time": time.time()})
         log.info(
             "%s: epoch %d of %d: dev %s %.4f%s", job.name, epoch, job.epochs, job.task.main_metric, figures["main_metric"],
             " (best so far, kept)" if better else "",
@@ -306,6 +324,7 @@ class Trainer:
             "counters": self.engine.state.counters(),
             "decay": self.engine.decay(progress.step),
         }
+        self.tracking.flush()
         with timed() as seconds:
             checkpoint.save(
                 self.world, job.folder, progress.step, self.engine.state.slices(), state, job.checkpoint.keep
