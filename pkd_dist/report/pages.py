@@ -217,7 +217,7 @@ def _require_comparable(first: Run, other: Run) -> None:
         raise refuse("their classes differ", len(first.class_names), len(other.class_names))
     labels = [_labels_by_id(run) for run in (first, other)]
     if labels[0] != labels[1]:
-        raise refuse("they were scored on different dev data", first.results["n"], other.results["n"])
+        raise refuse("they were scored on different dev data", *map(len, labels))
 
 
 def _labels_by_id(run: Run) -> dict[int, Any]:
@@ -294,6 +294,7 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         settings = run.config.model_dump(mode="json", exclude={"run": {"dir"}, "metrics": True, "trackers": True})
         known = ("beta_mean", "beta_sum", "launcher")
         resolved = {key: value for key, value in run.resolved.items() if key not in known}
+        resolved["git_revision"] = (resolved["git_revision"] or "none")[:12]
         flat.append(dict(_flattened(settings)) | dict(_flattened(resolved)))
     keys = dict.fromkeys(key for values in flat for key in values)
     return [

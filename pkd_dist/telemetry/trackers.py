@@ -3,8 +3,8 @@
     RUN/tensorboard, RUN/teacher_tensorboard    `tensorboard --logdir RUN`
     RUN/wandb, RUN/teacher_wandb                `wandb sync RUN/wandb/wandb/offline-run-*`; `id` names the run for ever
 
-A resumed run does again the steps since its checkpoint. TensorBoard is told to forget them; Weights & Biases, which cannot,
-gets the lines that are new to metrics.jsonl.
+A resumed run does again the steps since its checkpoint. TensorBoard is told to forget them. Weights & Biases cannot, and
+loses what it has not written yet when it is killed: it gets the lines that it lacks from metrics.jsonl, and then the new.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from pkd_dist.config import Trackers as Settings
 from pkd_dist.errors import UserError
-from pkd_dist.files import write_atomically
+from pkd_dist.files import remove, write_atomically
+from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
 
 
@@ -54,14 +55,23 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files; `step`: the last step that is not done again."""
+    """Event files.
+
+    Args:
+        lines: a metrics file.
+        step: the last one that is not done again.
+    """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, lines: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        asked_late = not any(folder.glob("events.*"))
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+        for record in records.read(lines) if asked_late else ():
+            if record["step"] <= step:
+                self.write(record, True)
 
     def write(self, record: dict[str, Any], new: bool) -> None:
         for name, value in scalars(record):
@@ -75,7 +85,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run that keeps its identity across resumes.
+    """A run that keeps its identity across resumes. Offline, its newest folder holds all of it, and is the only one.
+
+    Args:
+        lines: a metrics file.
 
     Raises:
         UserError: it cannot be begun, such as `online` without a key.
@@ -83,7 +96,7 @@ class WeightsAndBiases:
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: Path, settings: Settings, title: str, about: dict[str, Any]):
+    def __init__(self, folder: Path, lines: Path, settings: Settings, title: str, about: dict[str, Any]):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import
         import wandb
 
@@ -91,6 +104,8 @@ class WeightsAndBiases:
         identity = folder / "id"
         if not identity.exists():
             write_atomically(identity, lambda tmp: tmp.write_text(secrets.token_hex(8)))
+        if settings.wandb == "offline":
+            remove(folder / "wandb")
         quiet = wandb.Settings(console="off", silent=True)
         try:
             self._run = wandb.init(
@@ -102,6 +117,9 @@ class WeightsAndBiases:
             raise UserError(
                 f"trackers.wandb: {settings.wandb}: {why[0]}; `offline` needs neither key nor network"
             ) from None
+        for record in records.read(lines):
+            if record["step"] >= self._run.step:
+                self.write(record, True)
 
     def write(self, record: dict[str, Any], new: bool) -> None:
         if new:
@@ -158,8 +176,8 @@ class Trackers:
     settings: Settings = field(default_factory=Settings)
     about: dict[str, Any] = field(default_factory=dict)
 
-    def open(self, job: str, step: int) -> Tracking:
-        """For a training, `teacher` or `distill`, that stands at a step.
+    def open(self, job: str, lines: Path, step: int) -> Tracking:
+        """For a training, `teacher` or `distill`, that has a metrics file and stands at a step.
 
         Raises:
             UserError: see `WeightsAndBiases`.
@@ -167,9 +185,9 @@ class Trackers:
         events, wandb = folders(self.run, "teacher_" if job == "teacher" else "")
         trackers: list[Tracker] = []
         if self.settings.tensorboard:
-            trackers.append(TensorBoard(events, step))
+            trackers.append(TensorBoard(events, lines, step))
             log.info("%s: tensorboard --logdir %s", job, self.run)
         if self.settings.wandb:
-            trackers.append(WeightsAndBiases(wandb, self.settings, f"{self.run.name}, {job}", self.about))
+            trackers.append(WeightsAndBiases(wandb, lines, self.settings, f"{self.run.name}, {job}", self.about))
             log.info("%s: %s Weights & Biases run in %s", job, self.settings.wandb, wandb)
         return Tracking(trackers)

@@ -120,7 +120,7 @@ class Trainer:
         world.on_main(self._track)
 
     def _track(self) -> None:
-        self.tracking = self.telemetry.trackers.open(self.job.name, self.progress.step)
+        self.tracking = self.telemetry.trackers.open(self.job.name, self.job.records, self.progress.step)
 
     def _resume(self) -> None:
         found = checkpoint.find(self.world, self.job.folder, self.job.fingerprint, log.info)
