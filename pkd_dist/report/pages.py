@@ -162,7 +162,7 @@ def _mistakes(run: Run) -> list[tuple[str, str, int, int]]:
     return [
         (names[i], names[j], int(student[i, j]), int(run.confusion["teacher"][i, j]))
         for i, j in places
-        if student[i, j]
+        if student[i, j] > 1
     ]
 
 

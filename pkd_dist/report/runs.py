@@ -115,7 +115,7 @@ def size(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 0.1:
+    if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -82,6 +82,10 @@ def test_a_run_that_was_killed_and_went_on(settings, tmp_path):
         assert found == wanted
         assert len(list((run / f"{prefix}wandb").glob("wandb/offline-run-*"))) == 1
         assert runs == {((run / f"{prefix}wandb/id").read_text(), "reviews")}
+    assert launch("--config", config).returncode == 0
+    report = (run / "report.html").read_text()
+    assert "The stage distill ended early twice, killed or by an error, and went on" in report
+    assert "A training step" in report and "The stage distill</strong>" not in report
 
 
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])
