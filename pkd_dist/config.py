@@ -387,6 +387,19 @@ class Metrics(Section):
         return value
 
 
+class Trackers(Section):
+    tensorboard: bool = Field(
+        False,
+        description="Also write metrics.jsonl as TensorBoard event files, into RUN/tensorboard. Needs the extra `tensorboard`.",
+    )
+    wandb: Literal["offline", "online"] | None = Field(
+        None,
+        description="Also keep a Weights & Biases run: `offline` in RUN/wandb, for `wandb sync`; `online` sends it as it "
+        "goes. Needs the extra `wandb`.",
+    )
+    wandb_project: str = Field("pkd_dist", min_length=1, description="Project of the Weights & Biases run.")
+
+
 class Config(Section):
     """A whole run. `load` is the way to make one."""
 
@@ -401,6 +414,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     metrics: Metrics = Metrics()
+    trackers: Trackers = Trackers()
 
     @model_validator(mode="after")
     def _what_first_k_needs(self) -> Config:

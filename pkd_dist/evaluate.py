@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -132,6 +133,28 @@ def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
     return float((a_NC.argmax(axis=1) == b_NC.argmax(axis=1)).mean())
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How fast one model was.
+
+    Attributes:
+        latencies_ms_R: (R,) float64, of each request of one sentence, in the order they were made.
+        rates: samples per second at the batch size, of each pass.
+    """
+
+    latencies_ms_R: np.ndarray
+    rates: list[float]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """`latency_ms_p50`, `latency_ms_p99` (batch 1), `reasoningTime` (samples per second; the median pass)."""
+        return {
+            "latency_ms_p50": float(np.percentile(self.latencies_ms_R, 50)),
+            "latency_ms_p99": float(np.percentile(self.latencies_ms_R, 99)),
+            "reasoningTime": float(np.median(self.rates)),
+        }
+
+
 def speed(
     forwards: Mapping[str, Forward],
     tokens: TokenSet,
@@ -142,18 +165,15 @@ def speed(
     pad_id: int,
     repeats: int = 3,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Timing]:
     """Latency and throughput of several models on the same inputs, interleaved so that drift hits all alike.
 
     Args:
         forwards: name -> forward.
         requests: of single sentences, timed for each, at the lengths of the real text.
         examples: about so many are timed in batches of `batch_size`.
-        repeats: passes over those; the median counts.
+        repeats: passes over those.
         check: called before each request; what it raises ends the measurement.
-
-    Returns:
-        name -> `latency_ms_p50`, `latency_ms_p99` (batch 1), `reasoningTime` (samples per second at `batch_size`).
     """
 
     def timed(forward: Forward, inputs: dict[str, torch.Tensor]) -> float:
@@ -185,14 +205,7 @@ def speed(
             for name, forward in forwards.items():
                 seconds[name][repeat] += timed(forward, inputs)
     total = sum(len(r) for r in rows)
-    return {
-        name: {
-            "latency_ms_p50": float(np.percentile(latency[name], 50)),
-            "latency_ms_p99": float(np.percentile(latency[name], 99)),
-            "reasoningTime": total / float(np.median(seconds[name])),
-        }
-        for name in forwards
-    }
+    return {name: Timing(np.asarray(latency[name]), [total / each for each in seconds[name]]) for name in forwards}
 
 
 def figures_of(model: Any) -> dict[str, Any]:
@@ -210,7 +223,7 @@ def compare(
     requests: int,
     examples: int,
     pad_id: int,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+) -> tuple[dict[str, Any], dict[str, Timing], dict[str, dict[str, np.ndarray]]]:
     """Scores teacher and student in float32 and times them, interleaved, on rank 0 with all of its node's cores.
 
     Args:
@@ -220,8 +233,7 @@ def compare(
         requests, examples: see `speed`.
 
     Returns:
-        The content of `results_eval.json`; what the report needs beside it (confusion matrices); and of each split
-        without labels the logits of both models, (N, C).
+        The content of `results_eval.json`; the timings of both; and of each split the logits of both, (N, C) float32.
     """
     forwards: dict[str, Any] = {}
     logits: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
@@ -248,7 +260,7 @@ def compare(
             if split not in unlabelled
         }
 
-    def measure() -> dict[str, dict[str, float]]:
+    def measure() -> dict[str, Timing]:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
         try:
@@ -262,9 +274,11 @@ def compare(
 
     unlabelled = {split for split, tokens in splits.items() if not is_labelled(tokens.labels_N).all()}
     judged = world.on_main(judge)
-    speeds = world.on_main(measure)
+    timings = world.on_main(measure)
     dev = judged.pop("dev")
-    teacher, pupil = ({**dev[name], **figures_of(models[name]), **speeds[name]} for name in ("teacher", "student"))
+    teacher, pupil = (
+        {**dev[name], **figures_of(models[name]), **timings[name].figures} for name in ("teacher", "student")
+    )
     results = {
         "task": task.name,
         "split": "dev",
@@ -285,11 +299,4 @@ def compare(
         },
         "splits": judged,
     }
-    marker: dict[str, Any] = {}
-    if not task.regression:
-        width = logits["dev"]["student"].shape[1]
-        for name in models:
-            matrix = np.zeros((width, width), dtype=int)
-            np.add.at(matrix, (np.asarray(splits["dev"].labels_N), logits["dev"][name].argmax(axis=1)), 1)
-            marker[f"confusion_{name}"] = matrix.tolist()
-    return results, marker, {split: logits[split] for split in unlabelled}
+    return results, timings, logits

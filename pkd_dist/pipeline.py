@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 
-from pkd_dist import __version__, checkpoint
+from pkd_dist import __version__, answers, checkpoint
 from pkd_dist.config import Config, load_deepspeed
 from pkd_dist.data import submission, tasks, text, tokens
 from pkd_dist.data.prepare import DISTILL, prepare
@@ -54,11 +55,11 @@ from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.teacher.cache import CacheReader, Fingerprint
 from pkd_dist.teacher.finetune import finetune
-from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.telemetry.progress import Bar, timed
+from pkd_dist.telemetry.progress import Bar
 from pkd_dist.telemetry.publish import published
 from pkd_dist.training.engine import resolve_precision
 from pkd_dist.training.loop import Job, Trainer
@@ -89,6 +90,7 @@ class Pipeline:
         self.base_config = encoder.load_config(self.base)
         self.outputs: dict[str, dict[str, Any]] = {}
         self._lock: Lock | None = None
+        trackers.require(config.trackers)
         self._preflight()
 
     def _preflight(self) -> None:
@@ -173,7 +175,8 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             node = self._node()
             metrics = self._metrics(node)
-            self.telemetry = Telemetry(metrics, self.world.main)
+            also = trackers.Trackers(self.dir, self.config.trackers, self.config.model_dump(mode="json"))
+            self.telemetry = Telemetry(metrics, self.world.main, also)
             publication = self.world.together(
                 lambda: stack.enter_context(published(metrics, self.config.metrics, self.access, self.dir, node))
             )
@@ -304,15 +307,21 @@ class Pipeline:
         self.world.on_main(lambda: self.markers.begin(stage, state, inputs))
         self.inputs = inputs
         runs = self.telemetry.metrics.stage.labels(stage=stage.name)
-        with timed() as seconds:
-            runs.set(1)
-            try:
-                outputs = self.world.broadcast(stage.run())
-            finally:
-                runs.set(0)
+        runs.set(1)
+        began = time.monotonic()
+        try:
+            outputs = self.world.broadcast(stage.run())
+        except Preempted:
+            if self.world.main:
+                with contextlib.suppress(UserError):  # a full disk: its count is not worth another end
+                    self.markers.stop(stage, time.monotonic() - began)
+            raise
+        finally:
+            runs.set(0)
         self.outputs[stage.name] = outputs
-        self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds[0]))
-        log.info("%s: done in %.1f s", stage.name, seconds[0])
+        seconds = time.monotonic() - began
+        self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds))
+        log.info("%s: done in %.1f s", stage.name, seconds)
 
     def plan(self) -> list[str]:
         """One line a stage: done, or why it would run. Reads, never writes."""
@@ -335,7 +344,12 @@ class Pipeline:
     def stages(self) -> list[Stage]:
         run, d = self.dir, self._dirs
         teacher_made = (
-            (run / "teacher", run / "teacher_checkpoints", run / "teacher_metrics.jsonl")
+            (
+                run / "teacher",
+                run / "teacher_checkpoints",
+                run / "teacher_metrics.jsonl",
+                *trackers.folders(run, "teacher_"),
+            )
             if self.config.teacher.finetune
             else ()
         )
@@ -355,15 +369,15 @@ class Pipeline:
                 "distill",
                 self._distill_inputs,
                 self._distill,
-                (d["checkpoints"], run / "metrics.jsonl"),
+                (d["checkpoints"], run / "metrics.jsonl", *trackers.folders(run)),
                 self._distill_missing,
             ),
             Stage(
                 "evaluate",
                 self._evaluate_inputs,
                 self._evaluate,
-                (self._result_file, d["predictions"]),
-                lambda out: absent(self._result_file),
+                (self._result_file, d["predictions"], self._answers_file),
+                lambda out: absent(self._result_file) or absent(self._answers_file),
             ),
             Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
             Stage(
@@ -383,6 +397,10 @@ class Pipeline:
     @property
     def _result_file(self) -> Path:
         return Path(self.config.evaluate.result_dir or self.dir) / "results_eval.json"
+
+    @property
+    def _answers_file(self) -> Path:
+        return self.dir / answers.FILE
 
     # data
 
@@ -812,7 +830,7 @@ class Pipeline:
         models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
         splits = {split: self._tokens(split) for split in self._scored}
         config = self.config.evaluate
-        results, marker, answers = compare(
+        results, timings, logits = compare(
             models, splits, self.task, self.world, config.batch_size, config.latency_samples, config.throughput_samples,
             self._tokenizer.pad_token_id,
         )  # fmt: skip
@@ -820,8 +838,9 @@ class Pipeline:
         def write() -> None:
             self._result_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._result_file, results)
-            for split, logits in answers.items():
-                for name, logits_NC in logits.items():
+            answers.write(self._answers_file, splits, logits)
+            for split in (name for name in splits if name not in ("dev", *results["splits"])):
+                for name, logits_NC in logits[split].items():
                     folder = self._dirs["predictions"] / name
                     folder.mkdir(parents=True, exist_ok=True)
                     path = submission.write(folder, split, self.task, logits_NC, self.outputs["data"]["classes"])
@@ -829,7 +848,11 @@ class Pipeline:
 
         self.world.on_main(write)
         self._show_results(results)
-        return {"results": results, **marker}
+        return {
+            "results": results,
+            "latencies_ms": {name: timing.latencies_ms_R.round(4).tolist() for name, timing in timings.items()},
+            "rates": {name: timing.rates for name, timing in timings.items()},
+        }
 
     def _show_results(self, results: dict[str, Any]) -> None:
         """The finished student's figures: what trained before has no say any more."""
@@ -881,9 +904,9 @@ class Pipeline:
         return {"results": digest_of(self.outputs["evaluate"]["results"]), "export": self.outputs["export"]["weights"]}
 
     def _report(self) -> dict[str, Any]:
-        from pkd_dist import report
+        from pkd_dist.report import pages
 
-        return self.world.on_main(lambda: report.write(self.dir))
+        return self.world.on_main(lambda: pages.write(self.dir))
 
     def summary(self) -> str:
         """The table a run ends with: teacher beside student, and where to find the export and the report."""
@@ -928,7 +951,7 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
                 "n": len(made),
                 **scores(logits, made, pipeline.task),
             }
-            return figures | figures_of(model) | speeds["model"]
+            return figures | figures_of(model) | speeds["model"].figures
     finally:
         world.close()
 

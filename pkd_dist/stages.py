@@ -1,7 +1,7 @@
 """What a run remembers of its stages, so that each is done once.
 
 A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
-`"done": true`, when it has ended. Found done with the same inputs, it is not run again; found with other inputs, it says
+`"done": true`, when it has ended; it counts its starts, and how many of them a signal stopped. Found done with the same inputs, it is not run again; found with other inputs, it says
 what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on. Found unreadable, or
 spoiled by what it was made of, it is moved aside as well.
 """
@@ -51,6 +51,9 @@ class Markers:
     def _path(self, stage: Stage) -> Path:
         return self._run / "stages" / f"{stage.name}.json"
 
+    def _read(self, stage: Stage) -> dict[str, Any]:
+        return json.loads(self._path(stage).read_text())
+
     def state(self, stage: Stage) -> tuple[str, str]:
         """(new | started | stale: other inputs | broken: its outcome is not there any more | done, in words)."""
         path = self._path(stage)
@@ -75,7 +78,7 @@ class Markers:
 
     def outputs(self, stage: Stage) -> dict[str, Any]:
         """What a stage that is done remembers."""
-        return json.loads(self._path(stage).read_text())["outputs"]
+        return self._read(stage)["outputs"]
 
     def begin(self, stage: Stage, state: str, inputs: dict[str, Any]) -> None:
         """Marks a stage started; what an outcome of other inputs left is moved aside first."""
@@ -84,18 +87,26 @@ class Markers:
             raise UserError(f"{there}: is there, but this run did not make it; choose another run.dir, or move it away")
         if state == "stale" or (state == "broken" and not stage.completes):
             self._set_aside(stage)
-        write_json(self._path(stage), {"done": False, "inputs": inputs})
+        history = self._read(stage) if state == "started" else {}
+        history = {key: history.get(key, 0) for key in ("starts", "stopped", "seconds")}
+        marker = {"done": False, "inputs": inputs, **history, "starts": history["starts"] + 1}
+        write_json(self._path(stage), marker)
+
+    def stop(self, stage: Stage, seconds: float) -> None:
+        """A signal stopped the stage, after so many seconds; at its next start it goes on."""
+        marker = self._read(stage)
+        more = {"stopped": marker["stopped"] + 1, "seconds": round(marker["seconds"] + seconds, 1)}
+        write_json(self._path(stage), marker | more)
 
     def spoil(self, stage: Stage, why: str) -> None:
         """What the stage has made so far does not count: at its next start it is set aside."""
-        marker = json.loads(self._path(stage).read_text())
-        write_json(self._path(stage), marker | {"done": False, "spoiled": why})
+        write_json(self._path(stage), self._read(stage) | {"done": False, "spoiled": why})
 
     def end(self, stage: Stage, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float) -> None:
-        """Marks a stage done and removes what it needed only until then."""
-        write_json(
-            self._path(stage), {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(seconds, 1)}
-        )
+        """Marks a stage done and removes what it needed only until then. `seconds`: since its last start."""
+        marker = self._read(stage)
+        marker |= {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(marker["seconds"] + seconds, 1)}
+        write_json(self._path(stage), marker)
         for path in stage.leftovers:
             remove(path)
 

@@ -37,6 +37,7 @@ ONE_AT_A_TIME = {
     "test_ends",
     "test_run",
     "test_prometheus",
+    "test_trackers",
 }
 """Folders and files whose tests start several ranks, or wait for something to happen in time."""
 

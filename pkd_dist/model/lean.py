@@ -44,7 +44,7 @@ def is_bert_like(config: Any) -> bool:
     return getattr(config, "position_embedding_type", "absolute") == "absolute"
 
 
-def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
+def only_first_token(model: Any, layers: nn.ModuleList | None) -> bool:
     """Makes the last encoder layer compute its output for the first token alone; (B, L, H) in, (B, 1, H) out.
 
     Returns:

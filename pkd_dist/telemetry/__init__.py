@@ -1,10 +1,11 @@
-"""What people and machines see of a run: messages, progress bars, metrics.jsonl, Prometheus."""
+"""What people and machines see of a run: messages, progress bars, metrics.jsonl, Prometheus, other trackers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -13,3 +14,4 @@ class Telemetry:
 
     metrics: RunMetrics
     show: bool
+    trackers: Trackers = field(default_factory=Trackers)

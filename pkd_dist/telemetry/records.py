@@ -47,14 +47,16 @@ class Records:
         if tail and not tail.endswith(b"\n"):
             self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> bool:
+        """Writes a line that is not there yet; says whether it was not."""
         if _key(record) in self._known:
-            return
+            return False
         self._known.add(_key(record))
         line = (json.dumps(record) + "\n").encode()
         with require_space(self._path.parent, len(line), self._path.name):
             self._file.write(line)
             self._file.flush()
+        return True
 
     def close(self) -> None:
         self._file.close()

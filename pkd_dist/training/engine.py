@@ -135,7 +135,7 @@ class Engine:
             raise UserError(
                 f"train.deepspeed: DeepSpeed refuses the JSON's {error.title}: {key}: {first['msg']}"
             ) from None
-        if world.size == 1:
+        if world.size == 1 and self.stage == 0:
             self._engine.enable_backward_allreduce = False  # it would flatten all gradients, and copy them back
         self.module = module
         self.state = OptimizerState(module, self._engine.optimizer, self._adam, self.stage, world.rank, world.size)

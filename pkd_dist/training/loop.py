@@ -32,6 +32,8 @@ from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
+from pkd_dist.telemetry.trackers import Tracking
+from pkd_dist.training.clock import StepClock
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
 TERMS = ("total", "ce", "ds", "pt")
@@ -114,6 +116,11 @@ class Trainer:
         self.progress = Progress()
         self._resume()
         self.records = Records(job.records) if world.main else None
+        self.tracking = Tracking([])
+        world.on_main(self._track)
+
+    def _track(self) -> None:
+        self.tracking = self.telemetry.trackers.open(self.job.name, self.job.records, self.progress.step)
 
     def _resume(self) -> None:
         found = checkpoint.find(self.world, self.job.folder, self.job.fingerprint, log.info)
@@ -135,6 +142,17 @@ class Trainer:
             DivergedError: a loss or gradient is not finite; nothing of the bad step is saved.
             Preempted: a stop signal came; a checkpoint is committed.
         """
+        try:
+            self._run()
+        except BaseException:
+            self.tracking.close(False)
+            raise
+        self.tracking.close(True)
+        if self.records:
+            self.records.close()
+        return self.progress
+
+    def _run(self) -> None:
         job, progress = self.job, self.progress
         self._show_position()
         epochs_shown = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
@@ -155,9 +173,6 @@ class Trainer:
                         self._preempted(stop)
                     if not self._due() and progress.step % job.checkpoint.every_steps == 0:
                         self._save()
-        if self.records:
-            self.records.close()
-        return progress
 
     def _due(self) -> bool:
         """Whether an epoch has ended that is to be evaluated, and is not yet."""
@@ -176,17 +191,18 @@ class Trainer:
 
     def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
-        start = time.perf_counter()
+        clock = StepClock(self.world.device)
         self.world.at(f"{self.job.name}, step {self.progress.step + 1}")
         # what is drawn in a step depends on nothing else, so a resume needs no random state
         torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
         micro = self.batches.step(order, step)
-        waited = time.perf_counter() - start
+        clock.ended("data")
         sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
         for i, batch in enumerate(micro):
             batch = batch.to(self.world.device)
             terms = self.job.losses(self.engine, batch)
             weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
+            clock.ended("forward")
             self.engine.backward(weighted["total"])
             for k, name in enumerate(TERMS):
                 if name in weighted:
@@ -194,10 +210,12 @@ class Trainer:
             sums[len(TERMS)] += batch.tokens
             if i + 1 < len(micro):
                 self.engine.micro_step()
+            clock.ended("backward")
         local = sums[: len(TERMS)].copy()
         sums[-2] = not np.isfinite(local).all()
         sums[-1] = self.world.stop_signal()
         sums = self.world.sum(sums)
+        clock.ended("ranks")
         if sums[-2]:
             self._show_loss(sums)
             self._diverged("the loss", local, [])
@@ -206,13 +224,14 @@ class Trainer:
             norm, learning_rate = self.engine.step(progress.step)
         except DivergedError:
             self._diverged("the gradient", local, micro)
+        clock.ended("optimizer")
         examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
         progress.step += 1
         progress.samples += examples
         progress.tokens += int(sums[len(TERMS)])
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - clock.start
         losses = dict(zip(TERMS, sums.tolist(), strict=False))
-        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), seconds, waited)
+        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), {"step": seconds, **clock.seconds})
         parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
         stop = max(self.world.gather(self.world.stop_signal())) if sums[-1] else 0
         return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s", stop
@@ -228,22 +247,21 @@ class Trainer:
         norm: float,
         examples: int,
         tokens: int,
-        seconds: float,
-        waited: float,
+        seconds: dict[str, float],
     ) -> None:
         metrics, step = self.telemetry.metrics, self.progress.step
         metrics.step.set(step)
         metrics.epoch.set(step / self.batches.steps)
         metrics.samples.inc(examples)
         metrics.tokens.inc(tokens)
-        metrics.step_seconds.observe(seconds)
-        metrics.data_wait.inc(waited)
+        metrics.step_seconds.observe(seconds["step"])
+        metrics.data_wait.inc(seconds["data"])
         self._show_loss(losses.values())
         metrics.learning_rate.set(learning_rate)
         metrics.grad_norm.set(norm)
         metrics.loss_scale.set(self.engine.loss_scale)
         if self.records and step % self.job.log_every_steps == 0:
-            self.records.write(
+            self._record(
                 {
                     "step": step,
                     "epoch": round(step / self.batches.steps, 6),
@@ -251,15 +269,22 @@ class Trainer:
                     **{f"loss_{name}": losses[name] for name in TERMS[1:]},
                     "learning_rate": learning_rate,
                     "grad_norm": norm,
-                    "samples_per_second": examples / seconds,
+                    **({"loss_scale": self.engine.loss_scale} if self.engine.loss_scale_expected else {}),
+                    "samples_per_second": examples / seconds["step"],
+                    "seconds": {part: round(value, 6) for part, value in seconds.items()},
                     "time": time.time(),
                 }
             )
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.records:
+            self.tracking.write(line, self.records.write(line))
 
     def _evaluate(self, epoch: int) -> None:
         """Scores dev and keeps the weights where the task's metric is better than ever before."""
         job, progress = self.job, self.progress
         self.world.at(f"{job.name}, evaluation of epoch {epoch}")
+        began = time.perf_counter()
         with evaluating(job.module):
             try:
                 logits = predict(
@@ -286,7 +311,9 @@ class Trainer:
             progress.best_sha256 = self.world.on_main(keep)
         self.telemetry.metrics.show_evaluation("dev", figures)
         if self.records:
-            self.records.write({"step": progress.step, "epoch": epoch, "split": "dev", **figures, "time": time.time()})
+            took = {"evaluation": round(time.perf_counter() - began, 6)}
+            line = {"step": progress.step, "epoch": epoch, "split": "dev", **figures, "seconds": took}
+            self._record({**line, "time": time.time()})
         log.info(
             "%s: epoch %d of %d: dev %s %.4f%s", job.name, epoch, job.epochs, job.task.main_metric, figures["main_metric"],
             " (best so far, kept)" if better else "",
@@ -303,6 +330,7 @@ class Trainer:
             "counters": self.engine.state.counters(),
             "decay": self.engine.decay(progress.step),
         }
+        self.tracking.flush()
         with timed() as seconds:
             checkpoint.save(
                 self.world, job.folder, progress.step, self.engine.state.slices(), state, job.checkpoint.keep

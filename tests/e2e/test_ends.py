@@ -68,6 +68,8 @@ def test_a_signal_on_one_rank_stops_all_in_an_evaluation_and_in_the_cache(settin
     assert 10 <= len(list((run / "cache").glob("shard-*"))) < 1203 and not (run / "cache/manifest.json").exists()
     end = launch("--config", config, *stages)
     assert end.returncode == 0 and "cache: building shard-" in end.stdout, end.stderr
+    counts = {name: json.loads((run / f"stages/{name}.json").read_text()) for name in ("teacher", "cache")}
+    assert {name: (made["starts"], made["stopped"]) for name, made in counts.items()} == dict.fromkeys(counts, (2, 1))
     assert (run / "cache/manifest.json").exists()
     assert not list(run.rglob(".*")) and not (run / "run.lock").exists()
 

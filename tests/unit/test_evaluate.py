@@ -162,7 +162,9 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
     names = ("teacher", "student", "third")
     found = speed({name: model(name) for name in names}, tokens, torch.device("cpu"), 8, 10, 512, PAD, repeats=2)
     assert list(found) == list(names)
-    for figures in found.values():
+    for timing in found.values():
+        assert timing.latencies_ms_R.shape == (10,) and len(timing.rates) == 2
+        figures = timing.figures
         assert figures.keys() == {"latency_ms_p50", "latency_ms_p99", "reasoningTime"}
         assert 0 < figures["latency_ms_p50"] <= figures["latency_ms_p99"] and figures["reasoningTime"] > 0
     batches = -(-EXAMPLES // 8)

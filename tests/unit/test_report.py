@@ -7,9 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from run_folders import EXAMPLES, change, figures, make_run, write_answers
 
-from pkd_dist import report
-from pkd_dist.config import Config
+from pkd_dist.errors import UserError
+from pkd_dist.report import pages
+from pkd_dist.report.notices import notices
+from pkd_dist.report.runs import read
 
 VOID = {"meta", "br", "img", "link", "input"}
 
@@ -47,104 +50,12 @@ class Page(HTMLParser):
         return [attrs["id"] for _, attrs in self.tags if "id" in attrs]
 
 
-def make_run(folder, names=("negative", "positive"), epochs=3, history=True, steps=120, regression=False, **settings):
-    """A run folder as the pipeline leaves it before the report; `settings` are sections of the configuration."""
-    task = {"name": "stsb"} if regression else {"name": "custom", "text": ["text"], "label": "label"}
-    config = Config.model_validate({"run": {"dir": str(folder)}, "task": task, "train": {"epochs": epochs}} | settings)
-    resolved = {
-        "versions": {"pkd_dist": "0.1.0", "torch": "2.13.0"}, "git_revision": "54e3440", "world_size": 2,
-        "launcher": "torchrun", "device": "cpu", "precision": "autocast bfloat16", "teacher_precision": "bfloat16",
-        "deepspeed": {"zero_optimization": {"stage": 1}}, "teacher_layers": 6, "student_layers": 3, "patience_pairs": [[1, 2], [2, 4]],
-        "beta_mean": 100.0, "beta_sum": 0.1302,
-    }  # fmt: skip
-    (folder / "stages").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resolved": resolved}))
-    for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
-        marker = {"done": True, "inputs": {}, "outputs": outputs, "seconds": 12.5}
-        (folder / "stages" / f"{name}.json").write_text(json.dumps(marker))
-    (folder / "stages" / "report.json").write_text(json.dumps({"done": False, "inputs": {}}))
-    _write_metrics(folder / "metrics.jsonl", steps, epochs)
-    return folder
-
-
-def _outputs(folder, names, epochs, history, steps, regression):
-    rng = np.random.default_rng(0)
-    metric = "pearson_spearman" if regression else "accuracy"
-    per_epoch = [0.6 + 0.2 * e / epochs for e in range(1, epochs + 1)]
-    dev = [
-        {"epoch": e + 1, "step": steps * (e + 1) // epochs, metric: v, "main_metric": v}
-        for e, v in enumerate(per_epoch)
-    ]
-    split = {"source": "train.tsv", "examples": 800, "labelled": 800, "tokens": 9000, "longest": 60, "truncated": 0}
-    if not regression:
-        split["per_class"] = [50] * len(names)
-    teacher = 20 * np.eye(len(names), dtype=int) + rng.integers(0, 3, (len(names),) * 2)
-    student = (
-        teacher
-        - np.eye(len(names), dtype=int)
-        + np.eye(len(names), k=1, dtype=int)
-        + np.eye(len(names), k=1 - len(names), dtype=int)
-    )
-    sides = {side: _figures(value, regression) for side, value in (("teacher", 0.82), ("student", 0.8))}
-    sides["teacher"] |= {"parameters": 22_713_986, "reasoningTime": 180.0}
-    kept = {"parameters": 2.0, "size": 2.0, "throughput": 2.06, "retention": 0.976, "agreement": 0.915}
-    results = {"task": "t", "split": "dev", "n": 400, **sides, "compression": kept, "splits": {}}
-    evaluated = {"results": results}
-    if not regression:
-        evaluated |= {"confusion_teacher": teacher.tolist(), "confusion_student": student.tolist()}
-    names = [] if regression else names
-    return {
-        "data": {
-            "classes": names, "class_names": names, "sets": ["train", "dev"], "train": split,
-            "dev": {**split, "source": "dev.tsv"},
-        },
-        "teacher": {"folder": str(folder / "teacher")} | ({"best_epoch": epochs, "history": dev} if history else {}),
-        "cache": {"rows": 800, "built": 1},
-        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "parameters": 11_000_000},
-        "distill": {"best_epoch": epochs, "best_metric": 0.8, "history": dev, "steps": steps, "samples": 7680, "tokens": 90000},
-        "evaluate": evaluated,
-        "export": {"weights": "x", "largest_difference": 2e-7},
-    }  # fmt: skip
-
-
-def _figures(value, regression):
-    out = {
-        "parameters": 11_000_000,
-        "modelSize": 44.0,
-        "reasoningTime": 371.0,
-        "latency_ms_p50": 5.1,
-        "latency_ms_p99": 9.2,
-    }
-    if regression:
-        return out | {"pearson": value, "spearman": value, "pearson_spearman": value, "main_metric": value}
-    scores = {"accuracy": value, "MCC": 0.6, "precision": 0.7, "recall": 0.71, "f_1": 0.72, "main_metric": value}
-    return out | scores | {"accuracy_interval_95": [value - 0.02, value + 0.02]}
-
-
-def _write_metrics(path, steps, epochs):
-    with open(path, "w") as file:
-        for step in range(1, steps + 1):
-            x = step / steps
-            losses = {"loss": 1 - x / 2, "loss_ce": 0.7 - x / 2, "loss_ds": 1 - x, "loss_pt": 3e-4 * (1.1 - x)}
-            file.write(
-                json.dumps({"step": step, "epoch": x * epochs, **losses, "learning_rate": 1e-4 * (1 - x)}) + "\n"
-            )
-        file.write(json.dumps({"step": steps, "epoch": epochs, "split": "dev", "main_metric": 0.8}) + "\n")
-
-
 def written(run) -> tuple[str, Page]:
-    assert report.write(run) == {"bytes": (run / "report.html").stat().st_size}
+    assert pages.write(run) == {"bytes": (run / "report.html").stat().st_size}
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not page.open
     return html, page
-
-
-def change(run, stage, edit):
-    path = run / "stages" / f"{stage}.json"
-    marker = json.loads(path.read_text())
-    edit(marker["outputs"])
-    path.write_text(json.dumps(marker))
 
 
 def test_needs_nothing_else(tmp_path):
@@ -164,13 +75,13 @@ def test_needs_nothing_else(tmp_path):
 def test_shows_the_figures(tmp_path):
     html, page = written(make_run(tmp_path / "run"))
     for words in (
-        "80.0% accuracy on 400 dev examples: 97.6% of its teacher's 82.0%", "95% interval 78.0% to 82.0%", "91.5%", "2.06×",
+        "80.0% accuracy on 200 dev examples: 97.6% of its teacher's 82.0%", "95% interval 78.0% to 82.0%", "91.5%", "2.06×",
         "22,713,986", "180 to 371 sentences/s", "latency at batch 1, p99, ms", "MCC", "100 as mean , 0.1302 as sum",
         "student 1 learns from teacher 2, student 2 learns from teacher 4", "54e3440", "2 on cpu", "ZeRO stage 1",
     ):  # fmt: skip
         assert words in page.text, words
     plots = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(plots) == 4 + 2 + 2 + 3
+    assert len(plots) == 1 + 6 + 2 + 2 + 3, "layers, curves, speed, matrices, times"
     assert all(attrs["aria-label"] and attrs["role"] == "img" for attrs in plots)
     assert "#fe01" not in html, "a placeholder colour is left"
 
@@ -181,43 +92,68 @@ def test_is_the_same_each_time(tmp_path):
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
-def test_per_class_scores_come_from_the_confusion_matrix(tmp_path):
+def put_answers(run, labels, **sides):
+    """Lets both models answer so, of each side the class of every example or the (N, C) logits."""
+    ids = read(run).answers["dev"].ids_N[: len(labels)]
+    logits = {side: x if np.ndim(x) == 2 else 9.0 * np.eye(max(labels) + 1)[x] for side, x in sides.items()}
+    write_answers(run, ids, np.asarray(labels), logits)
+
+
+def test_per_class_scores_come_from_the_answers(tmp_path):
     run = make_run(tmp_path / "run")
-    change(
-        run,
-        "evaluate",
-        lambda out: out.update(confusion_student=[[8, 2], [4, 6]], confusion_teacher=[[10, 0], [0, 10]]),
-    )
+    labels = [0] * 10 + [1] * 10
+    put_answers(run, labels, teacher=labels, student=[0] * 8 + [1] * 2 + [0] * 4 + [1] * 6)
     page = written(run)[1]
     assert "negative 10 1.000 0.667 1.000 0.800 1.000 0.727" in page.text
     assert "positive 10 1.000 0.750 1.000 0.600 1.000 0.667" in page.text
+    assert "both right 14 (7.0%) teacher alone 6 (3.0%) student alone 0 (0.0%)" in page.text, "shares of the 200 scored"
+
+
+def test_the_examples_on_which_they_differ_most(tmp_path):
+    run = make_run(tmp_path / "run")
+    teacher, student = np.zeros((20, 2)), np.zeros((20, 2))
+    teacher[7], student[7] = (3.0, 0.0), (0.0, 2.0)  # 95.3% negative; 88.1% positive
+    teacher[3], student[3] = (0.0, 1.0), (0.0, 1.5)
+    put_answers(run, [i % 2 for i in range(20)], teacher=teacher, student=student)
+    told = written(run)[1].text.split("Where they differ most")[1]
+    first, second = told.split("Sentence ")[1:3]
+    assert first.startswith("7 of a film that one remembers. label positive teacher negative 95.3% wrong")
+    assert "student positive 88.1% right" in first and second.startswith("3 of a film")
+    assert told.count("of a film that one remembers.") == 12
 
 
 def test_regression(tmp_path):
     page = written(make_run(tmp_path / "run", regression=True))[1]
     assert "0.800 Pearson/Spearman mean" in page.text and "Spearman" in page.text and "squared error" in page.text
-    assert "Classes" not in page.text and "95% interval" not in page.text
+    assert "Classes" not in page.text and "95% interval" not in page.text and "Who is right" not in page.text
+    assert "mean absolute error 0.3" in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert sum("on average" in label and "value against" in label for label in labels) == 3, "scatters"
 
 
 def test_text_of_the_data_is_escaped(tmp_path):
     html, page = written(make_run(tmp_path / "run", names=("<b>", "$x_1$ & co", "負")))
-    assert html.count("<b>") == 5, "only the tiles are bold"
+    assert html.count("<b>") == 5 + 5, "only the tiles and who is right are bold"
     assert "3 classes (<b>, $x_1$ & co, 負)" in page.text
 
 
 def test_many_classes(tmp_path):
     names = [f"class number {i}" for i in range(50)]
     run = make_run(tmp_path / "run", names=names)
-    matrices = {f"confusion_{side}": np.diag(np.arange(1, 51)).tolist() for side in ("teacher", "student")}
-    change(run, "evaluate", lambda out: out.update(matrices))
+    labels = [i for i in range(50) for _ in range(i // 10)] + [49] * (EXAMPLES - 100)
+    student = [1 if label == 49 else label for label in labels]
+    put_answers(run, labels, teacher=labels, student=student)
     html, page = written(run)
     assert "the 20 most frequent of 50 classes" in page.text
-    table = html.split('aria-label="Scores of each class"')[1]
-    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg" and "Confusion" in attrs["aria-label"]]
-    assert len(labels) == 2
+    assert "The 20 classes whose F1 lost most" in page.text and "The other 30 classes" in page.text
+    assert "class number 49 class number 1 104 0" in page.text, "the most frequent mistake"
+    plots = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg" and "Confusion" in attrs["aria-label"]]
+    assert len(plots) == 2
+    first, others = html.split('aria-label="Scores of')[1:]
     for i, name in enumerate(names):
-        assert f"{name}</th>" in table
-        assert all((f"{name} 100%" in label) == (i >= 30) for label in labels)
+        assert (f"{name}</th>" in first) != (f"{name}</th>" in others)
+        assert (f"{name} 100%" in plots[0]) == (i >= 30)
+    assert "class number 49</th>" in first and "class number 49 0%" in plots[1]
 
 
 @pytest.mark.parametrize("history", [True, False])
@@ -239,7 +175,8 @@ def test_no_lines(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     page = written(run)[1]
-    assert "Total loss" not in page.text and "dev accuracy by epoch" in page.text
+    assert "Total loss" not in page.text and "Dev accuracy by epoch" in page.text
+    assert "A training step" not in page.text and "12.5 s" in page.text
 
 
 def test_terms_without_weight_are_not_drawn(tmp_path):
@@ -257,7 +194,7 @@ class TestWarnings:
         return run
 
     def shown(self, run):
-        return " ".join(report._warnings(report._read(run)))
+        return " ".join(notices(read(run)))
 
     def test_none(self, run):
         assert self.shown(run) == ""
@@ -282,12 +219,68 @@ class TestWarnings:
         assert "4.0 points of accuracy below its teacher" in self.shown(run)
 
     def test_never_predicted(self, run):
-        change(run, "evaluate", lambda out: out.update(confusion_student=[[10, 0], [10, 0]]))
+        put_answers(run, [0, 1] * 10, teacher=[0, 1] * 10, student=[0] * 20)
         assert "never predicts positive" in self.shown(run)
 
     def test_rounded_patience_map(self, run):
         change_resolved(run, teacher_layers=7)
         assert "The teacher's 7 layers do not divide by the student's 3" in self.shown(run)
+
+
+class TestMoreWarnings:
+    run = TestWarnings.run
+    shown = TestWarnings.shown
+
+    def test_overfitting(self, run):
+        def fell(out):
+            out["history"][-1]["main_metric"] = 0.7
+            out["best_metric"] = 0.75
+
+        change(run, "distill", fell)
+        assert "It overfitted: epoch 2 of 3 was the best (75.0% on dev, kept) and the last one has 70.0%" in self.shown(
+            run
+        )
+
+    def test_few_examples(self, run):
+        change(run, "evaluate", lambda out: out["results"]["student"].update(accuracy_interval_95=[0.7, 0.9]))
+        assert "200 dev examples tell an accuracy only to within 10.0 points" in self.shown(run)
+
+    def test_a_model_that_learned_nothing(self, run):
+        change(run, "evaluate", lambda out: out["results"]["teacher"].update(accuracy=0.5))
+        assert "The teacher's accuracy (50.0%) is not above that of always answering negative (50.0%)" in self.shown(
+            run
+        )
+
+    def test_a_teacher_below_its_student(self, run):
+        change(run, "evaluate", lambda out: out["results"]["teacher"].update(main_metric=0.7))
+        assert "10.0 points of accuracy above its teacher" in self.shown(run)
+
+    def test_notes_of_the_data(self, run):
+        change(run, "data", lambda out: out["train"].update(notes=["3 rows without a label are left out"]))
+        assert "Train data: 3 rows without a label are left out." in self.shown(run)
+
+    @staticmethod
+    def edit_lines(run, edit):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        edit(lines)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def test_steps_skipped_for_the_loss_scale(self, run):
+        self.edit_lines(run, lambda lines: [lines[i].update(grad_norm=float("inf")) for i in (0, 4)])
+        assert "2 of 120 logged steps were skipped while the loss scale fell, the last one step 5." in self.shown(run)
+        written(run)
+
+    def test_waiting_for_data(self, run):
+        self.edit_lines(run, lambda lines: [line["seconds"].update(data=0.025) for line in lines[:-1]])
+        assert "25.0% of a step went into waiting for data." in self.shown(run)
+
+    def test_stops_and_kills(self, run):
+        path = run / "stages/distill.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"starts": 4, "stopped": 2}))
+        shown = self.shown(run)
+        assert "The stage distill was stopped by a signal twice and went on." in shown
+        assert "The stage distill ended early once, killed or by an error, and went on" in shown
+        assert "The stage distill 12.5 s" not in written(run)[1].text, "its time is not known whole"
 
 
 def test_other_splits_and_text_without_labels(tmp_path):
@@ -298,11 +291,101 @@ def test_other_splits_and_text_without_labels(tmp_path):
         data["distill"] = {**data["train"], "examples": 2300}
 
     def mismatched(out):
-        figures = {side: _figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}
-        out["results"]["splits"] = {"dev_mismatched": {"n": 1234, **figures, "agreement": 0.877}}
+        sides = {side: figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}
+        out["results"]["splits"] = {"dev_mismatched": {"n": 1234, **sides, "agreement": 0.877}}
 
     change(run, "data", more_text)
     change(run, "evaluate", mismatched)
     _, page = written(run)
     assert "What the student read 2,300 examples, 1,500 without a label" in page.text
-    assert "dev mismatched, 1,234 examples 71.3% 69.4% 87.7%" in page.text
+    assert "dev mismatched, 1,234 examples 71.3% (69.3% to 73.3%) 69.4% (67.4% to 71.4%) 87.7%" in page.text
+
+
+class TestComparison:
+    @pytest.fixture
+    def runs(self, tmp_path):
+        first = make_run(tmp_path / "runs/kd", distill={"beta": 0.0})
+        return [first, make_run(tmp_path / "runs/pkd", seed=5)]
+
+    def page(self, runs):
+        output = runs[0].parent / "page.html"
+        pages.write_comparison(runs, output)
+        html = output.read_text(encoding="utf-8")
+        return html, Page(html)
+
+    def test_side_by_side(self, runs):
+        html, page = self.page(runs)
+        first, second = (
+            (x.said["student"] == x.labels_N).astype(float) for x in (read(r).answers["dev"] for r in runs)
+        )
+        apart = second - first
+        half = 1.96 * apart.std(ddof=1) / np.sqrt(EXAMPLES)
+        assert f"minus the first (95%) {100 * apart.mean():+.1f} ± {100 * half:.1f} points" in page.text
+        assert "accuracy (95% interval) 80.0% (78.0% to 82.0%) 80.0% (78.0% to 82.0%)" in page.text
+        assert "distill.beta 0 100" in page.text and "distill.alpha" not in page.text, "what differs, and that alone"
+        assert "://" not in html and "#fe01" not in html and not page.open
+        assert len([tag for tag, _ in page.tags if tag == "svg"]) == 1 + 1 + 4
+
+    def test_again_over_its_own_page(self, runs):
+        assert self.page(runs)[0] == self.page(runs)[0]
+
+    def test_regression(self, tmp_path):
+        made = [make_run(tmp_path / f"runs/{seed}", regression=True, seed=seed) for seed in (1, 2, 3)]
+        assert "Pearson 0.800 0.800 0.800" in self.page(made)[1].text
+
+    def refusal(self, runs, output=None):
+        with pytest.raises(UserError) as refused:
+            pages.write_comparison(runs, output or runs[0].parent / "page.html")
+        assert "\n" not in str(refused.value)
+        assert not (runs[0].parent / "page.html").exists()
+        return str(refused.value)
+
+    def test_one_run_the_same_twice_or_too_many(self, runs):
+        assert "give at least two run folders" in self.refusal(runs[:1])
+        assert f"{runs[0]} is named twice" in self.refusal([runs[0], runs[1] / ".." / "kd"])
+        assert "9 runs are more than the 8 that a page can tell apart" in self.refusal(runs * 4 + runs[:1])
+
+    def test_what_is_no_run(self, runs, tmp_path):
+        assert f"{tmp_path}: is not a run folder" in self.refusal([runs[0], tmp_path])
+        assert "nothing: is not a run folder" in self.refusal([runs[0], tmp_path / "nothing"])
+        config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+        del config["resolved"]
+        (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+        assert "has no section `resolved`" in self.refusal(runs)
+        (runs[1] / "config.yaml").write_text("run: {dir: x, colour: red}\n")
+        assert f"{runs[1] / 'config.yaml'}:1: run.colour: unknown key" in self.refusal(runs)
+
+    def test_what_is_not_finished(self, runs):
+        marker = runs[1] / "stages/evaluate.json"
+        whole = marker.read_text()
+        marker.write_text('{"done": false, "inputs": {}}')
+        told = self.refusal(runs)
+        assert "pkd: its evaluation is not done (stages that are: cache, data, distill" in told
+        assert f"run launcher/train.py --config {runs[1] / 'config.yaml'}" in told
+        marker.write_text(whole[:40])
+        assert f"{marker}: cannot be read" in self.refusal(runs)
+        marker.write_text(whole)
+        (runs[1] / "answers.safetensors").unlink()
+        assert "its evaluation is not done" in self.refusal(runs)
+
+    def test_what_cannot_be_compared(self, runs, tmp_path):
+        other = make_run(tmp_path / "runs/other", names=("a", "b"))
+        assert "their classes differ" in self.refusal([runs[0], other])
+        other = make_run(tmp_path / "more/runs", regression=True)
+        assert "different metrics chose their epochs (accuracy and Pearson/Spearman mean)" in self.refusal(
+            [runs[0], other]
+        )
+        config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+        (runs[1] / "config.yaml").write_text(yaml.safe_dump(config | {"task": {"name": "cola"}}))
+        assert "they are of different tasks (custom and cola)" in self.refusal(runs)
+        (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+        put_answers(runs[1], [0, 1] * 10, teacher=[0, 1] * 10, student=[0] * 20)
+        assert "they were scored on different dev data (200 and 20)" in self.refusal(runs)
+
+    def test_a_file_that_is_something_else_stays(self, runs, tmp_path):
+        mine = tmp_path / "mine.html"
+        mine.write_text("mine")
+        assert f"--output: {mine} is there, and is not a report" in self.refusal(runs, mine)
+        assert mine.read_text() == "mine"
+        assert "is there, and is not a report" in self.refusal(runs, tmp_path)
+        assert "no such folder" in self.refusal(runs, tmp_path / "nowhere/page.html")

@@ -1,0 +1,133 @@
+"""TensorBoard and Weights & Biases say what metrics.jsonl says, also of a run that was killed and went on."""
+
+import json
+import struct
+
+import pytest
+from conftest import ROOT, launch, write_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_kill import kill_at
+from wandb.proto.wandb_internal_pb2 import Record
+
+from pkd_dist.telemetry import records
+from pkd_dist.telemetry.trackers import Tracking, scalars
+
+_BLOCK = 32768
+
+
+def expected(path):
+    """(name, step) -> value, of all lines of a metrics file."""
+    return {(name, line["step"]): value for line in records.read(path) for name, value in scalars(line)}
+
+
+def of_tensorboard(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    points = [(name, e.step, e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
+    found = {(name, step): value for name, step, value in points}
+    assert len(points) == len(found), "no point stands twice"
+    return found
+
+
+def logged(path):
+    """The records of a .wandb file: blocks of chunks, each with a checksum, a length and its place in a record (1: the
+    whole, 2: the first, 4: the last)."""
+    content, place, parts = path.read_bytes(), 7, []
+    assert content.startswith(b":W&B")
+    while place + 7 <= len(content):
+        if _BLOCK - place % _BLOCK < 7:
+            place += _BLOCK - place % _BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        parts = [] if kind in (1, 2) else parts
+        parts.append(content[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(b"".join(parts))
+
+
+def of_wandb(folder):
+    """The points, and the identities and projects that the files name."""
+    found, runs = {}, set()
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for record in logged(path):
+            if record.HasField("run"):
+                runs.add((record.run.run_id, record.run.project))
+            items = {"/".join([item.key, *item.nested_key]) or item.key: item for item in record.history.item}
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items.values()}
+            for name in items:
+                if not name.startswith("_"):
+                    key = name, items["_step"]
+                    assert key not in found, "no point stands twice"
+                    found[key] = items[name]
+    return found, runs
+
+
+def test_a_run_that_was_killed_and_went_on(settings, tmp_path):
+    settings["trackers"] = {"tensorboard": True, "wandb": "offline", "wandb_project": "reviews"}
+    config, stages = write_config(settings, tmp_path), ("--stages", "data,teacher,cache,init,distill")
+    run = tmp_path / "run"
+    assert kill_at(run, "metrics.jsonl:8", "--config", config, *stages, ranks=0)
+    assert kill_at(run, "metrics.jsonl:18", "--config", config, *stages, ranks=0)
+    done = launch("--config", config, *stages)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"tensorboard --logdir {run}" in done.stdout and "goes on without" not in done.stdout
+    for prefix, steps in (("", 26), ("teacher_", 26)):
+        wanted = expected(run / f"{prefix}metrics.jsonl")
+        assert ("train/loss", steps) in wanted and ("dev/accuracy", steps) in wanted
+        found = of_tensorboard(run / f"{prefix}tensorboard")
+        assert found.keys() == wanted.keys()
+        steady = {key: value for key, value in wanted.items() if "second" not in key[0]}
+        assert {key: found[key] for key in steady} == pytest.approx(steady, rel=1e-6)
+        found, runs = of_wandb(run / f"{prefix}wandb")
+        assert found == wanted
+        assert len(list((run / f"{prefix}wandb").glob("wandb/offline-run-*"))) == 1
+        assert runs == {((run / f"{prefix}wandb/id").read_text(), "reviews")}
+    assert launch("--config", config).returncode == 0
+    report = (run / "report.html").read_text()
+    assert "The stage distill ended early twice, killed or by an error, and went on" in report
+    assert "A training step" in report and "The stage distill</strong>" not in report
+
+
+@pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])
+def test_a_library_that_is_missing_is_named_before_anything_is_written(settings, tmp_path, key, value):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/sitecustomize.py").write_text(f"import sys\nsys.modules[{key!r}] = None\n")
+    config = write_config(settings, tmp_path)
+    refused = launch("--config", config, f"trackers.{key}={value}", PYTHONPATH=f"{tmp_path / 'without'}:{ROOT}")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"pkd: trackers.{key}: the package {key} is not installed; install the extra: pip install 'pkd_dist[{key}]'\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_online_without_a_key_is_refused_before_the_first_step(settings, tmp_path):
+    nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}
+    refused = launch("--config", write_config(settings, tmp_path), "trackers.wandb=online", **nowhere)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    last = refused.stderr.splitlines()[-1]
+    assert last.startswith("pkd: trackers.wandb: online: ") and "`offline` needs neither key nor network" in last
+    assert (
+        not (tmp_path / "run/teacher_metrics.jsonl").exists()
+        or not (tmp_path / "run/teacher_metrics.jsonl").read_text()
+    )
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(caplog):
+    class Broken:
+        name = "Broken"
+
+        def write(self, record, new):
+            raise OSError("the disk is gone")
+
+    class Kept:
+        name = "Kept"
+        seen = []
+
+        def write(self, record, new):
+            self.seen.append((record, new))
+
+    tracking = Tracking([Broken(), Kept()])
+    tracking.write({"step": 1}, True)
+    tracking.write({"step": 2}, False)
+    assert Kept.seen == [({"step": 1}, True), ({"step": 2}, False)]

@@ -1,0 +1,166 @@
+"""Run folders as the pipeline leaves them before the report, made in a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from pkd_dist import answers
+from pkd_dist.config import Config
+
+EXAMPLES = 200
+
+
+def make_run(
+    folder: Path,
+    names: tuple[str, ...] = ("negative", "positive"),
+    epochs: int = 3,
+    history: bool = True,
+    steps: int = 120,
+    regression: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """`settings` are sections of the configuration. The dev data stand beside the folder, in `data/`."""
+    data = folder.parent / "data"
+    task = {"name": "custom", "data": str(data), "text": ["text"], "label": "label", "max_length": 128}
+    task |= {"kind": "regression"} if regression else {}
+    config = Config.model_validate({"run": {"dir": str(folder)}, "task": task, "train": {"epochs": epochs}} | settings)
+    resolved = {
+        "versions": {"pkd_dist": "0.1.0", "torch": "2.13.0"}, "git_revision": "54e3440", "world_size": 2,
+        "launcher": "torchrun", "device": "cpu", "precision": "autocast bfloat16", "teacher_precision": "bfloat16",
+        "deepspeed": {"zero_optimization": {"stage": 1}}, "teacher_layers": 6, "student_layers": 3, "patience_pairs": [[1, 2], [2, 4]],
+        "beta_mean": 100.0, "beta_sum": 0.1302,
+    }  # fmt: skip
+    (folder / "stages").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resolved": resolved}))
+    labels, logits = _said(list(names), regression, seed)
+    ids = _write_dev(data, list(names), labels, regression)
+    write_answers(folder, ids, labels, logits)
+    for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
+        marker = {"done": True, "inputs": {}, "outputs": outputs, "seconds": 12.5, "starts": 1, "stopped": 0}
+        (folder / "stages" / f"{name}.json").write_text(json.dumps(marker))
+    (folder / "stages" / "report.json").write_text(json.dumps({"done": False, "inputs": {}}))
+    _write_metrics(folder / "metrics.jsonl", steps, epochs, seed)
+    return folder
+
+
+def write_answers(folder: Path, ids: np.ndarray, labels: np.ndarray, logits: dict[str, np.ndarray]) -> None:
+    tensors = {
+        "dev.ids": ids,
+        "dev.labels": labels,
+        **{f"dev.{side}": x.astype(np.float32) for side, x in logits.items()},
+    }
+    save_file(tensors, folder / answers.FILE)
+
+
+def _said(names: list[str], regression: bool, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    if regression:
+        labels = rng.uniform(0, 5, EXAMPLES).astype(np.float32)
+        teacher = labels[:, None] + rng.normal(0, 0.4, (EXAMPLES, 1))
+        return labels, {
+            "teacher": teacher,
+            "student": teacher + np.random.default_rng(seed + 1).normal(0, 0.4, (EXAMPLES, 1)),
+        }
+    labels = np.arange(EXAMPLES) % len(names)
+    teacher = 2.5 * np.eye(len(names))[labels] + rng.normal(0, 1, (EXAMPLES, len(names)))
+    noise = np.random.default_rng(seed + 1).normal(0, 0.7, teacher.shape)
+    return labels, {"teacher": teacher, "student": teacher + noise}
+
+
+def _write_dev(data: Path, names: list[str], labels: np.ndarray, regression: bool) -> np.ndarray:
+    """Writes dev.tsv; returns the ids of its examples."""
+    from pkd_dist.data import text
+    from pkd_dist.data.tasks import Task
+
+    data.mkdir(exist_ok=True)
+    shown = [f"{label:.4f}" if regression else names[label] for label in labels]
+    lines = ["text\tlabel", *(f"Sentence {i} of a film that one remembers.\t{label}" for i, label in enumerate(shown))]
+    (data / "dev.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = Task(
+        "custom", ("text",), "label", regression=regression, metric="pearson_spearman" if regression else "accuracy"
+    )
+    return text.read(str(data), "dev", task, None if regression else names).ids_N
+
+
+def _outputs(
+    folder: Path, names: list[str], epochs: int, history: bool, steps: int, regression: bool
+) -> dict[str, dict[str, Any]]:
+    metric = "pearson_spearman" if regression else "accuracy"
+    per_epoch = [0.6 + 0.2 * e / epochs for e in range(1, epochs + 1)]
+    dev = [
+        {"epoch": e + 1, "step": steps * (e + 1) // epochs, metric: v, "main_metric": v}
+        for e, v in enumerate(per_epoch)
+    ]
+    split: dict[str, Any] = {
+        "source": "train.tsv", "examples": 800, "labelled": 800, "tokens": 9000, "longest": 60, "truncated": 0, "notes": [],
+    }  # fmt: skip
+    if not regression:
+        split["per_class"] = [50] * len(names)
+    sides = {side: figures(value, regression) for side, value in (("teacher", 0.82), ("student", 0.8))}
+    sides["teacher"] |= {"parameters": 22_713_986, "reasoningTime": 180.0}
+    kept = {"parameters": 2.0, "size": 2.0, "throughput": 2.06, "retention": 0.976, "agreement": 0.915}
+    of_student = {k: v for k, v in sides["student"].items() if k != "accuracy_interval_95"}
+    results = {"task": "t", "split": "dev", "n": EXAMPLES, **of_student, **sides, "compression": kept, "splits": {}}
+    rng = np.random.default_rng(0)
+    evaluated = {
+        "results": results,
+        "latencies_ms": {side: (scale * rng.lognormal(0, 0.2, 100)).tolist() for side, scale in (("teacher", 10), ("student", 5))},
+        "rates": {"teacher": [178.0, 180.0, 181.0], "student": [366.0, 371.0, 380.0]},
+    }  # fmt: skip
+    names = [] if regression else names
+    return {
+        "data": {
+            "classes": names, "class_names": names, "sets": ["train", "dev"], "train": split,
+            "dev": {**split, "source": "dev.tsv"},
+        },
+        "teacher": {"folder": str(folder / "teacher")} | ({"best_epoch": epochs, "history": dev} if history else {}),
+        "cache": {"rows": 800, "built": 1},
+        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "parameters": 11_000_000},
+        "distill": {"best_epoch": epochs, "best_metric": 0.8, "history": dev, "steps": steps, "samples": 7680, "tokens": 90000},
+        "evaluate": evaluated,
+        "export": {"weights": "x", "largest_difference": 2e-7},
+    }  # fmt: skip
+
+
+def figures(value: float, regression: bool) -> dict[str, Any]:
+    """One side's of results_eval.json."""
+    out: dict[str, Any] = {
+        "parameters": 11_000_000,
+        "modelSize": 44.0,
+        "reasoningTime": 371.0,
+        "latency_ms_p50": 5.1,
+        "latency_ms_p99": 9.2,
+    }
+    if regression:
+        return out | {"pearson": value, "spearman": value, "pearson_spearman": value, "main_metric": value}
+    scores = {"accuracy": value, "MCC": 0.6, "precision": 0.7, "recall": 0.71, "f_1": 0.72, "main_metric": value}
+    return out | scores | {"accuracy_interval_95": [value - 0.02, value + 0.02]}
+
+
+def _write_metrics(path: Path, steps: int, epochs: int, seed: int) -> None:
+    seconds = {"step": 0.1, "data": 0.004, "forward": 0.03, "backward": 0.05, "ranks": 0.002, "optimizer": 0.01}
+    rng = np.random.default_rng(seed)
+    lines = []
+    for step in range(1, steps + 1):
+        x = step / steps
+        noise = 1 + 0.1 * float(rng.normal())
+        losses = {"loss": noise * (1 - x / 2), "loss_ce": 0.7 - x / 2, "loss_ds": 1 - x, "loss_pt": 3e-4 * (1.1 - x)}
+        rest = {"learning_rate": 1e-4 * (1 - x), "grad_norm": 1.0, "seconds": seconds, "time": 1e9 + step}
+        lines.append({"step": step, "epoch": x * epochs, **losses, **rest})
+    lines.append({"step": steps, "epoch": epochs, "split": "dev", "main_metric": 0.8, "seconds": {"evaluation": 0.25}})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def change(run: Path, stage: str, edit: Any) -> None:
+    """Lets `edit` change what a stage remembers."""
+    path = run / "stages" / f"{stage}.json"
+    marker = json.loads(path.read_text())
+    edit(marker["outputs"])
+    path.write_text(json.dumps(marker))

@@ -1,0 +1,161 @@
+"""The pages in a real browser: Chromium, without network, on a telephone, on a screen, in the dark and on paper."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+from run_folders import EXAMPLES, change, figures, make_run
+
+from pkd_dist.report import pages
+
+WIDTHS = (400, 1280)
+RENDERED = """() => [...document.querySelectorAll('svg, img')].map(drawing => {
+    const box = drawing.getBoundingClientRect()
+    const shapes = [...drawing.querySelectorAll('path, use')].filter(shape => shape.getBoundingClientRect().width > 0)
+    return [box.width, box.height, shapes.length, drawing.getAttribute('aria-label') || drawing.getAttribute('alt')]
+})"""
+OVERFLOWING = """() => [...document.querySelectorAll('main *')].filter(element =>
+    !element.closest('.scroll, svg') && element.getBoundingClientRect().right > innerWidth + 0.5
+).map(element => element.outerHTML.slice(0, 200))"""
+CONTRAST = """() => {
+    const channel = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
+    const numbers = colour => colour.match(/[\\d.]+/g).map(Number)
+    const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b)
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const colour = numbers(getComputedStyle(element).backgroundColor)
+            if (colour.length < 4 || colour[3] > 0) return colour
+        }
+        return [255, 255, 255]
+    }
+    const ratios = {}
+    for (const element of document.querySelectorAll('main *')) {
+        if (element.closest('svg') || ![...element.childNodes].some(n => n.nodeType == 3 && n.data.trim())) continue
+        const [a, b] = [light(numbers(getComputedStyle(element).color)), light(behind(element))]
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
+        if (ratio < 4.5) ratios[element.outerHTML.slice(0, 100)] = ratio
+    }
+    return ratios
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    where = shutil.which("chromium") or shutil.which("google-chrome")
+    assert where, "install the Debian package chromium (`.ci/run` does)"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def other_splits(out):
+    sides = {side: figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}
+    part = {"n": 12345, **sides, "agreement": 0.877}
+    out["results"]["splits"] = {"dev_mismatched": part, "test": part, "a_split_of_a_long_name": part}
+
+
+def long_notes(out):
+    out["train"]["notes"] = [
+        "/a/folder/with_a_very_long_name_that_has_no_place_to_break/" * 3 + "train.tsv: 3 rows are left out"
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """name -> page."""
+    top = tmp_path_factory.mktemp("pages")
+    binary = make_run(top / "binary/run")
+    change(binary, "evaluate", other_splits)
+    change(binary, "data", long_notes)
+    names = tuple(f"class number {i}: {'a_long_name_without_spaces' * (1 + i % 3)}" for i in range(150))
+    runs = {
+        "binary": binary,
+        "regression": make_run(top / "regression/run", regression=True),
+        "many": make_run(top / "many/run", names=names),
+        "few": make_run(top / "few/run", names=("contradiction", "entailment", "neutral", "<b>&amp;", "負")),
+    }
+    out = {name: run / "report.html" for name, run in runs.items()}
+    for run in runs.values():
+        pages.write(run)
+    several = [make_run(top / f"several/a-long-name-of-a-run-{i}", seed=i, train={"epochs": 3 + i}) for i in range(8)]
+    out["several"] = top / "several/page.html"
+    pages.write_comparison(several, out["several"])
+    return out
+
+
+@pytest.fixture(params=["binary", "regression", "many", "few", "several"])
+def page_file(made, request):
+    return made[request.param]
+
+
+def opened(chromium, file, width=1280, **options):
+    """The page, and what it asked for or complained of."""
+    context = chromium.new_context(viewport={"width": width, "height": 900}, offline=True, **options)
+    page, seen = context.new_page(), []
+    page.on("console", lambda message: seen.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
+    page.on("request", lambda request: seen.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_load_state("networkidle")
+    return page, seen
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_overflows_nothing_is_asked_for_everything_is_drawn(chromium, page_file, width):
+    page, seen = opened(chromium, page_file, width)
+    assert seen == [page_file.as_uri()], "one file, no message"
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    assert page.evaluate(OVERFLOWING) == []
+    drawings = page.evaluate(RENDERED)
+    assert len(drawings) >= 6
+    for wide, high, shapes, label in drawings:
+        assert wide > 100 and high > 40 and shapes > 3, label
+        assert label, "every drawing says what it shows"
+    for region in page.locator(".scroll").all():
+        assert region.get_attribute("aria-label") and region.get_attribute("tabindex") == "0"
+    picture = page.screenshot(full_page=True)
+    assert len(picture) > 50_000
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read(chromium, page_file, scheme):
+    page, _ = opened(chromium, page_file, color_scheme=scheme)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 22, 29)"
+    assert dark == (scheme == "dark")
+    assert page.evaluate(CONTRAST) == {}
+    page.context.close()
+
+
+def test_on_paper(chromium, page_file):
+    page, _ = opened(chromium, page_file, width=700, color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 700, "the width of A4 between its margins is 688"
+    assert page.evaluate(CONTRAST) == {}
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.context.close()
+
+
+def test_headings_and_landmarks(chromium, made):
+    page, _ = opened(chromium, made["binary"])
+    assert page.locator("h1").count() == 1 and page.locator("main").count() == 1
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(h => Number(h.tagName[1]))")
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    labelled = page.evaluate("[...document.querySelectorAll('section')].map(s => s.getAttribute('aria-labelledby'))")
+    assert all(page.locator(f"#{place}").count() == 1 for place in labelled)
+    assert page.evaluate("[...document.querySelectorAll('th')].every(cell => cell.scope)")
+    assert page.get_by_role("table").count() >= 4
+    assert f"{EXAMPLES} dev examples" in page.locator("header").inner_text()
+    page.context.close()
+
+
+def test_the_other_classes_unfold(chromium, made):
+    page, _ = opened(chromium, made["many"], 400)
+    rows = page.locator("details tbody tr")
+    assert rows.count() == 130 and not rows.first.is_visible()
+    page.get_by_text("The other 130 classes").click()
+    assert rows.first.is_visible()
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 400
+    page.context.close()
