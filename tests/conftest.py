@@ -6,6 +6,7 @@ Everything is made here, from fixed seeds; nothing is fetched.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "prometheus-pushgateway": "prometheus-pushgateway"}
+"""Programs that tests run: the Debian package that brings each."""
+
+
+@pytest.fixture(scope="session")
+def prometheus_programs() -> None:
+    missing = [program for program in PACKAGES if not shutil.which(program)]
+    packages = " ".join(sorted({PACKAGES[program] for program in missing}))
+    assert not missing, f"not on PATH: {', '.join(missing)}; install: apt-get install {packages}"
 
 
 def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:

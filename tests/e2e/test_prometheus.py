@@ -21,6 +21,8 @@ from pkd_dist.telemetry.endpoint import load_access, serve
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.records import read
 
+pytestmark = pytest.mark.usefixtures("prometheus_programs")
+
 
 def until(happens, what, timeout_seconds=120):
     deadline = time.monotonic() + timeout_seconds
@@ -59,9 +61,13 @@ class Prometheus:
     def __init__(self, folder, **replaced):
         self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
         self.targets, self.gateways = folder / "targets", folder / "gateways"
-        text = (
-            (ROOT / "monitoring/prometheus.yml").read_text().replace("scrape_interval: 10s", "scrape_interval: 500ms")
-        )
+        text = (ROOT / "monitoring/prometheus.yml").read_text()
+        for often, here in (
+            ("scrape_interval: 10s", "scrape_interval: 500ms"),
+            ("evaluation_interval: 30s", "evaluation_interval: 1s"),
+        ):
+            assert often in text
+            text = text.replace(often, here)
         for old, new in replaced.items():
             assert f"# {old}: " in text
             text = re.sub(rf"# {old}: .*", f"{old}: {new}", text)
@@ -235,6 +241,20 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     known = [time for time in times.values() if time]
     assert known and all(b > a - 1 for a, b in itertools.pairwise(known)), "of the checkpoint that it goes on from"
     assert out.count("nothing could be pushed to http://127.0.0.1:1 (") == 1 and "going on" in out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_fires_the_alert(prometheus, gateway, body, data, tmp_path):
+    """What nobody could scrape any more is pushed; and the next process counts on from it."""
+    settings = watched(body, data, tmp_path, prometheus, gateway)
+    settings["teacher"]["finetune"]["learning_rate"] = 1e30
+    argv = command("--config", write_config(settings, tmp_path), "--stages", "data,teacher")
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stdout + done.stderr
+    last = f'job="pkd_last", run="{tmp_path / "run"}"'
+    until(lambda: prometheus.value(f"pkd_nonfinite_total{{{last}}}") == 1, "the count")
+    firing = f'ALERTS{{alertname="PkdLossNotFinite", alertstate="firing", {last}}}'
+    until(lambda: prometheus.query(firing), "the alert")
+    assert RunMetrics(tmp_path / "run/counters/node-0.json").value("pkd_nonfinite_total") == 1
 
 
 def test_prometheus_gets_through_tls_and_a_password(tmp_path):

@@ -54,14 +54,16 @@ def tokens():
     return TokenSet(words, None, offsets, ids, rng.integers(3, size=EXAMPLES), "", "", 0)
 
 
-def fill(folder, tokens, world, model, dtype="float32", states="cls", make=None, fingerprint=FINGERPRINT):
+def fill(
+    folder, tokens, world, model, dtype="float32", states="cls", make=None, fingerprint=FINGERPRINT, counters=None
+):
     """Builds a cache; returns the fingerprint, the rows computed, and the metrics."""
     fingerprint = dataclasses.replace(fingerprint, dtype=dtype, states=states)
 
     def teacher(layers):
         return LiveTeacher(model, layers, "float32", dtype, states == "tokens", world.device)
 
-    telemetry = Telemetry(RunMetrics(), False)
+    telemetry = Telemetry(RunMetrics(counters), False)
     built = build(folder, fingerprint, tokens, make or teacher, 0, SHARD_ROWS, world, telemetry)
     return fingerprint, built, telemetry.metrics.registry
 
@@ -143,6 +145,16 @@ def test_the_cache_equals_the_live_teacher_bit_for_bit(tmp_path, tokens, world, 
     live = teacher(collate(tokens, order, np.ones(SHARD_ROWS), 0).to(world.device).inputs)
     for mine, theirs in zip(CacheReader(tmp_path, fingerprint).rows_of(tokens.ids_N[order], 24), live, strict=True):
         assert torch.equal(mine, theirs.cpu())
+
+
+def test_how_far_a_build_is_counts_on_in_the_next_process(tmp_path, tokens, world, model):
+    counters = tmp_path / "counters/node-0.json"
+    for missing, written in ((), EXAMPLES), ((0, 1), EXAMPLES + 2 * SHARD_ROWS), ((), EXAMPLES + 2 * SHARD_ROWS):
+        for index in missing:
+            (tmp_path / "cache" / shard_name(index)).unlink()
+        _, _, registry = fill(tmp_path / "cache", tokens, world, model, counters=counters)
+        assert registry.get_sample_value("pkd_cache_rows_total") == written
+        assert registry.get_sample_value("pkd_cache_rows_expected") == written
 
 
 def test_an_interrupted_build_goes_on_with_the_missing_shards(mine, tokens, world, model):

@@ -27,7 +27,7 @@ def sample(metrics, name, **labels):
     return metrics.registry.get_sample_value(name, labels)
 
 
-def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it():
+def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it(prometheus_programs):
     metrics = RunMetrics()
     metrics.gpu_memory.labels(kind="total").set(1)
     text = generate_latest(metrics.registry)

@@ -12,6 +12,8 @@ from monitoring import dashboard
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.publish import PUSHED_JOB
 
+pytestmark = pytest.mark.usefixtures("prometheus_programs")
+
 MONITORING = ROOT / "monitoring"
 ALERTS, RECORDING = MONITORING / "rules/alerts.yml", MONITORING / "rules/recording.yml"
 CASES = MONITORING / "tests/alerts.yml"
