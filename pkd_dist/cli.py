@@ -452,6 +452,44 @@ def predict(
 
 
 @app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export with an ONNX file, such as RUN/export.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+    format: Annotated[str | None, typer.Option(help="onnx, onnx-fp16 or onnx-int8; default: int8 where it is.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; default: one for each core.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Texts of one forward pass.")] = 16,
+    max_delay_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 2.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Texts that wait; more is 429.")] = 256,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests at once; more is 503.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request; more is 413.")] = 1 << 20,
+    max_text_characters: Annotated[int, typer.Option(min=1, help="Of a text; more is 413.")] = 20_000,
+) -> None:
+    """Serve an export over HTTP, to try it: POST /predict, GET /healthz, GET /metrics. For production take Triton.
+
+    Example: pkd serve runs/demo/export --port 8080
+
+    Example: curl localhost:8080/predict -H 'content-type: application/json' -d '{"text": "A thoroughly engaging film."}'
+    """
+
+    def work() -> None:
+        try:
+            from pkd_dist.serve.app import Limits
+            from pkd_dist.serve.server import serve as run_server
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+                raise
+            raise UserError(f"pkd serve needs {error.name}: pip install 'pkd_dist[serve]'") from None
+        limits = Limits(
+            texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters, batch=max_batch,
+            delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
+        )  # fmt: skip
+        run_server(folder, host, port, limits, format, threads)
+
+    _exit(work)
+
+
+@app.command()
 def compare(
     config: ConfigFile,
     output: Annotated[Path, typer.Option(help="Folder of all runs and of the table.")],

@@ -141,7 +141,8 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
-    config = model.config
+    config, fusions = model.config, FusionOptions("bert")
+    fusions.enable_skip_layer_norm = config.model_type in _FUSED  # it trips over norms without bias
     with _writing(model, "onnx"):
         graph, arguments = _traced(_Graph, model, tokenizer, "batch", "length")
         program = torch.onnx.export(
@@ -151,7 +152,7 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
         assert program is not None
         fused = optimize_model(
             program.model_proto, "bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=0,
-            optimization_options=FusionOptions("bert"),
+            optimization_options=fusions,
         )  # fmt: skip
         fused.save_model_to_file(str(path))
 
