@@ -21,7 +21,7 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling bench-serving docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ bench-glue: .venv/.installed-demo ## methods, depths and seeds on real tasks (GL
 
 bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache of 100 M rows (ARGS: --rows n --output FILE)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.shuffle $(ARGS)
+
+bench-serving: .venv/.installed-test ## speed and accuracy of a run's export, and 64 clients for 60 s (ARGS: --run DIR ...)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.serving $(ARGS)
 
 docs: .venv/.installed-demo ## write docs/configuration.md from the schema
 	@$(BIN)/pkd config reference > docs/configuration.md.new

@@ -215,7 +215,9 @@ _pipeline_command("report", "report", "Write a run's report, with whatever it ne
 def export(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="`verify DIR`; or settings that win over the file's.", metavar="[verify DIR | section.key=value]"),
+        typer.Argument(
+            help="`verify DIR`; or settings that win over the file's.", metavar="[verify DIR | section.key=value]"
+        ),
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
     formats: Annotated[

@@ -1,14 +1,14 @@
 """An export, whole or not at all: the Hugging Face folder, the files to serve it from, and what proves them.
 
-    student -> safetensors, ONNX (float32 -> float16, int8), torch.export, Triton -> every file on all of dev
-            -> model card -> manifest -> the folder gets its name
+student -> safetensors, ONNX (float32 -> float16, int8), torch.export, Triton -> every file on all of dev
+        -> model card -> manifest -> the folder gets its name
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class _Builder:
     def _score(self, logits_NC: np.ndarray) -> float:
         return scores(logits_NC, self.subject.dev, self.subject.task)["main_metric"]
 
-    def build(self, formats: list[str]) -> None:
+    def build(self, formats: Sequence[str]) -> None:
         """Writes and verifies all but the card and the manifest."""
         (self.folder / "onnx").mkdir()
         source = self.folder / ONNX_FILES["onnx"]
@@ -160,7 +160,7 @@ class _Builder:
             batch = collate(self.subject.train, rows, np.ones(len(rows)), self.pad_id)
             yield {name: value.numpy() for name, value in accepted(self.subject.student, batch.inputs).items()}
 
-    def _triton(self, formats: list[str]) -> None:
+    def _triton(self, formats: Sequence[str]) -> None:
         names = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
         graphs = {names[f]: self.folder / ONNX_FILES[f] for f in ONNX_FILES if f in formats}
         inputs = list(accepted(self.subject.student, dict.fromkeys(self.subject.tokenizer.model_input_names)))
@@ -184,7 +184,7 @@ class _Builder:
 
 def export(
     subject: Subject,
-    formats: list[str],
+    formats: Sequence[str],
     output: Path,
     card: Callable[[dict[str, Any]], str],
     about: dict[str, Any],
@@ -219,10 +219,17 @@ def export(
         files = {"model.safetensors": {"largest_difference": difference, "agreement": 1.0, "bytes": weights,
                  "main_metric": builder.main_metric, **speeds.pop("PyTorch")}}  # fmt: skip
         files |= {name: found | speeds[name] for name, found in builder.found.items()}
-        told = {"formats": formats, "opset": onnx.OPSET, "files_on_dev": files, "measured_on": machine() | {"threads": 1}}
+        told = {
+            "formats": formats,
+            "opset": onnx.OPSET,
+            "files_on_dev": files,
+            "measured_on": machine() | {"threads": 1},
+        }
         text = card(told)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(text, encoding="utf-8"), len(text))
-        made = manifest.write(temporary, about | told | {"max_length": subject.max_length, "pair": len(subject.texts) > 1})
+        made = manifest.write(
+            temporary, about | told | {"max_length": subject.max_length, "pair": len(subject.texts) > 1}
+        )
         remove(output)
         os.replace(temporary, output)
     finally:

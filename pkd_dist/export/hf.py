@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from pkd_dist import checkpoint
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.export import manifest
 from pkd_dist.evaluate import answers
+from pkd_dist.export import manifest
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, accepted, load_model, load_tokenizer, save_model, weights_digest
 from pkd_dist.model.lean import put_back

@@ -58,7 +58,10 @@ class _Metrics:
             "pkd_serve_requests", "Requests to /predict, by HTTP status.", ["status"], registry=self.registry
         )
         self.seconds = Histogram(
-            "pkd_serve_request_seconds", "From a request's head to its answer.", buckets=_SECONDS, registry=self.registry
+            "pkd_serve_request_seconds",
+            "From a request's head to its answer.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         waiting = Gauge("pkd_serve_waiting_texts", "Texts that wait for a batch.", registry=self.registry)
         waiting.set_function(lambda: batcher.waiting)

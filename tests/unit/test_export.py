@@ -73,7 +73,9 @@ def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(tmp_path, 
             model.classifier.bias[0] -= 0.01
 
     monkeypatch.setattr(onnx, "write", shifted)
-    with pytest.raises(UserError, match=r"onnx/model.onnx: logits differ from PyTorch's by 0.01\d* on dev, more than 1e-04"):
+    with pytest.raises(
+        UserError, match=r"onnx/model.onnx: logits differ from PyTorch's by 0.01\d* on dev, more than 1e-04"
+    ):
         export(made, tmp_path / "export", "onnx")
     assert not list(tmp_path.glob("*export*"))
 
@@ -101,11 +103,15 @@ def test_int8_that_loses_too_much_is_refused_and_the_export_of_before_stays(tmp_
         last = next(node for node in model.graph.node if "logits" in node.output)
         for tensor in model.graph.initializer:
             if tensor.name in last.input:
-                tensor.CopyFrom(onnx_package.numpy_helper.from_array(-onnx_package.numpy_helper.to_array(tensor), tensor.name))
+                tensor.CopyFrom(
+                    onnx_package.numpy_helper.from_array(-onnx_package.numpy_helper.to_array(tensor), tensor.name)
+                )
         onnx_package.save(model, path)
 
     monkeypatch.setattr(onnx, "write_int8", worse)
-    with pytest.raises(UserError, match=r"model.int8.onnx: accuracy on dev is \d+\.\d+ points below PyTorch's 100.00, more than 2.22"):
+    with pytest.raises(
+        UserError, match=r"model.int8.onnx: accuracy on dev is \d+\.\d+ points below PyTorch's 100.00, more than 2.22"
+    ):
         export(made, tmp_path / "export", "onnx", "onnx-int8")
     assert (tmp_path / "export/manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.glob("*export*")] == ["export"]
@@ -126,7 +132,9 @@ def test_a_family_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkey
         return None if input_ids.sum() > 0 else 1
 
     monkeypatch.setattr(made.student, "forward", forward)
-    with pytest.raises(UserError, match="export.formats: a bert cannot be written as onnx .*; leave onnx out of it") as told:
+    with pytest.raises(
+        UserError, match="export.formats: a bert cannot be written as onnx .*; leave onnx out of it"
+    ) as told:
         onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
     assert "\n" not in str(told.value)
 
@@ -213,7 +221,9 @@ def test_triton_takes_the_configuration(tmp_path):
         assert [given.name for given in config.input] == graph.inputs
         assert {given.data_type for given in config.input} == {model_config_pb2.TYPE_INT64}
         assert [list(given.dims) for given in config.input] == [[-1]] * len(graph.inputs)
-        assert [(out.name, list(out.dims), out.label_filename) for out in config.output] == [("logits", [2], "labels.txt")]
+        assert [(out.name, list(out.dims), out.label_filename) for out in config.output] == [
+            ("logits", [2], "labels.txt")
+        ]
         assert (repository / name / "labels.txt").read_text().split() == ["negative", "positive"]
         assert (repository / name / "1/model.onnx").read_bytes() == (tmp_path / "export/onnx" / file).read_bytes()
 
