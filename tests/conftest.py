@@ -73,6 +73,7 @@ def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:
         "cache": {"shard_rows": 50},
         "checkpoint": {"every_steps": 5},
         "evaluate": {"latency_samples": 10},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
 

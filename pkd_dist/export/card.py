@@ -55,9 +55,10 @@ Each answered all of {{ results.split }}; the difference is the largest of a log
 {% for name, file in files.files_on_dev.items() -%}
 | `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
 {% endfor %}
+
 {% if "onnx" in files.formats | join(" ") %}
 ONNX files: opset {{ files.opset }} with ONNX Runtime's own operators; inputs as the tokenizer gives them (int64, any batch and length),
-output `logits`.{% if quantisation %} int8: {{ quantisation }}.{% endif %}
+output `logits`.{{ " int8: " ~ quantisation ~ "." if quantisation }}
 
 {% endif %}
 `manifest.json` holds the sha256 of every file; `pkd export verify FOLDER` checks it.
