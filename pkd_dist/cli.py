@@ -253,8 +253,16 @@ def report(
 
 @app.command()
 def export(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="`verify DIR`; or settings that win over the file's.", metavar="[verify DIR | section.key=value]"
+        ),
+    ] = None,
     config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
-    overrides: Overrides = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Files to write in place of export.formats, such as onnx,onnx-int8,triton.")
+    ] = None,
     from_checkpoint: Annotated[
         Path | None, typer.Option(help="RUN/checkpoints/step-N, of any number of ranks and any ZeRO stage.")
     ] = None,
@@ -265,19 +273,26 @@ def export(
         str, typer.Option(help="With --from-checkpoint: float32 (master weights), float16 or bfloat16.")
     ] = "float32",
 ) -> None:
-    """Export a run's student, with whatever it needs before; or the student as it was at a checkpoint.
+    """Export a run's student, with whatever it needs before; or the student as it was at a checkpoint; or verify an export.
 
-    Example: pkd export --config configs/demo.yaml
+    Example: pkd export --config configs/demo.yaml --formats onnx-int8,triton
+
+    Example: pkd export verify runs/demo/export
 
     Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
     """
-    if config is not None and from_checkpoint is None and output is None:
-        raise typer.Exit(run(config, overrides or [], ",".join(STAGE_NAMES[: STAGE_NAMES.index("export") + 1])))
+    if config is not None and from_checkpoint is None and output is None and (overrides or [""])[0] != "verify":
+        wanted = [f"export.formats={json.dumps(formats.split(','))}"] if formats is not None else []
+        stages = ",".join(STAGE_NAMES[: STAGE_NAMES.index("export") + 1])
+        raise typer.Exit(run(config, [*(overrides or []), *wanted], stages))
 
     def work() -> None:
-        if from_checkpoint is None or output is None or config is not None or overrides:
+        alone = config is None and formats is None
+        if alone and from_checkpoint is None and output is None and (overrides or [""])[0] == "verify":
+            return _verify_export((overrides or [])[1:])
+        if from_checkpoint is None or output is None or not alone or overrides:
             raise UserError(
-                "pkd export: give either --config FILE, or --from-checkpoint RUN/checkpoints/step-N --output DIR"
+                "pkd export: give either --config FILE, or --from-checkpoint RUN/checkpoints/step-N --output DIR, or verify DIR"
             )
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
@@ -290,6 +305,15 @@ def export(
         print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")
 
     _exit(work)
+
+
+def _verify_export(folders: list[str]) -> None:
+    from pkd_dist.export import manifest
+
+    if len(folders) != 1:
+        raise UserError("pkd export verify: give one folder, such as runs/demo/export")
+    made = manifest.verify(Path(folders[0]))
+    print(f"{folders[0]}: {len(made['files'])} files as they were written")
 
 
 def _task_overrides(task: str, data: str, text: list[str] | None, label: str | None, kind: str | None) -> list[str]:
@@ -465,6 +489,44 @@ def predict(
             sys.stdout.flush()
         except BrokenPipeError:  # who reads has seen enough: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    _exit(work)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export with an ONNX file, such as RUN/export.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+    format: Annotated[str | None, typer.Option(help="onnx, onnx-fp16 or onnx-int8; default: int8 where it is.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; default: one for each core.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Texts of one forward pass.")] = 16,
+    max_delay_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 2.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Texts that wait; more is 429.")] = 256,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests at once; more is 503.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request; more is 413.")] = 1 << 20,
+    max_text_characters: Annotated[int, typer.Option(min=1, help="Of a text; more is 413.")] = 20_000,
+) -> None:
+    """Serve an export over HTTP, to try it: POST /predict, GET /healthz, GET /metrics. For production take Triton.
+
+    Example: pkd serve runs/demo/export --port 8080
+
+    Example: curl localhost:8080/predict -H 'content-type: application/json' -d '{"text": "A thoroughly engaging film."}'
+    """
+
+    def work() -> None:
+        try:
+            from pkd_dist.serve.app import Limits
+            from pkd_dist.serve.server import serve as run_server
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+                raise
+            raise UserError(f"pkd serve needs {error.name}: pip install 'pkd_dist[serve]'") from None
+        limits = Limits(
+            texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters, batch=max_batch,
+            delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
+        )  # fmt: skip
+        run_server(folder, host, port, limits, format, threads)
 
     _exit(work)
 

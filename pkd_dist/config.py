@@ -336,11 +336,25 @@ class Evaluate(Section):
     throughput_samples: Count = Field(512, description="Examples whose batches are timed, three times, for each model.")
 
 
+ExportFormat = Literal["safetensors", "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton"]
+
+
 class Export(Section):
-    formats: list[Literal["safetensors"]] = Field(
-        ["safetensors"], min_length=1, description="Files written into export/."
+    formats: list[ExportFormat] = Field(
+        ["safetensors", "onnx", "onnx-int8"],
+        min_length=1,
+        description="Files written into export/, each checked on all of dev. safetensors is always among them; triton (a model "
+        "repository of the ONNX files) brings onnx where no other ONNX file is asked for.",
     )
     prune: bool = Field(False, description="Remove the checkpoints once the export is verified.")
+
+    @field_validator("formats")
+    @classmethod
+    def _what_comes_with_them(cls, given: list[str]) -> list[str]:
+        wanted = {"safetensors", *given}
+        if "triton" in wanted and not any(name.startswith("onnx") for name in wanted):
+            wanted.add("onnx")
+        return [name for name in typing.get_args(ExportFormat) if name in wanted]
 
 
 class Metrics(Section):

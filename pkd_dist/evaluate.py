@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,16 @@ def predict(
     width = max(world.gather(logits[0].shape[1] if logits else 0))
     rows = np.concatenate(logits) if logits else np.empty((0, width), np.float32)
     return world.gather_rows(rows, np.concatenate(positions) if positions else np.empty(0, np.int64), len(tokens))
+
+
+def answers(forward: Callable[[Any], Any], tokens: TokenSet, batch_size: int, pad_id: int) -> np.ndarray:
+    """`predict` without other ranks, of any function that gives logits on the CPU: (N, C) float32."""
+    out: list[np.ndarray] = []
+    batches = scoring_batches(tokens, batch_size, 0, 1)
+    for rows_B in batches:
+        out.append(np.asarray(forward(collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).inputs), np.float32))
+    order_N = np.concatenate(batches)
+    return np.concatenate(out)[np.argsort(order_N)]
 
 
 def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, float]:
@@ -206,6 +219,18 @@ def speed(
                 seconds[name][repeat] += timed(forward, inputs)
     total = sum(len(r) for r in rows)
     return {name: Timing(np.asarray(latency[name]), [total / each for each in seconds[name]]) for name in forwards}
+
+
+def machine() -> dict[str, Any]:
+    """What figures of speed were taken on: `processor`, and `cores` of this process."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": len(os.sched_getaffinity(0)),
+    }
 
 
 def figures_of(model: Any) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def folder_digest(folder: Path, names: list[str] | None = None) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by name."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """sha256 of every file in a folder and below, by its path from there."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def changed_file(folder: Path, digests: dict[str, str]) -> str | None:

@@ -34,7 +34,8 @@ from pkd_dist.data.weights import class_weights
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluate import compare, evaluating, figures_of, predict, scores, speed
-from pkd_dist.export import card, hf
+from pkd_dist.export import build as build_export
+from pkd_dist.export import card, hf, manifest
 from pkd_dist.files import (
     changed_file,
     digest_of,
@@ -870,27 +871,32 @@ class Pipeline:
     def _export(self) -> dict[str, Any]:
         def write() -> dict[str, Any]:
             folder = self._dirs["export"]
-            sample = tuple(json.loads((self._dirs["data"] / "sample.json").read_text())["texts"])
-            model_card = card.render(self.config, self._environment(), self.outputs, self.task.main_metric)
-            difference = hf.export(
-                self._best_student(),
-                self._tokenizer,
-                model_card,
-                folder,
-                self._tokens("dev"),
-                sample,
-                self.config.task.max_length,
+            subject = build_export.Subject(
+                student=self._best_student(),
+                tokenizer=self._tokenizer,
+                task=self.task,
+                labels=self.outputs["data"]["class_names"],
+                dev=self._tokens("dev"),
+                train=self._tokens("train"),
+                texts=tuple(json.loads((self._dirs["data"] / "sample.json").read_text())["texts"]),
+                max_length=self.config.task.max_length,
+                batch_size=self.config.evaluate.batch_size,
+                requests=self.config.evaluate.latency_samples,
             )
-            log.info(
-                "export: %s reloads with plain transformers; largest difference of a logit %.1e", folder, difference
-            )
+            about = {"task": self.task.name, "main_metric": self.task.main_metric, "pkd_dist": __version__}
+            made = build_export.export(
+                subject, self.config.export.formats, folder,
+                lambda files: card.render(self.config, self._environment(), self.outputs, self.task.main_metric, files),
+                about, lambda: self.world.interrupt("export"),
+            )  # fmt: skip
+            log.info("export: %s: %s; every file answers dev as it should", folder, ", ".join(made["files_on_dev"]))
             if self.config.export.prune:
                 remove(self._dirs["checkpoints"])
                 log.info("export: verified, checkpoints removed (export.prune)")
             return {
-                "weights": sha256(folder / "model.safetensors"),
-                "largest_difference": difference,
-                "files": file_digests(folder),
+                "weights": made["files"]["model.safetensors"],
+                "largest_difference": made["files_on_dev"]["model.safetensors"]["largest_difference"],
+                "files": made["files"] | {manifest.MANIFEST: sha256(folder / manifest.MANIFEST)},
             }
 
         return self.world.on_main(write)

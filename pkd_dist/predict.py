@@ -70,7 +70,7 @@ def predict(
             logits_BC = classifier(**encoder.accepted(classifier, inputs.to(device))).logits.float().cpu()
         for parts, logits_C in zip(batch, logits_BC, strict=True):
             given = dict(zip(("text", "text_pair"), parts, strict=False))
-            yield json.dumps(given | _answer(logits_C, classifier.config.id2label), ensure_ascii=False)
+            yield json.dumps(given | answer(logits_C, classifier.config.id2label), ensure_ascii=False)
 
 
 def _checked(where: str, text: str, pair: bool) -> Sequence[str]:
@@ -82,7 +82,8 @@ def _checked(where: str, text: str, pair: bool) -> Sequence[str]:
     return parts
 
 
-def _answer(logits_C: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:
+def answer(logits_C: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:
+    """`label`, `probability` and `probabilities` by class name, or `value` of a regression."""
     if len(logits_C) == 1:
         return {"value": float(logits_C)}
     shares = torch.softmax(logits_C, dim=0).tolist()

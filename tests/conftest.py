@@ -39,6 +39,7 @@ ONE_AT_A_TIME = {
     "test_run",
     "test_prometheus",
     "test_trackers",
+    "test_serve",
 }
 """Folders and files whose tests start several ranks, or wait for something to happen in time."""
 
@@ -95,6 +96,7 @@ def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:
         "cache": {"shard_rows": 50},
         "checkpoint": {"every_steps": 5},
         "evaluate": {"latency_samples": 10},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
 

@@ -87,6 +87,7 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
         "cache": {"shard_rows": 50},
         "checkpoint": {"every_steps": 5},
         "evaluate": {"latency_samples": 10},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"port": 0},
     }
 

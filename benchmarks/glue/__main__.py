@@ -101,7 +101,8 @@ def speeds(output: Path) -> dict[str, Any]:
     pad_id = load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
         found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
-    return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": found}
+    layers = {depth: timing.figures for depth, timing in found.items()}
+    return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": layers}
 
 
 def _cpu() -> str:

@@ -45,6 +45,24 @@ The student keeps {{ "%.1f" | format(100 * results.compression.retention) }}% of
 {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ agrees }}. Latency and throughput were taken on the machine
 that trained it ({{ env.device }}), one process.
 
+## Files
+
+Each answered all of {{ results.split }}; the difference is the largest of a logit, against PyTorch in float32. Speed on one core of
+{{ files.measured_on.processor }}: latency of single sentences of {{ results.split }}, throughput in batches of {{ config.evaluate.batch_size }}.
+
+| file | MB | {{ metric }} | difference | agreement | latency p50, ms | p99, ms | per second |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{% for name, file in files.files_on_dev.items() -%}
+| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
+{% endfor %}
+
+{% if "onnx" in files.formats | join(" ") %}
+ONNX files: opset {{ files.opset }} with ONNX Runtime's own operators; inputs as the tokenizer gives them (int64, any batch and length),
+output `logits`.{{ " int8: " ~ quantisation ~ "." if quantisation }}
+
+{% endif %}
+`manifest.json` holds the sha256 of every file; `pkd export verify FOLDER` checks it.
+
 ## How it was made
 
 - Data: `{{ data.train.source }}`, {{ data.train.examples }} examples; best of {{ config.train.epochs }} epochs by {{ metric }}
@@ -104,13 +122,20 @@ def agrees(results: dict[str, Any]) -> str:
     return f"the correlation of their predictions is {share:.3f}"
 
 
-def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[str, Any]], main_metric: str) -> str:
+def render(
+    config: Config,
+    environment: dict[str, Any],
+    outputs: dict[str, dict[str, Any]],
+    main_metric: str,
+    files: dict[str, Any],
+) -> str:
     """The model card in Markdown.
 
     Args:
         environment: what the run was resolved to.
         outputs: of the stages that are done, by name.
         main_metric: key of the metric that chose the epoch.
+        files: what the export found of its files, as in its manifest.
     """
     results = outputs["evaluate"]["results"]
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_TEMPLATE)
@@ -122,6 +147,8 @@ def render(config: Config, environment: dict[str, Any], outputs: dict[str, dict[
         classes=outputs["data"]["class_names"],
         data=outputs["data"],
         distilled=outputs["distill"],
+        files=files,
+        quantisation=files["files_on_dev"].get("onnx/model.int8.onnx", {}).get("quantisation"),
         made_of=outputs["init"]["made_of"],
         agrees=agrees(results),
         metric={"f_1": "F1", "pearson_spearman": "the mean of Pearson and Spearman"}.get(main_metric, main_metric),

@@ -1,4 +1,4 @@
-"""Writes a student as a Hugging Face folder, and proves that plain `transformers` loads it to the same logits."""
+"""A student as a Hugging Face folder, and the proof that plain `transformers` loads it to the same logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pkd_dist import checkpoint
-from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.files import remove, require_unaltered, write_atomically
+from pkd_dist.evaluate import answers
+from pkd_dist.export import manifest
+from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, accepted, load_model, load_tokenizer, save_model, weights_digest
 from pkd_dist.model.lean import put_back
 
@@ -94,6 +95,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         for key, value in model.state_dict().items():
             if again[key].dtype != value.dtype or not torch.equal(again[key], value):
                 raise UserError(f"{output}: {key} reads back differently; the export is not usable")
+        manifest.write(temporary, {"step": state["progress"]["step"], "dtype": dtype})
         os.replace(temporary, output)
     finally:
         remove(temporary)
@@ -106,47 +108,23 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def export(
-    student: PreTrainedModel,
-    tokenizer: Any,
-    card: str,
-    output: Path,
-    dev: TokenSet,
-    texts: tuple[list[str], ...],
-    max_length: int,
+@torch.inference_mode()
+def verify(
+    folder: Path, logits_NC: np.ndarray, dev: TokenSet, texts: tuple[list[str], ...], max_length: int, batch_size: int
 ) -> float:
-    """Writes `output` whole or not at all, after reloading what was written.
+    """Reloads a folder with plain `transformers`, and compares.
 
     Args:
-        student: in float32.
-        card: the model card, README.md.
-        dev: token set on whose every example the reloaded model must give the student's logits.
+        logits_NC: the student's on every example of dev, which the reloaded model must give.
         texts: some of dev's texts, in order: the reloaded tokenizer must give dev's tokens.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        UserError: the reloaded model or tokenizer differs, or the disk is full; nothing is left behind.
+        UserError: the reloaded model or tokenizer differs.
     """
-    temporary = output.with_name(f".{output.name}.tmp")
-    remove(temporary)
-    try:
-        save_model(student, tokenizer, temporary)
-        write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
-        difference = _verify(student, temporary, dev, texts, max_length)
-        remove(output)
-        os.replace(temporary, output)
-    finally:
-        remove(temporary)
-    return difference
-
-
-@torch.inference_mode()
-def _verify(
-    student: PreTrainedModel, folder: Path, dev: TokenSet, texts: tuple[list[str], ...], max_length: int
-) -> float:
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(next(student.parameters()).device).eval()
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     again = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     for i, ids in enumerate(again):
@@ -154,14 +132,15 @@ def _verify(
             raise UserError(
                 f"{folder}: the reloaded tokenizer gives other tokens for dev example {i}; the export is not usable"
             )
-    worst = 0.0
-    for start in range(0, len(dev), 64):
-        rows = np.arange(start, min(start + 64, len(dev)))
-        batch = collate(dev, rows, np.ones(len(rows)), tokenizer.pad_token_id).to(reloaded.device)
-        inputs = accepted(student, batch.inputs)
-        worst = max(worst, float((student(**inputs).logits - reloaded(**inputs).logits).abs().max()))
-    if not worst <= TOLERANCE:
+
+    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reloaded(**accepted(reloaded, inputs)).logits
+
+    found_NC = answers(forward, dev, batch_size, tokenizer.pad_token_id)
+    difference = float(np.abs(found_NC - logits_NC).max())
+    if not difference <= TOLERANCE:
         raise UserError(
-            f"{folder}: the reloaded student's logits differ by {worst:.2g}, more than {TOLERANCE:.0e}; the export is not usable"
+            f"{folder}: the reloaded student's logits differ by {difference:.2g}, more than {TOLERANCE:.0e}; the export is "
+            "not usable"
         )
-    return worst
+    return difference

@@ -14,8 +14,8 @@ Where a model's family does not allow a saving it is left as it is.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Attend = Callable[[Sequence[nn.Module], int, torch.Tensor, "torch.Tensor | None", float], torch.Tensor]
+"""(projections to query, key and value; head size; hidden_BLH; mask; dropout) -> context of the first token, (B, 1, H)."""
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 """Families of one layer structure, whose classification heads read the first token of the last layer; DistilBERT's
 layer is the same by other names."""
@@ -44,8 +46,11 @@ def is_bert_like(config: Any) -> bool:
     return getattr(config, "position_embedding_type", "absolute") == "absolute"
 
 
-def only_first_token(model: Any, layers: nn.ModuleList | None) -> bool:
+def only_first_token(model: Any, layers: nn.ModuleList | None, attend: Attend | None = None) -> bool:
     """Makes the last encoder layer compute its output for the first token alone; (B, L, H) in, (B, 1, H) out.
+
+    Args:
+        attend: in place of `_attend`.
 
     Returns:
         False where the model's family is not known to read the first token alone; the model is then unchanged.
@@ -53,25 +58,25 @@ def only_first_token(model: Any, layers: nn.ModuleList | None) -> bool:
     if layers is None or not is_bert_like(model.config):
         return False
     forward = _first_token_block if model.config.model_type == "distilbert" else _first_token_layer
-    layers[-1].forward = types.MethodType(forward, layers[-1])  # type: ignore[method-assign]
+    layers[-1].forward = partial(forward, layers[-1], attend or _attend)
     return True
 
 
 def _first_token_layer(
-    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    layer: Any, attend: Attend, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
     attention, first_B1H = layer.attention.self, hidden_BLH[:, :1]
     parts, dropout = (attention.query, attention.key, attention.value), attention.dropout.p if layer.training else 0.0
-    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    context_B1H = attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
     return layer.feed_forward_chunk(layer.attention.output(context_B1H, first_B1H))
 
 
 def _first_token_block(
-    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    layer: Any, attend: Attend, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
     attention, first_B1H = layer.attention, hidden_BLH[:, :1]
     parts, dropout = (attention.q_lin, attention.k_lin, attention.v_lin), attention.dropout.p if layer.training else 0.0
-    context_B1H = _attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
+    context_B1H = attend(parts, attention.attention_head_size, hidden_BLH, attention_mask, dropout)
     attended_B1H = layer.sa_layer_norm(attention.out_lin(context_B1H) + first_B1H)
     return layer.output_layer_norm(layer.ffn(attended_B1H) + attended_B1H)
 

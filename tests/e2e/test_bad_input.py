@@ -261,6 +261,7 @@ def stopped(body, data, tmp_path_factory):
         "cache": {"shard_rows": 50},
         "checkpoint": {"every_steps": 5},
         "evaluate": {"latency_samples": 10},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
     job = subprocess.Popen(

@@ -38,6 +38,7 @@ def settings(family, folder, data, student):
         "student": json.loads(json.dumps(student).replace("{own}", own)),
         "train": SHORT,
         "evaluate": {"latency_samples": 10},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
 

@@ -117,6 +117,7 @@ def prepared(body, data, tmp_path_factory):
         "student": {"layers": [1, 3]},
         "train": {"epochs": 1, "batch_size": 16, "deepspeed": "ds_configs/zero1_fp32.json"},
         "cache": {"dtype": "float32", "shard_rows": 50},
+        "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
     done = launch("--config", write_config(settings, folder), "--stages", "data,teacher,cache,init")

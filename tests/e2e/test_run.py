@@ -43,7 +43,7 @@ def finished(body, data, tmp_path_factory):
         "evaluate": {"latency_samples": 10},
         "metrics": {"port": 0},
     }
-    done = launch("--config", write_config(settings, folder), ranks=2)
+    done = launch("--config", write_config(settings, folder), ranks=2, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, settings, done
 
@@ -71,7 +71,11 @@ def test_what_a_run_leaves_behind(finished):
         "model.safetensors",
         "tokenizer.json",
         "README.md",
+        "manifest.json",
     }
+    assert {p.name for p in (run / "export/onnx").iterdir()} == {"model.onnx", "model.int8.onnx"}
+    card = (run / "export/README.md").read_text()
+    assert "| `onnx/model.int8.onnx` |" in card and "one core of" in card and "\n\n`manifest.json`" in card
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
     "errors", "memory", "files", "ranks", "config", "telemetry", "preemption", "watchdog", "lock", "dist", "data", "answers",
     "model", "evaluate", "checkpoint", "training", "student.losses", "teacher", "student.distill", "export", "report", "stages",
-    "pipeline", "predict", "compare", "cli",
+    "pipeline", "predict", "serve", "compare", "cli",
 ]  # fmt: skip
 """Each imports only what stands before it (or in its own folder)."""
 

@@ -1,0 +1,111 @@
+"""Latency and throughput of teacher and student, as PyTorch and as each ONNX file, in turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.faults.tiny import ROOT, environment
+from pkd_dist.data.tokens import open_tokens
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+WARM_UP = 5
+"""Requests of each turn that are not counted: the caches are another model's."""
+TURN = 25
+"""Requests of one turn."""
+
+
+class Worker:
+    """A model in its own process (see `worker.py`)."""
+
+    def __init__(self, model: Path, tokenizer: Path, data: Path, threads: int):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serving.worker", str(model), str(tokenizer), str(data), str(threads)],
+            cwd=ROOT, env=environment(OMP_NUM_THREADS=str(threads)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self._process.args[2:])} ended")  # type: ignore[arg-type]
+        return json.loads(line)
+
+    def ask(self, **what: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def seconds(self, rows: np.ndarray, batch: int) -> list[float]:
+        return self.ask(rows=rows.tolist(), batch=batch)["seconds"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+@contextmanager
+def workers(models: dict[str, Path], tokenizer: Path, data: Path, threads: int) -> Iterator[dict[str, Worker]]:
+    with ExitStack() as stack:
+        made = {}
+        for name, path in models.items():
+            made[name] = Worker(path, tokenizer, data, threads)
+            stack.callback(made[name].close)
+        yield made
+
+
+def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str, np.ndarray]:
+    """Logits of every example, one at a time."""
+    with workers(models, tokenizer, data, 1) as made:
+        return {name: np.asarray(worker.ask(score=True)["logits"]) for name, worker in made.items()}
+
+
+def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
+    """name -> `latency_ms_p50`, `_p95`, `_p99` and `per_second` at batch 1, and `batches`: sentences per second by batch.
+
+    Args:
+        models: Hugging Face folders and .onnx files.
+        data: token set whose sentences are drawn, the same for all models.
+        requests: of single sentences for each model.
+    """
+    length = len(open_tokens(data))
+    rng = np.random.default_rng(0)
+    latency: dict[str, list[float]] = {name: [] for name in models}
+    rates: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in models}
+    with workers(models, tokenizer, data, threads) as made:
+        for _ in range(-(-requests // TURN)):
+            rows = rng.integers(length, size=WARM_UP + TURN)
+            for name, worker in made.items():
+                latency[name] += worker.seconds(rows, 1)[WARM_UP:]
+        for batch in BATCHES:
+            for _ in range(3):
+                rows = rng.integers(length, size=batch * max(3, 64 // batch))
+                for name, worker in made.items():
+                    seconds = worker.seconds(rows, batch)[1:]
+                    rates[name][batch].append(batch * len(seconds) / sum(seconds))
+    out = {}
+    for name in models:
+        by_batch = {str(batch): float(np.median(found)) for batch, found in rates[name].items()}
+        p50, p95, p99 = np.percentile(latency[name], [50, 95, 99]) * 1e3
+        best = max(by_batch, key=by_batch.__getitem__)
+        out[name] = {
+            "latency_ms_p50": float(p50), "latency_ms_p95": float(p95), "latency_ms_p99": float(p99),
+            "per_second": len(latency[name]) / sum(latency[name]), "batches": by_batch,
+            "best_batch": int(best), "best_per_second": by_batch[best],
+        }  # fmt: skip
+    return out
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,57 @@
+"""`pkd serve`: uvicorn around the application, until a signal; what is in the works is answered first."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from pkd_dist.errors import UserError
+from pkd_dist.serve.app import Limits, make_app
+from pkd_dist.serve.model import ServedModel
+from pkd_dist.telemetry.log import log
+
+GRACE_SECONDS = 30
+"""After a signal, requests in the works have so long to end."""
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own raises the signal again at the end, and the status would be the signal's."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(
+    folder: Path, host: str, port: int, limits: Limits, format: str | None = None, threads: int | None = None
+) -> None:
+    """Verifies an export and serves it until SIGTERM or SIGINT.
+
+    Args:
+        port: 0: any that is free; it is said which.
+
+    Raises:
+        UserError: the export is damaged, or the port is taken.
+    """
+    app = make_app(ServedModel(folder, format, threads), limits)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, http="h11", ws="none", lifespan="on",
+        timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=30, server_header=False,
+    )  # fmt: skip
+    try:
+        listening = config.bind_socket()
+    except SystemExit:
+        raise UserError(f"--port: {host}:{port} cannot be listened on (is it taken?); choose another, or 0") from None
+    with listening:
+        listening.listen(config.backlog)  # who reads the line may connect
+        log.info("serving %s on http://%s:%d/predict", folder, *listening.getsockname()[:2])
+        _Server(config).run(sockets=[listening])
+    log.info("serve: stopped; every request was answered")

@@ -1,0 +1,140 @@
+"""`pkd serve` as it is used: a real server, good and bad requests, many clients, a signal."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, environment
+from exports import export, subject
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from benchmarks.faults.tiny import sentences
+from benchmarks.serving.load import BAD, Client, load, server
+
+TEXTS = [text for text, _ in sentences(40, 3)] + ["good " * 200]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("exported")
+    export(subject(made), made / "export", "onnx", "onnx-int8")
+    return made / "export"
+
+
+@pytest.fixture(scope="module")
+def port(folder):
+    with server(folder, "--format", "onnx") as (_, number):
+        yield number
+
+
+@pytest.fixture(scope="module")
+def check(folder):
+    """Compares an answer with plain transformers'."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    given = AutoTokenizer.from_pretrained(folder)(
+        TEXTS, truncation=True, max_length=32, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        wanted = dict(zip(TEXTS, model(**given).logits.softmax(-1).tolist(), strict=True))
+
+    def compare(text, answer):
+        negative, positive = wanted[text]
+        assert answer["probabilities"] == pytest.approx({"negative": negative, "positive": positive}, abs=1e-4)
+        assert answer["label"] == ("negative", "positive")[positive > negative]
+
+    return compare
+
+
+def once(port, content, kind="application/json"):
+    return asyncio.run(Client(port).post(content, kind))
+
+
+def test_one_text_and_several(port, check):
+    status, answer = once(port, {"text": TEXTS[0]})
+    assert status == 200 and answer.keys() == {"label", "probability", "probabilities"}
+    check(TEXTS[0], answer)
+    status, answer = once(port, {"texts": [TEXTS[1], {"text": TEXTS[2]}]})
+    assert status == 200
+    for text, found in zip(TEXTS[1:3], answer["answers"], strict=True):
+        check(text, found)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_refused(name, port):
+    content, kind, status = BAD[name]
+    found, body = once(port, content, kind)
+    assert found == status and isinstance(body["error"], str), body
+
+
+def test_other_paths_and_methods(port):
+    async def ask():
+        client = Client(port)
+        return [await client.get(path) for path in ("/healthz", "/predict", "/nothing", "/metrics")]
+
+    (healthy, about), (method, _), (path, _), (_, page) = asyncio.run(ask())
+    assert healthy == 200 and about["status"] == "ok" and about["file"] == "onnx/model.onnx"
+    assert (method, path) == (405, 404)
+    assert b'pkd_serve_requests_total{status="200"}' in page and b"pkd_serve_batch_texts_bucket" in page
+
+
+def test_64_clients_at_once(port, check):
+    found = asyncio.run(load(port, TEXTS, check, clients=64, requests=12))
+    assert found["answered"] > 300 and found["refused"] > 100, found
+    status, _ = asyncio.run(Client(port).get("/healthz"))
+    assert status == 200
+
+
+def test_more_than_it_takes_is_refused_until_there_is_room(folder):
+    options = ("--max-queue", "8", "--max-delay-ms", "1000", "--max-concurrency", "6")
+    with server(folder, *options) as (_, port):
+
+        async def ask(count, texts):
+            found = await asyncio.gather(*(Client(port).post({"texts": texts}) for _ in range(count)))
+            return {status for status, _ in found}
+
+        assert asyncio.run(ask(12, TEXTS[:1])) == {200, 503}
+        assert asyncio.run(ask(5, TEXTS[:3])) == {200, 429}
+        assert once(port, {"text": "a good film"})[0] == 200
+
+
+def test_a_signal_lets_what_is_in_the_works_end(folder):
+    with server(folder, "--max-delay-ms", "1000") as (process, port):
+
+        async def ask():
+            clients = [Client(port) for _ in range(8)]
+            asked = [
+                asyncio.create_task(client.post({"text": text})) for client, text in zip(clients, TEXTS, strict=False)
+            ]
+            watch = Client(port)
+            while b"pkd_serve_waiting_texts 7.0" not in (await watch.get("/metrics"))[1]:
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            return [status for status, _ in await asyncio.gather(*asked)]
+
+        assert asyncio.run(ask()) == [200] * 8
+        assert process.wait(30) == 0
+
+
+def test_a_port_that_is_taken(folder, port):
+    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(folder), "--port", str(port)]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f"--port: 127.0.0.1:{port} cannot be listened on" in done.stderr.splitlines()[-1]
+
+
+def test_without_the_extra(folder):
+    code = "import sys; sys.modules['uvicorn'] = None; from pkd_dist.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "pkd: pkd serve needs uvicorn: pip install 'pkd_dist[serve]'\n"
+
+
+def test_an_export_without_onnx(tmp_path):
+    export(subject(tmp_path), tmp_path / "export")
+    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(tmp_path / "export")]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "holds no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,36 @@
+"""A tiny export, made in seconds: what `pkd export verify`, `pkd serve` and the tests of each format work on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from families import make_folder
+
+from benchmarks.faults.tiny import sentences, write_tsv
+from pkd_dist.config import Config
+from pkd_dist.data import tasks, text, tokens
+from pkd_dist.export import build
+from pkd_dist.model import encoder
+
+
+def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
+    """A classifier of random weights, with 60 sentences of train and 45 of dev."""
+    model = make_folder(folder / "model", family, classifier=True, names=("negative", "positive"), **fields)
+    write_tsv(folder / "data/train.tsv", sentences(60, 1))
+    write_tsv(folder / "data/dev.tsv", sentences(45, 2))
+    task = tasks.resolve(Config.model_validate({"run": {"dir": "unused"}}).task)
+    tokenizer = encoder.load_tokenizer(model)
+    sets = {}
+    for name in ("train", "dev"):
+        split = text.read(str(folder / "data"), name, task)
+        sets[name] = tokens.tokenize(split, tokenizer, 32, folder / name)
+    return build.Subject(
+        encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"], sets["train"],
+        tuple(column[:8] for column in split.texts), 32, 16, 10,
+    )  # fmt: skip
+
+
+def export(made: build.Subject, output: Path, *formats: str) -> dict[str, Any]:
+    return build.export(made, ["safetensors", *formats], output, json.dumps, {"task": "sst2"})

@@ -1,0 +1,241 @@
+"""Every file of an export answers as the student does, on all of dev, or the export is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from exports import export, subject
+from families import FAMILIES
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from pkd_dist.cli import app
+from pkd_dist.config import load
+from pkd_dist.errors import UserError
+from pkd_dist.export import build, manifest, onnx
+from pkd_dist.export.runtime import OnnxModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    made = subject(tmp_path, family)
+    folder = tmp_path / "export"
+    found = export(made, folder, "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton")
+    assert manifest.verify(folder) == {k: v for k, v in found.items() if k != "digest"}
+    assert set(found["files_on_dev"]) == {
+        "model.safetensors", *(f"onnx/model{kind}.onnx" for kind in ("", ".fp16", ".int8")), "torch_export/model.pt2",
+    }  # fmt: skip
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    texts = ["a good film", "bad", "the plot was very dull and the story empty " * 3]
+    given = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = plain(**given).logits.numpy()
+    for name, tolerance in (("model.onnx", 1e-5), ("model.fp16.onnx", 0.02), ("model.int8.onnx", 0.5)):
+        model = OnnxModel(folder / "onnx" / name, 1)
+        np.testing.assert_allclose(model(given), logits, atol=tolerance)
+        assert model.inputs == list(given), "what the tokenizer gives is what the graph takes"
+    program = torch.export.load(folder / "torch_export/model.pt2").module()
+    np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
+
+
+def operators(path):
+    import onnx as onnx_package
+
+    return [node.op_type for node in onnx_package.load(path).graph.node]
+
+
+def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
+    made = subject(tmp_path)
+    onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
+    found = operators(tmp_path / "model.onnx")
+    assert found.count("Attention") == 3 and found.count("MultiHeadAttention") == 1, "of four layers the last is apart"
+    assert found.count("SkipLayerNormalization") == 8 and found.count("BiasGelu") == 4 and "Softmax" not in found
+    onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", "dynamic", iter(()))
+    quantised = operators(tmp_path / "int8.onnx")
+    assert quantised.count("QAttention") == 3 and "Attention" not in quantised
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * (tmp_path / "model.onnx").stat().st_size
+
+
+def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    made = subject(tmp_path)
+    write = onnx.write
+
+    def shifted(model, tokenizer, path):
+        with torch.no_grad():
+            model.classifier.bias[0] += 0.01
+        write(model, tokenizer, path)
+        with torch.no_grad():
+            model.classifier.bias[0] -= 0.01
+
+    monkeypatch.setattr(onnx, "write", shifted)
+    with pytest.raises(
+        UserError, match=r"onnx/model.onnx: logits differ from PyTorch's by 0.01\d* on dev, more than 1e-04"
+    ):
+        export(made, tmp_path / "export", "onnx")
+    assert not list(tmp_path.glob("*export*"))
+
+
+def test_int8_that_loses_too_much_is_refused_and_the_export_of_before_stays(tmp_path, monkeypatch):
+    import onnx as onnx_package
+
+    made = subject(tmp_path)
+    student, dev = made.student, made.dev
+
+    def answers():
+        with torch.inference_mode():
+            return build.answers(lambda given: student(**given).logits, dev, 16, made.tokenizer.pad_token_id)
+
+    with torch.no_grad():  # both classes as often; labels that the student gets right
+        student.classifier.bias[1] -= float(np.median(np.diff(answers())))
+    made = replace(made, dev=replace(dev, labels_N=answers().argmax(1)))
+    export(made, tmp_path / "export")
+    before = (tmp_path / "export/manifest.json").read_bytes()
+    write = onnx.write_int8
+
+    def worse(source, path, how, calibration):
+        write(source, path, how, calibration)
+        model = onnx_package.load(path)
+        last = next(node for node in model.graph.node if "logits" in node.output)
+        for tensor in model.graph.initializer:
+            if tensor.name in last.input:
+                tensor.CopyFrom(
+                    onnx_package.numpy_helper.from_array(-onnx_package.numpy_helper.to_array(tensor), tensor.name)
+                )
+        onnx_package.save(model, path)
+
+    monkeypatch.setattr(onnx, "write_int8", worse)
+    with pytest.raises(
+        UserError, match=r"model.int8.onnx: accuracy on dev is \d+\.\d+ points below PyTorch's 100.00, more than 2.22"
+    ):
+        export(made, tmp_path / "export", "onnx", "onnx-int8")
+    assert (tmp_path / "export/manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.glob("*export*")] == ["export"]
+
+
+def test_the_way_to_int8_is_the_one_that_agrees_best(tmp_path):
+    found = export(subject(tmp_path), tmp_path / "export", "onnx-int8")
+    assert not (tmp_path / "export/onnx/model.onnx").exists(), "float32 was not asked for"
+    file = found["files_on_dev"]["onnx/model.int8.onnx"]
+    assert set(file["tried"]) == set(onnx.QUANTISATIONS)
+    assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
+
+
+def test_a_family_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
+    made = subject(tmp_path)
+
+    def forward(input_ids, attention_mask, **_):
+        return None if input_ids.sum() > 0 else 1
+
+    monkeypatch.setattr(made.student, "forward", forward)
+    with pytest.raises(
+        UserError, match="export.formats: a bert cannot be written as onnx .*; leave onnx out of it"
+    ) as told:
+        onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
+    assert "\n" not in str(told.value)
+
+
+def test_formats_bring_what_they_need():
+    def formats(given):
+        return load(None, ["run.dir=x", f"export.formats={given}"]).export.formats
+
+    assert formats("[onnx-int8, onnx-int8]") == ["safetensors", "onnx-int8"]
+    assert formats("[triton]") == ["safetensors", "onnx", "triton"]
+    assert formats("[triton, onnx-int8]") == ["safetensors", "onnx-int8", "triton"]
+    with pytest.raises(UserError, match="export.formats"):
+        formats("[tensorrt]")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export(subject(folder), folder / "export", "onnx")
+    return folder / "export"
+
+
+def one_byte(folder):
+    path = folder / "onnx/model.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def renamed_label(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["1"] = "good"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def other_figure(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"max_length": 32', '"max_length": 33'))
+
+
+DAMAGE = {
+    "one byte": (one_byte, "onnx/model.onnx was altered; export it again"),
+    "a missing file": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing; export it again"),
+    "a renamed label": (renamed_label, "config.json was altered"),
+    "a file too many": (lambda folder: (folder / "vocab.txt").write_text("a"), "vocab.txt: does not belong to the export"),
+    "another figure": (other_figure, "manifest.json: was altered"),
+    "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"files"'), "manifest.json: cannot be read"),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: is not the manifest of an export"),
+    "a newer format": (lambda folder: (folder / "manifest.json").write_text('{"files": {}, "format_version": 2}'), "version 2 is not"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json; give a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["export", "verify"], ["serve"]])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_export_is_refused(damage, command, exported, tmp_path):
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    harm, message = DAMAGE[damage]
+    harm(folder)
+    done = CliRunner().invoke(app, [*command, str(folder)])
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_verify_says_that_all_is_well(exported):
+    done = CliRunner().invoke(app, ["export", "verify", str(exported)])
+    assert done.exit_code == 0 and "files as they were written" in done.stdout, done.output
+    for argv in (["export", "verify"], ["export", "verify", "a", "b"], ["export", "--formats", "onnx"]):
+        assert CliRunner().invoke(app, argv).exit_code == 2
+
+
+def test_triton_takes_the_configuration(tmp_path):
+    model_config_pb2 = schema()
+    from google.protobuf import text_format
+
+    export(subject(tmp_path), tmp_path / "export", "onnx", "onnx-int8", "triton")
+    repository = tmp_path / "export/triton"
+    assert {path.name for path in repository.iterdir()} == {"student", "student_int8", "README.md"}
+    for name, file in (("student", "model.onnx"), ("student_int8", "model.int8.onnx")):
+        config = text_format.Parse((repository / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        graph = OnnxModel(repository / name / "1/model.onnx", 1)
+        assert config.name == name and config.backend == "onnxruntime" and config.max_batch_size > 1
+        assert config.HasField("dynamic_batching") and config.dynamic_batching.max_queue_delay_microseconds > 0
+        assert [given.name for given in config.input] == graph.inputs
+        assert {given.data_type for given in config.input} == {model_config_pb2.TYPE_INT64}
+        assert [list(given.dims) for given in config.input] == [[-1]] * len(graph.inputs)
+        assert [(out.name, list(out.dims), out.label_filename) for out in config.output] == [
+            ("logits", [2], "labels.txt")
+        ]
+        assert (repository / name / "labels.txt").read_text().split() == ["negative", "positive"]
+        assert (repository / name / "1/model.onnx").read_bytes() == (tmp_path / "export/onnx" / file).read_bytes()
+
+
+def schema():
+    """Triton's own, from its client package, whose other modules want gRPC."""
+    import importlib.metadata
+    import importlib.util
+
+    files = importlib.metadata.files("tritonclient")
+    path = next(file.locate() for file in files if str(file) == "tritonclient/grpc/model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
