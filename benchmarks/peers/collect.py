@@ -117,7 +117,7 @@ def _contestant(
     return {
         "title": contestant.title, "role": contestant.role,
         "precision": rounds[0].get("precision", contestant.precision),
-        "launcher": "python" if contestant.ranks == 0 else None, "ranks": rounds[0]["ranks"],
+        "ranks": rounds[0]["ranks"],
         "threads": rounds[0]["threads"], "measured": "whole" if contestant.whole else f"{bench.slow_steps} steps",
         "seconds": seconds, "seconds_each": each, "teacher_seconds": statistics.median(teacher),
         "training_seconds": statistics.median(training),
