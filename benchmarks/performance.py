@@ -1,4 +1,4 @@
-"""benchmarks/results/{peers,profile,scaling}.json -> docs/performance.md and its plots.
+"""benchmarks/results/{peers,peers-cuda,profile,scaling}.json -> docs/performance.md and its plots.
 
 python -m benchmarks.performance
 """
@@ -18,16 +18,16 @@ COLOURS = {"ours": "#c2571a", "peer": "#1f6fb4", "authors": "#8a8a8a"}
 HEAD = """\
 # Performance
 
-Made by `python -m benchmarks.performance` from `benchmarks/results/peers.json`, `profile.json` and `scaling.json`, which
-`make bench-peers`, `make bench-profile` and `make bench-ranks` write. What is not measured yet says so.
+Made by `python -m benchmarks.performance` from `peers.json`, `peers-cuda.json`, `profile.json` and `scaling.json` in
+[benchmarks/results](../benchmarks/results), which `make bench-peers`, `make bench-profile` and `make bench-ranks` write. What is not measured yet says so.
 """
 PEERS = """\
-## Against other implementations
+## Against other implementations, {where}
 
 One machine, one run, in turn: every contestant trains the same student (layers {layers} of the {teacher_layers}-layer teacher, from
 0) from the same fine-tuned teacher on the same {examples:,} sentences ({tokens:,} tokens) with the loss of the authors' code,
 batch {batch_size}, learning rate {learning_rate:g}, {epochs} epochs, dropout on, seeds {seeds} ([how](../benchmarks/peers/README.md)).
-Machine: {cores} cores of {processor}; matrix products reach {float32:.0f} GFLOP/s in float32 and {bfloat16:.0f} in bfloat16, measured
+Machine: {machine}; matrix products reach {float32:.0f} GFLOP/s in float32 and {bfloat16:.0f} in bfloat16, measured
 in the same run. Each has the whole machine: {cores} threads for one rank, one for each of two.
 
 *Seconds*: teacher's pass and all epochs, the median of the rounds. Of ours that is the stages cache, init and distill as the
@@ -36,8 +36,10 @@ steps is scaled by tokens. *Command*: from its start to its end, imports include
 and what the contestant computes, over the peak of its precision in the same time. *Accuracy*: on dev, the best epoch, mean
 over seeds ± standard error. *Memory*: peak resident set of all its processes.
 
-![Seconds of all contestants](performance-peers.png)
+![Seconds of all contestants]({plot})
 """
+NOT_COMPARED = "## Against other implementations, {where}\n\nNot measured yet: `{command}`.\n"
+DEVICES = {"cpu": ("on a CPU", "make bench-peers"), "cuda": ("on a GPU", "make bench-peers ARGS='--device cuda'")}
 NOT_MEASURED = "Not measured yet: `{command}`.\n"
 
 
@@ -45,7 +47,7 @@ def write() -> None:
     """Writes the document and the plots of what there is."""
     measured = read()
     write_atomically(DOCS / "performance.md", lambda tmp: tmp.write_text(document(measured), encoding="utf-8"))
-    for name, draw in (("peers", _plot_peers), ("profile", _plot_profile)):
+    for name, draw in (("peers", _plot_peers), ("peers-cuda", _plot_peers), ("profile", _plot_profile)):
         if measured[name]:
             path = DOCS / f"performance-{name}.png"
             write_atomically(
@@ -53,18 +55,22 @@ def write() -> None:
             )
 
 
+def peers_file(device: str) -> str:
+    """Of a comparison's results."""
+    return "peers.json" if device == "cpu" else f"peers-{device}.json"
+
+
 def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    names = ("peers", "profile", "scaling")
+    names = ("peers", "peers-cuda", "profile", "scaling")
     paths = {name: folder / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) if path.exists() else {} for name, path in paths.items()}
 
 
 def document(measured: dict[str, dict[str, Any]]) -> str:
-    peers, profile, scaling = (measured[name] for name in ("peers", "profile", "scaling"))
-    missing = "## Against other implementations\n\n" + NOT_MEASURED.format(command="make bench-peers")
+    profile, scaling = measured["profile"], measured["scaling"]
     return "\n".join([
         HEAD,
-        _peers(peers) if peers.get("contestants") else missing,
+        *(_peers(measured[Path(peers_file(device)).stem], device) for device in DEVICES),
         _profile(profile),
         _memory(scaling.get("memory")),
         _startup(scaling.get("startup")),
@@ -79,17 +85,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --------------------------------------------------------------------------------------------------------------- peers
 
 
-def _peers(made: dict[str, Any]) -> str:
+def _peers(made: dict[str, Any], device: str) -> str:
+    where, command = DEVICES[device]
+    if not made.get("contestants"):
+        return NOT_COMPARED.format(where=where, command=command)
     settings, peaks = made["settings"], made["peak_flops_per_second"]
     text = PEERS.format(
         **{**settings, "seeds": ", ".join(map(str, settings["seeds"])), "layers": settings["student_layers"]},
         **{name: peaks.get(name, float("nan")) / 1e9 for name in ("float32", "bfloat16")},
-        **{name: made["machine"][name] for name in ("processor", "cores")},
+        machine=_machine(made["machine"]),
+        cores=made["machine"]["cores"],
+        where=where,
+        plot=f"performance-{Path(peers_file(device)).stem}.png",
     )
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     ordered = sorted(made["contestants"].values(), key=lambda found: found["seconds"])
     rows = table(head, (_row(found) for found in ordered))
     return "\n".join([text, rows, _verdict(made), _engine(made)])
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    gpu = "" if machine["device"] == "cpu" else f"{machine['device']}; "
+    return f"{gpu}{machine['cores']} cores of {machine['processor']}"
 
 
 def _row(found: dict[str, Any]) -> list[str]:
@@ -183,7 +200,7 @@ def _profile(entries: dict[str, Any]) -> str:
     if not entries:
         return "\n".join([*parts, NOT_MEASURED.format(command="make bench-profile")])
     if not any(name.startswith("cuda") for name in entries):
-        parts.append("On a GPU: " + NOT_MEASURED.format(command="make bench-profile ARGS='--device cuda'").lower())
+        parts.append("On a GPU: not measured yet (`make bench-profile ARGS='--device cuda'`).\n")
     parts.append("![Time of a step by group](performance-profile.png)\n")
     heads = [f"{_device(found)}, {found['ranks']} rank{'s' * (found['ranks'] > 1)}" for found in entries.values()]
     names = list(dict.fromkeys(name for found in entries.values() for name in found["group_seconds"]))

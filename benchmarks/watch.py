@@ -17,6 +17,8 @@ import psutil
 
 from benchmarks.faults.tiny import environment
 
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Of the environment of a process that is to use the CPU alone."""
 _STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file", "RssShmem": "shared"}
 
 

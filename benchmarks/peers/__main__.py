@@ -1,6 +1,6 @@
 """`make bench-peers`: every contestant in turn, round after round; goes on where it was stopped.
 
-python -m benchmarks.peers [--teacher DIR] [--output runs/peers] [--seeds 3] [--only NAME,...] [--quick]
+python -m benchmarks.peers [--teacher DIR] [--output runs/peers] [--seeds 3] [--only NAME,...] [--device cuda] [--quick]
 python -m benchmarks.peers --report      # benchmarks/results/peers.json and docs/performance.md from what is measured
 """
 
@@ -32,16 +32,23 @@ def main() -> None:
     parser.add_argument("--data", default="data/movie-reviews", help="folder with train.tsv and dev.tsv")
     parser.add_argument("--output", type=Path, default=Path("runs/peers"), help="every measurement is a file in it")
     parser.add_argument("--seeds", type=int, default=3, help="rounds, a seed each: 1, 2, ...")
-    parser.add_argument("--only", default=",".join([*CONTESTANTS, *OTHERS]), help="contestants, separated by commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all contestants; of GPUs one")
+    parser.add_argument("--only", help="contestants, separated by commas; default: all, on a GPU those of one rank")
     parser.add_argument("--slow-steps", type=int, default=100, help="timed steps of a contestant that is not run whole")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything; nothing that it says is a result"
     )
-    parser.add_argument("--results", type=Path, help="file to write; with --quick OUTPUT/peers.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="file to write; default: benchmarks/results/peers.json (a GPU: peers-cuda.json), with --quick in OUTPUT",
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, only collect")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all contestants")
     options = parser.parse_intermixed_args()
-    only = options.only.split(",")
+    both = [*CONTESTANTS, *OTHERS]
+    alone = [name for name in both if name not in CONTESTANTS or CONTESTANTS[name].ranks < 2]
+    only = options.only.split(",") if options.only else both if options.device == "cpu" else alone
     if unknown := [name for name in only if name not in (*CONTESTANTS, *OTHERS)]:
         parser.error(f"--only: {unknown[0]!r} is not known; allowed: {', '.join([*CONTESTANTS, *OTHERS])}")
     to_terminal(True)
@@ -57,10 +64,12 @@ def main() -> None:
             overrides = ["train.epochs=1", *overrides]
         seeds = tuple(range(1, options.seeds + 1))
         teacher = options.teacher and options.teacher.resolve()
-        bench = Bench(output, teacher, data, seeds, tuple(only), slow_steps, blocks, tuple(overrides))
+        bench = Bench(output, teacher, data, seeds, tuple(only), slow_steps, blocks, tuple(overrides), options.device)
         if not options.report:
             bench.run()
-        results = options.results or (output if options.quick else performance.RESULTS) / "peers.json"
+        results = options.results or (output if options.quick else performance.RESULTS) / performance.peers_file(
+            options.device
+        )
         write_json(results, collect(bench))
         log.info("peers: %s", results)
         if results.parent == performance.RESULTS:

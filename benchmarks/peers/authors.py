@@ -25,7 +25,7 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
     logits, states, teacher_flops = [], [], 0.0
     with clock.running(), torch.no_grad():
         for batch in DataLoader(rows, batch_size, collate_fn=collate):
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            inputs = subject.moved({name: value for name, value in batch.items() if name != "labels"})
             out = teacher(**inputs, output_hidden_states=True)
             logits.append(out.logits)
             states.append(subject.first_states(out.hidden_states, theirs))
@@ -40,6 +40,7 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
     loader = DataLoader(numbered, batch_size, shuffle=True, collate_fn=collate)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
+        batch = subject.moved(batch)
         place_B, labels_B = batch.pop("place"), batch.pop("labels")
         out = student(**batch, output_hidden_states=True)
         loss = subject.loss(
@@ -55,16 +56,16 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
 
     if steps is not None:
         for _, batch in zip(range(WARMUP), loader, strict=False):
-            step(dict(batch))
+            step(batch)
         measured.tally = tally = Tally()
         with clock.running():
             for _, batch in zip(range(steps), loader, strict=False):
-                step(dict(batch))
+                step(batch)
     else:
         for _ in range(config.train.epochs):
             with clock.running():
                 for batch in loader:
-                    step(dict(batch))
+                    step(batch)
             measured.accuracies.append(subject.accuracy(student))
     measured.training_seconds = clock.seconds
     return measured

@@ -77,6 +77,7 @@ class Bench:
         slow_steps: that a contestant which is not run whole is timed on.
         blocks: of the step with and without DeepSpeed: steps of a block, and blocks of each kind.
         settings_of_all: section.key=value, for every contestant.
+        device: cpu or cuda; of a GPU one.
     """
 
     output: Path
@@ -87,6 +88,7 @@ class Bench:
     slow_steps: int
     blocks: tuple[int, int]
     settings_of_all: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def teacher(self) -> Path:
@@ -103,7 +105,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         return {
             "teacher": str(self.given_teacher), "slow_steps": self.slow_steps, "blocks": list(self.blocks),
-            "overrides": self._common,
+            "overrides": self._common, "device": self.device,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -140,7 +142,8 @@ class Bench:
         self._watched(argv, self.output / "logs" / "teacher.log")
 
     def _watched(self, argv: Sequence[str | Path], log_file: Path, ranks: int = 1) -> watch.Watched:
-        watched = watch.run(argv, log_file, max(1, watch.cores() // ranks))
+        hidden = {} if self.device == "cuda" else watch.WITHOUT_GPU
+        watched = watch.run(argv, log_file, max(1, watch.cores() // ranks), extra=hidden)
         if watched.status:
             raise UserError(f"peers: {log_file.stem} ended with status {watched.status}; see {log_file}")
         return watched

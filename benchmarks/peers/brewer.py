@@ -73,7 +73,7 @@ def measure(subject: Subject, steps: int | None = None, padded: bool = True) -> 
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingConfig(
-            output_dir=str(Path(scratch)), log_dir=None, device="cpu", ckpt_steps=10**9, ckpt_frequency=1
+            output_dir=str(Path(scratch)), log_dir=None, device=subject.device, ckpt_steps=10**9, ckpt_frequency=1
         )
         distiller = GeneralDistiller(settings, distillation(subject), teacher, student, adaptor, student_adaptor)
         with distiller:

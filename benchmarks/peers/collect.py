@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from benchmarks import watch
 from benchmarks.peers.bench import CONFIG, CONTESTANTS, Bench
 from benchmarks.peers.flops import executed_by_ours, useful
@@ -34,7 +36,7 @@ def collect(bench: Bench) -> dict[str, Any]:
     out: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": {
-            "processor": watch.processor(), "cores": watch.cores(),
+            "processor": watch.processor(), "cores": watch.cores(), "device": _device(bench),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         },
         "settings": {
@@ -53,6 +55,10 @@ def collect(bench: Bench) -> dict[str, Any]:
             found["executed_share"] = _share(found["executed_flops"], found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
     return out | _engine(bench) | _ratios(out["contestants"], peaks)
+
+
+def _device(bench: Bench) -> str:
+    return torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
 
 
 def len_tokens(tokens: TokenSet) -> int:

@@ -9,7 +9,6 @@ batches, in turn in blocks of some steps, on one rank.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.subject import Clock
 from benchmarks.probe import with_student_job
 from pkd_dist.data.batches import Batch
 from pkd_dist.dist import World
@@ -30,12 +30,12 @@ WARMUP = 3
 class Plain:
     """A student without DeepSpeed. Called as the engine is: inputs, layers, tokens -> logits and states."""
 
-    def __init__(self, job: Job, total_steps: int):
-        self.job, self.module = job, copy.deepcopy(job.module)
-        config, _ = resolve_precision(job.deepspeed, torch.device("cpu"))
+    def __init__(self, job: Job, total_steps: int, device: torch.device):
+        self.job, self.module, self.device = job, copy.deepcopy(job.module).to(device), device
+        config, _ = resolve_precision(job.deepspeed, device)
         autocast = config.get("torch_autocast", {})
         self._autocast = torch.autocast(
-            "cpu", dtype=getattr(torch, autocast.get("dtype", "bfloat16")), enabled=bool(autocast.get("enabled"))
+            device.type, dtype=getattr(torch, autocast.get("dtype", "bfloat16")), enabled=bool(autocast.get("enabled"))
         )
         matrices = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim > 1]
         others = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim <= 1]
@@ -52,6 +52,7 @@ class Plain:
 
     def step(self, micro: list[Batch]) -> None:
         for batch in micro:
+            batch = batch.to(self.device)
             terms = self.job.losses(self, batch)  # type: ignore[arg-type]
             (terms["total"] * batch.weight_B).sum().backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.max_grad_norm)
@@ -65,6 +66,7 @@ class Plain:
 def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
     engine = trainer.engine
     for i, batch in enumerate(micro):
+        batch = batch.to(trainer.world.device)
         terms = trainer.job.losses(engine, batch)
         engine.backward((terms["total"] * batch.weight_B).sum())
         if i + 1 < len(micro):
@@ -79,7 +81,7 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
         torch.manual_seed(job.seed)
         start = copy.deepcopy(job.module)  # before the engine changes the module in place
         trainer = Trainer(job, world, telemetry)
-        plain = Plain(Job(**{**vars(job), "module": start}), trainer.total_steps)
+        plain = Plain(Job(**{**vars(job), "module": start}), trainer.total_steps, world.device)
         trainer.engine.train()
         order = trainer.batches.order(0)
 
@@ -102,10 +104,11 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
         for number in range(blocks):
             steps = [(number * block + i) % trainer.batches.steps for i in range(block)]
             for name in [*ways][number % 3 :] + [*ways][: number % 3]:
-                begin = time.perf_counter()
-                for step in steps:
-                    ways[name](step)
-                seconds[name].append(time.perf_counter() - begin)
+                clock = Clock()
+                with clock.running():
+                    for step in steps:
+                        ways[name](step)
+                seconds[name].append(clock.seconds)
         return {
             "steps_of_a_block": block,
             "seconds": seconds,

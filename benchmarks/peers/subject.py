@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +36,12 @@ class Clock:
         self._since: float | None = None
 
     def start(self) -> None:
+        _wait_for_gpu()
         self._since = time.perf_counter()
 
     def stop(self) -> None:
         if self._since is not None:
+            _wait_for_gpu()
             self.seconds += time.perf_counter() - self._since
             self._since = None
 
@@ -61,6 +63,11 @@ class Clock:
         finally:
             if was_running:
                 self.start()
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass
@@ -117,10 +124,12 @@ class Subject:
     Attributes:
         train, dev: one dictionary an example, as a tokenizer makes them, with `labels`.
         pairs: (student layer, teacher layer) of the patience term, from 1.
+        device: the GPU where there is one (`CUDA_VISIBLE_DEVICES` hides it).
     """
 
     def __init__(self, config: Config):
         self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.teacher.model)
         task = tasks.resolve(config.task)
         self.train, self.dev = (
@@ -151,7 +160,7 @@ class Subject:
         return DataCollatorWithPadding(self.tokenizer, padding="max_length" if padded else True, max_length=length)
 
     def teacher(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return self._teacher.to(dtype).requires_grad_(False).eval()
+        return self._teacher.to(self.device, dtype).requires_grad_(False).eval()
 
     def student(self) -> PreTrainedModel:
         """Made of the teacher's layers, with its dropout; seeds whatever is drawn from here on."""
@@ -159,7 +168,12 @@ class Subject:
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        return take_layers(load_model(self.config.teacher.model), self.config.student.layers or ()).train()
+        student = take_layers(load_model(self.config.teacher.model), self.config.student.layers or ())
+        return student.to(self.device).train()
+
+    def moved(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch as a plain dictionary, on the device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         settings = self.config.train
@@ -214,7 +228,7 @@ class Subject:
         order = sorted(range(len(self.dev)), key=lambda i: len(self.dev[i]["input_ids"]))
         right = 0
         for start in range(0, len(order), 64):
-            batch = dict(collate([self.dev[i] for i in order[start : start + 64]]))
+            batch = self.moved(collate([self.dev[i] for i in order[start : start + 64]]))
             labels_B = batch.pop("labels")
             right += int((model(**batch).logits.argmax(dim=1) == labels_B).sum())
         model.train(mode)

@@ -41,7 +41,8 @@ def measure_peaks() -> dict[str, Any]:
 
     from benchmarks.peers.flops import peak
 
-    return {name: peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: peak(getattr(torch, name), device) for name in ("float32", "bfloat16")}
 
 
 def main() -> None:

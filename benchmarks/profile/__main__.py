@@ -40,7 +40,7 @@ def measure(output: Path, device: str, ranks: int, steps: int, overrides: list[s
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     argv = [sys.executable, *starter, "-m", "benchmarks.profile.worker", json.dumps(given)]
     threads = max(1, watch.cores() // ranks)
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    hidden = watch.WITHOUT_GPU if device == "cpu" else {}
     log_file = output / f"{name}.log"
     watched = watch.run(argv, log_file, threads, extra=hidden)
     if watched.status:

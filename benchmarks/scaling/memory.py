@@ -133,7 +133,13 @@ class Size:
         )  # fmt: skip
         log_file = self.output / "logs" / f"{self.factor}-{stages.rpartition(',')[2]}.log"
         watched = watch.run(
-            argv, log_file, max(1, watch.cores() // max(1, ranks)), seconds_between=0.25, proportional=True, tick=stop
+            argv,
+            log_file,
+            max(1, watch.cores() // max(1, ranks)),
+            seconds_between=0.25,
+            proportional=True,
+            tick=stop,
+            extra=watch.WITHOUT_GPU,
         )
         if watched.status and not stopped:
             raise UserError(f"scaling: {log_file.stem} ended with status {watched.status}; see {log_file}")
@@ -204,7 +210,7 @@ def prepared_teacher(output: Path, given: Path | None, overrides: list[str]) -> 
     if given is None and not (folder / "teacher").exists():
         log.info("scaling: the teacher is fine-tuned first")
         argv = command("--config", CONFIG, *overrides, *TEACHER, f"run.dir={folder}", "--stages", "data,teacher")
-        watched = watch.run(argv, output / "logs" / "teacher.log", watch.cores())
+        watched = watch.run(argv, output / "logs" / "teacher.log", watch.cores(), extra=watch.WITHOUT_GPU)
         if watched.status:
             raise UserError(
                 f"scaling: the teacher ended with status {watched.status}; see {output / 'logs/teacher.log'}"

@@ -65,7 +65,14 @@ class Startup:
                 stopped = stop_a_rank(process.pid)
 
         log_file = self.output / "logs" / f"startup-{name}.log"
-        watched = watch.run(argv, log_file, max(1, watch.cores() // max(1, ranks)), seconds_between=0.1, tick=look)
+        watched = watch.run(
+            argv,
+            log_file,
+            max(1, watch.cores() // max(1, ranks)),
+            seconds_between=0.1,
+            tick=look,
+            extra=watch.WITHOUT_GPU,
+        )
         if not stopped:
             raise UserError(f"scaling: {log_file.stem} ended with status {watched.status}; see {log_file}")
         return new[0]["time"] - watched.started
@@ -90,7 +97,7 @@ class Startup:
         arguments = [str(a) for a in self._moved()]
         argv = [sys.executable, "-m", "benchmarks.scaling.startup_worker", str(made), str(time.time()), *arguments]
         log_file = self.output / "logs" / "startup-followed.log"
-        watched = watch.run(argv, log_file, watch.cores())
+        watched = watch.run(argv, log_file, watch.cores(), extra=watch.WITHOUT_GPU)
         if watched.status:
             raise UserError(f"scaling: {log_file.stem} ended with status {watched.status}; see {log_file}")
         return json.loads(made.read_text())

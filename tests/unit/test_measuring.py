@@ -173,5 +173,5 @@ def test_the_document_says_what_is_measured():
 def test_a_document_of_nothing_says_so(tmp_path):
     (tmp_path / "peers.json").write_text(json.dumps({"contestants": {}}))
     text = performance.document(performance.read(tmp_path))
-    for command in ("bench-peers", "bench-profile", "bench-ranks"):
+    for command in ("bench-peers", "bench-peers ARGS='--device cuda'", "bench-profile", "bench-ranks"):
         assert f"Not measured yet: `make {command}`" in text
