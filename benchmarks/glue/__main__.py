@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 from benchmarks.glue import report
+from benchmarks.watch import processor
 from pkd_dist.cli import guarded, leave
 from pkd_dist.telemetry.log import to_terminal
 
@@ -81,16 +81,7 @@ def speeds(output: Path) -> dict[str, Any]:
     pad_id = load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
         found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
-    return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": found}
-
-
-def _cpu() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
+    return {"machine": f"{torch.get_num_threads()} threads of {processor()}", "layers": found}
 
 
 def chosen(text: str, allowed: Any, option: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.peers.bench import CONTESTANTS, OTHERS, Bench
 from pkd_dist.cli import guarded, leave
 from pkd_dist.config import project_path
+from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 from pkd_dist.telemetry.log import log, to_terminal
 
@@ -21,7 +22,9 @@ def _short(folder: Path, data: str, train: int, dev: int) -> str:
     short = folder / "data"
     short.mkdir(parents=True, exist_ok=True)
     for name, count in (("train.tsv", train), ("dev.tsv", dev)):
-        lines = (Path(project_path(data)) / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        if not (project_path(data) / name).is_file():
+            raise UserError(f"--data: {data} has no {name}, which --quick shortens")
+        lines = (project_path(data) / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (short / name).write_text("".join(lines[: 1 + count]), encoding="utf-8")
     return str(short)
 
@@ -56,6 +59,7 @@ def main() -> None:
     def work() -> None:
         from benchmarks import performance
         from benchmarks.peers.collect import collect
+        from pkd_dist.model.encoder import locate
 
         output, data, slow_steps, blocks = options.output.resolve(), options.data, options.slow_steps, (20, 9)
         overrides = options.overrides
@@ -63,7 +67,7 @@ def main() -> None:
             data, slow_steps, blocks = _short(output, data, 96, 64), 2, (1, 3)
             overrides = ["train.epochs=1", *overrides]
         seeds = tuple(range(1, options.seeds + 1))
-        teacher = options.teacher and options.teacher.resolve()
+        teacher = Path(locate(str(options.teacher), "--teacher")).resolve() if options.teacher else None
         bench = Bench(output, teacher, data, seeds, tuple(only), slow_steps, blocks, tuple(overrides), options.device)
         if not options.report:
             bench.run()

@@ -66,11 +66,13 @@ def main() -> None:
 
     def work() -> None:
         from benchmarks import performance
+        from pkd_dist.model.encoder import locate
 
         results = options.results or performance.RESULTS / "profile.json"
         output = options.output.resolve()
         output.mkdir(parents=True, exist_ok=True)
-        teacher = [f"teacher.model={options.teacher.resolve()}"] if options.teacher else TEACHER
+        folder = Path(locate(str(options.teacher), "--teacher")).resolve() if options.teacher else None
+        teacher = [f"teacher.model={folder}"] if folder else TEACHER
         device = options.device or _found()
         for ranks in (
             [] if options.report else map(int, (options.ranks or ("1,2" if device == "cpu" else "1")).split(","))

@@ -40,7 +40,10 @@ SETTLED = 20
 
 def multiply(source: Path, folder: Path, factor: int) -> None:
     """Writes train.tsv with `factor` times the rows, in the later copies of which one word is another of the text's
-    words; and dev.tsv as it is."""
+    words; and dev.tsv as it is. Raises UserError where they are not there."""
+    for name in ("train.tsv", "dev.tsv"):
+        if not (source / name).is_file():
+            raise UserError(f"--data: {source} has no {name}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dev.tsv").write_bytes((source / "dev.tsv").read_bytes())
     head, *rows = (source / "train.tsv").read_text(encoding="utf-8").splitlines()
@@ -205,9 +208,13 @@ def main() -> None:
 
 def prepared_teacher(output: Path, given: Path | None, overrides: list[str]) -> Path:
     """A fine-tuned teacher: the given one, or one that is made on the embedded data."""
+    from pkd_dist.model.encoder import locate
+
     output.mkdir(parents=True, exist_ok=True)
     folder = output / "teacher"
-    if given is None and not (folder / "teacher").exists():
+    if given is not None:
+        return Path(locate(str(given), "--teacher")).resolve()
+    if not (folder / "teacher").exists():
         log.info("scaling: the teacher is fine-tuned first")
         argv = command("--config", CONFIG, *overrides, *TEACHER, f"run.dir={folder}", "--stages", "data,teacher")
         watched = watch.run(argv, output / "logs" / "teacher.log", watch.cores(), extra=watch.WITHOUT_GPU)
@@ -215,7 +222,7 @@ def prepared_teacher(output: Path, given: Path | None, overrides: list[str]) -> 
             raise UserError(
                 f"scaling: the teacher ended with status {watched.status}; see {output / 'logs/teacher.log'}"
             )
-    return given.resolve() if given else folder / "teacher"
+    return folder / "teacher"
 
 
 if __name__ == "__main__":

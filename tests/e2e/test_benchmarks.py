@@ -1,5 +1,6 @@
 """The benchmarks' own programs from end to end on a tiny model: what they write, and how they go on. Nothing is timed."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -63,21 +64,44 @@ def test_peers(teacher, data, tmp_path):
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "measurements of other settings" in other.stderr
 
 
-def test_what_is_not_a_contestant_is_refused_and_a_failure_names_its_log(tmp_path, data):
-    unknown = program("peers", "--only", "authors,mine")
-    assert (
-        unknown.returncode == 2 and "--only: 'mine' is not known; allowed: authors, textbrewer-padded" in unknown.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a program in this process, and returns the one line that it ends with."""
+
+    def run(name, *arguments):
+        module = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(module, "leave", sys.exit)
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_bad_input_is_refused_and_a_failure_names_its_log(refused, tmp_path, data):
+    assert "--only: 'mine' is not known; allowed: authors, textbrewer-padded" in refused(
+        "peers.__main__", "--only", "authors,mine"
     )
-    (tmp_path / "teacher").mkdir()
+    teacher, output = tmp_path / "teacher", tmp_path / "out"
+    teacher.mkdir()
+    for name in ("peers.__main__", "profile.__main__", "scaling.memory", "scaling.startup"):
+        said = refused(name, "--teacher", teacher, "--output", output)
+        assert said.startswith(f"pkd: --teacher: {teacher} has no config.json") and said.count("\n") == 1
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (teacher / name).write_text("{}")
+    said = refused("peers.__main__", "--quick", "--teacher", teacher, "--data", tmp_path, "--output", output)
+    assert said == f"pkd: --data: {tmp_path} has no train.tsv, which --quick shortens\n"
+    said = refused("scaling.memory", "--teacher", teacher, "--data", tmp_path, "--output", output)
+    assert said == f"pkd: --data: {tmp_path} has no train.tsv\n"
     failed = program(
-        "peers", "--quick", "--teacher", tmp_path / "teacher", "--data", data, "--output", tmp_path / "out", "--only", "authors"
+        "peers", "--quick", "--teacher", teacher, "--data", data, "--output", output, "--only", "authors"
     )  # fmt: skip
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
     assert "peers: authors-1 ended with status 1; see" in failed.stderr
-    log = next((tmp_path / "out" / "logs").iterdir())
-    assert (
-        str(log) in failed.stderr and "has no config.json" in log.read_text() or "cannot be loaded" in log.read_text()
-    )
+    log = next((output / "logs").iterdir())
+    assert str(log) in failed.stderr and "cannot be loaded" in log.read_text()
 
 
 def test_profile(teacher, data, tmp_path):
