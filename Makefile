@@ -21,7 +21,8 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-glue bench-scaling bench-scrapers bench-serving docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-glue bench-peers bench-profile bench-ranks bench-scaling \
+    bench-scrapers bench-serving docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -50,6 +51,16 @@ bench-faults: .venv/.installed-test ## disturb a run again and again (TRIALS=n S
 
 bench-glue: .venv/.installed-demo ## methods, depths and seeds on real tasks (GLUE=folder with SST-2/ and RTE/; ARGS)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.glue $(if $(GLUE),--glue-dir $(GLUE)) $(ARGS)
+
+bench-peers: .venv/.installed-bench ## ours against TextBrewer, the Trainer and the authors' computation (ARGS: --quick, --seeds n)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-profile: .venv/.installed-demo ## where a step's time goes (ARGS: --device cuda, --ranks 1,2, --steps n)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.profile $(ARGS)
+
+bench-ranks: .venv/.installed-demo ## memory and time of a rank at 1, 10 and 100 times the data; start-up (ARGS: --output DIR)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.memory $(ARGS)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.startup $(ARGS)
 
 bench-scaling: .venv/.installed-demo ## simulate shards and shuffling of a cache of 100 M rows (ARGS: --rows n --output FILE)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.scaling.shuffle $(ARGS)

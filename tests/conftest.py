@@ -40,6 +40,7 @@ ONE_AT_A_TIME = {
     "test_prometheus",
     "test_trackers",
     "test_serve",
+    "test_benchmarks",
 }
 """Folders and files whose tests start several ranks, or wait for something to happen in time."""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.glue import report
+from benchmarks.watch import processor
 from pkd_dist.cli import guarded, leave
 from pkd_dist.telemetry.log import to_terminal
 
@@ -102,16 +102,7 @@ def speeds(output: Path) -> dict[str, Any]:
     with torch.inference_mode():
         found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
     layers = {depth: timing.figures for depth, timing in found.items()}
-    return {"machine": f"{torch.get_num_threads()} threads of {_cpu()}", "layers": layers}
-
-
-def _cpu() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
+    return {"machine": f"{torch.get_num_threads()} threads of {processor()}", "layers": layers}
 
 
 def chosen(text: str, allowed: Any, option: str, parser: argparse.ArgumentParser) -> list[str]:

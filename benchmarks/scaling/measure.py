@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.scaling.model import minilm
+from benchmarks.watch import processor, waited_seconds
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "scaling_constants.json"
@@ -69,9 +70,6 @@ def torchrun(module: str, ranks: int, *arguments: str) -> Any:
 
 def machine() -> dict[str, Any]:
     """Products and memory bandwidth of one core, and the time to start an operation."""
-    names = [
-        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
-    ]
     torch.set_num_threads(1)
     products = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -82,7 +80,7 @@ def machine() -> dict[str, Any]:
     one = torch.ones(1, requires_grad=True)
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -372,23 +370,17 @@ PARTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def _waited_seconds() -> float:
-    """Seconds in which some task waited for a core, since the start of the machine (pressure stall information)."""
-    pressure = Path("/proc/pressure/cpu")
-    return int(pressure.read_text().split("total=")[1].split()[0]) / 1e6 if pressure.exists() else float("nan")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure, separated by commas")
     chosen = parser.parse_args().only.split(",")
     for name in chosen:
-        start, waited = time.perf_counter(), _waited_seconds()
+        start, waited = time.perf_counter(), waited_seconds()
         found = PARTS[name]()
         known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         known[name] = found
         known.setdefault("waiting_share", {})[name] = round(
-            (_waited_seconds() - waited) / (time.perf_counter() - start), 2
+            (waited_seconds() - waited) / (time.perf_counter() - start), 2
         )
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(known, indent=1) + "\n")

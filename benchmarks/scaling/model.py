@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A BERT classifier. The last layer computes its output for the first token alone (`pkd_dist/model/lean.py`)."""
+    """A BERT classifier; by default its last layer computes its output for the first token alone
+    (`pkd_dist/model/lean.py`)."""
 
     layers: int
     hidden: int
@@ -46,10 +47,16 @@ class Shape:
         embeddings = (self.vocabulary + self.positions + self.token_types) * h + 2 * h
         return embeddings + self.layers * self.layer_parameters + h * h + h + h * self.classes + self.classes
 
-    def forward_flops(self, rows: int, length: int) -> float:
-        """Matrix products of a forward pass: 2 per multiply-add."""
+    def forward_flops(self, rows: int, length: int, lean: bool = True) -> float:
+        """Matrix products of a forward pass: 2 per multiply-add.
+
+        Args:
+            lean: the last layer for the first token alone; else every layer for all tokens.
+        """
         h, i = self.hidden, self.intermediate
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
+        if not lean:
+            return self.layers * full + rows * 2 * h * (h + self.classes)
         first_token_alone = rows * (length * 4 * h * h + 4 * h * h + 4 * h * i + 4 * length * h)
         return (self.layers - 1) * full + first_token_alone + rows * 2 * h * (h + self.classes)
 

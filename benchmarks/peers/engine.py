@@ -1,0 +1,123 @@
+"""A step of ours without DeepSpeed, under its engine, and in the whole training loop: the same lean student, the same
+batches, in turn in blocks of some steps, on one rank.
+
+    plain     a hand-written loop: autocast, backward, clipping, torch's fused AdamW
+    engine    the same loop through the project's engine, so through DeepSpeed
+    loop      a step of the project's training loop: that, and metrics, records, agreement on stop signals
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers.subject import Clock
+from benchmarks.probe import with_student_job
+from pkd_dist.data.batches import Batch
+from pkd_dist.dist import World
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.training.engine import linear_warmup, resolve_precision
+from pkd_dist.training.loop import Job, Trainer
+
+WARMUP = 3
+
+
+class Plain:
+    """A student without DeepSpeed. Called as the engine is: inputs, layers, tokens -> logits and states."""
+
+    def __init__(self, job: Job, total_steps: int, device: torch.device):
+        self.job, self.module, self.device = job, copy.deepcopy(job.module).to(device), device
+        config, _ = resolve_precision(job.deepspeed, device)
+        autocast = config.get("torch_autocast", {})
+        self._autocast = torch.autocast(
+            device.type, dtype=getattr(torch, autocast.get("dtype", "bfloat16")), enabled=bool(autocast.get("enabled"))
+        )
+        matrices = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": job.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=job.learning_rate, eps=job.adam_epsilon, fused=True,
+        )  # fmt: skip
+        self._factor, self._done = linear_warmup(total_steps, job.warmup_ratio), 0
+        self.module.train()
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self._autocast:
+            return self.module(*arguments)
+
+    def step(self, micro: list[Batch]) -> None:
+        for batch in micro:
+            batch = batch.to(self.device)
+            terms = self.job.losses(self, batch)  # type: ignore[arg-type]
+            (terms["total"] * batch.weight_B).sum().backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.job.learning_rate * self._factor(self._done)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._done += 1
+
+
+def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
+    engine = trainer.engine
+    for i, batch in enumerate(micro):
+        batch = batch.to(trainer.world.device)
+        terms = trainer.job.losses(engine, batch)
+        engine.backward((terms["total"] * batch.weight_B).sum())
+        if i + 1 < len(micro):
+            engine.micro_step()
+    engine.step(step)
+
+
+def measure(config_file: str | Path, overrides: list[str], block: int, blocks: int) -> dict[str, Any]:
+    """Seconds of each block of `block` steps, `blocks` of each kind, one after the other in turn."""
+
+    def use(job: Job, world: World, telemetry: Telemetry) -> dict[str, Any]:
+        torch.manual_seed(job.seed)
+        start = copy.deepcopy(job.module)  # before the engine changes the module in place
+        trainer = Trainer(job, world, telemetry)
+        plain = Plain(Job(**{**vars(job), "module": start}), trainer.total_steps, world.device)
+        trainer.engine.train()
+        order = trainer.batches.order(0)
+
+        def engine_step(step: int) -> None:
+            _through_the_engine(trainer, trainer.batches.step(order, step), trainer.progress.step)
+            trainer.progress.step += 1
+
+        def loop_step(step: int) -> None:
+            trainer._step(order, step)
+
+        ways: dict[str, Callable[[int], None]] = {
+            "plain": lambda step: plain.step(trainer.batches.step(order, step)),
+            "engine": engine_step,
+            "loop": loop_step,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for step in range(WARMUP):
+            for way in ways.values():
+                way(step % trainer.batches.steps)
+        for number in range(blocks):
+            steps = [(number * block + i) % trainer.batches.steps for i in range(block)]
+            for name in [*ways][number % 3 :] + [*ways][: number % 3]:
+                clock = Clock()
+                with clock.running():
+                    for step in steps:
+                        ways[name](step)
+                seconds[name].append(clock.seconds)
+        return {
+            "steps_of_a_block": block,
+            "seconds": seconds,
+            "step_seconds": {name: float(np.median(values)) / block for name, values in seconds.items()},
+            "overhead": {
+                name: float(np.median(np.array(seconds[name]) / np.array(seconds["plain"]))) for name in seconds
+            },
+            "precision": trainer.precision,
+            "zero_stage": trainer.engine.stage,
+        }
+
+    return with_student_job(config_file, overrides, use)

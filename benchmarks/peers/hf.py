@@ -1,0 +1,90 @@
+"""A Hugging Face Trainer whose teacher answers in every step: how most users write it. Batches of similar length, fused
+AdamW; in bfloat16 the Trainer's autocast and a teacher whose weights are bfloat16. Evaluation and saving are not timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.peers.authors import WARMUP
+from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
+
+
+class OnlineTeacher(Trainer):
+    """Trains with a teacher's answers to the same batch."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype, tally: Tally, **arguments: Any):
+        super().__init__(**arguments)
+        self.subject, self.tally = subject, tally
+        self.teacher = subject.teacher(dtype)
+        self.passes = ((shape_of(self.model.config), 3), (shape_of(self.teacher.config), 1))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        ours, theirs = zip(*self.subject.pairs, strict=True)
+        inputs = dict(inputs)
+        labels_B = inputs.pop("labels")
+        with torch.no_grad():
+            taught = self.teacher(**inputs, output_hidden_states=True)
+        out = model(**inputs, output_hidden_states=True)
+        self.tally.add(inputs["attention_mask"], *self.passes)
+        loss = self.subject.loss(
+            out.logits, self.subject.first_states(out.hidden_states, ours), taught.logits,
+            self.subject.first_states(taught.hidden_states, theirs), labels_B,
+        )  # fmt: skip
+        return (loss, out) if return_outputs else loss
+
+
+class Timing(TrainerCallback):
+    """Starts the clock after the warm-up of a slice, and stops it while dev is scored."""
+
+    def __init__(self, subject: Subject, clock: Clock, tally: Tally, accuracies: list[float], sliced: bool):
+        self.subject, self.clock, self.tally = subject, clock, tally
+        self.accuracies, self.sliced = accuracies, sliced
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if not self.sliced:
+            self.clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.sliced and state.global_step == WARMUP:
+            vars(self.tally).update(vars(Tally()))
+            self.clock.start()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.sliced and state.is_world_process_zero:
+            with self.clock.paused():
+                self.accuracies.append(self.subject.accuracy(model))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.clock.stop()
+
+
+def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> Measured:
+    """Trains whole epochs, or `steps` steps alone; on as many ranks as torchrun started."""
+    settings, clock, tally = subject.config.train, Clock(), Tally()
+    measured = Measured(0.0, tally)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch, use_cpu=subject.device.type == "cpu", bf16=bf16, seed=subject.config.run.seed,
+            num_train_epochs=settings.epochs, max_steps=-1 if steps is None else WARMUP + steps,
+            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, adam_epsilon=settings.adam_epsilon,
+            max_grad_norm=settings.max_grad_norm, warmup_steps=subject.schedule_arguments()["num_warmup_steps"],
+            train_sampling_strategy="group_by_length", save_strategy="no", logging_strategy="no", report_to="none",
+            disable_tqdm=True, optim="adamw_torch_fused",
+        )  # fmt: skip
+        share = settings.batch_size // arguments.world_size
+        if share * arguments.world_size != settings.batch_size:
+            raise ValueError(f"batch {settings.batch_size} does not divide by {arguments.world_size} ranks")
+        arguments.per_device_train_batch_size = share
+        trainer = OnlineTeacher(
+            subject, torch.bfloat16 if bf16 else torch.float32, tally, model=subject.student(), args=arguments,
+            train_dataset=subject.train, data_collator=subject.collator(padded=False),
+            callbacks=[Timing(subject, clock, tally, measured.accuracies, steps is not None)],
+        )  # fmt: skip
+        trainer.train()
+    measured.training_seconds = clock.seconds
+    return measured

@@ -1,0 +1,235 @@
+"""What every contestant trains with, in plain transformers and torch: data, teacher, student, loss, optimizer, scoring.
+
+The settings are those of a run's YAML (`movie-reviews.yaml`), which ours reads as well. Nothing here is timed but what a
+contestant brackets with its `Clock`.
+
+Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithPadding, PreTrainedModel, get_linear_schedule_with_warmup
+
+from benchmarks.scaling.model import Shape
+from pkd_dist.config import Config
+from pkd_dist.data import tasks, text
+from pkd_dist.model.encoder import load_model, load_tokenizer
+from pkd_dist.model.layers import paired_layers
+from pkd_dist.model.student import take_layers
+
+
+class Clock:
+    """Adds up seconds between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        _wait_for_gpu()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            _wait_for_gpu()
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count, where the clock is running."""
+        was_running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if was_running:
+                self.start()
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Tally:
+    """Counts what is computed in timed steps: steps, rows, real tokens, and products (2 per multiply-add)."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, mask_BL: torch.Tensor, *passes: tuple[Shape, int]) -> None:
+        """One batch through whole models, padding included.
+
+        Args:
+            passes: (model's shape, forward passes that its arithmetic is worth: 1 to answer, 3 to learn).
+        """
+        rows, length = mask_BL.shape
+        self.steps += 1
+        self.rows += rows
+        self.tokens += int(mask_BL.sum())
+        self.flops += sum(times * shape.forward_flops(rows, length, lean=False) for shape, times in passes)
+
+
+@dataclass
+class Measured:
+    """What a contestant hands back.
+
+    Attributes:
+        teacher_seconds: of a pass of its own over `teacher_rows` examples; 0 where the teacher answers in every step.
+        training_seconds: of the steps in `tally`.
+        accuracies: on dev, after each epoch; empty where only some steps were done.
+    """
+
+    training_seconds: float
+    tally: Tally
+    teacher_seconds: float = 0.0
+    teacher_rows: int = 0
+    teacher_flops: float = 0.0
+    accuracies: list[float] = field(default_factory=list)
+
+
+def shape_of(config: Any) -> Shape:
+    """Of a model's configuration."""
+    return Shape(
+        config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+        config.vocab_size, config.max_position_embeddings, config.type_vocab_size, config.num_labels,
+    )  # fmt: skip
+
+
+class Subject:
+    """Data and models of one seed.
+
+    Attributes:
+        train, dev: one dictionary an example, as a tokenizer makes them, with `labels`.
+        pairs: (student layer, teacher layer) of the patience term, from 1.
+        device: the GPU where there is one (`CUDA_VISIBLE_DEVICES` hides it).
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(config.teacher.model)
+        task = tasks.resolve(config.task)
+        self.train, self.dev = (
+            self._encode(text.read(config.task.data, split, task, task.classes)) for split in ("train", "dev")
+        )
+        self._teacher = load_model(config.teacher.model)
+        layers = config.student.layers
+        assert layers is not None
+        chosen = paired_layers(config.distill.patience, self._teacher.config.num_hidden_layers, len(layers))
+        self.pairs = tuple(enumerate(chosen, start=1))
+
+    def _encode(self, split: text.Split) -> list[dict[str, Any]]:
+        encoded = self.tokenizer(*split.texts, truncation=True, max_length=self.config.task.max_length)
+        rows = (dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True))
+        return [row | {"labels": int(label)} for row, label in zip(rows, split.labels_N, strict=True)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train) // self.config.train.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.steps_per_epoch
+
+    def collator(self, padded: bool) -> DataCollatorWithPadding:
+        """Pads to the longest of a batch, or to the longest input allowed."""
+        length = self.config.task.max_length if padded else None
+        return DataCollatorWithPadding(self.tokenizer, padding="max_length" if padded else True, max_length=length)
+
+    def teacher(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return self._teacher.to(self.device, dtype).requires_grad_(False).eval()
+
+    def student(self) -> PreTrainedModel:
+        """Made of the teacher's layers, with its dropout; seeds whatever is drawn from here on."""
+        seed = self.config.run.seed
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        student = take_layers(load_model(self.config.teacher.model), self.config.student.layers or ())
+        return student.to(self.device).train()
+
+    def moved(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch as a plain dictionary, on the device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
+        settings = self.config.train
+        named = [(name, p, p.ndim > 1) for name, p in model.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for _, p, matrix in named if matrix], "weight_decay": settings.weight_decay},
+            {"params": [p for _, p, matrix in named if not matrix], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=settings.adam_epsilon, fused=True)
+
+    def schedule_arguments(self) -> dict[str, int]:
+        return {
+            "num_warmup_steps": int(self.total_steps * self.config.train.warmup_ratio),
+            "num_training_steps": self.total_steps,
+        }
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        return get_linear_schedule_with_warmup(optimizer, **self.schedule_arguments())
+
+    def loss(
+        self,
+        logits_BC: torch.Tensor,
+        states_BMH: torch.Tensor,
+        teacher_logits_BC: torch.Tensor,
+        teacher_states_BMH: torch.Tensor,
+        labels_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of the authors' code: (1 - alpha) CE + alpha KL T^2, mean over examples and classes, + beta mean
+        squared distance of the normalised states."""
+        d = self.config.distill
+        soft = F.kl_div(
+            F.log_softmax(logits_BC.float() / d.temperature, dim=1),
+            F.softmax(teacher_logits_BC.float() / d.temperature, dim=1),
+            reduction="none",
+        ).mean() * (d.temperature**2)
+        hard = F.cross_entropy(logits_BC.float(), labels_B)
+        patience = F.mse_loss(
+            F.normalize(teacher_states_BMH.float(), p=2, dim=2), F.normalize(states_BMH.float(), p=2, dim=2)
+        )
+        return (1 - d.alpha) * hard + d.alpha * soft + d.beta * patience
+
+    @staticmethod
+    def first_states(hidden_states: Sequence[torch.Tensor], layers: Sequence[int]) -> torch.Tensor:
+        """[CLS] states of layers (0: the embeddings), (B, M, H)."""
+        return torch.stack([hidden_states[layer][:, 0] for layer in layers], dim=1)
+
+    @torch.inference_mode()
+    def accuracy(self, model: PreTrainedModel) -> float:
+        """On dev; the model's mode is put back."""
+        mode, collate = model.training, self.collator(padded=False)
+        model.eval()
+        order = sorted(range(len(self.dev)), key=lambda i: len(self.dev[i]["input_ids"]))
+        right = 0
+        for start in range(0, len(order), 64):
+            batch = self.moved(collate([self.dev[i] for i in order[start : start + 64]]))
+            labels_B = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(dim=1) == labels_B).sum())
+        model.train(mode)
+        return right / len(self.dev)

@@ -1,0 +1,177 @@
+"""What the benchmarks are made of: spans, watching a process, groups of operations, ratios, and the document."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from benchmarks import performance, watch
+from benchmarks.peers import collect
+from benchmarks.profile import groups
+from benchmarks.scaling.memory import is_rank, multiply
+from benchmarks.scaling.startup import by_package
+from benchmarks.spans import Spans
+from pkd_dist.config import Task as TaskConfig
+from pkd_dist.data import tasks, text
+
+
+def test_a_second_counts_once_for_the_innermost_span(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    spans = Spans()
+
+    def passes(seconds):
+        now[0] += seconds
+
+    passes(1)
+    with spans.span("outer"):
+        passes(2)
+        with spans.span("inner"):
+            passes(4)
+        passes(8)
+        spans.wrapped(passes, "inner")(16)
+        spans.wrapped(passes, "outer")(32)
+        assert spans.finished() == {"outer": 42, "inner": 20}
+    spans.clear()
+    with pytest.raises(KeyError), spans.span("outer"):
+        passes(1)
+        raise KeyError
+    passes(100)
+    assert spans.finished() == {"outer": 1}, "what raises ends its span"
+
+
+def test_a_process_is_watched(tmp_path):
+    code = "import time; held = bytearray(b'x') * (200 << 20); time.sleep(1); print(len(held))"
+    ticks = []
+    watched = watch.run(
+        [sys.executable, "-c", code], tmp_path / "log", 1, seconds_between=0.05, proportional=True, tick=ticks.append
+    )
+    (found,) = watched.memory.values()
+    assert watched.status == 0 and (tmp_path / "log").read_text() == f"{200 << 20}\n" and ticks
+    assert found.command.startswith(sys.executable) and 1 <= watched.seconds < 60
+    assert 200 << 20 <= found.anonymous < 260 << 20
+    assert found.peak >= found.anonymous and found.proportional > 200 << 20
+    assert watched.peak_bytes == found.peak
+    assert watch.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 1).status == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "parents", "phase", "group"),
+    [
+        ("aten::addmm", ["aten::linear"], "forward", groups.GEMM),
+        ("aten::bmm", ["aten::_scaled_dot_product_attention_math"], "forward", groups.ATTENTION),
+        ("aten::mul", ["aten::_scaled_dot_product_attention_math"], "forward", groups.ATTENTION),
+        ("aten::_softmax", [], "loss", groups.OTHER),
+        ("aten::bernoulli_", ["aten::native_dropout"], "forward", groups.DROPOUT),
+        ("aten::native_layer_norm", [], "forward", groups.NORM),
+        ("aten::gelu_backward", [], "backward", groups.ACTIVATION),
+        ("aten::copy_", ["aten::_to_copy", "aten::to"], "forward", groups.CASTS),
+        ("aten::copy_", [], "engine step", groups.COPIES),
+        ("aten::zero_", [], "engine step", groups.FILLS),
+        ("aten::_fused_adamw_", [], "engine step", groups.OPTIMIZER),
+        ("aten::linalg_vector_norm", [], "engine step", groups.CLIPPING),
+        ("aten::mul_", [], "engine step", groups.CLIPPING),
+        ("aten::mul_", [], "backward", groups.OTHER),
+        ("c10d::allreduce_", [], "backward", groups.COMMUNICATION),
+    ],
+)
+def test_operations_have_a_group(name, parents, phase, group):
+    assert groups.of_operation(name, parents, phase) == group
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", groups.GEMM),
+        ("nvjet_tst_128x64_64x8_1x2_h_bz_TNN", groups.GEMM),
+        ("void pytorch_flash::flash_fwd_kernel<...>", groups.ATTENTION),
+        ("void at::native::(anonymous namespace)::fused_dropout_kernel_vec<float>", groups.DROPOUT),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>", groups.NORM),
+        ("void at::native::unrolled_elementwise_kernel<at::native::bfloat16_copy_kernel_cuda>", groups.CASTS),
+        ("Memcpy HtoD (Pinned -> Device)", groups.COPIES),
+        ("Memset (Device)", groups.FILLS),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", groups.COMMUNICATION),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", groups.OPTIMIZER),
+        ("void at::native::multi_tensor_apply_kernel<LpNormFunctor<float>>", groups.CLIPPING),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", groups.ACTIVATION),
+        ("void at::native::indexSelectLargeIndex<float>", groups.OTHER),
+    ],
+)
+def test_kernels_have_a_group(name, group):
+    assert groups.of_kernel(name) == group
+
+
+def test_many_times_the_data_are_as_many_different_examples(data, tmp_path):
+    multiply(data, tmp_path, 3)
+    task = tasks.resolve(TaskConfig(data=str(tmp_path)))
+    once, thrice = (text.read(str(folder), "train", task) for folder in (data, tmp_path))
+    assert len(thrice) == 3 * len(once) and list(once.ids_N) == list(thrice.ids_N[: len(once)])
+    assert len(set(thrice.ids_N.tolist())) == len(thrice)
+    pairs = list(zip(once.texts[0], thrice.texts[0][len(once) : 2 * len(once)], strict=True))
+    assert all(sum(a != b for a, b in zip(x.split(), y.split(), strict=True)) <= 1 for x, y in pairs)
+    assert sum(x != y for x, y in pairs) > 0.8 * len(pairs)
+    assert (tmp_path / "dev.tsv").read_bytes() == (data / "dev.tsv").read_bytes()
+
+
+def test_ranks_are_told_from_their_launchers():
+    assert is_rank("/venv/bin/python -u /p/launcher/train.py --local_rank=0 --config x")
+    assert is_rank("/venv/bin/python /p/launcher/train.py --config x")
+    assert not is_rank("/venv/bin/python /venv/bin/deepspeed --num_accelerators 2 /p/launcher/train.py")
+    assert not is_rank("/venv/bin/python -u -m deepspeed.launcher.launch --x /p/launcher/train.py")
+    assert not is_rank("/venv/bin/python -m torch.distributed.run /p/launcher/train.py")
+
+
+def test_import_times_by_package():
+    log = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:      1000 |       1000 |     torch._C\n"
+        "import time:    500000 |     501000 |   torch\n"
+        "data: done\n"
+        "import time:      2000 |     503000 | numpy.linalg\n"
+    )
+    assert by_package(log) == {"torch": 0.501, "numpy": 0.002}
+
+
+def made(role, seconds, accuracies=(), training=10.0, flops=0.0):
+    return {"role": role, "seconds": seconds, "training_seconds": training, "executed_training_flops": flops,
+            "precision": "bfloat16", **collect._accuracy([{"accuracies": [0.1, a]} for a in accuracies])}  # fmt: skip
+
+
+def test_ratios_are_those_of_our_best_way_to_the_fastest_of_each_kind():
+    contestants = {
+        "a": made("authors", 1000, (0.8,)),
+        "slow": made("peer", 600), "fast": made("peer", 200, (0.84, 0.84)),
+        "one": made("ours", 50, (0.83, 0.85), flops=30.0), "two": made("ours", 40, (0.83, 0.85), flops=40.0),
+    }  # fmt: skip
+    found = collect._ratios(contestants, {"bfloat16": 8.0})
+    assert (found["best_ours"], found["best_peer"]) == ("two", "fast")
+    assert (found["ratio_best_peer"], found["ratio_authors"]) == (5, 25)
+    assert found["gemm_share"] == 40 / 10 / 8
+    assert found["accuracy_holds"] and found["accuracy_ahead"]["fast"] == pytest.approx(0)
+    contestants["fast"] = made("peer", 200, (0.86, 0.86))
+    assert not collect._ratios(contestants, {})["accuracy_holds"], "2 points ahead, and our error is 1"
+    assert "gemm_share" not in collect._ratios(contestants, {})
+    assert collect._ratios({"a": contestants["a"]}, {}) == {}
+
+
+def test_an_accuracy_is_the_mean_of_best_epochs_with_its_standard_error():
+    found = collect._accuracy([{"accuracies": [0.8, 0.7]}, {"accuracies": [0.7, 0.9]}])
+    assert found["accuracy"] == pytest.approx(0.85)
+    assert found["accuracy_error"] == pytest.approx(0.05)  # 0.0707 over the root of 2
+    assert collect._accuracy([{"accuracies": [0.8]}])["accuracy_error"] is None
+
+
+def test_the_document_says_what_is_measured():
+    text = (performance.DOCS / "performance.md").read_text(encoding="utf-8")
+    assert text == performance.document(performance.read()), "run: python -m benchmarks.performance"
+    for name, found in performance.read().items():
+        plot = f"performance-{name}.png"
+        assert (plot in text) == (performance.DOCS / plot).exists() == (bool(found) and name != "scaling"), plot
+
+
+def test_a_document_of_nothing_says_so(tmp_path):
+    (tmp_path / "peers.json").write_text(json.dumps({"contestants": {}}))
+    text = performance.document(performance.read(tmp_path))
+    for command in ("bench-peers", "bench-peers ARGS='--device cuda'", "bench-profile", "bench-ranks"):
+        assert f"Not measured yet: `make {command}`" in text
