@@ -46,7 +46,11 @@ setup(
     package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2"]},
     install_requires=REQUIRES,
     extras_require={
-        "demo": DEMO, "bench": BENCH, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "uv>=0.13,<1"],
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "lint": LINT,
+        "dev": [*TEST, *LINT, "uv>=0.13,<1"],
     },  # fmt: skip
     entry_points={"console_scripts": ["pkd = pkd_dist.cli:main"]},
 )
