@@ -82,7 +82,7 @@ lock: .venv/.installed-dev ## write requirements.lock from setup.py (ARGS=--upgr
 	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --quiet \
 	    --no-annotate --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS) > /dev/null
 	@# torch pins what it needs of CUDA itself, and its CPU build needs none of it.
-	@sed -i -E '/^(nvidia-|cuda-|triton)/d' requirements.lock
+	@sed -i -E '/^(nvidia-|cuda-|triton=)/d' requirements.lock
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	@rm -rf build dist htmlcov *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -18,8 +18,8 @@ REQUIRES = [
     "matplotlib>=3.10,<4",
     "mpi4py>=4.1,<5",
     "numpy>=2.2,<3",
-    "onnx>=1.19,<2",
-    "onnxruntime>=1.22,<2",
+    "onnx>=1.22,<2",
+    "onnxruntime>=1.23,<2",
     "onnxscript>=0.7,<0.8",
     "prometheus-client>=0.26,<1",
     "psutil>=7.2,<8",
@@ -41,6 +41,7 @@ BENCH = [*DEMO, "accelerate>=1.15,<2", "textbrewer>=0.2.1,<0.3"]
 TEST = [
     *BENCH, *SERVE, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2",
     "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
+    "tritonclient>=2.60,<3",
 ]  # fmt: skip
 LINT = ["mypy>=2.4,<3", "ruff>=0.17,<0.18", "types-PyYAML>=6,<7"]
 

@@ -109,7 +109,7 @@ def bear(folder: Path, seconds: float) -> dict[str, Any]:
             worst = max(worst, abs(answer["probabilities"][name] - share))
         assert worst < 1e-4, f"{text!r}: {answer} instead of {wanted[text]}"
 
-    with server(folder / "export", "--format", "onnx") as (process, port):
+    with server(folder / "export", "--format", "onnx", "--max-queue", "1024") as (process, port):
         memory: list[int] = []
 
         def watch() -> None:

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def port(folder):
-    with server(folder, "--format", "onnx") as (_, number):
+    with server(folder, "--format", "onnx", "--max-queue", "1024") as (_, number):
         yield number
 
 
@@ -82,7 +82,7 @@ def test_other_paths_and_methods(port):
 
 def test_64_clients_at_once(port, check):
     found = asyncio.run(load(port, TEXTS, check, clients=64, requests=12))
-    assert found["answered"] > 300 and found["refused"] > 100, found
+    assert found["answered"] > 300 and found["refused"] > 100 and "busy" not in found, found
     status, _ = asyncio.run(Client(port).get("/healthz"))
     assert status == 200
 

@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pkd_dist.predict import predict
+from pkd_dist.serve.model import ServedModel
 
 CLASSES = [f"topic {i}" for i in range(50)]
 
@@ -68,6 +69,7 @@ def test_a_regression(settings, tmp_path):
         table = "sentence1\tsentence2\tscore\n" + "".join(f"{a}\t{b}\t{s:.3f}\n" for a, b, s in part)
         put(tmp_path / "STS-B", **{f"{split}__tsv": table})
     put(tmp_path / "STS-B", test__tsv=FOLDERS["stsb"]["test__tsv"])
+    settings["export"] = {"formats": ["onnx", "triton"]}
     _, run = finished(settings, tmp_path, name="stsb", data=str(tmp_path / "STS-B"))
     found = results(run)
     dev = rows[60:]
@@ -77,6 +79,8 @@ def test_a_regression(settings, tmp_path):
     assert found["spearman"] == pytest.approx(spearmanr(predicted, gold).statistic, abs=1e-2)
     assert found["main_metric"] == pytest.approx((found["pearson"] + found["spearman"]) / 2)
     values = [answer["value"] for answer in answers(run, ["e\tf", "g\th"], pair=True)]
+    served = ServedModel(run / "export").answer([("e", "f"), ("g", "h")])
+    assert [answer["value"] for answer in served] == pytest.approx(values, abs=1e-4)
     submitted = (run / "predictions/student/STS-B.tsv").read_text().splitlines()[1:]
     assert [float(line.split("\t")[1]) for line in submitted] == pytest.approx(np.clip(values, 0, 5), abs=2e-3)
 
