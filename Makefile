@@ -33,7 +33,7 @@ demo: .venv/.installed-demo ## distil on the embedded data, on 2 ranks (ARGS: se
 	    --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
 
 test: .venv/.installed-test ## run the test suite (ARGS: pytest options)
-	@$(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-lint ## ruff check, ruff format, mypy
 	@$(BIN)/ruff check

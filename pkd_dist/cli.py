@@ -659,11 +659,16 @@ def metrics_withdraw(config: ConfigFile) -> None:
     """
 
     def work() -> None:
+        from pkd_dist.lock import Lock
         from pkd_dist.telemetry import discovery
 
         settings = schema.load(config)
         if settings.metrics.discovery_dir:
-            discovery.withdraw(Path(settings.metrics.discovery_dir), Path(settings.run.dir))
+            run = Path(settings.run.dir)
+            lock = Lock(run).acquire() if run.is_dir() else None  # not what another job of this run has published
+            discovery.withdraw(Path(settings.metrics.discovery_dir), run)
+            if lock:
+                lock.release()
 
     _exit(work)
 

@@ -301,6 +301,8 @@ class Pipeline:
             return
         if not selected:
             raise UserError(f"the stage {stage.name} is needed first, but {why}; add it to --stages")
+        if stage.name in ("evaluate", "export"):
+            self.world.on_main(lambda: self._require_weights(why))
         words = {"new": "runs", "started": "goes on"}.get(state, f"runs again, because {why}")
         log.info("%s: %s", stage.name, words)
         inputs = self.world.on_main(stage.inputs)
@@ -323,6 +325,14 @@ class Pipeline:
         seconds = time.monotonic() - began
         self.world.on_main(lambda: self.markers.end(stage, inputs, outputs, seconds))
         log.info("%s: done in %.1f s", stage.name, seconds)
+
+    def _require_weights(self, why: str) -> None:
+        best = self._dirs["checkpoints"] / self.outputs["distill"]["best_file"]
+        if not best.exists():
+            raise UserError(
+                f"{best} is gone (export.prune), so nothing can be made of it again, though {why}; {self._dirs['export']} stays "
+                "as it is; give the settings it was made with, or another run.dir"
+            )
 
     def plan(self) -> list[str]:
         """One line a stage: done, or why it would run. Reads, never writes."""
@@ -380,7 +390,14 @@ class Pipeline:
                 (self._result_file, d["predictions"], self._answers_file),
                 lambda out: absent(self._result_file) or absent(self._answers_file),
             ),
-            Stage("export", self._export_inputs, self._export, (d["export"],), self._export_missing),
+            Stage(
+                "export",
+                self._export_inputs,
+                self._export,
+                (d["export"],),
+                self._export_missing,
+                (d["checkpoints"],) if self.config.export.prune else (),
+            ),
             Stage(
                 "report",
                 self._report_inputs,
@@ -891,8 +908,7 @@ class Pipeline:
             )  # fmt: skip
             log.info("export: %s: %s; every file answers dev as it should", folder, ", ".join(made["files_on_dev"]))
             if self.config.export.prune:
-                remove(self._dirs["checkpoints"])
-                log.info("export: verified, checkpoints removed (export.prune)")
+                log.info("export: verified; its checkpoints are removed (export.prune)")
             return {
                 "weights": made["files"]["model.safetensors"],
                 "largest_difference": made["files_on_dev"]["model.safetensors"]["largest_difference"],

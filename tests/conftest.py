@@ -29,29 +29,6 @@ from benchmarks.faults.tiny import (
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
 
 
-ONE_AT_A_TIME = {
-    "dist",
-    "slurm",
-    "test_launchers",
-    "test_faults",
-    "test_kill",
-    "test_ends",
-    "test_run",
-    "test_prometheus",
-    "test_trackers",
-    "test_serve",
-    "test_benchmarks",
-}
-"""Folders and files whose tests start several ranks, or wait for something to happen in time."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers one runs those, the other the rest, file by file."""
-    for item in items:
-        alone = ONE_AT_A_TIME & {item.path.stem, item.path.parent.name}
-        item.add_marker(pytest.mark.xdist_group("ranks" if alone else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny body; read-only."""

@@ -77,8 +77,11 @@ class _Builder:
 
     @torch.inference_mode()
     def _answers(self, forward: Callable[[Any], Any]) -> np.ndarray:
-        self.tick()
-        return answers(forward, self.subject.dev, self.subject.batch_size, self.pad_id)
+        def answer(inputs: dict[str, torch.Tensor]) -> Any:
+            self.tick()
+            return forward(inputs)
+
+        return answers(answer, self.subject.dev, self.subject.batch_size, self.pad_id)
 
     def _score(self, logits_NC: np.ndarray) -> float:
         return scores(logits_NC, self.subject.dev, self.subject.task)["main_metric"]
@@ -89,24 +92,25 @@ class _Builder:
         source = self.folder / ONNX_FILES["onnx"]
         if any(name.startswith("onnx") for name in formats):
             onnx.write(self.subject.student, self.subject.tokenizer, source)
-            self._prove(ONNX_FILES["onnx"], OnnxModel(source, threads=1), exact=True)
+            self._prove(ONNX_FILES["onnx"], self._judge(OnnxModel(source)), exact=True)
         if "onnx-fp16" in formats:
             half = self.folder / ONNX_FILES["onnx-fp16"]
             onnx.write_half(source, half)
-            self._prove(ONNX_FILES["onnx-fp16"], OnnxModel(half, threads=1), exact=False)
+            self._prove(ONNX_FILES["onnx-fp16"], self._judge(OnnxModel(half)), exact=False)
         if "onnx-int8" in formats:
             self._int8(source)
         if "torch-export" in formats:
             (self.folder / "torch_export").mkdir()
             onnx.write_program(self.subject.student, self.subject.tokenizer, self.folder / TORCH_FILE)
             program = torch.export.load(self.folder / TORCH_FILE).module()
-            self._prove(TORCH_FILE, lambda inputs: program(**accepted(self.subject.student, inputs)), exact=True)
+            forward = lambda inputs: program(**accepted(self.subject.student, inputs))  # noqa: E731
+            self.forwards[TORCH_FILE] = forward
+            self._prove(TORCH_FILE, self._judge(forward), exact=True)
         if "triton" in formats:
             self._triton(formats)
         if "onnx" not in formats:
             source.unlink(missing_ok=True)
             self.found.pop(ONNX_FILES["onnx"], None)
-            self.forwards.pop(ONNX_FILES["onnx"], None)
         if not any((self.folder / "onnx").iterdir()):
             (self.folder / "onnx").rmdir()
 
@@ -118,9 +122,8 @@ class _Builder:
             "main_metric": self._score(logits_NC),
         }
 
-    def _prove(self, name: str, forward: Callable[[Any], Any], exact: bool) -> None:
+    def _prove(self, name: str, found: dict[str, float], exact: bool) -> None:
         """Raises UserError where a file's answers are not the student's, by how much, and what to do."""
-        found = self._judge(forward)
         metric, lost = self.subject.task.main_metric, self.main_metric - found["main_metric"]
         remedy = f"the export is not written; leave its format out of export.formats ({name})"
         if exact and not found["largest_difference"] <= TOLERANCE:
@@ -134,7 +137,6 @@ class _Builder:
                 f"export: {name}: {metric} on dev is {100 * lost:.2f} points below PyTorch's {100 * self.main_metric:.2f}, "
                 f"more than {100 * allowed:.2f}; {remedy}"
             )
-        self.forwards[name] = forward
         self.found[name] = found | {"bytes": (self.folder / name).stat().st_size}
         log.info("export: %s: largest difference of a logit %.1e, %s %.4f", name, found["largest_difference"],
                  metric, found["main_metric"])  # fmt: skip
@@ -147,10 +149,10 @@ class _Builder:
             for number, how in enumerate(onnx.QUANTISATIONS):
                 self.tick()
                 onnx.write_int8(source, Path(scratch) / f"{number}.onnx", how, self._calibration())
-                tried[how] = self._judge(OnnxModel(Path(scratch) / f"{number}.onnx", threads=1))
+                tried[how] = self._judge(OnnxModel(Path(scratch) / f"{number}.onnx"))
             best = max(tried, key=lambda how: (tried[how]["agreement"], -tried[how]["largest_difference"]))
             os.replace(Path(scratch) / f"{onnx.QUANTISATIONS.index(best)}.onnx", path)
-        self._prove(ONNX_FILES["onnx-int8"], OnnxModel(path, threads=1), exact=False)
+        self._prove(ONNX_FILES["onnx-int8"], tried[best], exact=False)
         self.found[ONNX_FILES["onnx-int8"]] |= {"quantisation": best, "tried": tried}
 
     def _calibration(self) -> Iterator[dict[str, np.ndarray]]:
@@ -170,12 +172,15 @@ class _Builder:
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Latency and throughput of each file and of PyTorch, on one core, so that thread pools do not meet."""
+        graphs: dict[str, Callable[[Any], Any]] = {
+            name: OnnxModel(self.folder / name, threads=1) for name in self.found if name != TORCH_FILE
+        }
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
                 timings = speed(
-                    self.forwards, self.subject.dev, torch.device("cpu"), self.subject.batch_size, self.subject.requests,
+                    self.forwards | graphs, self.subject.dev, torch.device("cpu"), self.subject.batch_size, self.subject.requests,
                     self.subject.requests, self.pad_id, repeats=1, check=self.tick,
                 )  # fmt: skip
             return {name: timing.figures for name, timing in timings.items()}

@@ -115,7 +115,7 @@ def _traced(
 
 
 @contextlib.contextmanager
-def _writing(model: PreTrainedModel, what: str) -> Iterator[None]:
+def _writing(source: str, what: str) -> Iterator[None]:
     """What exporters raise, of which there are many kinds, told in one line."""
     try:
         with _quiet():
@@ -128,7 +128,7 @@ def _writing(model: PreTrainedModel, what: str) -> Iterator[None]:
             cause = cause.__cause__
         first = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
         raise UserError(
-            f"export.formats: a {model.config.model_type} cannot be written as {what} ({first}); leave {what} out of it"
+            f"export.formats: {source} cannot be written as {what} ({first}); leave {what} out of it"
         ) from error
 
 
@@ -143,7 +143,7 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
 
     config, fusions = model.config, FusionOptions("bert")
     fusions.enable_skip_layer_norm = config.model_type in _FUSED  # it trips over norms without bias
-    with _writing(model, "onnx"):
+    with _writing(f"a {model.config.model_type}", "onnx"):
         graph, arguments = _traced(_Graph, model, tokenizer, "batch", "length")
         program = torch.onnx.export(
             graph, **arguments, dynamo=True, opset_version=OPSET, input_names=list(arguments["kwargs"]), output_names=["logits"],
@@ -164,18 +164,18 @@ def write_program(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
     Raises:
         UserError: the model's family cannot be written.
     """
-    with _writing(model, "torch-export"):
+    with _writing(f"a {model.config.model_type}", "torch-export"):
         free = torch.export.Dim.DYNAMIC
         function, arguments = _traced(_Function, model, tokenizer, free, free)
         torch.export.save(torch.export.export(function, **arguments), path)
 
 
 def write_half(source: Path, path: Path) -> None:
-    """Writes a float32 graph in float16, for GPUs; its logits stay float32."""
+    """Writes a float32 graph in float16, for GPUs; its logits stay float32. Raises UserError where it cannot be."""
     import onnx
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with _quiet():
+    with _writing("this graph", "onnx-fp16"):
         model = OnnxModel(onnx.load(source))
         model.convert_float_to_float16(keep_io_types=True, use_symbolic_shape_infer=False)
         model.save_model_to_file(str(path))
@@ -207,7 +207,7 @@ def write_int8(source: Path, path: Path, how: str, calibration: Iterator[dict[st
 
     common: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
     common["op_types_to_quantize"] = ["MatMul", "Attention"]  # what is left is a few rows of [CLS]
-    with _quiet():
+    with _writing("this graph", "onnx-int8"):
         if how == "static":
             quantize_static(
                 source, path, Reader(), quant_format=QuantFormat.QOperator, activation_type=QuantType.QUInt8,

@@ -18,19 +18,20 @@ class OnnxModel:
     Args:
         path: of the graph.
         threads: None: one for each core of this process.
+        gpu: use one where ONNX Runtime finds it.
 
     Raises:
         UserError: this is no graph that ONNX Runtime can run.
     """
 
-    def __init__(self, path: Path, threads: int | None = None):
+    def __init__(self, path: Path, threads: int | None = None, gpu: bool = False):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        on_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        on_gpu = gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=[*(["CUDAExecutionProvider"] if on_gpu else []), "CPUExecutionProvider"]

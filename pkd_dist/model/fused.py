@@ -116,7 +116,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
         return None
     mask = mask[:, 0, :1]
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)  # not -inf: a row of padding alone stays a number
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 

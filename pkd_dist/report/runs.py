@@ -89,7 +89,7 @@ def read(folder: Path) -> Run:
     markers = {path.stem: _marker(path) for path in sorted((folder / "stages").glob("*.json"))}
     done = {name: marker for name, marker in markers.items() if marker["done"]}
     said = answers.read(folder / answers.FILE)
-    if "evaluate" not in done or "dev" not in said:
+    if "dev" not in said or any(name not in done for name in ("data", "teacher", "init", "distill", "evaluate")):
         so_far = ", ".join(done) or "none"
         raise UserError(
             f"{folder}: its evaluation is not done (stages that are: {so_far}); run launcher/train.py --config {settings}"

@@ -43,7 +43,7 @@ class ServedModel:
                 f"export it with {wanted} in export.formats"
             )
         chosen = format or there[0]
-        self._model = OnnxModel(folder / ONNX_FILES[chosen], threads)
+        self._model = OnnxModel(folder / ONNX_FILES[chosen], threads, gpu=True)
         self._tokenizer = load_tokenizer(str(folder), "DIR")
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         self._names = {int(number): name for number, name in names.items()}

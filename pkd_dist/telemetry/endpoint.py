@@ -26,7 +26,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.exposition import ThreadingWSGIServer, choose_encoder
 
 from pkd_dist.config import Metrics
 from pkd_dist.errors import UserError
@@ -139,14 +139,16 @@ class _Application:
         if not self._access.allows(environ.get("HTTP_AUTHORIZATION", "")):
             start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="pkd"')])
             return [b"a user and password are needed\n"]
-        if environ["REQUEST_METHOD"] != "GET" or environ.get("QUERY_STRING"):
+        if environ["REQUEST_METHOD"] != "GET":
             return self._metrics(environ, start_response)
-        form = environ.get("HTTP_ACCEPT", "")
+        if environ.get("PATH_INFO") not in ("/", "/metrics"):
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"metrics are at /metrics\n"]
+        form = choose_encoder(environ.get("HTTP_ACCEPT", ""))[1]
+        environ |= {"QUERY_STRING": ""}
         with self._making:
             made = self._answers.get(form)
             if made is None or time.monotonic() - made[0] > _FRESH_SECONDS:
-                if len(self._answers) >= CONNECTIONS:
-                    self._answers.clear()
                 head: list[Any] = []
                 body = self._metrics(environ, lambda *given: head.extend(given))
                 made = self._answers[form] = (time.monotonic(), *head, body)  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ class _CountingOn(Collector):
     """
 
     def __init__(self, registry: CollectorRegistry, file: Path | None) -> None:
-        self._registry, self._file = registry, file
+        self._registry, self._file, self._one = registry, file, threading.RLock()
         now = {_key(sample): 0.0 for sample in self._counted(registry.collect())}
         before: Any = None
         if file is not None:
@@ -188,6 +189,10 @@ class _CountingOn(Collector):
         return self._registry.collect()
 
     def collect(self) -> Iterable[Metric]:
+        with self._one:  # scrapes and pushes come from threads of their own
+            return self._collect()
+
+    def _collect(self) -> list[Metric]:
         metrics = list(self._registry.collect())
         total: dict[str, float] = {}
         for metric in metrics:

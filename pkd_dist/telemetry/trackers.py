@@ -27,7 +27,7 @@ from pkd_dist.telemetry.log import log
 def require(settings: Settings) -> None:
     """Raises UserError where a tracker's library is not installed."""
     for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb)):
-        if wanted and importlib.util.find_spec(key) is None:
+        if wanted and getattr(importlib.util.find_spec(key), "origin", None) is None:  # a folder of that name is none
             raise UserError(
                 f"trackers.{key}: the package {key} is not installed; install the extra: pip install 'pkd_dist[{key}]'"
             )

@@ -96,7 +96,7 @@ class Engine:
         self.loss_scale_expected = bool(deepspeed.get("fp16", {}).get("enabled"))
         deepspeed = _for_ranks(deepspeed, world.size)
         self.stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
-        self._clips = self.stage == 0 and not self.loss_scale_expected
+        self._clips = self.stage == 0 and not _is_half(deepspeed)
         self._scale = float(world.size * plan.accumulation)
         self._plan = plan
         offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
@@ -226,10 +226,15 @@ def _for_ranks(deepspeed: dict[str, Any], ranks: int) -> dict[str, Any]:
     """ZeRO 1 and 2 shard optimizer state and gradients. One rank has nothing to shard: stage 0 is the same computation,
     without copies of all gradients and weights."""
     zero = deepspeed.get("zero_optimization", {})
-    needed = "offload_optimizer" in zero or any(deepspeed.get(half, {}).get("enabled") for half in ("fp16", "bf16"))
+    needed = "offload_optimizer" in zero or _is_half(deepspeed)
     if ranks > 1 or needed or zero.get("stage", 0) not in (1, 2):
         return deepspeed
     return {**deepspeed, "zero_optimization": {"stage": 0}}
+
+
+def _is_half(deepspeed: dict[str, Any]) -> bool:
+    """Whether weights are in half precision, and DeepSpeed keeps masters of them."""
+    return any(deepspeed.get(half, {}).get("enabled") for half in ("fp16", "bf16"))
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
