@@ -223,3 +223,6 @@ def test_prune_keeps_the_export_alone(settings, tmp_path):
     assert again.returncode == 0 and "distill: done\n" in again.stdout and "export: done\n" in again.stdout, (
         again.stdout
     )
+    other = launch("--config", config, "export.prune=true", "export.formats=[safetensors,torch-export]")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "export.prune" in other.stderr, other.stderr
+    assert (run / "export/model.safetensors").exists() and not (run / "previous").exists()
