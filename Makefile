@@ -32,7 +32,7 @@ demo: .venv/.installed-demo ## distil on the embedded data, on 2 ranks (ARGS: se
 	@$(WITH_PATH) $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error \
 	    --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
 
-test: .venv/.installed-test ## run the test suite (ARGS: pytest options)
+test: .venv/.installed-test ## run the test suite (ARGS: pytest options; -m slow: the programs of benchmarks/ alone)
 	@$(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-lint ## ruff check, ruff format, mypy

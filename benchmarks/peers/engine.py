@@ -117,7 +117,7 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
                 name: float(np.median(np.array(seconds[name]) / np.array(seconds["plain"]))) for name in seconds
             },
             "precision": trainer.precision,
-            "zero_stage": trainer.engine.stage,
+            "zero_stage": trainer.job.deepspeed["zero_optimization"]["stage"],
         }
 
     return with_student_job(config_file, overrides, use)

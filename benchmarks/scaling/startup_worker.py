@@ -33,7 +33,7 @@ FOLLOWED: dict[str, dict[str, str]] = {
         "Pipeline._open_folder": "run folder",
         "Pipeline._run_stage": "stages that are done: checked",
     },
-    "pkd_dist.telemetry.metrics": {"RunMetrics.serve": "metrics server"},
+    "pkd_dist.telemetry.endpoint": {"serve": "metrics server"},
     "pkd_dist.data.tokens": {"problem": "data: checksums", "open_tokens": "data: opened"},
     "pkd_dist.teacher.cache": {"shard_problem": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},

@@ -36,6 +36,7 @@ def program(name, *arguments, timeout=400):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_peers(teacher, data, tmp_path):
     only = "authors,hf-bfloat16,ours-python,peaks,engine"
     arguments = ("--quick", "--teacher", teacher, "--data", data, "--output", tmp_path, "--seeds", 1, *SETTINGS)
@@ -122,6 +123,7 @@ def test_profile(teacher, data, tmp_path):
     assert "| GEMM |" in text and "On a GPU: not measured yet" in text and performance._plot_profile({"cpu-1": found})
 
 
+@pytest.mark.slow
 def test_memory_and_start_up(teacher, data, tmp_path):
     results = tmp_path / "scaling.json"
     common = ("--teacher", teacher, "--output", tmp_path / "out", "--results", results, *SETTINGS)
