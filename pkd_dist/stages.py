@@ -1,9 +1,9 @@
 """What a run remembers of its stages, so that each is done once.
 
 A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
-`"done": true`, when it has ended; it counts its starts, and how many of them a signal stopped. Found done with the same inputs, it is not run again; found with other inputs, it says
-what changed, moves what it made to RUN/previous/N, and runs. Found started and not done, it goes on. Found unreadable, or
-spoiled by what it was made of, it is moved aside as well.
+`"done": true`, when it has ended; it counts its starts, and how many of them a signal stopped. Found done with the same
+inputs, it is not run again; found with other inputs, it says what changed, moves what it made to RUN/previous/N, and runs.
+Found started and not done, it goes on. Found unreadable, or spoiled by what it was made of, it is moved aside as well.
 """
 
 from __future__ import annotations

@@ -41,6 +41,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def teacher(body: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny body with a classifier, as if fine-tuned; read-only."""
+    import torch
+
+    from pkd_dist.model.encoder import load_model, load_tokenizer, save_model
+
+    labels = {"num_labels": 2, "id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    torch.manual_seed(5)
+    save_model(load_model(str(body), new_head=True, **labels), load_tokenizer(str(body)), folder)
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For models so small that more threads only wait for each other."""

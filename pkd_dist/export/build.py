@@ -103,9 +103,8 @@ class _Builder:
             (self.folder / "torch_export").mkdir()
             onnx.write_program(self.subject.student, self.subject.tokenizer, self.folder / TORCH_FILE)
             program = torch.export.load(self.folder / TORCH_FILE).module()
-            forward = lambda inputs: program(**accepted(self.subject.student, inputs))  # noqa: E731
-            self.forwards[TORCH_FILE] = forward
-            self._prove(TORCH_FILE, self._judge(forward), exact=True)
+            self.forwards[TORCH_FILE] = lambda inputs: program(**accepted(self.subject.student, inputs))
+            self._prove(TORCH_FILE, self._judge(self.forwards[TORCH_FILE]), exact=True)
         if "triton" in formats:
             self._triton(formats)
         if "onnx" not in formats:

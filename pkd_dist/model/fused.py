@@ -8,7 +8,7 @@ key and value by one product, each weight cast once, dropout from 15 random bits
 Precision is that of autocast: products and attention in its dtype, residual sums and LayerNorm in that of the states
 (float32 under autocast). The layer's parameters keep their names. What is not known to fit is left as it is.
 
-Shapes: B rows, L tokens, H hidden size, F inner size, T = B * L, A heads.
+Shapes: B rows, L tokens, H hidden size, F inner size, T = B * L.
 """
 
 from __future__ import annotations

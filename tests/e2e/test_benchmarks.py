@@ -7,24 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, environment
 
 from benchmarks import performance
-from pkd_dist.model.encoder import load_model, load_tokenizer, save_model
 
-LABELS = {"num_labels": 2, "id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
 NOTHING: dict[str, dict] = {"peers": {}, "peers-cuda": {}, "profile": {}, "scaling": {}}
 SETTINGS = ("task.max_length=32", "student.layers=[1,3]", "metrics.enabled=false")
-
-
-@pytest.fixture(scope="module")
-def teacher(body, tmp_path_factory):
-    """The tiny body with a classifier, as if fine-tuned."""
-    folder = tmp_path_factory.mktemp("teacher") / "bert"
-    torch.manual_seed(5)
-    save_model(load_model(str(body), new_head=True, **LABELS), load_tokenizer(str(body)), folder)
-    return folder
 
 
 def program(name, *arguments, timeout=400):

@@ -9,21 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import authors, brewer, flops, hf
 from benchmarks.peers.subject import Subject, Tally, shape_of
 from pkd_dist.config import load
-from pkd_dist.model.encoder import Encoder, load_model, load_tokenizer, save_model
+from pkd_dist.model.encoder import Encoder
 from pkd_dist.student.losses import hard_loss, patience_loss, soft_loss
 
-LABELS = {"num_labels": 2, "id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
 ROWS, BATCH, EPOCHS = 203, 32, 2
 STEPS = EPOCHS * 7
-
-
-@pytest.fixture(scope="module")
-def teacher(body, tmp_path_factory):
-    """The tiny body with a classifier, as if fine-tuned."""
-    folder = tmp_path_factory.mktemp("teacher") / "bert"
-    torch.manual_seed(5)
-    save_model(load_model(str(body), new_head=True, **LABELS), load_tokenizer(str(body)), folder)
-    return folder
 
 
 @pytest.fixture
