@@ -57,7 +57,7 @@ DATA = {
 
 
 def run(
-    name: str, glue_dir: Path | None, losses: list[str], depths: list[int], output: Path, jobs: int
+    name: str, glue_dir: Path | None, losses: list[str], depths: list[int], seeds: int, output: Path, jobs: int
 ) -> dict[str, Any]:
     from pkd_dist.compare import Comparison
     from pkd_dist.config import load
@@ -73,13 +73,15 @@ def run(
         for depth in depths
         for loss in losses
     }  # fmt: skip
-    return Comparison(config, overrides, methods, data.seeds, output / name, "", jobs).run()
+    return Comparison(config, overrides, methods, data.seeds[:seeds], output / name, "", jobs).run()
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
-    """Adds to what other calls have measured."""
+    """Adds to what other calls have measured with the same teacher; what was measured with another goes."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     before = known.get(name, {})
+    if before.get("teacher") != made["teacher"]:
+        before = {}
     merged = {**before, **made, "methods": {**before.get("methods", {}), **made["methods"]}}
     RESULTS.write_text(json.dumps({**known, name: merged}, indent=1) + "\n")
 
@@ -120,6 +122,7 @@ def main() -> None:
         "--losses", default=",".join(LOSSES), help="what is compared; the first is what others are held against"
     )
     parser.add_argument("--layers", default="2,3,1", help="layers of the students")
+    parser.add_argument("--seeds", type=int, default=5, help="of each method, at most; SST-2 and RTE have 3")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md from what is measured")
@@ -133,7 +136,7 @@ def main() -> None:
     for name in [] if options.report else only:
 
         def work(name: str = name) -> None:
-            made = run(name, options.glue_dir, losses, depths, options.output, options.jobs)
+            made = run(name, options.glue_dir, losses, depths, options.seeds, options.output, options.jobs)
             collect(name, {**made, "speed": speeds(options.output / name)})
 
         if status := guarded(work):

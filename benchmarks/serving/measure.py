@@ -29,7 +29,7 @@ class Worker:
     def __init__(self, model: Path, tokenizer: Path, data: Path, threads: int):
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.serving.worker", str(model), str(tokenizer), str(data), str(threads)],
-            cwd=ROOT, env=environment(OMP_NUM_THREADS=str(threads), OMP_PROC_BIND="true"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment(OMP_NUM_THREADS=str(threads)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._read()
 

@@ -1,5 +1,4 @@
 """One model in one process of its own, which answers when it is asked to: thread pools of several would disturb each other.
-A core to each thread, so that two never wait for one: OMP_PROC_BIND for PyTorch.
 
 Reads a JSON line {"rows": [...], "batch": n}, answers with {"seconds": [one for each batch]}, first {"ready": true} and, of
 the first line {"score": true}, {"logits": [...]}.
@@ -27,7 +26,7 @@ def forward_of(path: Path, threads: int) -> Any:
     """A tokenizer's outputs -> logits: of a Hugging Face folder by PyTorch, of an .onnx file by ONNX Runtime."""
     torch.set_num_threads(threads)
     if path.suffix == ".onnx":
-        return OnnxModel(path, threads, pinned=True)
+        return OnnxModel(path, threads)
     model = load_model(str(path), "model")
     return lambda inputs: model(**accepted(model, inputs)).logits
 

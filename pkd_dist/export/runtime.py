@@ -19,25 +19,20 @@ class OnnxModel:
         path: of the graph.
         threads: None: one for each core of this process.
         gpu: use one where ONNX Runtime finds it.
-        pinned: a core to each thread, the first to the calling one, which stays the only one that calls.
 
     Raises:
         UserError: this is no graph that ONNX Runtime can run.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, gpu: bool = False, pinned: bool = False):
+    def __init__(self, path: Path, threads: int | None = None, gpu: bool = False):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        cores = sorted(os.sched_getaffinity(0))
-        options.intra_op_num_threads = threads or len(cores)
-        if pinned:
-            cores = cores[: options.intra_op_num_threads]
-            os.sched_setaffinity(0, cores[:1])
-            others = ";".join(str(core + 1) for core in cores[1:])  # it counts from 1
-            if others:
-                options.add_session_config_entry("session.intra_op_thread_affinities", others)
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
+        # Between two calls the cores are another's: as fast, and no thread waits for one that only turns.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.dynamic_block_base", "4")  # a slow core takes less of a product
         options.log_severity_level = 3
         on_gpu = gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         try:
