@@ -96,10 +96,10 @@ class Engine:
         self.loss_scale_expected = bool(deepspeed.get("fp16", {}).get("enabled"))
         deepspeed = _for_ranks(deepspeed, world.size)
         self.stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
-        self._clips = self.stage == 0 and not _is_half(deepspeed)
+        offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
+        self._clips = self.stage == 0 and not _is_half(deepspeed) and not offload
         self._scale = float(world.size * plan.accumulation)
         self._plan = plan
-        offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
         config = {
             **deepspeed,
             "train_batch_size": plan.micro_batch_size * plan.accumulation * world.size,
@@ -175,8 +175,9 @@ class Engine:
             total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             norm = float(total)
             self._require_finite(norm)
-            if norm > self._plan.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(trained, self._plan.max_grad_norm, total)
+            limit = self._plan.max_grad_norm
+            # the optimizer divides by it in its own pass over the gradients
+            self._adam.grad_scale = (total + 1e-6) / limit if norm > limit > 0 else None  # type: ignore[attr-defined]
             self._engine.step()
             return norm
         skipped = self._engine.skipped_steps
