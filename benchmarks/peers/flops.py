@@ -16,13 +16,11 @@ import torch
 
 from benchmarks.scaling.model import Shape
 from pkd_dist.config import Config
-from pkd_dist.data.batches import TrainingBatches
+from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet
 
 _SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768, 3072))
 _SECONDS = 0.4
-_TEACHER_MULTIPLE = 8
-"""Lengths in the teacher's pass, whose batches are sorted, are rounded up to this."""
 
 
 def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = _SECONDS) -> float:
@@ -58,7 +56,7 @@ def executed_by_ours(
     teacher: Shape, student: Shape, tokens: TokenSet, config: Config, ranks: int
 ) -> tuple[float, float]:
     """FLOPs of the same parts as a run of ours executes them, from the batches that it makes."""
-    rounded = -(-tokens.lengths_N // _TEACHER_MULTIPLE) * _TEACHER_MULTIPLE
+    rounded = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # its batches are sorted
     training = 0.0
     for rank in range(ranks):
         batches = TrainingBatches(

@@ -57,7 +57,7 @@ class Shape:
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
         if not lean:
             return self.layers * full + rows * 2 * h * (h + self.classes)
-        first_token_alone = rows * (length * 4 * h * h + 4 * h * h + 4 * h * i + 4 * length * h)
+        first_token_alone = rows * (8 * h * h + 4 * h * i + 4 * self.heads * length * h)
         return (self.layers - 1) * full + first_token_alone + rows * 2 * h * (h + self.classes)
 
 

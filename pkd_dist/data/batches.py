@@ -5,7 +5,7 @@ cut into global batches, whose order is shuffled again; the one short batch come
 of ranks: a rank takes every world-size-th row of the global batch and pads its share with rows of weight 0, so that all
 ranks do the same number of equal micro-batches.
 
-Shapes: N examples, B rows of one micro-batch, L its longest length rounded up to `_MULTIPLE`.
+Shapes: N examples, B rows of one micro-batch, L its longest length rounded up to `MULTIPLE`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pkd_dist.data.tokens import TokenSet
 
 _POOL = 50
 # A GPU's kernels like multiples of 8; a CPU computes what is there (a batch's lengths are near each other).
-_MULTIPLE = 8 if torch.cuda.is_available() else 2
+MULTIPLE = 8 if torch.cuda.is_available() else 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def collate(tokens: TokenSet, rows_B: np.ndarray, weight_B: np.ndarray, pad_id: 
     """Gathers rows of the flat arrays into one padded batch, without Python per example or token."""
     starts_B, stops_B = tokens.offsets_N1[rows_B], tokens.offsets_N1[rows_B + 1]
     lengths_B = stops_B - starts_B
-    longest = -(-int(lengths_B.max()) // _MULTIPLE) * _MULTIPLE
+    longest = -(-int(lengths_B.max()) // MULTIPLE) * MULTIPLE
     within_L = np.arange(longest)
     mask_BL = within_L < lengths_B[:, None]
     index_BL = np.where(mask_BL, starts_B[:, None] + within_L, 0)

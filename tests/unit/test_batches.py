@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pkd_dist.data.batches import TrainingBatches, collate, epoch_order, micro_batches, scoring_batches
+from pkd_dist.data.batches import MULTIPLE, TrainingBatches, collate, epoch_order, micro_batches, scoring_batches
 from pkd_dist.data.tokens import TokenSet
 
 
@@ -97,7 +97,9 @@ def test_collate_equals_a_loop(typed):
         assert batch.attention_mask_BL[b].sum() == n and batch.attention_mask_BL[b, :n].all()
         if typed:
             assert batch.type_ids_BL[b, :n].tolist() == tokens.type_ids_T[start:stop].tolist()
-    assert batch.input_ids_BL.shape[1] % 8 == 0
+    longest = int(tokens.lengths_N[rows].max())
+    assert longest <= batch.input_ids_BL.shape[1] < longest + MULTIPLE
+    assert batch.input_ids_BL.shape[1] % MULTIPLE == 0
     assert ("token_type_ids" in batch.inputs) == typed
     assert batch.tokens == LENGTHS[[5, 0]].sum()
     assert batch.ids_B.tolist() == [int(tokens.ids_N[r]) for r in rows]

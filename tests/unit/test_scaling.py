@@ -80,8 +80,8 @@ def test_flops_are_those_of_the_products():
     head = s.hidden // s.heads
     full = [(rows * length, 8, 8)] * 4 + [(rows * length, 8, 16), (rows * length, 16, 8)]
     full += [(length, head, length), (length, length, head)] * (rows * s.heads)
-    lean = [(rows * length, 8, 8)] * 2 + [(rows, 8, 8)] * 2 + [(rows, 8, 16), (rows, 16, 8)]
-    lean += [(1, head, length), (1, length, head)] * (rows * s.heads)
+    lean = [(rows, 8, 8)] * 2 + [(rows, head, 8), (rows, 8, head)] * s.heads + [(rows, 8, 16), (rows, 16, 8)]
+    lean += [(s.heads, 8, length), (s.heads, length, 8)] * rows
     products = full + lean + [(rows, 8, 8), (rows, 8, 3)]
     assert s.forward_flops(rows, length) == sum(2 * m * k * n for m, k, n in products)
 
