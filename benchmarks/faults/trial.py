@@ -83,7 +83,7 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
         "task": {"name": "sst2", "data": str(data), "max_length": 32},
         "teacher": {"model": str(body), "finetune": {"epochs": EPOCHS, "learning_rate": 3e-3, "batch_size": 16}},
         "student": {"layers": [1, 3]},
-        "train": {"epochs": EPOCHS, "batch_size": 16, "learning_rate": 3e-5, "deepspeed": "ds_configs/zero1.json"},
+        "train": {"epochs": EPOCHS, "batch_size": 16, "learning_rate": 3e-4, "deepspeed": "ds_configs/zero1.json"},
         "cache": {"shard_rows": 50},
         "checkpoint": {"every_steps": 5},
         "evaluate": {"latency_samples": 10},
