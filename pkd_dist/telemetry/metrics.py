@@ -4,7 +4,7 @@ Each metric is declared once, in `RunMetrics`; docs/metrics.md, the alert rules'
 held against that. Every value is of one process: the first rank of a node.
 
 A counter that falls is taken for a process that started from nothing, and all it counts from then on for new. So whatever a
-scraper is told is first written to a file, and the next process counts on from there.
+scraper is told, and whatever a checkpoint holds, is first written to a file, and the next process counts on from there.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ class RunMetrics:
         assert value is not None, name
         return value
 
+    def note(self) -> None:
+        """Writes the counters to their file, as a scrape does: the next process counts on from here."""
+        with contextlib.suppress(Exception):  # such as a GPU that answers no more
+            for _ in self.registry.collect():
+                pass
+
     def watch_gpu(self, device: Any) -> None:
         """Reads the memory of a CUDA device at each scrape."""
         import torch
@@ -233,8 +239,9 @@ that process; losses, samples, tokens and evaluations are over all ranks and ali
 `sum`.
 
 Counters and histograms never fall: a run that is stopped or killed and goes on, here or on another host, counts on from
-what was last scraped (`RUN/counters/`). Steps that it does again, because they came after its checkpoint, are work and count
-again. `pkd_step`, `pkd_epoch` and the other gauges say where the run stands, and may fall.
+what was last scraped or, where that is later, from its checkpoint (`RUN/counters/`). Steps that it does again, because they
+came after its checkpoint, are work and may count again. `pkd_step`, `pkd_epoch` and the other gauges say where the run
+stands, and may fall.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

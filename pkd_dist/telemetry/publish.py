@@ -53,9 +53,7 @@ class Publication:
             self._told = True
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # such as a GPU that answers no more
-            for _ in self._metrics.registry.collect():  # the counters are written
-                pass
+        self._metrics.note()
         self.push()
         if self._target:
             self._target.close()

@@ -74,6 +74,7 @@ def assert_gone(group):
 
 def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_path):
     """On one rank; two are struck in test_faults.py."""
+    settings["metrics"] = {"port": 0}
     config = write_config(settings, tmp_path)
     calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}")
     assert calm.returncode == 0, calm.stdout + calm.stderr
@@ -95,6 +96,11 @@ def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_
             for folder in (run, tmp_path / "calm")
         )
         assert hunted == undisturbed, f"{name}: without gaps or doubles"
+    counted, once = (
+        json.loads((folder / "counters/node-0.json").read_text())["pkd_samples_total"]
+        for folder in (run, tmp_path / "calm")
+    )
+    assert counted >= once, "what a checkpoint holds is counted, though nobody scraped it"
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
 
 
