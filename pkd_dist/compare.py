@@ -353,15 +353,22 @@ def summary(
             "half_interval_95": {key: interval(values)[1] for key, values in columns.items()},
             "layers": depths[name],
         }
-    for name, method in methods.items():
-        first = next(other for other in methods if depths[other] == depths[name])
-        seeds = [seed for seed in method["seeds"] if seed in methods[first]["seeds"] and name != first]
-        for key in ("score", "agreement") if seeds else ():
-            mean, half = interval([method["seeds"][s][key] - methods[first]["seeds"][s][key] for s in seeds])
-            method.setdefault(f"minus {first}", {})[key] = {"mean": mean, "half_interval_95": half}
+    hold_against_first(methods)
     teacher = _figures(one, splits, pooled, metric, "teacher")
     about = {"task": one["task"], "metric": metric, "splits": splits, "pooled": pooled}
     return {**about, "teacher": teacher, "methods": methods}
+
+
+def hold_against_first(methods: dict[str, Any]) -> None:
+    """Adds `minus FIRST` to each method: by how much, seed by seed, it differs from the first method of its depth."""
+    for name, method in methods.items():
+        first = next(other for other in methods if methods[other]["layers"] == method["layers"])
+        seeds = [seed for seed in method["seeds"] if seed in methods[first]["seeds"] and name != first]
+        for key in [key for key in method if key.startswith("minus ")]:
+            del method[key]
+        for key in ("score", "agreement") if seeds else ():
+            mean, half = interval([method["seeds"][s][key] - methods[first]["seeds"][s][key] for s in seeds])
+            method.setdefault(f"minus {first}", {})[key] = {"mean": mean, "half_interval_95": half}
 
 
 def _figures(

@@ -203,10 +203,11 @@ class World:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Elementwise sum over ranks of a small float64 array."""
-        tensor = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
-        with self._collective():
-            torch_dist.all_reduce(tensor, group=self._host)
-        return tensor.numpy()
+        total = np.array(values, dtype=np.float64)
+        if self.size > 1:
+            with self._collective():
+                torch_dist.all_reduce(torch.from_numpy(total), group=self._host)
+        return total
 
     def gather_rows(self, rows: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
         """Puts every rank's rows at their positions in one array of `total` rows, on every rank.

@@ -78,11 +78,16 @@ def run(
 
 def collect(name: str, made: dict[str, Any]) -> None:
     """Adds to what other calls have measured with the same teacher; what was measured with another goes."""
+    from pkd_dist.compare import hold_against_first
+
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     before = known.get(name, {})
     if before.get("teacher") != made["teacher"]:
         before = {}
-    merged = {**before, **made, "methods": {**before.get("methods", {}), **made["methods"]}}
+    methods = {**before.get("methods", {}), **made["methods"]}
+    methods = {name: methods[name] for name in sorted(methods, key=lambda name: list(LOSSES).index(name[:-2]))}
+    hold_against_first(methods)
+    merged = {**before, **made, "methods": methods}
     RESULTS.write_text(json.dumps({**known, name: merged}, indent=1) + "\n")
 
 

@@ -5,15 +5,18 @@ weight and each state is cast several times, dropout draws a random number per e
 small operation leaves a node in the autograd graph. `fuse` gives a layer a forward and a backward pass of its own: query,
 key and value by one product, each weight cast once, dropout from 15 random bits per element.
 
-Precision is that of autocast: products and attention in its dtype, residual sums and LayerNorm in that of the states
-(float32 under autocast). The layer's parameters keep their names. What is not known to fit is left as it is.
+Precision is that of autocast: products in its dtype, softmax in float32, residual sums and LayerNorm in that of the
+states (float32 under autocast). The layer's parameters keep their names. What is not known to fit is left as it is.
 
 Shapes: B rows, L tokens, H hidden size, F inner size, T = B * L.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 from pkd_dist.model.lean import is_bert_like
 
 _BITS = 15
+_FEWEST_KEYS = 16  # softmax over fewer is done number by number
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:
@@ -31,7 +35,7 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.
 
     Drawn from torch's default generator, so `torch.manual_seed` decides it.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     seed = int(torch.randint(2**62, ()))
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16))[:count].view(shape)
     bits &= 2**_BITS - 1
@@ -39,8 +43,13 @@ def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.
     keep >>= _BITS  # all bits, or none
     if dtype != torch.bfloat16:
         return keep.to(dtype).mul_(-1 / (1 - p))
-    keep &= int(torch.tensor(1 / (1 - p), dtype=dtype).view(torch.int16))
+    keep &= _bits_of(1 / (1 - p))
     return keep.view(dtype)
+
+
+@functools.cache
+def _bits_of(number: float) -> int:
+    return int(torch.tensor(number, dtype=torch.bfloat16).view(torch.int16))
 
 
 class Dropout(nn.Dropout):
@@ -120,6 +129,21 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _by_head(qkv_BL3Ad: torch.Tensor, keys: int) -> Sequence[torch.Tensor]:
+    """Query (B * A, L, d), key and value (B * A, keys, d), zeros where there are more keys than tokens. A: heads."""
+    B, L, _, A, d = qkv_BL3Ad.shape
+    qkv_3BALd = qkv_BL3Ad.permute(2, 0, 3, 1, 4)
+    if keys == L:
+        return qkv_3BALd.reshape(3, B * A, L, d).unbind()
+    kv = qkv_BL3Ad.new_zeros(2, B, A, keys, d)
+    kv[..., :L, :] = qkv_3BALd[1:]
+    return qkv_3BALd[0].reshape(B * A, L, d), *kv.view(2, B * A, keys, d).unbind()
+
+
 def _layer(
     hidden_BLH: torch.Tensor, mask_B1L: torch.Tensor | None, low: torch.dtype, settings: Any, weights: Any
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -133,20 +157,23 @@ def _layer(
     heads, (p_attention, p_attended, p_output), epsilon = settings
     wq, bq, wk, bk, wv, bv, wo, bo, g1, b1, wi, bi, wu, bu, g2, b2 = weights
     B, L, H = hidden_BLH.shape
-    size = H // heads
+    size, keys = H // heads, max(L, _FEWEST_KEYS)
     in_TH = hidden_BLH.reshape(-1, H)
     low_TH = in_TH.to(low)
     w_qkv = torch.empty(3 * H, H, dtype=low)
     for i, w in enumerate((wq, wk, wv)):
         w_qkv[i * H : (i + 1) * H] = w
     qkv = torch.addmm(torch.cat([bq, bk, bv]).to(low), low_TH, w_qkv.t())
-    q, k, v = qkv.view(B, L, 3, heads, size).permute(2, 0, 3, 1, 4).reshape(3, B * heads, L, size)
+    q, k, v = _by_head(qkv.view(B, L, 3, heads, size), keys)
+    if keys > L:
+        mask_B1L = low_TH.new_zeros(B, 1, L) if mask_B1L is None else mask_B1L
+        mask_B1L = F.pad(mask_B1L, (0, keys - L), value=torch.finfo(low).min)
     if mask_B1L is None:
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(size**-0.5)
     else:
-        added = mask_B1L[:, None].expand(B, heads, 1, L).reshape(-1, 1, L).expand(-1, L, L)
+        added = mask_B1L[:, None].expand(B, heads, 1, keys).reshape(-1, 1, keys).expand(-1, L, keys)
         scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=size**-0.5)
-    p = torch.softmax(scores, -1)
+    p = torch.softmax(scores.to(_exact(low)), -1).to(low)
     kept_p = dropout_mask(tuple(p.shape), p_attention, low) if p_attention else None
     context = torch.bmm(p if kept_p is None else p * kept_p, v)
     context_TH = context.view(B, heads, L, size).transpose(1, 2).reshape(-1, H)
@@ -215,11 +242,13 @@ class _Layer(torch.autograd.Function):
         if kept_p is not None:
             grad_p.mul_(kept_p)
             dropped = p * kept_p
-        scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, low).mul_(size**-0.5)
+        exact = _exact(low)
+        scores = torch.ops.aten._softmax_backward_data(grad_p.to(exact), p.to(exact), -1, exact)
+        scores = scores.mul_(size**-0.5).to(low)
         for i, grad in enumerate(
             (torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(dropped.transpose(1, 2), context))
         ):
-            into_heads[i] = grad.view(B, heads, L, size)
+            into_heads[i] = grad.view(B, heads, -1, size)[:, :, :L]
         qkv_T3H = grad_qkv.view(B * L, 3 * H)
         residual_1 += qkv_T3H @ w_qkv
         grad_w, grad_b = into(qkv_T3H, low_TH)

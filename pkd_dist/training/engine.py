@@ -115,6 +115,7 @@ class Engine:
             # buckets per dtype: on a CPU that costs more than the whole forward pass.
             dtype = getattr(torch, autocast["dtype"])
             module.forward = torch.autocast(world.device.type, dtype=dtype)(module.forward)  # type: ignore[method-assign]
+        self._trained = [p for p in module.parameters() if p.requires_grad]
         decay = [p for n, p in module.named_parameters() if p.requires_grad and _decays(n, p)]
         plain = [p for n, p in module.named_parameters() if p.requires_grad and not _decays(n, p)]
         self._adam = torch.optim.AdamW(
@@ -171,8 +172,7 @@ class Engine:
 
     def _update(self) -> float:
         if self._clips:
-            trained = [p for p in self.module.parameters() if p.grad is not None]
-            total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            total = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
             norm = float(total)
             self._require_finite(norm)
             limit = self._plan.max_grad_norm

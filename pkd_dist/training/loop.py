@@ -194,7 +194,7 @@ class Trainer:
         clock = StepClock(self.world.device)
         self.world.at(f"{self.job.name}, step {self.progress.step + 1}")
         # what is drawn in a step depends on nothing else, so a resume needs no random state
-        torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
+        self._seed()
         micro = self.batches.step(order, step)
         clock.ended("data")
         sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
@@ -357,7 +357,7 @@ class Trainer:
         for parameter in self.job.module.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: good.append(torch.isfinite(gradient).all()))
-        torch.manual_seed(_seed(self.job.seed, self.progress.step, self.world.rank))
+        self._seed()
         for i, batch in enumerate(micro):
             terms = self.job.losses(self.engine, batch.to(self.world.device))
             self.engine.backward((terms["total"] * batch.weight_B.to(terms["total"].device)).sum())
@@ -373,6 +373,10 @@ class Trainer:
             number,
         )
 
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    def _seed(self) -> None:
+        words = [self.job.seed, self.progress.step, self.world.rank]
+        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+        if self.world.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # without a note to every accelerator that is not there
+        else:
+            torch.manual_seed(seed)

@@ -68,7 +68,8 @@ def formula(layer, hidden, mask, dropouts):
         for part in (attention.query, attention.key, attention.value)
     )
     p = torch.softmax(q @ k.mT / (H // 4) ** 0.5 + mask, -1)
-    p = p * dropout_mask((B * 4, L, L), dropouts[0], hidden.dtype).view_as(p)
+    keys = max(L, 16)
+    p = p * dropout_mask((B * 4, L, keys), dropouts[0], hidden.dtype).view(B, 4, L, keys)[..., :L]
     context = (p @ v).transpose(1, 2).reshape(B, L, H)
     attended = F.linear(context, after.dense.weight, after.dense.bias)
     attended = attended * dropout_mask((B * L, H), dropouts[1], hidden.dtype).view_as(attended)
@@ -79,14 +80,15 @@ def formula(layer, hidden, mask, dropouts):
     return layer.output.LayerNorm(norm + out)
 
 
-def test_with_dropout_it_is_the_formula():
+@pytest.mark.parametrize("length", [7, 19])
+def test_with_dropout_it_is_the_formula(length):
     model = model_of()
     plain, fused = copy.deepcopy(model).bert.encoder.layer[0], model.bert.encoder.layer[0]
     assert fuse(model, encoder_layers(model)[1])
-    hidden = torch.randn(3, 7, 32, dtype=torch.float64)
-    mask = torch.zeros(3, 1, 1, 7, dtype=torch.float64)
+    hidden = torch.randn(3, length, 32, dtype=torch.float64)
+    mask = torch.zeros(3, 1, 1, length, dtype=torch.float64)
     mask[1, ..., 4:] = torch.finfo(torch.float64).min
-    target = torch.randn(3, 7, 32, dtype=torch.float64)
+    target = torch.randn(3, length, 32, dtype=torch.float64)
     found = []
     for run in (lambda x: formula(plain, x, mask, (0.2, 0.1, 0.1)), lambda x: fused(x, mask)):
         torch.manual_seed(8)
