@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.errors import UserError
 from pkd_dist.files import write_atomically
 
 FILE = "answers.safetensors"
@@ -70,12 +72,23 @@ def write(path: Path, splits: Mapping[str, TokenSet], logits: Mapping[str, Mappi
 
 
 def read(path: Path) -> dict[str, Answers]:
-    """split -> answers; nothing where there is no file."""
-    tensors = load_file(path) if path.exists() else {}
-    names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-    return {
-        name: Answers(
-            tensors[f"{name}.ids"], tensors[f"{name}.labels"], {side: tensors[f"{name}.{side}"] for side in SIDES}
-        )
-        for name in names
-    }
+    """split -> answers.
+
+    Raises:
+        UserError: the file is not there, or cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+        names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+        return {
+            name: Answers(
+                tensors[f"{name}.ids"], tensors[f"{name}.labels"], {side: tensors[f"{name}.{side}"] for side in SIDES}
+            )
+            for name in names
+        }
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; the run's own command makes it again") from None
+    except (OSError, SafetensorError, LookupError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); remove it, and the run's own command makes it again"
+        ) from None

@@ -521,7 +521,7 @@ def serve(
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
                 raise
-            raise UserError(f"pkd serve needs {error.name}: pip install 'pkd_dist[serve]'") from None
+            raise UserError(f"pkd serve needs {error.name}: pip install -e '.[serve]'") from None
         limits = Limits(
             texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters, batch=max_batch,
             delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
@@ -645,7 +645,9 @@ def metrics_targets(
             raise UserError(f"{folder}: not a folder that can be written ({error.strerror})") from None
         removed = {gone.file for gone in discovery.sweep(folder)} if sweep else set()
         for one in found:
-            state = "removed" if one.file in removed else "stale" if one.stale else "alive"
+            state = (
+                "removed" if one.file in removed else "stale" if one.stale else "alive" if one.address else "unreadable"
+            )
             print(f"{one.address or one.file.name}\t{state}\tsilent for {one.silent_seconds:.0f} s\t{one.run}")
 
     _exit(work)

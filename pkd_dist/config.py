@@ -359,7 +359,7 @@ class Export(Section):
 
 class Metrics(Section):
     enabled: bool = Field(True, description="Serve Prometheus metrics on the first rank of each node.")
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9400, description="Port; taken: the next free one is used and named. 0: any."
     )

@@ -56,7 +56,7 @@ from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.teacher.cache import CacheReader, Fingerprint
 from pkd_dist.teacher.finetune import finetune
-from pkd_dist.telemetry import Telemetry, trackers
+from pkd_dist.telemetry import Telemetry, records, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
@@ -296,6 +296,7 @@ class Pipeline:
         state, why = self.world.on_main(lambda: self.markers.state(stage))
         if state == "done":
             self.outputs[stage.name] = self.world.on_main(lambda: self.markers.outputs(stage))
+            self.world.together(lambda: self._show_done(stage.name))
             if selected:
                 log.info("%s: done", stage.name)
             return
@@ -871,6 +872,17 @@ class Pipeline:
             "latencies_ms": {name: timing.latencies_ms_R.round(4).tolist() for name, timing in timings.items()},
             "rates": {name: timing.rates for name, timing in timings.items()},
         }
+
+    def _show_done(self, stage: str) -> None:
+        """Sets the gauges to where an earlier process, which has done the stage, left them."""
+        metrics, of = self.telemetry.metrics, {"teacher": "teacher_", "distill": ""}
+        if stage == "evaluate":
+            self._show_results(self.outputs[stage]["results"])
+        elif stage in of and self.world.node_main:
+            metrics.eval_metric.clear()  # of another training
+            metrics.show_past(records.read(self.dir / f"{of[stage]}metrics.jsonl"))
+            if commits := checkpoint.committed(self.dir / f"{of[stage]}checkpoints"):
+                metrics.checkpoint_time.set((commits[-1] / checkpoint.COMMIT).stat().st_mtime)
 
     def _show_results(self, results: dict[str, Any]) -> None:
         """The finished student's figures: what trained before has no say any more."""

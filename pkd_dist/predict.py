@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,9 +78,16 @@ def _checked(where: str, text: str, pair: bool) -> Sequence[str]:
     parts = text.split("\t") if pair else [text]
     if pair and len(parts) != 2:
         raise UserError(f"{where}: --pair needs two texts separated by one tab, here are {len(parts)}")
-    if not all(part.strip() for part in parts):
+    if any(map(is_empty, parts)):
         raise UserError(f"{where}: the text is empty; every line needs one")
+    if any("\ud800" <= letter <= "\udfff" for part in parts for letter in part):
+        raise UserError(f"{where}: the text is not UTF-8")
     return parts
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text is of spaces, control and format characters alone."""
+    return all(unicodedata.category(letter) in ("Cc", "Cf", "Zs", "Zl", "Zp") for letter in text)
 
 
 def answer(logits_C: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:

@@ -130,4 +130,4 @@ def absent(path: Path) -> str | None:
 
 def _short(value: Any) -> str:
     shown = str(value)
-    return shown if len(shown) <= 24 else shown[:12] + "..."
+    return shown if len(shown) <= 60 else shown[:40] + "..."

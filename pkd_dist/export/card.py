@@ -34,6 +34,7 @@ Classes, in the order of the logits: {{ classes | join(", ") }}.
 {% else %}
 One output: the predicted value.
 {% endif %}
+
 ## Figures on {{ results.split }} ({{ results.n }} examples, float32)
 
 | | teacher | student |
@@ -41,6 +42,7 @@ One output: the predicted value.
 {% for label, teacher, student in rows -%}
 | {{ label }} | {{ teacher }} | {{ student }} |
 {% endfor %}
+
 The student keeps {{ "%.1f" | format(100 * results.compression.retention) }}% of the teacher's score with
 {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ agrees }}. Latency and throughput were taken on the machine
 that trained it ({{ env.device }}), one process.
@@ -138,7 +140,9 @@ def render(
         files: what the export found of its files, as in its manifest.
     """
     results = outputs["evaluate"]["results"]
-    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(_TEMPLATE)
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(
+        _TEMPLATE
+    )
     return template.render(
         config=config,
         env=environment,

@@ -197,7 +197,7 @@ def curves(run: Run) -> Iterator[Plot]:
         values = np.asarray([line[key] for line in run.steps], dtype=float)
         if values.any():
             means = smooth(values)
-            note = f"{means[0]:.3g} at first, {means[-1]:.3g} at the end"
+            note = f"running mean: {means[0]:.3g} at first, {means[-1]:.3g} at the end"
             yield _plot(title, note, f"{title} by step: {note}", _over_steps(steps, values, means, ends, kept))
     if len(steps):
         rates = np.asarray([line["learning_rate"] for line in run.steps])
@@ -293,7 +293,7 @@ def latency(run: Run) -> Plot:
         f"{side} {', '.join(f'p{p} {value:.2f}' for p, value in zip((50, 95, 99), values, strict=True))} ms"
         for side, values in marks.items()
     )
-    note = f"share of {len(taken['student'])} single sentences answered within so long; dots: p50, p95, p99"
+    note = f"share of {len(taken['student'])} single sentences answered within so long; dots: p50, p95, p99; cut where half a percent is left"
     return _plot("Latency at batch 1", note, f"Latency at batch 1: {words}", draw)
 
 

@@ -36,7 +36,7 @@ def write(folder: Path) -> dict[str, Any]:
         notices=list(notices(run)), rows=_comparison(run), classes=_per_class(run), right=_right(run), mistakes=_mistakes(run),
         examples=_differing(run), layers=charts.layers(run), curves=list(charts.curves(run)),
         matrices=list(charts.matrices(run)), scatters=list(charts.scatters(run)) if run.task.regression else [],
-        latency=charts.latency(run), latencies=_latencies(run), throughput=charts.throughput(run),
+        latency=charts.latency(run), latencies=_latencies(run), files=_files(run), throughput=charts.throughput(run),
         times=[plot for plot in (charts.stages(run), charts.training_time(run), charts.step_time(run)) if plot],
     )  # fmt: skip
     _save(folder / "report.html", html)
@@ -115,6 +115,20 @@ def _latencies(run: Run) -> list[tuple[str, list[str]]]:
         (name, [f"{np.mean(values) if mark is None else np.percentile(values, mark):.2f}" for values in taken])
         for name, mark in marks.items()
     ]
+
+
+def _files(run: Run) -> list[tuple[str, list[str]]]:
+    """(file to serve, what the export found of it); nothing where there is no export yet."""
+    return [
+        (
+            name,
+            [
+                f"{file['bytes'] / 1e6:.1f}", run.shown(file["main_metric"]), f"{file['agreement']:.1%}",
+                f"{file['latency_ms_p50']:.2f}", f"{file['latency_ms_p99']:.2f}", f"{file['reasoningTime']:,.0f}",
+            ],
+        )
+        for name, file in run.export.get("files_on_dev", {}).items()
+    ]  # fmt: skip
 
 
 def _per_class(run: Run) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from pkd_dist.answers import Answers
 from pkd_dist.config import Config, load
 from pkd_dist.data import tasks
 from pkd_dist.errors import UserError
+from pkd_dist.export import manifest
 from pkd_dist.telemetry import records
 
 METRICS = {"accuracy": "accuracy", "MCC": "MCC", "f_1": "F1", "pearson_spearman": "Pearson/Spearman mean"}
@@ -30,6 +31,7 @@ class Run:
         markers: stage -> its marker, of stages that are done.
         steps, evaluations: the lines of metrics.jsonl.
         answers: split -> what both models said; `dev` always.
+        export: the manifest of the export; empty where there is none yet.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     answers: dict[str, Answers]
+    export: dict[str, Any]
 
     @cached_property
     def outputs(self) -> dict[str, dict[str, Any]]:
@@ -88,22 +91,27 @@ def read(folder: Path) -> Run:
         raise UserError(f"{settings}: has no section `resolved`: a run did not write it; give what `run.dir` named")
     markers = {path.stem: _marker(path) for path in sorted((folder / "stages").glob("*.json"))}
     done = {name: marker for name, marker in markers.items() if marker["done"]}
-    said = answers.read(folder / answers.FILE)
-    if "dev" not in said or any(name not in done for name in ("data", "teacher", "init", "distill", "evaluate")):
+    if any(name not in done for name in ("data", "teacher", "init", "distill", "evaluate")):
         so_far = ", ".join(done) or "none"
         raise UserError(
             f"{folder}: its evaluation is not done (stages that are: {so_far}); run launcher/train.py --config {settings}"
         )
+    said = answers.read(folder / answers.FILE)
     lines = list(records.read(folder / "metrics.jsonl"))
     steps, evaluations = ([line for line in lines if ("split" in line) == of_a_split] for of_a_split in (False, True))
-    return Run(folder, config, resolved, done, steps, evaluations, said)
+    made = folder / "export"
+    exported = manifest.read(made) if (made / manifest.MANIFEST).exists() else {}
+    return Run(folder, config, resolved, done, steps, evaluations, said, exported)
 
 
 def _marker(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: cannot be read; the run's own command makes it again") from None
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        if not marker["done"] or "outputs" in marker:
+            return marker  # type: ignore[no-any-return]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path}: cannot be read; remove it, and the run's own command makes it again")
 
 
 def percent(share: float) -> str:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pkd_dist.predict import is_empty
 from pkd_dist.serve.batcher import Batcher, Full, Texts
 from pkd_dist.serve.model import ServedModel
 from pkd_dist.telemetry.log import log
@@ -211,7 +212,7 @@ def _checked(row: Any, pair: bool, wanted: str, limits: Limits) -> Texts:
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise HTTPException(422, f"{name} must be text")
-        if not text.strip():
+        if is_empty(text):
             raise HTTPException(422, f"{name} is empty")
         if len(text) > limits.text_characters:
             raise HTTPException(413, f"{name} has {len(text)} characters; at most {limits.text_characters} are taken")

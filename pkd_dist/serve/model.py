@@ -35,20 +35,21 @@ class ServedModel:
 
     def __init__(self, folder: Path, format: str | None = None, threads: int | None = None):
         made = manifest.verify(folder)
+        if absent := {"task", "max_length", "pair"} - made.keys():
+            raise UserError(f"{folder / manifest.MANIFEST}: does not say {sorted(absent)[0]}; export it again")
         there = [name for name in ("onnx-int8", "onnx", "onnx-fp16") if ONNX_FILES[name] in made["files"]]
         if not there or (format and format not in there):
             wanted = format or "onnx"
             raise UserError(
-                f"{folder}: holds no file of the format {wanted} (it has {', '.join(made.get('formats', ['safetensors']))}); "
-                f"export it with {wanted} in export.formats"
+                f"{folder}: holds no file of the format {wanted} that can be served (it has {', '.join(made.get('formats', []))}; "
+                f"served are {', '.join(ONNX_FILES)}); export it with one of them in export.formats"
             )
         chosen = format or there[0]
         self._model = OnnxModel(folder / ONNX_FILES[chosen], threads, gpu=True)
         self._tokenizer = load_tokenizer(str(folder), "DIR")
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         self._names = {int(number): name for number, name in names.items()}
-        self._max_length = int(made["max_length"])
-        self.pair = bool(made["pair"])
+        self._max_length, self.pair = int(made["max_length"]), bool(made["pair"])
         self.about = {"file": ONNX_FILES[chosen], "sha256": made["files"][ONNX_FILES[chosen]], "task": made["task"]}
         self.answer([("warm", "up")[: 1 + self.pair]])
 

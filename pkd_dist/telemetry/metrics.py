@@ -136,6 +136,25 @@ class RunMetrics:
             if name in figures:
                 self.eval_metric.labels(split=split, metric=name).set(figures[name])
 
+    def show_past(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Sets the gauges to where a training that is over left them.
+
+        Args:
+            lines: of its metrics file.
+        """
+        for line in lines:
+            if "split" in line:
+                self.show_evaluation(line["split"], line)
+                continue
+            self.step.set(line["step"])
+            self.epoch.set(line["epoch"])
+            for key, value in line.items():
+                if key.startswith("loss") and key != "loss_scale":
+                    self.loss.labels(term=key.removeprefix("loss_") if key != "loss" else "total").set(value)
+            self.learning_rate.set(line["learning_rate"])
+            self.grad_norm.set(line["grad_norm"])
+            self.loss_scale.set(line.get("loss_scale", 1.0))
+
     def value(self, name: str) -> float:
         """The value that a scrape gives for a metric without labels, earlier processes counted in."""
         value = self.registry.get_sample_value(name)

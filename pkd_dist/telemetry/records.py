@@ -12,17 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pkd_dist.errors import UserError
 from pkd_dist.files import require_space
+
+_WORDS = {"split", "seconds"}  # what is no number in a record
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; nothing where there is none."""
+    """The whole lines of a metrics file; nothing where there is none.
+
+    Raises:
+        UserError: a line is not one that a run has written.
+    """
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                yield _parsed(line, f"{path}, line {number}")
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record["step"], int) and all(
+            isinstance(record[key], int | float) for key in record.keys() - _WORDS
+        ):
+            return record  # type: ignore[no-any-return]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError(f"{where}: is not a record of a step or an evaluation; remove the line")
 
 
 def _key(record: dict[str, Any]) -> tuple[int, str | None]:

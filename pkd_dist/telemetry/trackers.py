@@ -29,7 +29,7 @@ def require(settings: Settings) -> None:
     for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb)):
         if wanted and getattr(importlib.util.find_spec(key), "origin", None) is None:  # a folder of that name is none
             raise UserError(
-                f"trackers.{key}: the package {key} is not installed; install the extra: pip install 'pkd_dist[{key}]'"
+                f"trackers.{key}: the package {key} is not installed; install the extra: pip install -e '.[{key}]'"
             )
 
 

@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 from certificates import make_certificate
 from conftest import ROOT, TORCHRUN, command, environment, results, whole_run, write_config
+from prometheus_client.parser import text_string_to_metric_families
 
 from pkd_dist.config import load
 from pkd_dist.ranks import free_port
@@ -118,7 +119,10 @@ def gateway(prometheus):
     """A Pushgateway that Prometheus scrapes -> its URL."""
     address = f"127.0.0.1:{free_port()}"
     with program(
-        "prometheus-pushgateway", f"--web.listen-address={address}", log=prometheus.folder / "pushgateway.log"
+        "prometheus-pushgateway",
+        f"--web.listen-address={address}",
+        "--persistence.file=",
+        log=prometheus.folder / "pushgateway.log",
     ):
         until(lambda: answers(f"http://{address}/metrics"), "the Pushgateway")
         (prometheus.gateways / "here.json").write_text(json.dumps([{"targets": [address]}]))
@@ -203,6 +207,34 @@ def test_the_last_values_are_pushed(run, prometheus, gateway):
     assert prometheus.value(f"pkd_cache_rows_total{{{last}}}") in (100, 103), "rank 0's shards of 203 rows, 50 each"
     assert prometheus.value(f"pkd_samples_total{{{last}}}") == 203 * (2 + 60)
     assert prometheus.value(f"pkd_step_seconds_count{{{last}}}") == 13 * (2 + 60)
+
+
+def test_the_same_command_again_tells_where_the_run_stands(run, gateway):
+    folder = run[0]
+
+    def told():
+        metrics = text_string_to_metric_families(fetch(f"{gateway}/metrics"))
+        samples = [sample for family in metrics for sample in family.samples if sample.labels.get("run") == str(folder)]
+        return {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for sample in samples
+            if sample.name.startswith("pkd_") and not sample.name.startswith(("pkd_checkpoint_", "pkd_info"))
+        }
+
+    before = told()
+    assert before
+    again = subprocess.run(
+        command("--config", folder / "config.yaml"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0 and "distill: done" in again.stdout and "distill: runs" not in again.stdout, (
+        again.stderr
+    )
+    assert told() == before
 
 
 def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp_path):

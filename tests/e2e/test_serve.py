@@ -13,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.faults.tiny import sentences
 from benchmarks.serving.load import BAD, Client, load, server
+from pkd_dist.errors import UserError
+from pkd_dist.serve.server import bound
 
 TEXTS = [text for text, _ in sentences(40, 3)] + ["good " * 200]
 
@@ -121,7 +123,17 @@ def test_a_signal_lets_what_is_in_the_works_end(folder):
 def test_a_port_that_is_taken(folder, port):
     argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(folder), "--port", str(port)]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and f"--port: 127.0.0.1:{port} cannot be listened on" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--port: 127.0.0.1:{port} cannot be listened on (Address already in use)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [("", "--host: is empty; give 127.0.0.1"), ("nowhere.invalid", "--host: nowhere.invalid is not known")],
+)
+def test_a_host_that_is_none(host, message):
+    with pytest.raises(UserError, match=message):
+        bound(host, 0)
 
 
 def test_without_the_extra(folder):
@@ -130,7 +142,7 @@ def test_without_the_extra(folder):
         [sys.executable, "-c", code, "serve", str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "pkd: pkd serve needs uvicorn: pip install 'pkd_dist[serve]'\n"
+    assert done.stderr == "pkd: pkd serve needs uvicorn: pip install -e '.[serve]'\n"
 
 
 def test_an_export_without_onnx(tmp_path):

@@ -17,6 +17,7 @@ from pkd_dist.config import load
 from pkd_dist.errors import UserError
 from pkd_dist.export import build, manifest, onnx
 from pkd_dist.export.runtime import OnnxModel
+from pkd_dist.files import digest_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,12 +179,22 @@ def other_figure(folder):
     path.write_text(path.read_text().replace('"max_length": 32', '"max_length": 33'))
 
 
+def sealed(folder, **changed):
+    """A manifest that is changed, and says so to nobody."""
+    content = json.loads((folder / "manifest.json").read_text()) | changed
+    del content["digest"]
+    (folder / "manifest.json").write_text(json.dumps(content | {"digest": digest_of(content)}))
+
+
 DAMAGE = {
     "one byte": (one_byte, "onnx/model.onnx was altered; export it again"),
     "a missing file": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing; export it again"),
     "a renamed label": (renamed_label, "config.json was altered"),
     "a file too many": (lambda folder: (folder / "vocab.txt").write_text("a"), "vocab.txt: does not belong to the export"),
     "another figure": (other_figure, "manifest.json: was altered"),
+    "a manifest nested deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json: cannot be read"),
+    "a link too many": (lambda folder: (folder / "etc").symlink_to("/etc"), "etc: does not belong to the export"),
+    "a name that no file has": (lambda folder: sealed(folder, files={"a" * 5000: "0"}), "names a file that cannot be read"),
     "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"files"'), "manifest.json: cannot be read"),
     "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: is not the manifest of an export"),
     "a newer format": (lambda folder: (folder / "manifest.json").write_text('{"files": {}, "format_version": 2}'), "version 2 is not"),

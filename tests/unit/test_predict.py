@@ -38,6 +38,8 @@ def test_answers_are_the_models_own(folder):
         ("  \t", True, "here:1: the text is empty"),
         ("no tab", True, "here:1: --pair needs two texts separated by one tab, here are 1"),
         ("a\tb\tc", True, "here are 3"),
+        ("\u200b\x00", False, "the text is empty"),
+        ("bad \udcff byte", False, "here:1: the text is not UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_answered(folder, text, pair, message):

@@ -362,11 +362,24 @@ class TestComparison:
         told = self.refusal(runs)
         assert "pkd: its evaluation is not done (stages that are: cache, data, distill" in told
         assert f"run launcher/train.py --config {runs[1] / 'config.yaml'}" in told
-        marker.write_text(whole[:40])
-        assert f"{marker}: cannot be read" in self.refusal(runs)
-        marker.write_text(whole)
-        (runs[1] / "answers.safetensors").unlink()
-        assert "its evaluation is not done" in self.refusal(runs)
+        for content in (whole[:40], "{}", "[]", '{"done": true}', "[" * 100_000):
+            marker.write_text(content)
+            assert f"{marker}: cannot be read" in self.refusal(runs)
+
+    def test_what_is_damaged(self, runs):
+        said = runs[1] / "answers.safetensors"
+        whole = said.read_bytes()
+        for content in (whole[:-100], b"", b"words"):
+            said.write_bytes(content)
+            assert f"{said}: cannot be read" in self.refusal(runs)
+        said.unlink()
+        assert f"{said}: is missing" in self.refusal(runs)
+        said.write_bytes(whole)
+        lines = runs[1] / "metrics.jsonl"
+        whole = lines.read_text()
+        for line in ("words", "{}", "[1]", '{"step": 2, "loss": "x"}', "[" * 100_000):
+            lines.write_text(f"{whole}{line}\n")
+            assert f"{lines}, line {whole.count(chr(10)) + 1}: is not a record" in self.refusal(runs)
 
     def test_what_cannot_be_compared(self, runs, tmp_path):
         other = make_run(tmp_path / "runs/other", names=("a", "b"))
