@@ -25,7 +25,7 @@ MAX_STARTS = 5
 STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank does not answer
 TIMEOUT_SECONDS = 60  # of all others
 MARGIN_SECONDS = 20  # from the timeout to the end of all ranks, and from the loss of a rank; longer on a slow machine
-DEV_EXAMPLES = 403
+DEV_EXAMPLES = 1603
 _TIMES = ("time", "seconds", "samples_per_second")
 _BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
 
