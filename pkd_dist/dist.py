@@ -106,6 +106,10 @@ class World:
         return self.rank == 0
 
     @property
+    def one_host(self) -> bool:
+        return len(set(self._hosts)) == 1
+
+    @property
     def node_main(self) -> bool:
         return self.local_rank == 0
 

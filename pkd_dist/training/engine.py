@@ -21,6 +21,7 @@ from torch import nn
 
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, UserError
+from pkd_dist.training.shared import open_shared
 from pkd_dist.training.state import OptimizerState, persistent_buffers
 
 
@@ -136,6 +137,8 @@ class Engine:
             raise UserError(
                 f"train.deepspeed: DeepSpeed refuses the JSON's {error.title}: {key}: {first['msg']}"
             ) from None
+        if world.device.type == "cpu":
+            _share_memory(world)
         if world.size == 1 and self.stage == 0:
             self._engine.enable_backward_allreduce = False  # it would flatten all gradients, and copy them back
         self.module = module
@@ -221,6 +224,34 @@ class Engine:
         for name, buffer in persistent_buffers(self.module):
             weights[name] = buffer.detach().cpu().contiguous().clone()
         return weights
+
+
+def _share_memory(world: World) -> None:
+    """Has DeepSpeed sum and gather through shared memory where all ranks have it in common; collective."""
+    from deepspeed.comm import ReduceOp, comm
+
+    shared = open_shared(world)
+    if shared is None:
+        return
+    backend: Any = comm.cdb
+    reduce, gather = type(backend).all_reduce, type(backend).all_gather_into_tensor
+
+    def all_reduce(tensor: torch.Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or op != ReduceOp.SUM or not whole(group) or not shared.takes(tensor):
+            return reduce(backend, tensor, op, group, async_op)
+        return shared.sum(tensor)
+
+    def all_gather_into_tensor(
+        output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if async_op or not whole(group) or not (shared.takes(output_tensor) and shared.takes(input_tensor)):
+            return gather(backend, output_tensor, input_tensor, group, async_op)
+        return shared.gather(output_tensor, input_tensor)
+
+    def whole(group: Any) -> bool:
+        return bool(backend.get_world_size(group) == world.size)
+
+    backend.all_reduce, backend.all_gather_into_tensor = all_reduce, all_gather_into_tensor
 
 
 def _for_ranks(deepspeed: dict[str, Any], ranks: int) -> dict[str, Any]:

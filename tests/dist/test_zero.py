@@ -66,6 +66,8 @@ def test_float32_equals_plain_adamw(plain, tmp_path, deepspeed, ranks, micro):
         torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-4, msg=name)
     assert got["same"], f"gone on from step {HALF} with a fresh engine, the end is the same bit for bit"
     assert_checkpoint_is_live(tmp_path, path)
+    if deepspeed == "zero1_fp32" and ranks > 1:
+        assert got["sums"] and got["gathers"], "through shared memory"
 
 
 @pytest.mark.parametrize(

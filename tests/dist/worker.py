@@ -6,6 +6,7 @@ be the first, bit for bit. Or it goes on from a checkpoint that is given, which 
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,22 @@ from pkd_dist.dist import World
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.ranks import discover
 from pkd_dist.student.losses import hard_loss
+from pkd_dist.training import shared
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
 HALF = 10
+shared.LEAST, shared.CHUNK = 1, 777  # as if the tensors were large
+exchanges = Counter()
+
+
+class Counted(shared.SharedMemory):
+    def sum(self, tensor):
+        exchanges["sums"] += 1
+        super().sum(tensor)
+
+    def gather(self, output, mine):
+        exchanges["gathers"] += 1
+        super().gather(output, mine)
 
 
 class Run:
@@ -70,6 +84,7 @@ class Run:
 
 def main(deepspeed, micro, output, start, stop):
     world = World(discover(), 60)
+    shared.SharedMemory = Counted
     micro, output, start, stop = int(micro) if micro.isdigit() else micro, Path(output), Path(start), int(stop)
     run = Run(world, deepspeed, micro)
     same = None
@@ -92,7 +107,7 @@ def main(deepspeed, micro, output, start, stop):
             same = again.losses == run.losses[HALF:] and all(torch.equal(first[n], second[n]) for n in first)
     weights = run.engine.full_weights()
     if world.main:
-        (output / "out.json").write_text(json.dumps({"losses": run.losses, "norms": run.norms, "same": same}))
+        (output / "out.json").write_text(json.dumps({"losses": run.losses, "norms": run.norms, "same": same, **exchanges}))
         save_file(weights, output / "weights.safetensors")
     world.barrier()
     world.close()
