@@ -441,6 +441,8 @@ def evaluate(
 
         if output is not None and not output.parent.is_dir():
             raise UserError(f"--output: no such folder: {output.parent}")
+        if output is not None and output.exists():
+            raise UserError(f"--output: {output} is there already; choose another name")
         overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}"]
         overrides += [f"teacher.model={json.dumps(model)}", *_task_overrides(task, data, text, label, kind)]
         config = schema.load(None, ["run.dir=unused", *overrides])
@@ -461,7 +463,7 @@ def predict(
     model: Annotated[
         str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")
     ] = "",
-    file: Annotated[str, typer.Option(help="A sentence a line; `-`: standard input.")] = "-",
+    file: Annotated[str, typer.Option(help="A sentence a line, blank lines left out; `-`: standard input.")] = "-",
     pair: Annotated[bool, typer.Option("--pair", help="A tab separates the two texts of a pair.")] = False,
     max_length: Annotated[
         int | None,
@@ -481,6 +483,8 @@ def predict(
 
         if not model:
             raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
+        if texts and file != "-":
+            raise UserError("--file: give sentences or a file, not both")
         given = [(f"text {i}", text) for i, text in enumerate(texts, start=1)] if texts else answers.lines(file)
         size = 1 if not texts and file == "-" and sys.stdin.isatty() else batch_size
         try:

@@ -80,6 +80,8 @@ def parse_methods(names: str, own: Sequence[str]) -> dict[str, Overrides]:
     for name in (part.strip() for part in names.split(",") if part.strip()):
         if name not in METHODS:
             raise UserError(f"--methods: {name!r} is not known; allowed: {', '.join(METHODS)}; --method defines others")
+        if name in chosen:
+            raise UserError(f"--methods: {name} is named twice; name each once")
         chosen[name] = METHODS[name]
     for given in own:
         name, colon, rest = given.partition(":")
@@ -222,7 +224,10 @@ class Comparison:
             DivergedError: runs diverged, and all the others are done.
             Preempted: stopped by a signal.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output: {self.output} cannot be a folder ({error.strerror}); choose another") from None
         results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in self.methods}
         diverged: list[str] = []
         made: dict[str, Any] = {}

@@ -132,6 +132,8 @@ class Task(Section):
                 )
             if len(self.text) > 2 or len(set(self.text)) < len(self.text):
                 raise ValueError(f"task.text must name one or two different columns, not {self.text}")
+            if self.label in self.text:
+                raise ValueError(f"task.label: {self.label} is a text column too; name the column that holds the label")
             regression = self.kind == "regression"
             if self.metric and regression != (self.metric == "pearson_spearman"):
                 raise ValueError(
@@ -454,6 +456,11 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         UserError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
     data, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    chosen = [value for key, value in map(_parse_override, overrides) if key == ["distill", "preset"]]
+    if chosen and isinstance(data.get("distill"), dict):  # over the file's keys, as any setting of the command line
+        data["distill"] = {
+            key: value for key, value in data["distill"].items() if key not in PRESETS.get(str(chosen[-1]), {})
+        }
     from_command_line = set()
     for override in overrides:
         key, value = _parse_override(override)

@@ -91,8 +91,8 @@ def answers(forward: Callable[[Any], Any], tokens: TokenSet, batch_size: int, pa
 
 
 def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, float]:
-    """The metrics of `results_eval.json`: accuracy, MCC, precision, recall, f_1 (macro beyond two classes), or
-    pearson and spearman and their mean for a regression; `main_metric` is the one that chooses the best epoch.
+    """The metrics of `results_eval.json`: accuracy, MCC, precision, recall, f_1 (of `task.positive`; macro beyond two
+    classes), or pearson and spearman and their mean for a regression; `main_metric` is the one that chooses the best epoch.
 
     A correlation that is not defined (constant predictions) counts as 0.
     """
@@ -110,7 +110,7 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
         predicted = logits_NC.argmax(axis=1)
         average: Any = "binary" if logits_NC.shape[1] == 2 else "macro"
         precision, recall, f_1, _ = sk.precision_recall_fscore_support(
-            labels_N, predicted, average=average, zero_division=0
+            labels_N, predicted, average=average, pos_label=task.positive, zero_division=0
         )
         out = {
             "accuracy": float(sk.accuracy_score(labels_N, predicted)),

@@ -108,6 +108,9 @@ class Pipeline:
                     "teacher.finetune to fine-tune it here, or a fine-tuned folder"
                 )
             self._check_given_classes()
+            order = self.class_order()
+            if order and self.task.classes and len(order) == 2:
+                self.task = replace(self.task, positive=order.index(self.task.classes[1]))
         if self.scores:
             return
         self.access = load_access(config.metrics) if config.metrics.enabled and self.world.node_main else Access()
@@ -444,6 +447,10 @@ class Pipeline:
             if self.config.teacher.finetune is None:
                 self.require_outputs(train)
             names = self.task.names_of(train.classes)
+            if self.config.teacher.finetune is None and self.class_order() is None and names:
+                log.info(
+                    "data: the teacher's outputs have no names; they are taken for %s, in this order", ", ".join(names)
+                )
             class_weights(task.class_weights, train.labels_N, train.classes, names)  # refused here, if it cannot be
             if len(train) < self.world.size:
                 raise UserError(

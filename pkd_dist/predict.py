@@ -6,7 +6,6 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pkd_dist.model.fit import longest_input
 
 
 def lines(file: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each line of a file, or of standard input (`-`).
+    """(where, text) of each line of a file, or of standard input (`-`); blank lines are left out.
 
     Raises:
         UserError: it cannot be read, or a line is not UTF-8.
@@ -31,11 +30,13 @@ def lines(file: str) -> Iterator[tuple[str, str]]:
     with source:
         for number, line in enumerate(source, start=1):
             try:
-                yield f"{name}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{name}:{number}: byte 0x{line[error.start]:02x} is not valid UTF-8; save the text as UTF-8"
                 ) from None
+            if text.strip():
+                yield f"{name}:{number}", text
 
 
 def predict(
@@ -63,8 +64,7 @@ def predict(
         raise UserError(f"--max-length: {max_length} is more than {model} can read; give at most {longest}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.to(device)
-    rest = iter(texts)
-    while batch := [_checked(where, text, pair) for where, text in islice(rest, batch_size)]:
+    for batch in _batches(texts, pair, batch_size):
         columns = [list(column) for column in zip(*batch, strict=True)]
         inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
@@ -72,6 +72,23 @@ def predict(
         for parts, logits_C in zip(batch, logits_BC, strict=True):
             given = dict(zip(("text", "text_pair"), parts, strict=False))
             yield json.dumps(given | answer(logits_C, classifier.config.id2label), ensure_ascii=False)
+
+
+def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterator[list[Sequence[str]]]:
+    """Of checked texts; what stands before one that cannot be answered is answered before that is said."""
+    batch: list[Sequence[str]] = []
+    try:
+        for where, text in texts:
+            batch.append(_checked(where, text, pair))
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except UserError as error:
+        if batch:
+            yield batch
+        raise error
+    if batch:
+        yield batch
 
 
 def _checked(where: str, text: str, pair: bool) -> Sequence[str]:

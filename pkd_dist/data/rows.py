@@ -125,6 +125,9 @@ def _table(path: Path, wanted: Wanted) -> Rows:
             headerless = missing is not None and len(fields) == len(wanted.headerless)
             if missing and not headerless:
                 raise UserError(f"{path}:1: has no column {missing!r}; the header names {', '.join(map(repr, header))}")
+            twice = next((name for name in wanted.columns if header.count(name) > 1), None)
+            if twice and not headerless:
+                raise UserError(f"{path}:1: the header names {twice!r} twice; keep one")
             header = wanted.headerless if headerless else header
             places = [header.index(name) if name in header else None for name in wanted.columns]
             if not headerless:
@@ -183,7 +186,9 @@ def load_hub(name: str) -> Any:
     try:
         return load_dataset(*name.split(":"))
     except Exception as error:  # of many kinds
-        raise UserError(f"task.data: hub:{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"task.data: hub:{name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
 
 
 def read_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Rows:

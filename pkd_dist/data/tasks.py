@@ -45,6 +45,7 @@ class Task:
         classes: values of the label column in class order; None: taken from the training split, sorted.
         class_names: what the exported model calls the classes; None: the values themselves. Data may use either.
         metric: a key of `MAIN_METRICS`.
+        positive: of two outputs the one that precision, recall and F1 are of.
         regression: the label is a number.
         splits: names of its splits, train first. Those that start with `test` may be without labels.
         value_range: the least and the greatest value of a regression; None: any.
@@ -64,6 +65,7 @@ class Task:
     classes: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
     metric: str = "accuracy"
+    positive: int = 1
     regression: bool = False
     splits: tuple[str, ...] = ("train", "dev", "test")
     value_range: tuple[float, float] | None = None

@@ -200,7 +200,7 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     texts = tuple([fields[i] for _, fields in kept] for i in range(at))
     known = tuple(classes or task.classes or ())
     part = Split(example_ids(texts), texts, unlabelled(len(kept), task.regression), known, rows.name, tuple(notes))
-    if optional and {fields[at] for _, fields in kept} <= {None, *_HUB_UNLABELLED} - set(known):
+    if optional and {(fields[at] or "").strip() for _, fields in kept} <= {"", *_HUB_UNLABELLED} - set(known):
         if len(kept) < len(rows.rows) + len(rows.short):
             lacks = "GLUE wants a prediction for each line, so it will refuse a submission that lacks those left out"
             part = replace(part, notes=(*notes, lacks))

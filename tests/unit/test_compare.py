@@ -23,6 +23,7 @@ def test_methods_by_name_and_of_ones_own():
     ("names", "own", "message"),
     [
         ("finetune,pdk", [], "--methods: 'pdk' is not known; allowed: finetune, kd"),
+        ("kd,finetune,kd", [], "--methods: kd is named twice"),
         ("", [], "--methods: name at least one of finetune"),
         ("kd", ["kd: distill.beta=1"], "--method: the name 'kd' is taken"),
         ("kd", ["a/b: distill.beta=1"], "other signs than letters"),
@@ -54,6 +55,13 @@ def test_a_comparison_that_is_refused_before_it_starts(tmp_path, more, message):
     output = tmp_path / "out"
     done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(output), *more])
     assert done.exit_code == 2 and message in done.stderr and not output.exists()
+
+
+def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "out cannot be a folder (File exists)" in done.stderr
+    assert (tmp_path / "out").read_text() == "precious"
 
 
 BASE = ["teacher.finetune.epochs=2", "evaluate.result_dir=elsewhere", "distill.beta=7", "run.dir=x"]

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import sklearn.metrics as sk
 from glue_folders import BOM, CRLF, FOLDERS, lines, mnli, put
 
 from pkd_dist.data import submission, text
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.errors import UserError
+from pkd_dist.evaluate import score
 
 FIRST = {
     "cola": (['"Half a quote'], 1), "sst2": (['a "lone quote'], 1), "mrpc": (['"He said', 'He said"'], 1),
@@ -266,6 +268,14 @@ def test_submissions_of_own_tasks(tmp_path):
     number = dataclasses.replace(own, regression=True)
     path = submission.write(tmp_path, "test", number, NUMBERS, ())
     assert path.name == "test.tsv" and path.read_text().splitlines()[1:] == ["0\t-1e-04", "1\t5.7", "2\t2.34567"]
+
+
+def test_f1_is_of_glues_positive_class_whatever_the_order_of_a_teachers_outputs():
+    logits, labels = np.array([[2, 1], [0, 1], [0, 1], [2, 0], [3, 0.0]]), np.array([0, 1, 0, 1, 0])
+    turned = dataclasses.replace(GLUE["mrpc"], positive=0)
+    usual = score(logits, labels, GLUE["mrpc"])
+    assert usual["f_1"] == sk.f1_score(labels, logits.argmax(1)) != sk.f1_score(labels, logits.argmax(1), pos_label=0)
+    assert score(logits[:, ::-1], 1 - labels, turned) == usual
 
 
 def test_a_class_order_of_a_given_teacher(tmp_path):

@@ -47,8 +47,15 @@ def test_a_text_that_cannot_be_answered(folder, text, pair, message):
         list(predict(folder, [("here:1", text)], pair, 16, 4))
 
 
+def test_what_stands_before_a_bad_text_is_answered(folder):
+    answers = predict(folder, [("here:1", "good"), ("here:2", "fine"), ("here:3", "")], False, 16, 4)
+    assert [json.loads(next(answers))["text"] for _ in range(2)] == ["good", "fine"]
+    with pytest.raises(UserError, match="here:3: the text is empty"):
+        next(answers)
+
+
 def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
-    (tmp_path / "texts.txt").write_bytes("\ufeffone\r\nzwölf\nlast".encode())
+    (tmp_path / "texts.txt").write_bytes("\ufeffone\r\n\nzwölf\n \t\nlast".encode())
     assert [text for _, text in lines(str(tmp_path / "texts.txt"))] == ["one", "zwölf", "last"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\nbr\xe9ak\n")))
     with pytest.raises(UserError, match="standard input:2: byte 0xe9 is not valid UTF-8; save the text as UTF-8"):
@@ -60,6 +67,7 @@ def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["a film", "--model", "x", "--file", "y"], "--file: give sentences or a file, not both"),
         (["a film"], "--model is missing; give a fine-tuned folder"),
         (["a film", "--model", "no/such/folder/here"], "--model: no such folder"),
         (["a film", "--model", "{folder}", "--max-length", "5000"], "is more than .* can read; give at most"),
@@ -79,3 +87,12 @@ def test_a_regression_gives_its_value(tmp_path):
     with torch.inference_mode():
         value = float(model(**tokenizer("a", "b", return_tensors="pt")).logits)
     assert answer == {"text": "a", "text_pair": "b", "value": pytest.approx(value, abs=1e-6)}
+
+
+def test_figures_do_not_overwrite_a_file(folder, tmp_path):
+    kept = tmp_path / "figures.json"
+    kept.write_text("precious")
+    for place in (kept, tmp_path):
+        done = CliRunner().invoke(app, ["evaluate", "--model", folder, "--output", str(place)])
+        assert done.exit_code == 2 and f"--output: {place} is there already" in done.stderr
+    assert kept.read_text() == "precious"

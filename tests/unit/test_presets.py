@@ -64,6 +64,14 @@ def test_seed():
     assert total(distill("distill.preset=seed"), mine, theirs, torch.ones(B, L)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_preset_on_the_command_line_wins_over_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("run: {dir: x}\ndistill: {alpha: 0.3, beta: 7, preset: paper, patience: last}\n")
+    from_file = load(tmp_path / "run.yaml").distill
+    assert (from_file.alpha, from_file.beta, from_file.preset) == (0.3, 7, "paper")
+    settings = load(tmp_path / "run.yaml", ["distill.preset=seed", "distill.beta=3"]).distill
+    assert settings.model_dump().items() >= {**PRESETS["seed"], "beta": 3, "patience": "last"}.items()
+
+
 def test_a_preset_fills_in_what_is_not_given():
     settings = distill("distill.preset=seed", "distill.alpha=0.7")
     assert settings.alpha == 0.7 and {k: getattr(settings, k) for k in PRESETS["seed"]} == PRESETS["seed"] | {

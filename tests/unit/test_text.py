@@ -92,6 +92,7 @@ def test_regression_labels_are_numbers(tmp_path):
         ("", "train.tsv: is empty"),
         ("\ufeff\n\n", "train.tsv: is empty"),
         ("text\tlabel\nfine\t1\n", "train.tsv:1: has no column 'sentence'; the header names 'text', 'label'"),
+        ("sentence\tlabel\tlabel\nfine\t1\t0\n", "train.tsv:1: the header names 'label' twice; keep one"),
         ("sentence\tlabel\nfine\t1\n \t0\n", "train.tsv:3: sentence is empty"),
         ("sentence\tlabel\nfine\t\n", "train.tsv:2: label is empty"),
         ("sentence\tlabel\nfine\t1\nso\t2\n", "train.tsv:3: label '2' is not one of the labels: 0, 1"),
@@ -163,6 +164,14 @@ def test_a_class_that_is_called_minus_one_is_a_label(tmp_path):
     assert read(str(tmp_path), "test", CUSTOM, classes).labels_N.tolist() == [0]
     put(tmp_path, "test.jsonl", '{"a": "1", "b": "2"}\n')
     assert not is_labelled(read(str(tmp_path), "test", CUSTOM, classes).labels_N).any()
+
+
+def test_a_test_file_whose_labels_are_empty_has_none(tmp_path):
+    put(tmp_path, "test.tsv", "sentence\tlabel\none\t\ntwo\t \n")
+    assert not is_labelled(read(str(tmp_path), "test", SST2).labels_N).any()
+    put(tmp_path, "test.tsv", "sentence\tlabel\none\t\ntwo\t1\n")
+    with pytest.raises(UserError, match=r"test.tsv:2: label is empty"):
+        read(str(tmp_path), "test", SST2)
 
 
 def test_what_is_labelled_in_either_library():
