@@ -145,6 +145,7 @@ def test_pkd_evaluates_a_custom_task(finished, tmp_path):
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
+    (tmp_path / "figures.json").unlink()
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,mixed\n")
     refused = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert (

@@ -151,7 +151,7 @@ def test_pkd_lists_and_sweeps(tmp_path):
     status, out = pkd("metrics", "targets", folder)
     lines = sorted(line.split("\t") for line in out.splitlines())
     assert status == 0 and [line[:2] + line[3:] for line in lines] == [
-        ["10.0.0.9:9400", "alive", "alive"], ["10.0.0.9:9400", "stale", "dead"], ["pkd-0-0.json", "alive", ""],
+        ["10.0.0.9:9400", "alive", "alive"], ["10.0.0.9:9400", "stale", "dead"], ["pkd-0-0.json", "unreadable", ""],
     ]  # fmt: skip
     assert lines[1][2].startswith("silent for 60") and stale.exists()
     status, out = pkd("metrics", "targets", folder, "--sweep")
