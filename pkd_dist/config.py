@@ -456,14 +456,14 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         UserError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
     data, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
-    chosen = [value for key, value in map(_parse_override, overrides) if key == ["distill", "preset"]]
+    given = [(*_parse_override(override), override) for override in overrides]
+    chosen = [value for key, value, _ in given if key == ["distill", "preset"]]
     if chosen and isinstance(data.get("distill"), dict):  # over the file's keys, as any setting of the command line
         data["distill"] = {
             key: value for key, value in data["distill"].items() if key not in PRESETS.get(str(chosen[-1]), {})
         }
     from_command_line = set()
-    for override in overrides:
-        key, value = _parse_override(override)
+    for key, value, override in given:
         _set(data, key, value, override)
         from_command_line.add(".".join(key))
     data.pop("resolved", None)  # a run folder's config.yaml may be given again

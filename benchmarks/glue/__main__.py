@@ -85,7 +85,9 @@ def collect(name: str, made: dict[str, Any]) -> None:
     if before.get("teacher") != made["teacher"]:
         before = {}
     methods = {**before.get("methods", {}), **made["methods"]}
-    methods = {name: methods[name] for name in sorted(methods, key=lambda name: list(LOSSES).index(name[:-2]))}
+    methods = {
+        name: methods[name] for name in sorted(methods, key=lambda name: list(LOSSES).index(name.rpartition("-")[0]))
+    }
     hold_against_first(methods)
     merged = {**before, **made, "methods": methods}
     RESULTS.write_text(json.dumps({**known, name: merged}, indent=1) + "\n")
