@@ -57,6 +57,7 @@ class World:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles for every shape, and text has many
         else:
             self.device = torch.device("cpu")
             os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -51,7 +51,7 @@ from pkd_dist.model import encoder, fit, layers, student
 from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.ranks import discover
 from pkd_dist.stages import Markers, Stage, absent
-from pkd_dist.student.distill import DistillationLoss, cached_answers, live_answers
+from pkd_dist.student.distill import Answers, DistillationLoss, cached_answers, live_answers
 from pkd_dist.teacher import cache
 from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.teacher.cache import CacheReader, Fingerprint
@@ -505,7 +505,7 @@ class Pipeline:
         setting, data = self.config.task.class_weights, self.outputs["data"]
         labels_N = np.asarray(self._tokens("train").labels_N)
         weights_C = self.world.on_main(lambda: class_weights(setting, labels_N, data["classes"], data["class_names"]))
-        return None if weights_C is None else torch.from_numpy(weights_C)
+        return None if weights_C is None else torch.from_numpy(weights_C).to(self.world.device)
 
     @property
     def _labels(self) -> dict[str, Any]:
@@ -755,12 +755,12 @@ class Pipeline:
 
     def _distill(self) -> dict[str, Any]:
         config = self.config
-        answers = None
+        answers: Answers | None = None
         if self.cached:
             manifest = self.world.on_main(lambda: cache.read_manifest(self._cache_folder))
             shards = range(self.world.rank, len(manifest["shards"]) if manifest else 0, self.world.size)
             reader = self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
-            answers = cached_answers(reader, self.world.device)
+            answers = cached_answers(reader)
         elif config.distill.alpha or self.pairs:
             answers = live_answers(self._live_teacher(self._fingerprint().layers))
         module = student.open_student(
@@ -775,9 +775,8 @@ class Pipeline:
         job = Job(
             name="distill",
             module=module,
-            losses=DistillationLoss(
-                config.distill, answers, tuple(mine for mine, _ in self.pairs), self._class_weights()
-            ),
+            losses=DistillationLoss(config.distill, tuple(mine for mine, _ in self.pairs), self._class_weights()),
+            answers=answers,
             train=self._tokens(self._taught),
             dev=self._tokens("dev"),
             task=self.task,

@@ -86,7 +86,7 @@ def whole_run(body: Path, data: Path, folder: Path) -> dict[str, Any]:
         "student": {"layers": [1, 3]},
         "train": {"epochs": 2, "batch_size": 16, "learning_rate": 3e-3, "deepspeed": "ds_configs/zero1.json"},
         "cache": {"shard_rows": 50},
-        "checkpoint": {"every_steps": 5},
+        "checkpoint": {"every_steps": 5, "min_seconds": 0},
         "evaluate": {"latency_samples": 10},
         "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},

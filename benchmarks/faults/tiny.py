@@ -75,10 +75,11 @@ def write_config(settings: dict[str, Any], folder: Path) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: this Python's tools on PATH, one thread, no variables of a launcher."""
+    """The environment of a child: this Python's tools and packages, one thread, no variables of a launcher."""
     clean = {k: v for k, v in os.environ.items() if k not in _OF_A_LAUNCHER}
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
-    return clean | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+    packages = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
+    return clean | {"PATH": path, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"} | extra
 
 
 def command(*arguments: str | Path, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:

@@ -85,7 +85,7 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
         "student": {"layers": [1, 3]},
         "train": {"epochs": EPOCHS, "batch_size": 16, "learning_rate": 3e-4, "deepspeed": "ds_configs/zero1.json"},
         "cache": {"shard_rows": 50},
-        "checkpoint": {"every_steps": 5},
+        "checkpoint": {"every_steps": 5, "min_seconds": 0},
         "evaluate": {"latency_samples": 10},
         "export": {"formats": ["safetensors"]},
         "metrics": {"port": 0},

@@ -1,6 +1,6 @@
 """`make bench-glue`: trains all methods on each data set, one after the other; goes on where it was stopped.
 
-python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench]
+python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench] [key=value ...]
 python -m benchmarks.glue --report       # docs/results.md and its plot from benchmarks/results/glue.json alone
 """
 
@@ -57,13 +57,14 @@ DATA = {
 
 
 def run(
-    name: str, glue_dir: Path | None, losses: list[str], depths: list[int], seeds: int, output: Path, jobs: int
-) -> dict[str, Any]:
+    name: str, glue_dir: Path | None, losses: list[str], depths: list[int], seeds: int, output: Path, jobs: int,
+    settings: list[str],
+) -> dict[str, Any]:  # fmt: skip
     from pkd_dist.compare import Comparison
     from pkd_dist.config import load
 
     data = DATA[name]
-    overrides = [f"task.data={glue_dir}/{data.folder}"] if data.folder else []
+    overrides = [*([f"task.data={glue_dir}/{data.folder}"] if data.folder else []), *settings]
     config = str(HERE / f"{name}.yaml")
     fewer = {"train.epochs": int(load(config).train.epochs * data.text_epochs)}
     methods = {
@@ -114,6 +115,13 @@ def speeds(output: Path) -> dict[str, Any]:
     return {"machine": f"{torch.get_num_threads()} threads of {processor()}", "layers": layers}
 
 
+def trainer() -> str:
+    """The device that runs train on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
 def chosen(text: str, allowed: Any, option: str, parser: argparse.ArgumentParser) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in map(str, allowed)]:
@@ -133,7 +141,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md from what is measured")
-    options = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
+    options = parser.parse_intermixed_args()
     only = chosen(options.only, DATA, "--only", parser)
     losses = chosen(options.losses, LOSSES, "--losses", parser)
     depths = [int(depth) for depth in chosen(options.layers, COPIED, "--layers", parser)]
@@ -143,8 +152,9 @@ def main() -> None:
     for name in [] if options.report else only:
 
         def work(name: str = name) -> None:
-            made = run(name, options.glue_dir, losses, depths, options.seeds, options.output, options.jobs)
-            collect(name, {**made, "speed": speeds(options.output / name)})
+            made = run(name, options.glue_dir, losses, depths, options.seeds, options.output, options.jobs,
+                       options.overrides)  # fmt: skip
+            collect(name, {**made, "trained_on": trainer(), "speed": speeds(options.output / name)})
 
         if status := guarded(work):
             leave(status)

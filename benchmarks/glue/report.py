@@ -100,6 +100,8 @@ def _section(name: str, made: dict[str, Any]) -> str:
         ])  # fmt: skip
     text = [f"## {TITLES[name]}", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
     text.append(f"*kept*: {made['metric']} over the teacher's{' on ' + shown['score'] if pooled else ''}.")
+    if device := made.get("trained_on"):
+        text[-1] += f" Trained on {device}."
     if speeds := made.get("speed"):
         text += ["", f"Speed, float32, {speeds['machine']}, all models on the same inputs in turn:", ""]
         text += [

@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--only", help="contestants, separated by commas; default: all, on a GPU those of one rank")
     parser.add_argument("--slow-steps", type=int, default=100, help="timed steps of a contestant that is not run whole")
     parser.add_argument(
+        "--slices", action="store_true", help="time all but ours on such steps; their accuracy stays open"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything; nothing that it says is a result"
     )
     parser.add_argument(
@@ -68,7 +71,8 @@ def main() -> None:
             overrides = ["train.epochs=1", *overrides]
         seeds = tuple(range(1, options.seeds + 1))
         teacher = Path(locate(str(options.teacher), "--teacher")).resolve() if options.teacher else None
-        bench = Bench(output, teacher, data, seeds, tuple(only), slow_steps, blocks, tuple(overrides), options.device)
+        bench = Bench(output, teacher, data, seeds, tuple(only), slow_steps, blocks, tuple(overrides), options.device,
+                      options.slices)  # fmt: skip
         if not options.report:
             bench.run()
         results = options.results or (output if options.quick else performance.RESULTS) / performance.peers_file(

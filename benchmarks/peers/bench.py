@@ -78,6 +78,7 @@ class Bench:
         blocks: of the step with and without DeepSpeed: steps of a block, and blocks of each kind.
         settings_of_all: section.key=value, for every contestant.
         device: cpu or cuda; of a GPU one.
+        slices: whether all but ours are timed on `slow_steps` steps alone.
     """
 
     output: Path
@@ -89,6 +90,11 @@ class Bench:
     blocks: tuple[int, int]
     settings_of_all: tuple[str, ...] = ()
     device: str = "cpu"
+    slices: bool = False
+
+    def whole(self, name: str) -> bool:
+        """Whether a contestant trains all epochs in every round."""
+        return CONTESTANTS[name].whole and (not self.slices or CONTESTANTS[name].role == "ours")
 
     @property
     def teacher(self) -> Path:
@@ -105,7 +111,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         return {
             "teacher": str(self.given_teacher), "slow_steps": self.slow_steps, "blocks": list(self.blocks),
-            "overrides": self._common, "device": self.device,
+            "overrides": self._common, "device": self.device, "slices": self.slices,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -121,10 +127,10 @@ class Bench:
             names = [name for name in CONTESTANTS if name in self.only]
             first = number * len(names) // len(self.seeds)  # another one begins each round
             for name in [*names[first:], *names[:first], *(o for o in OTHERS if o in self.only)]:
-                self._measure(name, seed, CONTESTANTS[name].whole if name in CONTESTANTS else False)
-        for seed in self.seeds:
+                self._measure(name, seed, name in CONTESTANTS and self.whole(name))
+        for seed in self.seeds if not self.slices else ():
             for name in self.only:
-                if name in CONTESTANTS and not CONTESTANTS[name].whole and CONTESTANTS[name].scored_by is None:
+                if name in CONTESTANTS and not self.whole(name) and CONTESTANTS[name].scored_by is None:
                     self._measure(name, seed, True)
 
     def _open(self) -> None:
@@ -149,7 +155,9 @@ class Bench:
         return watched
 
     def file(self, name: str, seed: int, whole: bool) -> Path:
-        return self.output / f"seed-{seed}" / (f"{name}-whole.json" if whole and _sliced(name) else f"{name}.json")
+        return (
+            self.output / f"seed-{seed}" / (f"{name}-whole.json" if whole and not self.whole(name) else f"{name}.json")
+        )
 
     def _measure(self, name: str, seed: int, whole: bool) -> None:
         path = self.file(name, seed, whole)
@@ -208,7 +216,3 @@ class Bench:
         }  # fmt: skip
         shutil.rmtree(run)
         return found, watched
-
-
-def _sliced(name: str) -> bool:
-    return name in CONTESTANTS and not CONTESTANTS[name].whole

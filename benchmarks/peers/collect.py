@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def collect(bench: Bench) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": {
             "processor": watch.processor(), "cores": watch.cores(), "device": _device(bench),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+            "versions": {"python": platform.python_version()} | _versions(),
         },
         "settings": {
             **work, "seeds": list(bench.seeds), "batch_size": config.train.batch_size,
@@ -55,6 +56,14 @@ def collect(bench: Bench) -> dict[str, Any]:
             found["executed_share"] = _share(found["executed_flops"], found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
     return out | _engine(bench) | _ratios(out["contestants"], peaks)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _device(bench: Bench) -> str:
@@ -98,7 +107,7 @@ def _contestant(
     bench: Bench, name: str, config: Config, tokens: TokenSet, shapes: tuple[Shape, Shape]
 ) -> dict[str, Any] | None:
     contestant = CONTESTANTS[name]
-    rounds = _read(bench, name, contestant.whole)
+    rounds = _read(bench, name, bench.whole(name))
     if not rounds:
         return None
     total = len_tokens(tokens) * config.train.epochs
@@ -124,11 +133,11 @@ def _contestant(
         "title": contestant.title, "role": contestant.role,
         "precision": rounds[0].get("precision", contestant.precision),
         "ranks": rounds[0]["ranks"],
-        "threads": rounds[0]["threads"], "measured": "whole" if contestant.whole else f"{bench.slow_steps} steps",
+        "threads": rounds[0]["threads"], "measured": "whole" if bench.whole(name) else f"{bench.slow_steps} steps",
         "seconds": seconds, "seconds_each": each, "teacher_seconds": statistics.median(teacher),
         "training_seconds": statistics.median(training),
         "samples_per_second": len(tokens) * config.train.epochs / seconds,
-        "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if contestant.whole else None,
+        "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if bench.whole(name) else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
         "largest_process_bytes": max(found["largest_process_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],

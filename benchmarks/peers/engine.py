@@ -3,7 +3,8 @@ batches, in turn in blocks of some steps, on one rank.
 
     plain     a hand-written loop: autocast, backward, clipping, torch's fused AdamW
     engine    the same loop through the project's engine, so through DeepSpeed
-    loop      a step of the project's training loop: that, and metrics, records, agreement on stop signals
+    loop      a step of the project's training loop: that, and metrics, records, agreement on stop signals; on a GPU
+              the whole step as one launch, in place of the engine's
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Plain:
     def step(self, micro: list[Batch]) -> None:
         for batch in micro:
             batch = batch.to(self.device)
-            terms = self.job.losses(self, batch)  # type: ignore[arg-type]
+            terms = self.job.losses(self, batch)
             (terms["total"] * batch.weight_B).sum().backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.max_grad_norm)
         for group in self._optimizer.param_groups:
@@ -61,6 +62,10 @@ class Plain:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._done += 1
+
+
+def _batches(trainer: Trainer, order: np.ndarray, step: int) -> list[Batch]:
+    return [trainer.answered(batch) for batch in trainer.batches.step(order, step)]
 
 
 def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
@@ -86,14 +91,14 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
         order = trainer.batches.order(0)
 
         def engine_step(step: int) -> None:
-            _through_the_engine(trainer, trainer.batches.step(order, step), trainer.progress.step)
+            _through_the_engine(trainer, _batches(trainer, order, step), trainer.progress.step)
             trainer.progress.step += 1
 
         def loop_step(step: int) -> None:
             trainer._step(order, step)
 
         ways: dict[str, Callable[[int], None]] = {
-            "plain": lambda step: plain.step(trainer.batches.step(order, step)),
+            "plain": lambda step: plain.step(_batches(trainer, order, step)),
             "engine": engine_step,
             "loop": loop_step,
         }

@@ -33,6 +33,7 @@ from pkd_dist.teacher.cache import CacheReader  # noqa: E402
 from pkd_dist.telemetry import Telemetry  # noqa: E402
 from pkd_dist.training.engine import Engine  # noqa: E402
 from pkd_dist.training.loop import Job, Trainer  # noqa: E402
+from pkd_dist.training.whole import WholeStep  # noqa: E402
 
 PHASES: dict[str, tuple[tuple[type, str], ...]] = {
     "step": ((Trainer, "_step"),),
@@ -41,6 +42,7 @@ PHASES: dict[str, tuple[tuple[type, str], ...]] = {
     "forward": ((Engine, "__call__"),),
     "backward": ((Engine, "backward"), (Engine, "micro_step")),
     "engine step": ((Engine, "step"),),
+    "whole step": ((WholeStep, "__call__"),),
 }
 """Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
 metrics, records, and the agreement of the ranks."""

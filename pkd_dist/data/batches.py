@@ -27,12 +27,13 @@ class Batch:
     """One micro-batch of one rank.
 
     Attributes:
-        rows_B: int64 positions in the token set.
-        ids_B: int64 example ids, the key of the teacher's cache.
+        rows_B: int64 positions in the token set; empty where the batch was made on the device.
+        ids_B: int64 example ids, the key of the teacher's cache; likewise.
         input_ids_BL, attention_mask_BL, type_ids_BL: int64; type_ids_BL is None where the tokenizer makes none.
         labels_B: int64 or float32.
         weight_B: float32: 1 / size of the global batch, 0 for padding rows; sums to 1 over micro-batches and ranks.
         tokens: real tokens in it, padding left out.
+        teacher_logits_BC, teacher_states: the teacher's answers, states (B, M, H) or (B, L, M, H); None where there are none.
     """
 
     rows_B: np.ndarray
@@ -43,6 +44,12 @@ class Batch:
     labels_B: torch.Tensor
     weight_B: torch.Tensor
     tokens: int
+    teacher_logits_BC: torch.Tensor | None = None
+    teacher_states: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -51,14 +58,32 @@ class Batch:
         return out if self.type_ids_BL is None else out | {"token_type_ids": self.type_ids_BL}
 
     def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        tensors = {
-            k: v.pin_memory().to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, torch.Tensor)
-        }
-        return Batch(**{**vars(self), **tensors})
+        return Batch(**{**vars(self), **{name: pinned(tensor, device) for name, tensor in self.tensors.items()}})
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Equal for batches whose tensors have equal shapes."""
+        return sum((tuple(tensor.shape) for tensor in self.tensors.values()), ())
+
+    def fill(self, other: Batch) -> None:
+        """Takes over the tensors of another batch of the same key, into the memory of its own."""
+        for name, tensor in other.tensors.items():
+            on_host = tensor.device.type == "cpu" != self.weight_B.device.type
+            self.tensors[name].copy_(tensor.pin_memory() if on_host else tensor, non_blocking=True)
+
+    def batch(self) -> Batch:
+        """Itself."""
+        return self
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, of a GPU by a copy that the host does not wait for."""
+    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def padded_length(lengths_B: np.ndarray) -> int:
+    """Of the rows of a batch: their longest, rounded up to `MULTIPLE`."""
+    return -(-int(lengths_B.max()) // MULTIPLE) * MULTIPLE
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -89,8 +114,7 @@ def collate(tokens: TokenSet, rows_B: np.ndarray, weight_B: np.ndarray, pad_id: 
     """Gathers rows of the flat arrays into one padded batch, without Python per example or token."""
     starts_B, stops_B = tokens.offsets_N1[rows_B], tokens.offsets_N1[rows_B + 1]
     lengths_B = stops_B - starts_B
-    longest = -(-int(lengths_B.max()) // MULTIPLE) * MULTIPLE
-    within_L = np.arange(longest)
+    within_L = np.arange(padded_length(lengths_B))
     mask_BL = within_L < lengths_B[:, None]
     index_BL = np.where(mask_BL, starts_B[:, None] + within_L, 0)
     ids_BL = np.where(mask_BL, tokens.input_ids_T[index_BL], pad_id)
@@ -133,16 +157,17 @@ class TrainingBatches:
 
     def step(self, order: np.ndarray, step: int) -> list[Batch]:
         """The micro-batches of this rank in one step: always the same number, each of the same number of rows."""
+        return [collate(self.tokens, rows, weight, self.pad_id) for rows, weight in self.rows(order, step)]
+
+    def rows(self, order: np.ndarray, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows and weights of the same micro-batches."""
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
         size, count = micro_batches(self.batch_size, self.world_size, self.micro_batch_size)
         mine = batch[self.rank :: self.world_size]
         # a rank without rows in the last, short batch computes one of the batch's at weight 0
         shown = np.resize(mine if len(mine) else batch, size * count) if len(mine) < size * count else mine
         weight = np.where(np.arange(size * count) < len(mine), 1.0 / len(batch), 0.0)
-        return [
-            collate(self.tokens, shown[i : i + size], weight[i : i + size], self.pad_id)
-            for i in range(0, size * count, size)
-        ]
+        return [(shown[i : i + size], weight[i : i + size]) for i in range(0, size * count, size)]
 
 
 def scoring_batches(tokens: TokenSet, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:

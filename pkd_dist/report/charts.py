@@ -382,6 +382,7 @@ PARTS = {
     "backward": "backward pass",
     "ranks": "waiting for ranks",
     "optimizer": "optimizer",
+    "device": "all of it on the GPU",
 }
 
 
@@ -390,9 +391,10 @@ def step_time(run: Run) -> Plot | None:
     timed = [line["seconds"] for line in run.steps if "seconds" in line]
     if not timed:
         return None
-    means = {part: float(np.mean([line[part] for line in timed])) for part in ("step", *PARTS)}
+    means = {part: float(np.mean([line.get(part, 0.0) for line in timed])) for part in ("step", *PARTS)}
     rest = means["step"] - sum(means[part] for part in PARTS)
-    parts = {name: (means[part], "student") for part, name in PARTS.items()} | {"the rest": (max(0.0, rest), "student")}
+    parts = {name: (means[part], "student") for part, name in PARTS.items() if means[part]}
+    parts |= {"the rest": (max(0.0, rest), "student")}
     median = float(np.median([line["step"] for line in timed]))
     note = (
         f"{duration(means['step'])} on average, median {duration(median)}; rank 0, forward with the teacher's answers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,24 +13,46 @@ from pkd_dist.data.batches import Batch
 from pkd_dist.student.losses import hard_loss, patience_loss, soft_loss
 from pkd_dist.teacher.build import LiveTeacher
 from pkd_dist.teacher.cache import CacheReader
-from pkd_dist.training.engine import Engine
 
-Answers = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-"""batch -> the teacher's logits (B, C) and states (B, M, H) or (B, L, M, H)."""
+Answers = Callable[[Batch], Batch]
+"""Adds the teacher's answers to a batch."""
+_AT_ONCE = 65536
+Student = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
+"""(inputs, layers, tokens) -> logits and states, as `Encoder`: itself, or the engine around it."""
 
 
-def cached_answers(reader: CacheReader, device: torch.device) -> Answers:
-    def answers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, states = reader.rows_of(np.asarray(batch.ids_B), batch.input_ids_BL.shape[1])
-        return logits.to(device, non_blocking=True), states.to(device, non_blocking=True)
+class CachedAnswers:
+    """The teacher's answers from its cache."""
 
-    return answers
+    def __init__(self, reader: CacheReader):
+        self._reader = reader
+
+    def __call__(self, batch: Batch) -> Batch:
+        logits, states = self._reader.rows_of(np.asarray(batch.ids_B), batch.input_ids_BL.shape[1])
+        return replace(batch, teacher_logits_BC=logits, teacher_states=states)
+
+
+class CachedFirstTokens(CachedAnswers):
+    """Those of [CLS] alone: `AnswersOfAll` too."""
+
+    def nbytes(self, examples: int) -> int:
+        return examples * sum(part.nbytes for part in self.of(self._reader.some_id))
+
+    def of(self, ids_N: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [self._reader.rows_of(ids_N[i : i + _AT_ONCE], 0) for i in range(0, len(ids_N), _AT_ONCE)]
+        logits, states = zip(*parts, strict=True)
+        return torch.cat(logits), torch.cat(states)
+
+
+def cached_answers(reader: CacheReader) -> CachedAnswers:
+    return CachedAnswers(reader) if reader.by_token else CachedFirstTokens(reader)
 
 
 def live_answers(teacher: LiveTeacher) -> Answers:
-    def answers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def answers(batch: Batch) -> Batch:
+        batch = batch.to(teacher.device)
         logits, states = teacher(batch.inputs)
-        return logits.clone(), states.clone()  # out of inference mode
+        return replace(batch, teacher_logits_BC=logits.clone(), teacher_states=states.clone())  # out of inference mode
 
     return answers
 
@@ -40,29 +62,27 @@ class DistillationLoss:
     """L = (1 - alpha) * CE + alpha * DS + beta * PT per example; see `losses.py`.
 
     Attributes:
-        answers: where the teacher's side comes from; None where it has no weight.
         layers: student layers (0: the embeddings) that are paired, in the order of the teacher's states; may be empty.
         class_weights_C: see `hard_loss`.
     """
 
     distill: Distill
-    answers: Answers | None
     layers: tuple[int, ...]
     class_weights_C: torch.Tensor | None = None
 
-    def __call__(self, engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, student: Student, batch: Batch) -> dict[str, torch.Tensor]:
         d = self.distill
         by_token = d.states == "tokens"
-        logits_BC, states = engine(batch.inputs, self.layers, by_token)
+        logits_BC, states = student(batch.inputs, self.layers, by_token)
         terms = {"ce": hard_loss(logits_BC, batch.labels_B, self.class_weights_C)}
         total = (1 - d.alpha) * terms["ce"]
-        if self.answers is not None:
-            teacher_BC, teacher_states = self.answers(batch)
         if d.alpha:
-            terms["ds"] = soft_loss(logits_BC, teacher_BC, d.temperature, d.ds_reduction)
+            assert batch.teacher_logits_BC is not None
+            terms["ds"] = soft_loss(logits_BC, batch.teacher_logits_BC, d.temperature, d.ds_reduction)
             total = total + d.alpha * terms["ds"]
         if self.layers:
+            assert states is not None and batch.teacher_states is not None
             mask_BL = batch.attention_mask_BL if by_token else None
-            terms["pt"] = patience_loss(states, teacher_states, d.normalize, d.pt_reduction, mask_BL)
+            terms["pt"] = patience_loss(states, batch.teacher_states, d.normalize, d.pt_reduction, mask_BL)
             total = total + d.beta * terms["pt"]
         return {"total": total, **terms}

@@ -30,7 +30,10 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Of a forward pass, by device: a GPU wants many at once."""
+_SHORT = 32
+"""Tokens up to which a GPU attends by plain matrix products."""
 
 
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
@@ -61,6 +64,7 @@ class LiveTeacher:
         device: torch.device,
     ):
         self.encoder = Encoder(model, all_tokens=tokens).to(device, DTYPES[precision]).eval()
+        self._attention = model.config._attn_implementation
         self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device
         self.hidden = int(model.config.hidden_size)
 
@@ -71,6 +75,8 @@ class LiveTeacher:
         Raises:
             UserError: a value is not finite, or does not fit the cache's dtype.
         """
+        if self.device.type == "cuda" and self._attention == "sdpa":
+            self._attend(inputs["input_ids"].shape[1])
         logits, states = self.encoder(inputs, self.layers, self.tokens)
         if states is None:
             shape = (*logits.shape[:1], *([inputs["input_ids"].shape[1]] if self.tokens else []), 0, self.hidden)
@@ -81,6 +87,12 @@ class LiveTeacher:
                 "the teacher's outputs are not finite at this precision; set cache.precision and cache.dtype to float32"
             )
         return logits, states
+
+    def _attend(self, length: int) -> None:
+        """Fused attention works on tiles of at least 64 tokens, most of which short sentences leave empty."""
+        wanted = "eager" if length <= _SHORT else "sdpa"
+        if self.encoder.model.config._attn_implementation != wanted:
+            self.encoder.model.set_attn_implementation(wanted)
 
 
 def build(
@@ -236,9 +248,9 @@ def _build_shard(
     logits: list[Any] = [None] * len(rows)
     states: list[Any] = [None] * len(rows)
     order = np.argsort(-lengths, kind="stable")
-    start = 0
+    start, most = 0, _BATCH_TOKENS[teacher.device.type]
     while start < len(order):
-        here = order[start : start + max(1, _BATCH_TOKENS // int(lengths[order[start]]))]
+        here = order[start : start + max(1, most // int(lengths[order[start]]))]
         batch = collate(tokens, rows[here], np.ones(len(here)), pad_id).to(teacher.device)
         logits_BC, states_B = (x.cpu() for x in teacher(batch.inputs))
         for k, place in enumerate(here):

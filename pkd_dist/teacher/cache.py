@@ -162,9 +162,14 @@ class CacheReader:
         kept = manifest["fingerprint"]["layers"]
         self._places = [kept.index(layer) for layer in expected.layers]
         self.rows: int = manifest["rows"]
-        self._tokens = manifest["fingerprint"]["states"] == "tokens"
+        self.by_token: bool = manifest["fingerprint"]["states"] == "tokens"
         self._shards = [map_tensors(folder / entry["file"])[:2] for entry in manifest["shards"]]
         self._first = np.array([int(entry["first_id"]) for entry in manifest["shards"]], dtype=np.int64)
+
+    @property
+    def some_id(self) -> np.ndarray:
+        """One example's id, (1,)."""
+        return self._first[:1]
 
     def rows_of(self, ids_B: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, C) and states (B, M, H), or (B, length, M, H) of token states with padding 0, as stored; M are the
@@ -185,7 +190,7 @@ class CacheReader:
             part = _tensor(arrays["logits"][rows], dtypes["logits"])
             hidden = (
                 self._token_states(arrays, dtypes, rows, length)
-                if self._tokens
+                if self.by_token
                 else _tensor(arrays["states"][rows[:, None], self._places], dtypes["states"])
             )
             if logits is None or states is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_model, save_model
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.engine import Engine
 from pkd_dist.training.loop import Job, Progress, Trainer
 
 
@@ -30,8 +30,8 @@ class GoldLoss:
 
     class_weights_C: torch.Tensor | None
 
-    def __call__(self, engine: Engine, batch: Batch) -> dict[str, torch.Tensor]:
-        ce_B = hard_loss(engine(batch.inputs)[0], batch.labels_B, self.class_weights_C)
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, torch.Tensor]:
+        ce_B = hard_loss(model(batch.inputs)[0], batch.labels_B, self.class_weights_C)
         return {"total": ce_B, "ce": ce_B}
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-PARTS = ("data", "forward", "backward", "ranks", "optimizer")
+PARTS = ("data", "forward", "backward", "ranks", "optimizer", "device")
 
 
 class StepClock:
@@ -20,6 +20,7 @@ class StepClock:
         start: `time.perf_counter()` at its beginning.
         seconds: of this rank, by part: `data` (the batch made), `forward` (and the teacher's answers fetched), `backward`
             (and gradients averaged over ranks), `ranks` (sums over all ranks, and the wait for slower ones), `optimizer`.
+            `device` is for a step that is launched whole (`whole.py`), and stays 0 here.
     """
 
     def __init__(self, device: torch.device):

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from pkd_dist.data.batches import Batch
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.training.shared import open_shared
 from pkd_dist.training.state import OptimizerState, persistent_buffers
+from pkd_dist.training.whole import WholeStep
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Engine:
         offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
         self._clips = self.stage == 0 and not _is_half(deepspeed) and not offload
         self._scale = float(world.size * plan.accumulation)
-        self._plan = plan
+        self._plan, self._device = plan, world.device
         config = {
             **deepspeed,
             "train_batch_size": plan.micro_batch_size * plan.accumulation * world.size,
@@ -144,6 +146,19 @@ class Engine:
         self.module = module
         self.state = OptimizerState(module, self._engine.optimizer, self._adam, self.stage, world.rank, world.size)
 
+    def whole_step(
+        self, losses: Callable[[nn.Module, Batch], dict[str, torch.Tensor]], terms: Sequence[str]
+    ) -> WholeStep | None:
+        """The whole step as one launch, in place of `backward` and `step`, where a lone rank's GPU can do it; else None.
+
+        Args:
+            losses, terms: see `WholeStep`.
+        """
+        if not self._clips or self._scale != 1 or self._device.type != "cuda":
+            return None
+        self.state.allocate()
+        return WholeStep(self.module, self._adam, losses, terms, self._plan.max_grad_norm, self._device, capture=True)
+
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
@@ -168,10 +183,14 @@ class Engine:
             DivergedError: the norm is not finite; no weight was changed. (Under fp16 a step may be skipped while the
                 loss scale falls: then the norm returned is infinite.)
         """
-        rate = self._plan.learning_rate * self._factor(step)
+        rate = self.rate(step)
         for group in self._adam.param_groups:
             group["lr"] = rate
         return self._update(), rate
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step that comes after `step` others."""
+        return self._plan.learning_rate * self._factor(step)
 
     def _update(self) -> float:
         if self._clips:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from pkd_dist import checkpoint
 from pkd_dist.checkpoint import Shards
 from pkd_dist.config import Checkpoint as CheckpointConfig
-from pkd_dist.data.batches import Batch, TrainingBatches, micro_batches
+from pkd_dist.data.batches import Batch, TrainingBatches, collate, micro_batches
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
@@ -33,11 +33,13 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
 from pkd_dist.telemetry.trackers import Tracking
-from pkd_dist.training.clock import StepClock
+from pkd_dist.training.clock import PARTS, StepClock
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
+from pkd_dist.training.resident import Rows, open_resident
+from pkd_dist.training.whole import Values
 
 TERMS = ("total", "ce", "ds", "pt")
-LossTerms = Callable[[Engine, Batch], dict[str, torch.Tensor]]
+LossTerms = Callable[[Any, Batch], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Job:
     Attributes:
         name: what it is called in messages.
         module: trained in place.
-        losses: (engine, batch) -> per-example terms (B,), among `TERMS`, `total` always.
+        losses: (engine or module, batch) -> per-example terms (B,), among `TERMS`, `total` always. Of tensors alone: it may
+            be captured and replayed.
+        answers: adds to a batch what the teacher says to it; None: the losses need nothing of it.
         train, dev: token sets.
         deepspeed: the DeepSpeed JSON.
         folder: where checkpoints live.
@@ -79,6 +83,19 @@ class Job:
     folder: Path
     records: Path
     fingerprint: str
+    answers: Callable[[Batch], Batch] | None = None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be doing: what the host knows of it."""
+
+    values: Values
+    step: int
+    learning_rate: float
+    examples: int
+    tokens: int
+    data_seconds: float
 
 
 @dataclass
@@ -115,6 +132,10 @@ class Trainer:
         self.engine = Engine(job.module, deepspeed, plan, world)
         self.progress = Progress()
         self._resume()
+        self._whole = self.engine.whole_step(job.losses, TERMS)
+        self._resident = open_resident(job.train, job.answers, job.pad_id, world.device) if self._whole else None
+        self._launched: Launched | None = None
+        self._landed, self._saved = 0.0, time.monotonic()
         self.records = Records(job.records) if world.main else None
         self.tracking = Tracking([])
         world.on_main(self._track)
@@ -161,7 +182,8 @@ class Trainer:
             while progress.step < self.total_steps or self._due():
                 if self._due():
                     self._evaluate(progress.step // self.batches.steps)
-                    self._save()
+                    if progress.step == self.total_steps or self._enough_to_lose():
+                        self._save()
                     continue
                 epoch, step_in_epoch = divmod(progress.step, self.batches.steps)
                 order = self.batches.order(epoch)
@@ -171,8 +193,13 @@ class Trainer:
                     bar.advance(1, note)
                     if stop:
                         self._preempted(stop)
-                    if not self._due() and progress.step % job.checkpoint.every_steps == 0:
+                    passed = progress.step % job.checkpoint.every_steps == 0
+                    if passed and not self._due() and self._enough_to_lose():
                         self._save()
+
+    def _enough_to_lose(self) -> bool:
+        """Whether the last checkpoint is so long ago that another is worth its time; collective."""
+        return self.world.broadcast(time.monotonic() - self._saved >= self.job.checkpoint.min_seconds)
 
     def _due(self) -> bool:
         """Whether an epoch has ended that is to be evaluated, and is not yet."""
@@ -191,15 +218,18 @@ class Trainer:
 
     def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
+        return self._launch(order, step) if self._whole else self._do(order, step)
+
+    def _do(self, order: np.ndarray, step: int) -> tuple[str, int]:
+        """A step through the engine, part by part."""
         clock = StepClock(self.world.device)
         self.world.at(f"{self.job.name}, step {self.progress.step + 1}")
-        # what is drawn in a step depends on nothing else, so a resume needs no random state
         self._seed()
         micro = self.batches.step(order, step)
         clock.ended("data")
         sums = np.zeros(len(TERMS) + 3)  # terms, tokens, not finite, stop signal
         for i, batch in enumerate(micro):
-            batch = batch.to(self.world.device)
+            batch = self.answered(batch).to(self.world.device)
             terms = self.job.losses(self.engine, batch)
             weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
             clock.ended("forward")
@@ -216,25 +246,67 @@ class Trainer:
         sums[-1] = self.world.stop_signal()
         sums = self.world.sum(sums)
         clock.ended("ranks")
+        progress = self.progress
         if sums[-2]:
             self._show_loss(sums)
-            self._diverged("the loss", local, [])
-        progress = self.progress
+            self._diverged("the loss", progress.step + 1, local, [])
         try:
             norm, learning_rate = self.engine.step(progress.step)
         except DivergedError:
-            self._diverged("the gradient", local, micro)
+            self._diverged("the gradient", progress.step + 1, local, micro)
         clock.ended("optimizer")
         examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
         progress.step += 1
         progress.samples += examples
         progress.tokens += int(sums[len(TERMS)])
-        seconds = time.perf_counter() - clock.start
-        losses = dict(zip(TERMS, sums.tolist(), strict=False))
-        self._log_step(losses, learning_rate, norm, examples, int(sums[len(TERMS)]), {"step": seconds, **clock.seconds})
-        parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
+        seconds = {"step": time.perf_counter() - clock.start, **clock.seconds}
+        note = self._log_step(progress.step, sums, learning_rate, norm, examples, int(sums[len(TERMS)]), seconds)
         stop = max(self.world.gather(self.world.stop_signal())) if sums[-1] else 0
-        return f"loss {losses['total']:.4f} ({parts}) {examples / seconds:.0f} samples/s", stop
+        return note, stop
+
+    def _launch(self, order: np.ndarray, step: int) -> tuple[str, int]:
+        """A lone rank's step as one launch; what is shown is the step before, which the device has done by then."""
+        assert self._whole is not None
+        progress, began = self.progress, time.perf_counter()
+        if self._launched is None:
+            self._landed = began
+        self.world.at(f"{self.job.name}, step {progress.step + 1}")
+        ((rows, weight),) = self.batches.rows(order, step)
+        batch: Batch | Rows
+        if self._resident:
+            batch = self._resident.rows(rows, weight)
+        else:
+            batch = self.answered(collate(self.job.train, rows, weight, self.job.pad_id))
+        data_seconds = time.perf_counter() - began
+        rate = self.engine.rate(progress.step)
+        values = self._whole(batch, rate, self._seed_of_step)
+        examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
+        progress.step += 1
+        progress.samples += examples
+        progress.tokens += batch.tokens
+        note = self._land()
+        self._launched = Launched(values, progress.step, rate, examples, batch.tokens, data_seconds)
+        return note, self.world.stop_signal()
+
+    def _land(self) -> str:
+        """Waits for the step that was launched last, if there is one, and logs it; returns what to show of it."""
+        if self._launched is None:
+            return ""
+        done, self._launched = self._launched, None
+        values, on_device = done.values.read()
+        terms, norm = values[: len(TERMS)], float(values[-1])
+        if not np.isfinite(values).all():  # its update was not done, and what came after it is dropped
+            self._show_loss(terms)
+            self._diverged("the gradient" if np.isfinite(terms).all() else "the loss", done.step, terms, [])
+        before, self._landed = self._landed, time.perf_counter()
+        took = self._landed - before
+        data = min(done.data_seconds, max(0.0, took - on_device))  # the device goes on while the host makes a batch
+        seconds = {"step": took, **dict.fromkeys(PARTS, 0.0), "data": data, "device": on_device}
+        return self._log_step(done.step, terms, done.learning_rate, norm, done.examples, done.tokens, seconds)
+
+    def answered(self, batch: Batch) -> Batch:
+        """A batch with the teacher's answers, where the losses need them."""
+        return self.job.answers(batch) if self.job.answers else batch
 
     def _show_loss(self, values: Iterable[float]) -> None:
         for name, value in zip(TERMS, values, strict=False):
@@ -242,14 +314,16 @@ class Trainer:
 
     def _log_step(
         self,
-        losses: dict[str, float],
+        step: int,
+        terms: np.ndarray,
         learning_rate: float,
         norm: float,
         examples: int,
         tokens: int,
         seconds: dict[str, float],
-    ) -> None:
-        metrics, step = self.telemetry.metrics, self.progress.step
+    ) -> str:
+        """Says what step number `step` was to metrics and records; returns it in short. `terms`: first, those of `TERMS`."""
+        metrics, losses = self.telemetry.metrics, dict(zip(TERMS, terms.tolist(), strict=False))
         metrics.step.set(step)
         metrics.epoch.set(step / self.batches.steps)
         metrics.samples.inc(examples)
@@ -260,6 +334,7 @@ class Trainer:
         metrics.learning_rate.set(learning_rate)
         metrics.grad_norm.set(norm)
         metrics.loss_scale.set(self.engine.loss_scale)
+        pace = examples / seconds["step"]
         if self.records and step % self.job.log_every_steps == 0:
             self._record(
                 {
@@ -270,11 +345,13 @@ class Trainer:
                     "learning_rate": learning_rate,
                     "grad_norm": norm,
                     **({"loss_scale": self.engine.loss_scale} if self.engine.loss_scale_expected else {}),
-                    "samples_per_second": examples / seconds["step"],
+                    "samples_per_second": pace,
                     "seconds": {part: round(value, 6) for part, value in seconds.items()},
                     "time": time.time(),
                 }
             )
+        parts = " ".join(f"{name} {losses[name]:.4g}" for name in TERMS[1:] if losses[name])
+        return f"loss {losses['total']:.4f} ({parts}) {pace:.0f} samples/s"
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.records:
@@ -283,6 +360,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         """Scores dev and keeps the weights where the task's metric is better than ever before."""
         job, progress = self.job, self.progress
+        self._land()
         self.world.at(f"{job.name}, evaluation of epoch {epoch}")
         began = time.perf_counter()
         with evaluating(job.module):
@@ -321,6 +399,7 @@ class Trainer:
 
     def _save(self) -> None:
         job, progress = self.job, self.progress
+        self._land()
         self.world.at(f"{job.name}, checkpoint of step {progress.step}", loop=False)
         state = {
             "fingerprint": job.fingerprint,
@@ -338,17 +417,18 @@ class Trainer:
             )
         self.telemetry.metrics.checkpoint_seconds.set(seconds[0])
         self.telemetry.metrics.checkpoint_time.set(time.time())
+        self._saved = time.monotonic()
         log.debug("%s: checkpoint at step %d in %.1f s", job.name, progress.step, seconds[0])
 
-    def _diverged(self, what: str, local: np.ndarray, micro: list[Batch]) -> NoReturn:
+    def _diverged(self, what: str, step: int, local: np.ndarray, micro: list[Batch]) -> NoReturn:
         """Ends the run on every rank; names the rank and the terms. `micro`: where a gradient is to be looked at again."""
         finite = np.isfinite(local).all() and self._gradient_is_finite(micro)
         every = self.world.gather((bool(finite), dict(zip(TERMS, local.tolist(), strict=False))))
         bad = next((rank for rank, (good, _) in enumerate(every) if not good), 0)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in every[bad][1].items())
         raise DivergedError(
-            f"{self.job.name}: {what} is not finite at step {self.progress.step + 1} (rank {bad}: {shown}); nothing of this "
-            f"step is saved; lower the learning rate, or look at the data of this step"
+            f"{self.job.name}: {what} is not finite at step {step} (rank {bad}: {shown}); nothing of this step is saved; "
+            f"lower the learning rate, or look at the data of this step"
         )
 
     def _gradient_is_finite(self, micro: list[Batch]) -> bool:
@@ -359,7 +439,7 @@ class Trainer:
                 parameter.register_hook(lambda gradient: good.append(torch.isfinite(gradient).all()))
         self._seed()
         for i, batch in enumerate(micro):
-            terms = self.job.losses(self.engine, batch.to(self.world.device))
+            terms = self.job.losses(self.engine, self.answered(batch).to(self.world.device))
             self.engine.backward((terms["total"] * batch.weight_B.to(terms["total"].device)).sum())
             if i + 1 < len(micro):
                 self.engine.micro_step()
@@ -373,10 +453,14 @@ class Trainer:
             number,
         )
 
-    def _seed(self) -> None:
+    @property
+    def _seed_of_step(self) -> int:
+        """What is drawn in a step depends on nothing else, so a resume needs no random state."""
         words = [self.job.seed, self.progress.step, self.world.rank]
-        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+    def _seed(self) -> None:
         if self.world.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # without a note to every accelerator that is not there
+            torch.default_generator.manual_seed(self._seed_of_step)  # without a note to accelerators that are not there
         else:
-            torch.manual_seed(seed)
+            torch.manual_seed(self._seed_of_step)

@@ -122,6 +122,13 @@ class OptimizerState:
             for key, value in counters["loss_scale"].items():
                 setattr(scaler, key, value)
 
+    def allocate(self) -> None:
+        """Makes what Adam's first step would make, where it is not there yet."""
+        for _, parameter in self._named:
+            part = self._part(parameter) if parameter.requires_grad else None
+            if part and MOMENTS[0] not in self._adam.state[part.flat]:
+                self._allocate(part.flat, 0)
+
     def _allocate(self, flat: torch.Tensor, updates: int) -> None:
         """Adam's state as its first step would make it."""
         state = self._adam.state[flat]

@@ -1,4 +1,5 @@
-"""Run under torchrun by test_nonfinite.py: training whose gradient, not its loss, is not finite on one rank at one step."""
+"""Training whose gradient, not its loss, is not finite on one rank at one step; run by test_nonfinite.py under torchrun, by
+test_whole.py alone, with the step that a GPU does whole."""
 
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from pkd_dist.ranks import discover
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.training.engine import Engine
 from pkd_dist.training.loop import Job, Trainer
+from pkd_dist.training.whole import WholeStep
 
 
 class NoGradient(torch.autograd.Function):
@@ -30,7 +33,14 @@ class NoGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def main(deepspeed, output, micro, bad_rank, bad_step):
+def made_whole(engine, losses, terms):
+    """As on a GPU, but without its graphs."""
+    engine.state.allocate()
+    limit = engine._plan.max_grad_norm
+    return WholeStep(engine.module, engine._adam, losses, terms, limit, engine._device, capture=False)
+
+
+def main(deepspeed, output, micro, bad_rank, bad_step, *whole):
     world = World(discover(), 60)
     folder = Path(output)
 
@@ -45,10 +55,13 @@ def main(deepspeed, output, micro, bad_rank, bad_step):
     job = Job(
         name="distill", module=Encoder(make_model()), losses=losses, train=tokens, dev=tokens, task=tasks.resolve(Task()),
         pad_id=0, seed=7, epochs=2, batch_size=BATCH, micro_batch_size=int(micro), eval_batch_size=64, eval_every_epochs=1,
-        log_every_steps=1, checkpoint=Checkpoint(every_steps=1), folder=folder / "checkpoints", fingerprint="",
+        log_every_steps=1, checkpoint=Checkpoint(every_steps=3 if whole else 1, min_seconds=0), folder=folder / "checkpoints", fingerprint="",
         deepspeed=load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), records=folder / "metrics.jsonl",
         **{key: value for key, value in PLAN.items() if key != "total_steps"},
     )  # fmt: skip
+    if whole:
+        Engine.whole_step = made_whole
+        torch.cuda.mem_get_info = lambda device: (1 << 30, 1 << 30)
     trainer = Trainer(job, world, Telemetry(RunMetrics(), False))
     leave(guarded(trainer.run, world.agree_on_end))
 

@@ -259,7 +259,7 @@ def stopped(body, data, tmp_path_factory):
         "student": {"layers": [1, 3]},
         "train": {"epochs": 8, "batch_size": 16, "learning_rate": 3e-3},
         "cache": {"shard_rows": 50},
-        "checkpoint": {"every_steps": 5},
+        "checkpoint": {"every_steps": 5, "min_seconds": 0},
         "evaluate": {"latency_samples": 10},
         "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},

@@ -25,8 +25,11 @@ def distill(*overrides):
 def total(settings, mine, theirs, mask=None):
     """The mean loss of a batch, as the run computes it."""
     tensors = [torch.from_numpy(x) for x in (STUDENT, TEACHER, mine, theirs)]
-    batch = SimpleNamespace(inputs={}, labels_B=torch.from_numpy(LABELS), attention_mask_BL=mask)
-    loss = DistillationLoss(settings, lambda batch: (tensors[1], tensors[3]), tuple(range(mine.shape[-2])))
+    batch = SimpleNamespace(
+        inputs={}, labels_B=torch.from_numpy(LABELS), attention_mask_BL=mask, teacher_logits_BC=tensors[1],
+        teacher_states=tensors[3],
+    )  # fmt: skip
+    loss = DistillationLoss(settings, tuple(range(mine.shape[-2])))
     return float(loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean())
 
 

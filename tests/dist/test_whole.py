@@ -1,0 +1,181 @@
+"""A whole step without a word to the host: the same optimization as the plain loop's, and on a GPU captured as graphs."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, environment
+from families import FAMILIES, SIZE, shape_of
+from plain import BATCH, PLAN, STEPS, make_model, make_tokens, train
+
+from pkd_dist.data.batches import TrainingBatches
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.student.losses import hard_loss
+from pkd_dist.training import whole
+from pkd_dist.training.engine import linear_warmup
+from pkd_dist.training.resident import Resident, open_resident
+
+TERMS = ("total", "ce", "pt")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.param("cuda", marks=GPU)
+
+
+def loss(model, batch):
+    ce_B = hard_loss(model(batch.inputs)[0], batch.labels_B)
+    return {"total": ce_B, "ce": ce_B}
+
+
+def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_norm"]):
+    named = list(model.to(device).train().named_parameters())
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if p.ndim >= 2], "weight_decay": PLAN["weight_decay"]},
+            {"params": [p for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        eps=PLAN["adam_epsilon"], fused=True,
+    )  # fmt: skip
+    for _, p in named:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        adam.state[p] = {"step": torch.zeros((), device=device), **moments}
+    return whole.WholeStep(model, adam, losses, TERMS, limit, torch.device(device), capture)
+
+
+def run(step, steps, resident=None):
+    """Values of `steps` steps, over the batches and rates of `plain.train`."""
+    batches = TrainingBatches(make_tokens(), BATCH, "auto", 7, 0, 1, 0)
+    factor, values = linear_warmup(STEPS, PLAN["warmup_ratio"]), []
+    for number in range(steps):
+        epoch, within = divmod(number, batches.steps)
+        if resident:
+            batch = resident.rows(*batches.rows(batches.order(epoch), within)[0])
+        else:
+            (batch,) = batches.step(batches.order(epoch), within)
+        values.append(step(batch, PLAN["learning_rate"] * factor(number), 100 + number))
+    return [value.read()[0] for value in values]
+
+
+@pytest.mark.parametrize("made_on_device", [False, True])
+@pytest.mark.parametrize("device", ["cpu", needs_gpu])
+def test_it_is_the_plain_loop(device, made_on_device):
+    """Against one example at a time, torch's clipping and its AdamW of single tensors, over two epochs."""
+    losses, norms, weights = train()
+    encoder = Encoder(make_model())
+    resident = Resident(make_tokens(), None, 0, torch.device(device)) if made_on_device else None
+    values = run(whole_step(encoder, device, capture=device == "cuda"), STEPS, resident)
+    assert [v[0] for v in values] == pytest.approx(losses, abs=2e-5)
+    assert [v[1] for v in values] == [v[0] for v in values] and all(v[2] == 0 for v in values)
+    assert [v[3] for v in values] == pytest.approx(norms, rel=2e-4)
+    assert min(norms) < PLAN["max_grad_norm"] < max(norms), "some steps are clipped, some not"
+    for name, parameter in encoder.named_parameters():
+        torch.testing.assert_close(parameter.detach().cpu(), weights[name], rtol=0, atol=3e-5)
+
+
+class Answers:
+    """Of a teacher that says of each example its id."""
+
+    def nbytes(self, examples):
+        return examples * 2 * (2 + 3 * 4)
+
+    def of(self, ids_N):
+        ids = torch.from_numpy(np.asarray(ids_N)).half()
+        return ids[:, None].expand(-1, 2).contiguous(), ids[:, None, None].expand(-1, 3, 4).contiguous()
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_batch_made_on_the_device_is_the_one_that_the_host_makes(typed):
+    """The last, short batch with its rows of weight 0 among them."""
+    tokens = make_tokens()
+    types = np.arange(len(tokens.input_ids_T), dtype=np.uint8) % 2
+    tokens = replace(tokens, type_ids_T=types if typed else None, ids_N=1000 + tokens.ids_N[::-1])
+    resident = Resident(tokens, Answers(), 7, torch.device("cpu"))
+    batches = TrainingBatches(tokens, BATCH, "auto", 7, 0, 1, 7)
+    order = batches.order(0)
+    for step in range(batches.steps):
+        ((rows, weight),) = batches.rows(order, step)
+        (expected,) = batches.step(order, step)
+        made = resident.rows(rows, weight).batch()
+        logits, states = Answers().of(expected.ids_B)
+        expected = replace(expected, teacher_logits_BC=logits, teacher_states=states)
+        assert made.tensors.keys() == expected.tensors.keys() and made.tokens == expected.tokens
+        for name, tensor in expected.tensors.items():
+            assert made.tensors[name].dtype == tensor.dtype and torch.equal(made.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize(("free", "there"), [(10**9, True), (10**4, False)])
+def test_a_data_set_that_is_too_large_stays_on_the_host(monkeypatch, free, there):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    for answers in (None, Answers()):
+        assert bool(open_resident(make_tokens(), answers, 0, torch.device("cpu"))) == there
+    assert not open_resident(make_tokens(), lambda batch: batch, 0, torch.device("cpu")), "a live teacher"
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    encoder, broken = Encoder(make_model()), []
+
+    def losses(model, batch):
+        out = loss(model, batch)
+        if broken:
+            out["total"] = out["total"] * float("inf") if bad == "loss" else (out["total"] - out["total"].detach()).sqrt()
+        return out
+
+    step = whole_step(encoder, "cpu", losses)
+    run(step, 2)
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    broken.append(True)
+    (values,) = run(step, 1)
+    assert bool(torch.isfinite(torch.tensor(values[0]))) == (bad == "gradient")
+    assert not torch.isfinite(torch.tensor(values[-1]))
+    for name, p in encoder.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert {float(state["step"]) for state in step._adam.state.values()} == {2.0}
+    broken.clear()
+    run(step, 1)
+    assert any(not torch.equal(p, before[name]) for name, p in encoder.named_parameters())
+
+
+def test_no_clipping():
+    free, bound = (run(whole_step(Encoder(make_model()), "cpu", limit=limit), 3) for limit in (0.0, 1e9))
+    assert [v.tolist() for v in free] == [v.tolist() for v in bound]
+
+
+def test_a_run_ends_where_a_step_is_not_finite_though_it_is_known_one_step_later(tmp_path):
+    """The step is named, the metrics end before it, and the newest checkpoint is older."""
+    command = [sys.executable, str(Path(__file__).parent / "nonfinite.py"), "ds_configs/zero0_fp32.json", str(tmp_path),
+               "12", "0", "5", "whole"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+    said = [line for line in done.stderr.splitlines() if line.startswith("pkd: ")]
+    assert len(said) == 1 and done.returncode == 3, done.stdout + done.stderr
+    assert said[0].startswith("pkd: distill: the gradient is not finite at step 5 (rank 0: total 0."), said[0]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003"]
+
+
+@GPU
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_of_each_family_equal_its_steps_one_by_one(family, caplog):
+    """With dropout, under autocast; graphs draw the same random numbers."""
+    caplog.set_level("INFO", "pkd")
+    found = {}
+    for capture in (False, True):
+        torch.manual_seed(3)
+        config = shape_of(family, num_labels=2)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        encoder = Encoder(model)
+        encoder.forward = torch.autocast("cuda", dtype=torch.bfloat16)(encoder.forward)
+        assert make_tokens().input_ids_T.max() < SIZE
+        step = whole_step(encoder, "cuda", capture=capture)
+        found[capture] = run(step, 12), [p.detach().cpu() for p in encoder.parameters()], step
+    print(family, "captured:", found[True][2]._graphs is not None, caplog.text)
+    assert (found[True][2]._graphs is not None) != ("cannot be captured" in caplog.text)
+    for one, other in zip(found[False][0], found[True][0], strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-3)
+    for one, other in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+    if family == "bert":
+        assert found[True][2]._graphs
