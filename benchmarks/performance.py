@@ -101,7 +101,7 @@ def _peers(made: dict[str, Any], device: str) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     ordered = sorted(made["contestants"].values(), key=lambda found: found["seconds"])
     rows = table(head, (_row(found) for found in ordered))
-    return "\n".join([text, rows, _verdict(made), _engine(made)])
+    return "\n".join([text, rows, _verdict(made), _job(made), _engine(made)])
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -151,6 +151,24 @@ def _verdict(made: dict[str, Any]) -> str:
             f"- Accuracy: the best of the others is {100 * ahead:+.2f} points from ours, {held} the standard error of our mean."
         )
     return "\n".join([*lines, ""])
+
+
+def _job(made: dict[str, Any]) -> str:
+    parts = []
+    if "teacher_pass" in made:
+        found = made["teacher_pass"]
+        parts.append(
+            f"The teacher's pass alone, {found['examples']:,} sentences in {found['batches']} batches, {found['precision']}: "
+            f"{found['seconds']:.2f} s, **{found['gemm_share']:.0%}** of the bfloat16 peak in executed arithmetic.\n"
+        )
+    if "job" in made:
+        found = made["job"]
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["stages"].items())
+        parts.append(
+            f"From raw text to a verified export (safetensors; 20 single sentences timed for the model card): **{found['seconds']:.1f} s** in its stages ({stages}), "
+            f"{found['command_seconds']:.1f} s from the command to its end, imports included.\n"
+        )
+    return "\n".join(parts)
 
 
 def _engine(made: dict[str, Any]) -> str:

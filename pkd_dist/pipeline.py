@@ -62,7 +62,7 @@ from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
 from pkd_dist.telemetry.publish import published
-from pkd_dist.training.engine import resolve_precision
+from pkd_dist.training.engine import load_in_background, resolve_precision
 from pkd_dist.training.loop import Job, Trainer
 
 STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
@@ -176,6 +176,8 @@ class Pipeline:
                 self._lock.release()
 
     def _run(self, stages: Sequence[str]) -> None:
+        if self.world.device.type == "cuda":
+            load_in_background()
         with contextlib.ExitStack() as stack:
             node = self._node()
             metrics = self._metrics(node)

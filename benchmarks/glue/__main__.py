@@ -78,13 +78,13 @@ def run(
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
-    """Adds to what other calls have measured with the same teacher; what was measured with another goes."""
+    """Adds to what other calls have measured with the same teacher; what was measured with another goes, but speeds."""
     from pkd_dist.compare import hold_against_first
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     before = known.get(name, {})
     if before.get("teacher") != made["teacher"]:
-        before = {}
+        before = {key: before[key] for key in before if key == "speed"}
     methods = {**before.get("methods", {}), **made["methods"]}
     methods = {
         name: methods[name] for name in sorted(methods, key=lambda name: list(LOSSES).index(name.rpartition("-")[0]))
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of each method, at most; SST-2 and RTE have 3")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--no-speed", action="store_true", help="keep the known speeds: this machine is too busy")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md from what is measured")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
     options = parser.parse_intermixed_args()
@@ -154,7 +155,8 @@ def main() -> None:
         def work(name: str = name) -> None:
             made = run(name, options.glue_dir, losses, depths, options.seeds, options.output, options.jobs,
                        options.overrides)  # fmt: skip
-            collect(name, {**made, "trained_on": trainer(), "speed": speeds(options.output / name)})
+            timed = {} if options.no_speed else {"speed": speeds(options.output / name)}
+            collect(name, {**made, "trained_on": trainer(), **timed})
 
         if status := guarded(work):
             leave(status)

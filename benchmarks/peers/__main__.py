@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing, only collect")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all contestants")
     options = parser.parse_intermixed_args()
-    both = [*CONTESTANTS, *OTHERS]
-    alone = [name for name in both if name not in CONTESTANTS or CONTESTANTS[name].ranks < 2]
+    both = [name for name in (*CONTESTANTS, *OTHERS) if name != "job"]
+    alone = [name for name in (*CONTESTANTS, *OTHERS) if name not in CONTESTANTS or CONTESTANTS[name].ranks < 2]
     only = options.only.split(",") if options.only else both if options.device == "cpu" else alone
     if unknown := [name for name in only if name not in (*CONTESTANTS, *OTHERS)]:
         parser.error(f"--only: {unknown[0]!r} is not known; allowed: {', '.join([*CONTESTANTS, *OTHERS])}")

@@ -27,6 +27,10 @@ STAGES = ("cache", "init", "distill")
 """Of ours, those that count: the teacher's pass, the student's start, its training with evaluation and checkpoints."""
 
 
+FEW_TIMINGS = ("evaluate.latency_samples=20", "evaluate.throughput_samples=64")
+"""Of a job: by default more of its time goes into timing teacher and student for the model card than into the export."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One implementation in one way of starting it.
@@ -63,8 +67,9 @@ CONTESTANTS = {
     "ours-deepspeed": Contestant("ours, deepspeed launcher/train.py", "ours", "bfloat16", 1),
     "ours-deepspeed-2": Contestant("ours, deepspeed launcher/train.py", "ours", "bfloat16", 2),
 }
-OTHERS = ("peaks", "engine")
-"""What else is measured in every round: matrix products, and a step with and without DeepSpeed."""
+OTHERS = ("peaks", "engine", "teacher", "job")
+"""What else is measured in every round: matrix products, a step with and without DeepSpeed, the teacher's pass alone, and
+a run from raw text to its verified export."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ class Bench:
             return
         log.info("peers: seed %d: %s%s", seed, name, "" if whole or name in OTHERS else f", {self.slow_steps} steps")
         contestant = CONTESTANTS.get(name)
-        measure = self._ours if contestant and contestant.role == "ours" else self._worker
+        ours = contestant and contestant.role == "ours"
+        measure = self._ours if ours else self._job if name == "job" else self._worker
         found, watched = measure(name, seed, whole)
         path.parent.mkdir(exist_ok=True)
         write_json(
@@ -191,6 +197,20 @@ class Bench:
         found = json.loads(made.read_text())
         remove(made)
         remove(scratch)
+        return found, watched
+
+    def _job(self, name: str, seed: int, whole: bool) -> tuple[dict[str, Any], watch.Watched]:
+        """All stages of a run; an export without a manifest was not verified."""
+        run = self.output / "runs" / f"{name}-{seed}"
+        remove(run)
+        argv = command(
+            "--config", CONFIG, *self.overrides(seed), f"run.dir={run}", "export.formats=[safetensors]", *FEW_TIMINGS
+        )
+        watched = self._watched(argv, self.output / "logs" / f"{name}-{seed}.log")
+        markers = sorted((run / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        found = {"stages": {path.stem: json.loads(path.read_text())["seconds"] for path in markers}}
+        json.loads((run / "export" / "manifest.json").read_text())
+        shutil.rmtree(run)
         return found, watched
 
     def _ours(self, name: str, seed: int, whole: bool) -> tuple[dict[str, Any], watch.Watched]:

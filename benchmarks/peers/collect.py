@@ -55,7 +55,7 @@ def collect(bench: Bench) -> dict[str, Any]:
             found["useful_share"] = _share(needed, found["seconds"], peaks, found["precision"])
             found["executed_share"] = _share(found["executed_flops"], found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
-    return out | _engine(bench) | _ratios(out["contestants"], peaks)
+    return out | _engine(bench) | _teacher(bench) | _job(bench) | _ratios(out["contestants"], peaks)
 
 
 def _versions() -> dict[str, str]:
@@ -171,6 +171,28 @@ def _engine(bench: Bench) -> dict[str, Any]:
             "threads": rounds[0]["threads"], "waiting_share": [found["waiting_share"] for found in rounds],
         },
     }  # fmt: skip
+
+
+def _teacher(bench: Bench) -> dict[str, Any]:
+    rounds = _read(bench, "teacher", False)
+    if not rounds:
+        return {}
+    seconds = statistics.median(second for found in rounds for second in found["seconds"])
+    peak = statistics.median(found["peak_flops_per_second"] for found in rounds)
+    made = {key: rounds[0][key] for key in ("precision", "examples", "batches", "flops")}
+    return {"teacher_pass": {**made, "seconds": seconds, "gemm_share": made["flops"] / seconds / peak}}
+
+
+def _job(bench: Bench) -> dict[str, Any]:
+    rounds = _read(bench, "job", False)
+    if not rounds:
+        return {}
+    stages = {name: statistics.median(found["stages"][name] for found in rounds) for name in rounds[0]["stages"]}
+    each = [sum(found["stages"].values()) for found in rounds]
+    command = statistics.median(found["command_seconds"] for found in rounds)
+    return {
+        "job": {"stages": stages, "seconds": statistics.median(each), "seconds_each": each, "command_seconds": command}
+    }
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Plain:
     """A student without DeepSpeed. Called as the engine is: inputs, layers, tokens -> logits and states."""
 
     def __init__(self, job: Job, total_steps: int, device: torch.device):
-        self.job, self.module, self.device = job, copy.deepcopy(job.module).to(device), device
+        self.job, self.module, self.device = job, job.module.to(device), device
         config, _ = resolve_precision(job.deepspeed, device)
         autocast = config.get("torch_autocast", {})
         self._autocast = torch.autocast(
@@ -84,15 +85,18 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
 
     def use(job: Job, world: World, telemetry: Telemetry) -> dict[str, Any]:
         torch.manual_seed(job.seed)
-        start = copy.deepcopy(job.module)  # before the engine changes the module in place
-        trainer = Trainer(job, world, telemetry)
-        plain = Plain(Job(**{**vars(job), "module": start}), trainer.total_steps, world.device)
+        # before an engine changes the module in place; a graph would not capture what another engine has trained
+        modules = [copy.deepcopy(job.module) for _ in range(2)]
+        apart = replace(job, module=modules[1], folder=job.folder / "engine", records=job.folder / "engine.jsonl")
+        through, trainer = Trainer(apart, world, telemetry), Trainer(job, world, telemetry)
+        plain = Plain(replace(job, module=modules[0]), trainer.total_steps, world.device)
+        through.engine.train()
         trainer.engine.train()
         order = trainer.batches.order(0)
 
         def engine_step(step: int) -> None:
-            _through_the_engine(trainer, _batches(trainer, order, step), trainer.progress.step)
-            trainer.progress.step += 1
+            _through_the_engine(through, _batches(through, order, step), through.progress.step)
+            through.progress.step += 1
 
         def loop_step(step: int) -> None:
             trainer._step(order, step)

@@ -50,6 +50,11 @@ def main() -> None:
     what, output = given["what"], Path(given["output"])
     if what == "peaks":
         found = measure_peaks()
+    elif what == "teacher":
+        from benchmarks.peers import teacher
+        from pkd_dist.config import load
+
+        found = teacher.measure(load(given["config"], given["overrides"]))
     elif what == "engine":
         keep_freed_blocks()  # as the launcher does, before torch is imported
         from benchmarks.peers import engine

@@ -46,7 +46,8 @@ PHASES: dict[str, tuple[tuple[type, str], ...]] = {
 }
 """Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
 metrics, records, and the agreement of the ranks."""
-WARMUP = 5
+WARMUP = {"cpu": 5, "cuda": 300}
+"""Steps before the first that counts; a GPU's graphs are made in them, one for each length."""
 
 
 def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Pat
                     orders[epoch] = trainer.batches.order(epoch)
                 trainer._step(orders[epoch], step)
 
-        do(WARMUP)
+        do(WARMUP[world.device.type])
         _wait(world)
         spans.clear()
         begin, tokens = time.perf_counter(), trainer.progress.tokens

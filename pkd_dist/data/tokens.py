@@ -74,9 +74,9 @@ def tokenize(
     for start in range(0, len(split), _CHUNK):
         check()
         chunk = [column[start : start + _CHUNK] for column in split.texts]
-        full = tokenizer(*chunk, truncation=False, verbose=False)
+        full = tokenizer(*chunk, truncation=False, return_attention_mask=False, verbose=False)
         cut = (
-            tokenizer(*chunk, truncation=True, max_length=max_length)
+            tokenizer(*chunk, truncation=True, max_length=max_length, return_attention_mask=False)
             if any(len(x) > max_length for x in full["input_ids"])
             else full
         )

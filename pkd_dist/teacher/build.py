@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from pkd_dist.data.batches import collate
+from pkd_dist.data.batches import MULTIPLE, Batch, collate, pinned
+from pkd_dist.data.resident import open_resident
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
 from pkd_dist.errors import UserError
@@ -31,9 +32,10 @@ from pkd_dist.telemetry.progress import Bar
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Of a forward pass, by device: a GPU wants many at once."""
-_SHORT = 32
-"""Tokens up to which a GPU attends by plain matrix products."""
+_GROUP_BYTES = 1 << 29
+"""Of answers that stay on a GPU until many shards' rows, sorted by length together, are done."""
+_SIMILAR = 0.75
+"""Of a batch's longest row, padded: shorter ones are for the next batch."""
 
 
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
@@ -64,35 +66,52 @@ class LiveTeacher:
         device: torch.device,
     ):
         self.encoder = Encoder(model, all_tokens=tokens).to(device, DTYPES[precision]).eval()
-        self._attention = model.config._attn_implementation
         self.layers, self.tokens, self.dtype, self.device = tuple(layers), tokens, DTYPES[dtype], device
         self.hidden = int(model.config.hidden_size)
 
-    @torch.inference_mode()
     def __call__(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, C) and states (B, M, H) or (B, L, M, H), in the cache's dtype.
 
         Raises:
             UserError: a value is not finite, or does not fit the cache's dtype.
         """
-        if self.device.type == "cuda" and self._attention == "sdpa":
-            self._attend(inputs["input_ids"].shape[1])
+        return require_finite(*self.unchecked(inputs))
+
+    @torch.inference_mode()
+    def unchecked(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same without a look at the values, for which the host would wait."""
         logits, states = self.encoder(inputs, self.layers, self.tokens)
         if states is None:
             shape = (*logits.shape[:1], *([inputs["input_ids"].shape[1]] if self.tokens else []), 0, self.hidden)
             states = logits.new_empty(shape)
-        logits, states = logits.to(self.dtype), states.to(self.dtype)
-        if not (torch.isfinite(logits).all() and torch.isfinite(states).all()):
-            raise UserError(
-                "the teacher's outputs are not finite at this precision; set cache.precision and cache.dtype to float32"
-            )
-        return logits, states
+        return logits.to(self.dtype), states.to(self.dtype)
 
-    def _attend(self, length: int) -> None:
-        """Fused attention works on tiles of at least 64 tokens, most of which short sentences leave empty."""
-        wanted = "eager" if length <= _SHORT else "sdpa"
-        if self.encoder.model.config._attn_implementation != wanted:
-            self.encoder.model.set_attn_implementation(wanted)
+
+def require_finite(logits: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, where all values are finite; raises UserError where one is not."""
+    if not (torch.isfinite(logits).all() and torch.isfinite(states).all()):
+        raise UserError(
+            "the teacher's outputs are not finite at this precision; set cache.precision and cache.dtype to float32"
+        )
+    return logits, states
+
+
+class Batches:
+    """Batches of a teacher's inputs, made where it runs.
+
+    Args:
+        device: the teacher's.
+    """
+
+    def __init__(self, tokens: TokenSet, pad_id: int, device: torch.device):
+        self.tokens, self.pad_id, self.device = tokens, pad_id, device
+        self._resident = open_resident(tokens, None, pad_id, device) if device.type == "cuda" else None
+
+    def of(self, rows_B: np.ndarray) -> Batch:
+        weight_B = np.ones(len(rows_B))
+        if self._resident:
+            return self._resident.rows(rows_B, weight_B).to(self.device).batch()
+        return collate(self.tokens, rows_B, weight_B, self.pad_id).to(self.device)
 
 
 def build(
@@ -150,19 +169,29 @@ def build(
     metrics.cache_expected.set(metrics.value("pkd_cache_rows_total") + sum(len(parts[i]) for i in todo))
 
     def build_mine() -> None:
-        teacher = make_teacher(fingerprint.layers) if todo else None
+        if not todo:
+            return
+        teacher = make_teacher(fingerprint.layers)
+        batches = Batches(tokens, pad_id, teacher.device)
+        at_once = 1
+        if teacher.device.type == "cuda" and not teacher.tokens:
+            row = teacher.dtype.itemsize * teacher.hidden * max(1, len(teacher.layers))
+            at_once = max(1, _GROUP_BYTES // (row * shard_rows))
         with Bar("cache, rows of this rank", sum(len(parts[i]) for i in todo), show=telemetry.show) as bar:
-            for i in todo:
-                assert teacher is not None
-                world.at(f"cache, {shard_name(i)}")
 
-                def tick(rows: int) -> bool:
-                    bar.advance(rows)
-                    return world.stopping()
+            def tick(rows: int) -> bool:
+                bar.advance(rows)
+                return world.stopping()
 
-                whole = _build_shard(folder / shard_name(i), parts[i], tokens, teacher, fingerprint, pad_id, tick)
-                metrics.cache_rows.inc(len(parts[i]) * whole)
-                if not whole or world.stopping():
+            for group in (todo[k : k + at_once] for k in range(0, len(todo), at_once)):
+                world.at(f"cache, {shard_name(group[0])}")
+                found = answer(np.concatenate([parts[i] for i in group]), batches, teacher, tick)
+                if found is None:
+                    return
+                for i in group:
+                    found = _write_shard(folder / shard_name(i), parts[i], batches, *found, teacher.tokens, fingerprint)
+                    metrics.cache_rows.inc(len(parts[i]))
+                if world.stopping():
                     return
 
     world.together(build_mine)
@@ -227,50 +256,72 @@ def _identity(fingerprint: Fingerprint, arrays: dict[str, np.ndarray]) -> dict[s
     return {"identity": digest.hexdigest()}
 
 
-def _build_shard(
-    path: Path,
-    rows: np.ndarray,
-    tokens: TokenSet,
-    teacher: LiveTeacher,
-    fingerprint: Fingerprint,
-    pad_id: int,
-    tick: Callable[[int], bool],
-) -> bool:
-    """Computes the rows in batches of similar length and of about `_BATCH_TOKENS` tokens; stores them in id order.
+def answer(
+    rows: np.ndarray, batches: Batches, teacher: LiveTeacher, tick: Callable[[int], bool] = lambda rows: False
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The teacher's answers to some rows, in their order: one pass in batches of similar length, of at most about
+    `_BATCH_TOKENS` tokens. A GPU is given one after the other without a wait.
 
     Args:
         tick: told of the rows of each batch; -> whether to stop.
 
     Returns:
-        Whether the shard was written; False where it was stopped.
+        Logits (R, C) and states (R, M, H), or (T, M, H) of every token without padding, on the CPU; None where it was
+        stopped.
     """
-    lengths = tokens.lengths_N[rows]
-    logits: list[Any] = [None] * len(rows)
-    states: list[Any] = [None] * len(rows)
-    order = np.argsort(-lengths, kind="stable")
-    start, most = 0, _BATCH_TOKENS[teacher.device.type]
+    lengths = batches.tokens.lengths_N[rows]
+    firsts = np.cumsum(lengths) - lengths
+    order, device = np.argsort(-lengths, kind="stable"), teacher.device
+    padded, most = -(-lengths[order] // MULTIPLE) * MULTIPLE, _BATCH_TOKENS[device.type]
+    out: tuple[torch.Tensor, torch.Tensor] | None = None
+    start = 0
     while start < len(order):
-        here = order[start : start + max(1, most // int(lengths[order[start]]))]
-        batch = collate(tokens, rows[here], np.ones(len(here)), pad_id).to(teacher.device)
-        logits_BC, states_B = (x.cpu() for x in teacher(batch.inputs))
-        for k, place in enumerate(here):
-            logits[place] = logits_BC[k]
-            states[place] = states_B[k, : lengths[place]] if teacher.tokens else states_B[k]
+        similar = np.searchsorted(-padded, -_SIMILAR * padded[start], side="right")  # rows are sorted by length
+        here = order[start : min(int(similar), start + max(1, most // int(padded[start])))]
+        logits, states = teacher.unchecked(batches.of(rows[here]).inputs)
+        places = here
+        if teacher.tokens:  # one row after the other, without padding
+            within = np.arange(states.shape[1]) < lengths[here][:, None]
+            places = (firsts[here][:, None] + np.arange(states.shape[1]))[within]
+            states = states.flatten(0, 1)[pinned(torch.from_numpy(np.flatnonzero(within)), device)]
+        if out is None:
+            count = int(lengths.sum()) if teacher.tokens else len(rows)
+            out = logits.new_empty((len(rows), *logits.shape[1:])), states.new_empty((count, *states.shape[1:]))
+        for whole, part, where in zip(out, (logits, states), (here, places), strict=True):
+            whole[pinned(torch.from_numpy(where), device)] = part
         start += len(here)
         if tick(len(here)) and start < len(order):
-            return False
-    tensors = {"ids": torch.from_numpy(np.asarray(tokens.ids_N[rows])), "logits": torch.stack(logits)}
-    if teacher.tokens:
-        tensors["states"] = torch.cat(states)
-        tensors["offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    else:
-        tensors["states"] = torch.stack(states)
+            return None
+    assert out is not None
+    logits, states = require_finite(*out)
+    return logits.cpu(), states.cpu()
+
+
+def _write_shard(
+    path: Path,
+    rows: np.ndarray,
+    batches: Batches,
+    logits: torch.Tensor,
+    states: torch.Tensor,
+    by_token: bool,
+    fingerprint: Fingerprint,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes the first rows' answers in id order; returns those of the rows that come after them."""
+    offsets = np.concatenate([[0], np.cumsum(batches.tokens.lengths_N[rows])]).astype(np.int64)
+    count = int(offsets[-1]) if by_token else len(rows)
+    tensors = {
+        "ids": torch.from_numpy(np.asarray(batches.tokens.ids_N[rows])),
+        "logits": logits[: len(rows)],
+        "states": states[:count],
+    }
+    if by_token:
+        tensors["offsets"] = torch.from_numpy(offsets)
     plain = {
         name: tensor.view(torch.uint8 if tensor.ndim else tensor.dtype).numpy() for name, tensor in tensors.items()
     }
     metadata = _identity(fingerprint, plain)
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata), sum(t.nbytes for t in tensors.values()))
-    return True
+    return logits[len(rows) :], states[count:]
 
 
 def _entry(folder: Path, index: int, tokens: TokenSet, rows: np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,6 +81,22 @@ def _quiet() -> Any:
         yield
 
 
+def load_in_background() -> None:
+    """Begins to load DeepSpeed, which takes seconds: a host has them while a GPU is at work."""
+
+    def load() -> None:
+        _load()
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.compile.backend")  # which its engine asks for when it starts
+
+    threading.Thread(target=load, daemon=True).start()
+
+
+def _load() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return importlib.import_module("deepspeed")
+
+
 class Engine:
     """One module under DeepSpeed.
 
@@ -90,8 +108,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, deepspeed: dict[str, Any], plan: Optimization, world: World):
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        import deepspeed as ds
+        ds = _load()
         from deepspeed import ops
 
         if world.device.type == "cpu":
@@ -112,12 +129,13 @@ class Engine:
             "steps_per_print": 10**9,
             "zero_force_ds_cpu_optimizer": False,
         }
-        autocast = config.pop("torch_autocast", {})
+        autocast, self._low = config.pop("torch_autocast", {}), None
         if autocast.get("enabled"):
             # Around the forward pass alone. DeepSpeed's own would also send gradients in the low precision, through
             # buckets per dtype: on a CPU that costs more than the whole forward pass.
-            dtype = getattr(torch, autocast["dtype"])
-            module.forward = torch.autocast(world.device.type, dtype=dtype)(module.forward)  # type: ignore[method-assign]
+            self._low = getattr(torch, autocast["dtype"])
+            autocasting = torch.autocast(world.device.type, dtype=self._low)
+            module.forward = autocasting(module.forward)  # type: ignore[method-assign]
         self._trained = [p for p in module.parameters() if p.requires_grad]
         decay = [p for n, p in module.named_parameters() if p.requires_grad and _decays(n, p)]
         plain = [p for n, p in module.named_parameters() if p.requires_grad and not _decays(n, p)]
@@ -157,7 +175,9 @@ class Engine:
         if not self._clips or self._scale != 1 or self._device.type != "cuda":
             return None
         self.state.allocate()
-        return WholeStep(self.module, self._adam, losses, terms, self._plan.max_grad_norm, self._device, capture=True)
+        return WholeStep(
+            self.module, self._adam, losses, terms, self._plan.max_grad_norm, self._device, self._low, capture=True
+        )
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)

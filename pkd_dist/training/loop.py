@@ -21,6 +21,7 @@ from pkd_dist import checkpoint
 from pkd_dist.checkpoint import Shards
 from pkd_dist.config import Checkpoint as CheckpointConfig
 from pkd_dist.data.batches import Batch, TrainingBatches, collate, micro_batches
+from pkd_dist.data.resident import Rows, open_resident
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
@@ -35,7 +36,6 @@ from pkd_dist.telemetry.records import Records
 from pkd_dist.telemetry.trackers import Tracking
 from pkd_dist.training.clock import PARTS, StepClock
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
-from pkd_dist.training.resident import Rows, open_resident
 from pkd_dist.training.whole import Values
 
 TERMS = ("total", "ce", "ds", "pt")

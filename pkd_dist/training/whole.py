@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from pkd_dist.data.batches import Batch
+from pkd_dist.data.resident import Rows
 from pkd_dist.telemetry.log import log
-from pkd_dist.training.resident import Rows
 
 _WARM_UP = 2
 """Passes before a capture, in which libraries choose their kernels and take their memory."""
@@ -47,6 +47,39 @@ class Values:
         return self.host.double().numpy(), seconds
 
 
+class Lowered:
+    """A module under autocast whose weights are cast at once, and so are their gradients: autocast does the same one by
+    one, in more than a hundred kernels of a small student's step. Called as the module is.
+
+    Args:
+        low: autocast's dtype.
+    """
+
+    def __init__(self, module: nn.Module, low: torch.dtype):
+        layers = [(prefix, layer) for prefix, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+        cast = {id(p) for _, layer in layers for p in layer.parameters()}
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in cast]
+        self._module = module
+        self._masters: list[torch.Tensor] = [p for _, p in named]
+        self._copies = {name: torch.empty_like(p, dtype=low).requires_grad_() for name, p in named}
+        self._gradients = [torch.empty_like(p) for p in self._masters]
+
+    def __call__(self, *arguments: Any) -> Any:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._copies.values()), self._masters)
+        return torch.func.functional_call(self._module, self._copies, arguments)
+
+    def raise_gradients(self) -> None:
+        """Gives the module's own weights the gradients of the copies."""
+        wides, narrows = [], []
+        for master, wide, copy in zip(self._masters, self._gradients, self._copies.values(), strict=True):
+            if copy.grad is not None:
+                wides.append(wide)
+                narrows.append(copy.grad)
+                master.grad, copy.grad = wide, None
+        torch._foreach_copy_(wides, narrows)
+
+
 class WholeStep:
     """One optimizer step of one module.
 
@@ -56,6 +89,7 @@ class WholeStep:
         losses: (module, batch) -> per-example terms (B,), `total` among them.
         terms: those whose sums over the batch are handed out, in this order.
         max_grad_norm: 0: no clipping.
+        low: the dtype of the module's autocast; None: it has none.
         capture: replay CUDA graphs. Where a model cannot be captured its steps run operation by operation, which is said.
     """
 
@@ -63,10 +97,11 @@ class WholeStep:
         self,
         module: nn.Module,
         adam: torch.optim.AdamW,
-        losses: Callable[[nn.Module, Batch], dict[str, torch.Tensor]],
+        losses: Callable[[Any, Batch], dict[str, torch.Tensor]],
         terms: Sequence[str],
         max_grad_norm: float,
         device: torch.device,
+        low: torch.dtype | None,
         capture: bool,
     ):
         self._module, self._adam, self._losses, self._terms = module, adam, losses, tuple(terms)
@@ -75,6 +110,7 @@ class WholeStep:
         for group in adam.param_groups:
             group["capturable"] = device.type == "cuda"
         self._parameters = [p for group in adam.param_groups for p in group["params"]]
+        self._lowered = Lowered(module, low) if low else None
         self._values = torch.zeros(len(self._terms) + 1, device=device)
         self._graphs: dict[tuple[int, ...], tuple[Any, torch.cuda.CUDAGraph]] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
@@ -94,7 +130,7 @@ class WholeStep:
             static.fill(batch)
         else:
             batch = batch.to(self._device)
-        self._seed(seed)
+        self._generator.manual_seed(seed)
         events = None
         if self._device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -110,10 +146,10 @@ class WholeStep:
         events[1].record()
         return Values(host, events)
 
-    def _seed(self, seed: int) -> None:
+    @property
+    def _generator(self) -> torch.Generator:
         on_gpu = self._device.type == "cuda"
-        generator = torch.cuda.default_generators[self._device.index or 0] if on_gpu else torch.default_generator
-        generator.manual_seed(seed)
+        return torch.cuda.default_generators[self._device.index or 0] if on_gpu else torch.default_generator
 
     def _step(self, batch: Batch | Rows) -> None:
         sums = self._backward(batch)
@@ -131,9 +167,11 @@ class WholeStep:
 
     def _backward(self, given: Batch | Rows) -> list[torch.Tensor]:
         batch = given.batch()
-        terms = self._losses(self._module, batch)
+        terms = self._losses(self._lowered or self._module, batch)
         sums = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
         sums["total"].backward()
+        if self._lowered:
+            self._lowered.raise_gradients()
         return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in self._terms]
 
     def _captured(self, batch: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph] | None:
@@ -147,6 +185,8 @@ class WholeStep:
                 log.info("the model's steps cannot be captured as a CUDA graph, so they run kernel by kernel: %s", why)
                 self._graphs = None
                 self._adam.zero_grad(set_to_none=True)
+                generator = self._generator
+                generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
                 return None
         return self._graphs[batch.key]
 

@@ -37,7 +37,7 @@ def made_whole(engine, losses, terms):
     """As on a GPU, but without its graphs."""
     engine.state.allocate()
     limit = engine._plan.max_grad_norm
-    return WholeStep(engine.module, engine._adam, losses, terms, limit, engine._device, capture=False)
+    return WholeStep(engine.module, engine._adam, losses, terms, limit, engine._device, engine._low, capture=False)
 
 
 def main(deepspeed, output, micro, bad_rank, bad_step, *whole):

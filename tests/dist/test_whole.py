@@ -18,7 +18,7 @@ from pkd_dist.model.encoder import Encoder
 from pkd_dist.student.losses import hard_loss
 from pkd_dist.training import whole
 from pkd_dist.training.engine import linear_warmup
-from pkd_dist.training.resident import Resident, open_resident
+from pkd_dist.data.resident import Resident, open_resident
 
 TERMS = ("total", "ce", "pt")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,7 +30,7 @@ def loss(model, batch):
     return {"total": ce_B, "ce": ce_B}
 
 
-def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_norm"]):
+def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_norm"], low=None):
     named = list(model.to(device).train().named_parameters())
     adam = torch.optim.AdamW(
         [
@@ -42,7 +42,7 @@ def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_n
     for _, p in named:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         adam.state[p] = {"step": torch.zeros((), device=device), **moments}
-    return whole.WholeStep(model, adam, losses, TERMS, limit, torch.device(device), capture)
+    return whole.WholeStep(model, adam, losses, TERMS, limit, torch.device(device), low, capture)
 
 
 def run(step, steps, resident=None):
@@ -73,6 +73,26 @@ def test_it_is_the_plain_loop(device, made_on_device):
     assert min(norms) < PLAN["max_grad_norm"] < max(norms), "some steps are clipped, some not"
     for name, parameter in encoder.named_parameters():
         torch.testing.assert_close(parameter.detach().cpu(), weights[name], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", needs_gpu])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one(family, device):
+    """Bit for bit where every layer is computed for all tokens."""
+    found = {}
+    for low in (None, torch.bfloat16):
+        torch.manual_seed(3)
+        model = transformers.AutoModelForSequenceClassification.from_config(
+            shape_of(family, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        )
+        encoder = Encoder(model, all_tokens=True)
+        encoder.forward = torch.autocast(device, dtype=torch.bfloat16)(encoder.forward)
+        values = run(whole_step(encoder, device, low=low), 4)
+        found[low] = values, [p.detach().cpu() for p in encoder.parameters()]
+    for one, other in zip(*(values for values, _ in found.values()), strict=True):
+        assert one.tolist() == other.tolist()
+    for one, other in zip(*(weights for _, weights in found.values()), strict=True):
+        assert torch.equal(one, other)
 
 
 class Answers:
@@ -169,7 +189,7 @@ def test_graphs_of_each_family_equal_its_steps_one_by_one(family, caplog):
         encoder = Encoder(model)
         encoder.forward = torch.autocast("cuda", dtype=torch.bfloat16)(encoder.forward)
         assert make_tokens().input_ids_T.max() < SIZE
-        step = whole_step(encoder, "cuda", capture=capture)
+        step = whole_step(encoder, "cuda", capture=capture, low=torch.bfloat16)
         found[capture] = run(step, 12), [p.detach().cpu() for p in encoder.parameters()], step
     print(family, "captured:", found[True][2]._graphs is not None, caplog.text)
     assert (found[True][2]._graphs is not None) != ("cannot be captured" in caplog.text)
@@ -179,3 +199,35 @@ def test_graphs_of_each_family_equal_its_steps_one_by_one(family, caplog):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
     if family == "bert":
         assert found[True][2]._graphs
+
+
+@GPU
+@pytest.mark.parametrize("how", ["waits for the device", "leaves a stream behind"])
+def test_a_model_that_cannot_be_captured_trains_on_all_the_same(how, caplog):
+    caplog.set_level("INFO", "pkd")
+    found = {}
+    for capture in (False, True):
+        encoder = Encoder(make_model())
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+
+        def losses(model, batch):
+            out = loss(model, batch)
+            if how == "waits for the device":
+                out["total"] = out["total"] * float(out["ce"].detach().isfinite().all())
+            else:
+                aside = torch.cuda.Stream()
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):
+                    out["ce"].detach().clone()
+            return out
+
+        values = run(whole_step(encoder, "cuda", losses, capture), 8)
+        torch.cuda.synchronize()
+        found[capture] = values, [p.detach().cpu() for p in encoder.parameters()]
+    assert "cannot be captured" in caplog.text
+    for one, other in zip(found[False][0], found[True][0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    for one, other in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

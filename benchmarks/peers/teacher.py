@@ -1,0 +1,64 @@
+"""The teacher's pass over the training text, as the stage `cache` makes it, without reading models and writing files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers.flops import peak
+from benchmarks.peers.subject import Clock, shape_of
+from pkd_dist.config import Config
+from pkd_dist.data import tasks, text
+from pkd_dist.data.batches import Batch
+from pkd_dist.data.tokens import tokenize
+from pkd_dist.model.encoder import load_model, load_tokenizer
+from pkd_dist.model.layers import paired_layers
+from pkd_dist.teacher.build import Batches, LiveTeacher, answer, resolve_teacher_precision
+
+AT_ONCE = {"cpu": 4096, "cuda": 1 << 17}
+"""Rows, sorted by length together: those of a shard, or of many."""
+
+
+class Counted(Batches):
+    """Notes the shape of every batch."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.shapes: list[tuple[int, int]] = []
+
+    def of(self, rows_B: np.ndarray) -> Batch:
+        batch = super().of(rows_B)
+        self.shapes.append((batch.input_ids_BL.shape[0], batch.input_ids_BL.shape[1]))
+        return batch
+
+
+def measure(config: Config, passes: int = 4) -> dict[str, Any]:
+    """Seconds of each pass but the first, in which kernels are loaded; products that one executes; the bfloat16 peak."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", 0)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as `dist.World` does
+    model, tokenizer = load_model(config.teacher.model), load_tokenizer(config.teacher.model)
+    shape, precision = shape_of(model.config), resolve_teacher_precision(config.cache.precision, device)
+    layers = paired_layers(config.distill.patience, shape.layers, len(config.student.layers or ()))
+    task = tasks.resolve(config.task)
+    with tempfile.TemporaryDirectory() as scratch:
+        split = text.read(config.task.data, "train", task, task.classes)
+        tokens = tokenize(split, tokenizer, config.task.max_length, Path(scratch) / "tokens")
+        teacher = LiveTeacher(model, layers, precision, config.cache.dtype, False, device)
+        seconds = []
+        for _ in range(passes):
+            batches, clock = Counted(tokens, tokenizer.pad_token_id, device), Clock()
+            with clock.running():
+                for start in range(0, len(tokens), AT_ONCE[device.type]):
+                    answer(np.arange(start, min(len(tokens), start + AT_ONCE[device.type])), batches, teacher)
+            seconds.append(clock.seconds)
+    return {
+        "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),
+        "flops": sum(shape.forward_flops(rows, length) for rows, length in batches.shapes),
+        "peak_flops_per_second": peak(torch.bfloat16, device),
+    }  # fmt: skip
