@@ -101,7 +101,8 @@ def _peers(made: dict[str, Any], device: str) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     ordered = sorted(made["contestants"].values(), key=lambda found: found["seconds"])
     rows = table(head, (_row(found) for found in ordered))
-    return "\n".join([text, rows, _verdict(made), _job(made), _engine(made)])
+    notes = "".join(f"- {note}\n" for note in made.get("notes", []))
+    return "\n".join([text, rows, *([notes] if notes else []), _verdict(made), _job(made), _engine(made)])
 
 
 def _machine(machine: dict[str, Any]) -> str:
