@@ -40,7 +40,7 @@ def made_whole(engine, losses, terms):
     return WholeStep(engine.module, engine._adam, losses, terms, limit, engine._device, engine._low, capture=False)
 
 
-def main(deepspeed, output, micro, bad_rank, bad_step, *whole):
+def main(deepspeed, output, micro, bad_rank, bad_step, *more):
     world = World(discover(), 60)
     folder = Path(output)
 
@@ -55,11 +55,11 @@ def main(deepspeed, output, micro, bad_rank, bad_step, *whole):
     job = Job(
         name="distill", module=Encoder(make_model()), losses=losses, train=tokens, dev=tokens, task=tasks.resolve(Task()),
         pad_id=0, seed=7, epochs=2, batch_size=BATCH, micro_batch_size=int(micro), eval_batch_size=64, eval_every_epochs=1,
-        log_every_steps=1, checkpoint=Checkpoint(every_steps=3 if whole else 1, min_seconds=0), folder=folder / "checkpoints", fingerprint="",
+        log_every_steps=1, checkpoint=Checkpoint(every_steps=3 if more else 1, min_seconds=1000 if "seldom" in more else 0), folder=folder / "checkpoints", fingerprint="",
         deepspeed=load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), records=folder / "metrics.jsonl",
         **{key: value for key, value in PLAN.items() if key != "total_steps"},
     )  # fmt: skip
-    if whole:
+    if "whole" in more:
         Engine.whole_step = made_whole
         torch.cuda.mem_get_info = lambda device: (1 << 30, 1 << 30)
     trainer = Trainer(job, world, Telemetry(RunMetrics(), False))

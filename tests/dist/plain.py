@@ -34,8 +34,8 @@ def make_tokens() -> TokenSet:
     return TokenSet(ids, None, offsets, np.arange(EXAMPLES), rng.integers(2, size=EXAMPLES), "", "", 0)
 
 
-def train() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms before clipping, and final weights of the plain loop."""
+def train(total: int = STEPS) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms before clipping, and final weights of the plain loop of so many steps."""
     model, tokens = make_model().train(), make_tokens()
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -45,10 +45,10 @@ def train() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
         ],
         eps=PLAN["adam_epsilon"],
     )
-    warmup = int(STEPS * PLAN["warmup_ratio"])
+    warmup = int(total * PLAN["warmup_ratio"])
     losses, norms = [], []
     steps = math.ceil(EXAMPLES / BATCH)
-    for step in range(STEPS):
+    for step in range(total):
         epoch, within = divmod(step, steps)
         rows = epoch_order(tokens.lengths_N, BATCH, 7, epoch)[within * BATCH : (within + 1) * BATCH]
         loss = 0
@@ -56,7 +56,7 @@ def train() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
             ids = torch.from_numpy(tokens.input_ids_T[tokens.offsets_N1[row] : tokens.offsets_N1[row + 1]].astype(np.int64))
             logits = model(input_ids=ids[None]).logits
             loss = loss - torch.log_softmax(logits, -1)[0, int(tokens.labels_N[row])] / len(rows)
-        rate = (step + 1) / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+        rate = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
         for group in optimizer.param_groups:
             group["lr"] = PLAN["learning_rate"] * rate
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """A whole step without a word to the host: the same optimization as the plain loop's, and on a GPU captured as graphs."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -164,11 +165,33 @@ def test_no_clipping():
     assert [v.tolist() for v in free] == [v.tolist() for v in bound]
 
 
+def trained(folder, bad_step, *more):
+    """A training of 18 steps on one rank, whose gradient is not finite at one of them."""
+    command = [sys.executable, str(Path(__file__).parent / "nonfinite.py"), "ds_configs/zero0_fp32.json", str(folder),
+               "12", "0", str(bad_step), *more]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+
+
+@pytest.mark.parametrize("ways", [("whole",), ("whole", "seldom"), ("by parts", "seldom")])
+def test_a_whole_training(tmp_path, ways):
+    """As metrics tell it, no step is missing at an evaluation or the end; checkpoints are as far apart as they should be."""
+    done = trained(tmp_path, 99, *ways)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("split")) for line in lines] == [
+        *((step, None) for step in range(1, 10)), (9, "dev"), *((step, None) for step in range(10, 19)), (18, "dev")
+    ]  # fmt: skip
+    kept = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert sorted(kept) == ["step-00000015", "step-00000018"][1 if "seldom" in ways else 0 :]
+    losses, norms, _ = train(18)
+    steps = [line for line in lines if "split" not in line]
+    assert [line["loss"] for line in steps] == pytest.approx(losses, abs=2e-5)
+    assert [line["grad_norm"] for line in steps] == pytest.approx(norms, rel=2e-4)
+
+
 def test_a_run_ends_where_a_step_is_not_finite_though_it_is_known_one_step_later(tmp_path):
     """The step is named, the metrics end before it, and the newest checkpoint is older."""
-    command = [sys.executable, str(Path(__file__).parent / "nonfinite.py"), "ds_configs/zero0_fp32.json", str(tmp_path),
-               "12", "0", "5", "whole"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+    done = trained(tmp_path, 5, "whole")
     said = [line for line in done.stderr.splitlines() if line.startswith("pkd: ")]
     assert len(said) == 1 and done.returncode == 3, done.stdout + done.stderr
     assert said[0].startswith("pkd: distill: the gradient is not finite at step 5 (rank 0: total 0."), said[0]
