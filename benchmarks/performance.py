@@ -20,6 +20,7 @@ HEAD = """\
 
 Made by `python -m benchmarks.performance` from `peers.json`, `peers-cuda.json`, `profile.json` and `scaling.json` in
 [benchmarks/results](../benchmarks/results), which `make bench-peers`, `make bench-profile` and `make bench-ranks` write. What is not measured yet says so.
+Of GPUs one at a time was at hand: steps of several ranks through NCCL, ZeRO on GPUs, and training in float16 are written but not measured.
 """
 PEERS = """\
 ## Against other implementations, {where}

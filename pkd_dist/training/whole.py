@@ -30,7 +30,7 @@ _WARM_UP = 2
 class Values:
     """What a step was, once the device has done it.
 
-    Args:
+    Attributes:
         host: float32 (terms + 1,): the loss terms, and the gradient's norm before clipping.
         events: around the step, of a GPU.
     """
@@ -56,8 +56,7 @@ class Lowered:
     """
 
     def __init__(self, module: nn.Module, low: torch.dtype):
-        layers = [(prefix, layer) for prefix, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-        cast = {id(p) for _, layer in layers for p in layer.parameters()}
+        cast = {id(p) for layer in module.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in cast]
         self._module = module
         self._masters: list[torch.Tensor] = [p for _, p in named]
@@ -69,6 +68,10 @@ class Lowered:
             torch._foreach_copy_(list(self._copies.values()), self._masters)
         return torch.func.functional_call(self._module, self._copies, arguments)
 
+    def zero_grad(self) -> None:
+        for copy in self._copies.values():
+            copy.grad = None
+
     def raise_gradients(self) -> None:
         """Gives the module's own weights the gradients of the copies."""
         wides, narrows = [], []
@@ -76,8 +79,9 @@ class Lowered:
             if copy.grad is not None:
                 wides.append(wide)
                 narrows.append(copy.grad)
-                master.grad, copy.grad = wide, None
+                master.grad = wide
         torch._foreach_copy_(wides, narrows)
+        self.zero_grad()
 
 
 class WholeStep:
@@ -185,6 +189,8 @@ class WholeStep:
                 log.info("the model's steps cannot be captured as a CUDA graph, so they run kernel by kernel: %s", why)
                 self._graphs = None
                 self._adam.zero_grad(set_to_none=True)
+                if self._lowered:
+                    self._lowered.zero_grad()
                 generator = self._generator
                 generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
                 return None
