@@ -239,8 +239,9 @@ width 768: beta_sum = beta_mean / (M * H). The seed also averages over padding; 
 class Distill(Section):
     preset: Literal["paper", "authors", "seed"] | None = Field(
         None,
-        description="Fills in the keys below that are not given: `paper` (the formulas as printed), `authors` (what their "
-        "code computes), `seed` (the OneFlow implementation: states of all tokens through a learned projection).",
+        description="Fills in the keys below that are not given: `paper` (the formulas as printed; its beta is "
+        "for 5 pairs of 768: fewer or narrower ones want a larger one), `authors` (what their code computes), `seed` (the OneFlow "
+        "implementation: states of all tokens through a learned projection).",
     )
     alpha: Fraction = Field(
         0.5, description="Weight of the teacher's soft predictions: (1 - alpha) * CE + alpha * DS + beta * PT."
@@ -293,7 +294,8 @@ class Train(Section):
     )
     micro_batch_size: Literal["auto"] | Count = Field(
         "auto",
-        description="Examples of one forward pass on one rank; accumulation follows. `auto`: the rank's whole share, at most 64.",
+        description="Examples of one forward pass on one rank; accumulation follows. `auto`: the rank's whole share, at most "
+        "64. Without accumulation one GPU does a step in one launch.",
     )
     learning_rate: Positive = Field(1.0e-4, description="Peak of the linear warm-up and decay.")
     weight_decay: NonNegative = Field(0.01, description="AdamW's, not applied to biases and LayerNorm.")
