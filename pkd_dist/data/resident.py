@@ -6,6 +6,7 @@ large for that, or the teacher answers live or for every token, the host makes t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ from pkd_dist.data.tokens import TokenSet
 
 _SHARE = 0.25
 """Of the GPU's free memory that a data set may take."""
+_AT_ONCE = 1 << 16
+"""Elements or examples that pass through the host's memory together."""
 _NOBODY = np.empty(0, dtype=np.int64)
 
 
@@ -74,15 +77,19 @@ class Resident:
 
     def __init__(self, tokens: TokenSet, answers: AnswersOfAll | None, pad_id: int, device: torch.device):
         def moved(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.array(array)).to(device)
+            parts = ((torch.from_numpy(np.array(part)),) for part in _parts(array))
+            return _put_together(parts, len(array), device)[0]
 
         self._pad_id, self._lengths_N = pad_id, tokens.lengths_N
         self._input_ids_T, self._offsets_N1, self._labels_N = map(
             moved, (tokens.input_ids_T, tokens.offsets_N1, tokens.labels_N)
         )
         self._type_ids_T = None if tokens.type_ids_T is None else moved(tokens.type_ids_T)
-        taught = answers.of(np.asarray(tokens.ids_N)) if answers else (None, None)
-        self._logits_NC, self._states_NMH = (None if part is None else part.to(device) for part in taught)
+        self._logits_NC: torch.Tensor | None = None
+        self._states_NMH: torch.Tensor | None = None
+        if answers:
+            parts = (answers.of(ids) for ids in _parts(tokens.ids_N))
+            self._logits_NC, self._states_NMH = _put_together(parts, len(tokens), device)
 
     def rows(self, rows_B: np.ndarray, weight_B: np.ndarray) -> Rows:
         lengths_B = self._lengths_N[rows_B]
@@ -114,6 +121,24 @@ class Resident:
             teacher_logits_BC=None if self._logits_NC is None else self._logits_NC[rows_B],
             teacher_states=None if self._states_NMH is None else self._states_NMH[rows_B],
         )
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in parts, so that the host never holds all of it."""
+    return (np.asarray(array[i : i + _AT_ONCE]) for i in range(0, len(array), _AT_ONCE))
+
+
+def _put_together(parts: Iterable[Sequence[torch.Tensor]], length: int, device: torch.device) -> list[torch.Tensor]:
+    """Parts of tensors that belong together, `length` rows in all, one after the other in the device's memory."""
+    out: list[torch.Tensor] = []
+    start = 0
+    for part in parts:
+        if not out:
+            out = [torch.empty((length, *one.shape[1:]), dtype=one.dtype, device=device) for one in part]
+        for whole, one in zip(out, part, strict=True):
+            whole[start : start + len(one)] = one
+        start += len(part[0])
+    return out
 
 
 def open_resident(tokens: TokenSet, answers: object | None, pad_id: int, device: torch.device) -> Resident | None:

@@ -16,7 +16,6 @@ from pkd_dist.teacher.cache import CacheReader
 
 Answers = Callable[[Batch], Batch]
 """Adds the teacher's answers to a batch."""
-_AT_ONCE = 65536
 Student = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 """(inputs, layers, tokens) -> logits and states, as `Encoder`: itself, or the engine around it."""
 
@@ -39,9 +38,7 @@ class CachedFirstTokens(CachedAnswers):
         return examples * sum(part.nbytes for part in self.of(self._reader.some_id))
 
     def of(self, ids_N: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [self._reader.rows_of(ids_N[i : i + _AT_ONCE], 0) for i in range(0, len(ids_N), _AT_ONCE)]
-        logits, states = zip(*parts, strict=True)
-        return torch.cat(logits), torch.cat(states)
+        return self._reader.rows_of(ids_N, 0)
 
 
 def cached_answers(reader: CacheReader) -> CachedAnswers:

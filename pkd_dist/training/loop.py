@@ -218,9 +218,9 @@ class Trainer:
 
     def _step(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """One optimizer step; returns what to show of it, and the stop signal that any rank has got (0: none)."""
-        return self._launch(order, step) if self._whole else self._do(order, step)
+        return self._launch(order, step) if self._whole else self._in_parts(order, step)
 
-    def _do(self, order: np.ndarray, step: int) -> tuple[str, int]:
+    def _in_parts(self, order: np.ndarray, step: int) -> tuple[str, int]:
         """A step through the engine, part by part."""
         clock = StepClock(self.world.device)
         self.world.at(f"{self.job.name}, step {self.progress.step + 1}")

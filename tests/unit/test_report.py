@@ -179,6 +179,18 @@ def test_no_lines(tmp_path):
     assert "A training step" not in page.text and "12.5 s" in page.text
 
 
+def test_a_step_that_a_gpu_did_whole(tmp_path):
+    """The parts that were not timed are not among its bars."""
+    run = make_run(tmp_path / "run")
+    assert "forward pass" in written(run)[1].text and "all of it on the GPU" not in written(run)[1].text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    whole = {"step": 0.002, "data": 0.0, "forward": 0, "backward": 0, "ranks": 0, "optimizer": 0, "device": 0.0018}
+    timed = [line if "split" in line else line | {"seconds": whole} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timed))
+    page = written(run)[1]
+    assert "all of it on the GPU" in page.text and "1.8 ms, 90%" in page.text and "forward pass" not in page.text
+
+
 def test_terms_without_weight_are_not_drawn(tmp_path):
     run = make_run(tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
