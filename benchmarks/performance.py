@@ -181,7 +181,7 @@ def _engine(made: dict[str, Any]) -> str:
     text = (
         f"A step of ours at ZeRO {found['zero_stage']}, {found['precision']}, one rank of {found['threads']} threads: the same "
         "model on the same batches in a plain torch loop, through the project's engine, and in its whole training loop "
-        "(metrics, records, agreement on stop signals); blocks of steps in turn.\n\n"
+        "(metrics, records, agreement on stop signals; on a GPU one launch in place of the engine's step); blocks of steps in turn.\n\n"
     )
     names = {"plain": "plain loop", "engine": "through DeepSpeed's engine", "loop": "the whole training loop"}
     rows = (
@@ -215,7 +215,8 @@ def _profile(entries: dict[str, Any]) -> str:
         "## Where a step's time goes\n",
         "The project's own pipeline, trainer and engine with the student and data of the comparison above; "
         "`torch.profiler`. Groups: time of the operations themselves (on a GPU of its kernels), per step; *host, Python* is "
-        "what is in none of them. Phases: steps without the profiler, on the host's clock.\n",
+        "what is in none of them. Phases: steps without the profiler, on the host's clock; on a GPU *rest* is mostly the wait for the "
+        "step before.\n",
     ]
     if not entries:
         return "\n".join([*parts, NOT_MEASURED.format(command="make bench-profile")])

@@ -136,13 +136,18 @@ def _retain(folder: Path, keep: int) -> None:
     checkpoints = committed(folder)
     for old in checkpoints[:-keep]:
         _discard(old)
-    wanted = {read_state(kept)["best_file"] for kept in checkpoints[-keep:]}
-    for best in folder.glob("best-*.safetensors"):
-        if best.name not in wanted:
-            remove(best)
+    retain_best(folder)
     for folder_of_step in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
         if folder_of_step not in checkpoints:  # a kill left it
             remove(folder_of_step)
+
+
+def retain_best(folder: Path, newest: str | None = None) -> None:
+    """Removes best weights that neither a committed checkpoint refers to nor are the newest."""
+    wanted = {newest, *(read_state(kept)["best_file"] for kept in committed(folder))}
+    for best in folder.glob("best-*.safetensors"):
+        if best.name not in wanted:
+            remove(best)
 
 
 def _discard(path: Path) -> None:

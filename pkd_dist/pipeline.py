@@ -176,7 +176,7 @@ class Pipeline:
                 self._lock.release()
 
     def _run(self, stages: Sequence[str]) -> None:
-        if self.world.device.type == "cuda":
+        if self.world.device.type == "cuda" and {"teacher", "distill"} & set(stages):
             load_in_background()
         with contextlib.ExitStack() as stack:
             node = self._node()

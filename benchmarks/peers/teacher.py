@@ -19,7 +19,7 @@ from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.teacher.build import Batches, LiveTeacher, answer, resolve_teacher_precision
 
-AT_ONCE = {"cpu": 4096, "cuda": 1 << 17}
+AT_ONCE = {"cpu": 4096, "cuda": 65536}
 """Rows, sorted by length together: those of a shard, or of many."""
 
 

@@ -18,8 +18,8 @@ from pkd_dist.data.tokens import TokenSet
 
 _SHARE = 0.25
 """Of the GPU's free memory that a data set may take."""
-_AT_ONCE = 1 << 16
-"""Elements or examples that pass through the host's memory together."""
+_BYTES = 1 << 26
+"""That pass through the host's memory at once."""
 _NOBODY = np.empty(0, dtype=np.int64)
 
 
@@ -77,7 +77,7 @@ class Resident:
 
     def __init__(self, tokens: TokenSet, answers: AnswersOfAll | None, pad_id: int, device: torch.device):
         def moved(array: np.ndarray) -> torch.Tensor:
-            parts = ((torch.from_numpy(np.array(part)),) for part in _parts(array))
+            parts = ((torch.from_numpy(np.array(part)),) for part in _parts(array, _BYTES // array.itemsize))
             return _put_together(parts, len(array), device)[0]
 
         self._pad_id, self._lengths_N = pad_id, tokens.lengths_N
@@ -88,7 +88,7 @@ class Resident:
         self._logits_NC: torch.Tensor | None = None
         self._states_NMH: torch.Tensor | None = None
         if answers:
-            parts = (answers.of(ids) for ids in _parts(tokens.ids_N))
+            parts = (answers.of(ids) for ids in _parts(tokens.ids_N, _BYTES // answers.nbytes(1)))
             self._logits_NC, self._states_NMH = _put_together(parts, len(tokens), device)
 
     def rows(self, rows_B: np.ndarray, weight_B: np.ndarray) -> Rows:
@@ -123,9 +123,10 @@ class Resident:
         )
 
 
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """An array in parts, so that the host never holds all of it."""
-    return (np.asarray(array[i : i + _AT_ONCE]) for i in range(0, len(array), _AT_ONCE))
+def _parts(array: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """An array in parts of `count`, so that the host does not hold all of it."""
+    count = max(1, count)
+    return (np.asarray(array[i : i + count]) for i in range(0, len(array), count))
 
 
 def _put_together(parts: Iterable[Sequence[torch.Tensor]], length: int, device: torch.device) -> list[torch.Tensor]:

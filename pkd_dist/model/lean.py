@@ -93,6 +93,8 @@ def attend_first(
     query_ABd = query(hidden_BLH[:, 0]).unflatten(-1, (-1, head_size)).transpose(0, 1)
     into_AdH, out_AdH = (part.weight.unflatten(0, (-1, head_size)) for part in (key, value))
     bias_A1d, shift_A1d = (part.bias.unflatten(0, (-1, 1, head_size)) for part in (key, value))
+    if torch.is_autocast_enabled(hidden_BLH.device.type):  # they may be of its dtype; what is added stays wide
+        bias_A1d, shift_A1d = bias_A1d.float(), shift_A1d.float()
     sought_BAH = (query_ABd @ into_AdH).transpose(0, 1)
     constant_BA1 = (query_ABd * bias_A1d).sum(-1, keepdim=True).transpose(0, 1)  # gives the bias its gradient, zero
     scores_BAL = (sought_BAH @ hidden_BLH.transpose(1, 2) + constant_BA1) * head_size**-0.5

@@ -32,8 +32,8 @@ from pkd_dist.telemetry.progress import Bar
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-_GROUP_BYTES = 1 << 29
-"""Of answers that stay on a GPU until many shards' rows, sorted by length together, are done."""
+_AT_ONCE, _GROUP_BYTES = 16, 1 << 29
+"""Shards at most, and bytes of their answers, whose rows a GPU sorts by length and does together."""
 _SIMILAR = 0.75
 """Of a batch's longest row, padded: shorter ones are for the next batch."""
 
@@ -176,7 +176,7 @@ def build(
         at_once = 1
         if teacher.device.type == "cuda" and not teacher.tokens:
             row = teacher.dtype.itemsize * teacher.hidden * max(1, len(teacher.layers))
-            at_once = max(1, _GROUP_BYTES // (row * shard_rows))
+            at_once = min(_AT_ONCE, max(1, _GROUP_BYTES // (row * shard_rows)))
         with Bar("cache, rows of this rank", sum(len(parts[i]) for i in todo), show=telemetry.show) as bar:
 
             def tick(rows: int) -> bool:
@@ -272,7 +272,11 @@ def answer(
     lengths = batches.tokens.lengths_N[rows]
     firsts = np.cumsum(lengths) - lengths
     order, device = np.argsort(-lengths, kind="stable"), teacher.device
-    padded, most = -(-lengths[order] // MULTIPLE) * MULTIPLE, _BATCH_TOKENS[device.type]
+    # the states of all tokens are many: in small batches, and at once to the host
+    most, keeper = (
+        (_BATCH_TOKENS["cpu"], torch.device("cpu")) if teacher.tokens else (_BATCH_TOKENS[device.type], device)
+    )
+    padded = -(-lengths[order] // MULTIPLE) * MULTIPLE
     out: tuple[torch.Tensor, torch.Tensor] | None = None
     start = 0
     while start < len(order):
@@ -284,11 +288,12 @@ def answer(
             within = np.arange(states.shape[1]) < lengths[here][:, None]
             places = (firsts[here][:, None] + np.arange(states.shape[1]))[within]
             states = states.flatten(0, 1)[pinned(torch.from_numpy(np.flatnonzero(within)), device)]
+        logits, states = logits.to(keeper), states.to(keeper)
         if out is None:
             count = int(lengths.sum()) if teacher.tokens else len(rows)
             out = logits.new_empty((len(rows), *logits.shape[1:])), states.new_empty((count, *states.shape[1:]))
         for whole, part, where in zip(out, (logits, states), (here, places), strict=True):
-            whole[pinned(torch.from_numpy(where), device)] = part
+            whole[pinned(torch.from_numpy(where), keeper)] = part
         start += len(here)
         if tick(len(here)) and start < len(order):
             return None

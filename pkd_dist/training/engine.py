@@ -24,6 +24,7 @@ from torch import nn
 from pkd_dist.data.batches import Batch
 from pkd_dist.dist import World
 from pkd_dist.errors import DivergedError, UserError
+from pkd_dist.telemetry.log import log
 from pkd_dist.training.shared import open_shared
 from pkd_dist.training.state import OptimizerState, persistent_buffers
 from pkd_dist.training.whole import WholeStep
@@ -85,9 +86,9 @@ def load_in_background() -> None:
     """Begins to load DeepSpeed, which takes seconds: a host has them while a GPU is at work."""
 
     def load() -> None:
-        _load()
-        with contextlib.suppress(ImportError):
-            importlib.import_module("deepspeed.compile.backend")  # which its engine asks for when it starts
+        with contextlib.suppress(Exception):  # which the engine meets again
+            _load()
+            importlib.import_module("deepspeed.compile.backend")  # its engine asks for it when it starts
 
     threading.Thread(target=load, daemon=True).start()
 
@@ -119,7 +120,7 @@ class Engine:
         offload = "offload_optimizer" in deepspeed.get("zero_optimization", {})
         self._clips = self.stage == 0 and not _is_half(deepspeed) and not offload
         self._scale = float(world.size * plan.accumulation)
-        self._plan, self._device = plan, world.device
+        self._plan, self._device, self._ranks = plan, world.device, world.size
         config = {
             **deepspeed,
             "train_batch_size": plan.micro_batch_size * plan.accumulation * world.size,
@@ -172,7 +173,13 @@ class Engine:
         Args:
             losses, terms: see `WholeStep`.
         """
-        if not self._clips or self._scale != 1 or self._device.type != "cuda":
+        if self._device.type != "cuda" or self._ranks > 1:
+            return None
+        if self._plan.accumulation > 1 or not self._clips:
+            log.info(
+                "a step is many launches, because %s", "micro-batches are accumulated (train.micro_batch_size)"
+                if self._clips else "ZeRO 3, offloading and weights in half precision are DeepSpeed's (train.deepspeed)",
+            )  # fmt: skip
             return None
         self.state.allocate()
         return WholeStep(

@@ -96,6 +96,7 @@ class Launched:
     examples: int
     tokens: int
     data_seconds: float
+    answers_seconds: float
 
 
 @dataclass
@@ -275,9 +276,12 @@ class Trainer:
         batch: Batch | Rows
         if self._resident:
             batch = self._resident.rows(rows, weight)
+            made = time.perf_counter()
         else:
-            batch = self.answered(collate(self.job.train, rows, weight, self.job.pad_id))
-        data_seconds = time.perf_counter() - began
+            batch = collate(self.job.train, rows, weight, self.job.pad_id)
+            made = time.perf_counter()
+            batch = self.answered(batch)
+        answered = time.perf_counter()
         rate = self.engine.rate(progress.step)
         values = self._whole(batch, rate, self._seed_of_step)
         examples = min(self.job.batch_size, len(self.job.train) - step * self.job.batch_size)
@@ -285,7 +289,7 @@ class Trainer:
         progress.samples += examples
         progress.tokens += batch.tokens
         note = self._land()
-        self._launched = Launched(values, progress.step, rate, examples, batch.tokens, data_seconds)
+        self._launched = Launched(values, progress.step, rate, examples, batch.tokens, made - began, answered - made)
         return note, self.world.stop_signal()
 
     def _land(self) -> str:
@@ -300,8 +304,10 @@ class Trainer:
             self._diverged("the gradient" if np.isfinite(terms).all() else "the loss", done.step, terms, [])
         before, self._landed = self._landed, time.perf_counter()
         took = self._landed - before
-        data = min(done.data_seconds, max(0.0, took - on_device))  # the device goes on while the host makes a batch
-        seconds = {"step": took, **dict.fromkeys(PARTS, 0.0), "data": data, "device": on_device}
+        idle = max(0.0, took - on_device)  # the device goes on while the host makes a batch
+        data = min(done.data_seconds, idle)
+        parts = {"data": data, "forward": min(done.answers_seconds, idle - data), "device": on_device}
+        seconds = {"step": took, **dict.fromkeys(PARTS, 0.0), **parts}
         return self._log_step(done.step, terms, done.learning_rate, norm, done.examples, done.tokens, seconds)
 
     def answered(self, batch: Batch) -> Batch:
@@ -384,6 +390,7 @@ class Trainer:
             def keep() -> str:
                 job.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, lambda tmp: save_file(weights, tmp), sum(w.nbytes for w in weights.values()))
+                checkpoint.retain_best(job.folder, path.name)
                 return sha256(path)
 
             progress.best_sha256 = self.world.on_main(keep)

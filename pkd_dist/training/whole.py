@@ -10,6 +10,7 @@ engine's own; a step whose loss or gradient is not finite changes no weight, whi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class Values:
 
 class Lowered:
     """A module under autocast whose weights are cast at once, and so are their gradients: autocast does the same one by
-    one, in more than a hundred kernels of a small student's step. Called as the module is.
+    one, in more than a hundred kernels of a small student's step. Called as the module is. (`lean.attend_first` reads two
+    biases itself, in float32: here they are rounded, as autocast rounds those of all other layers.)
 
     Args:
         low: autocast's dtype.
@@ -116,7 +118,7 @@ class WholeStep:
         self._parameters = [p for group in adam.param_groups for p in group["params"]]
         self._lowered = Lowered(module, low) if low else None
         self._values = torch.zeros(len(self._terms) + 1, device=device)
-        self._graphs: dict[tuple[int, ...], tuple[Any, torch.cuda.CUDAGraph]] | None = {} if capture else None
+        self._graphs: dict[tuple[int, ...], tuple[Any, torch.cuda.CUDAGraph] | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
     def __call__(self, batch: Batch | Rows, rate: float, seed: int) -> Values:
@@ -134,7 +136,8 @@ class WholeStep:
             static.fill(batch)
         else:
             batch = batch.to(self._device)
-        self._generator.manual_seed(seed)
+        for generator in {self._generator, torch.default_generator}:
+            generator.manual_seed(seed)
         events = None
         if self._device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -182,19 +185,32 @@ class WholeStep:
         if self._graphs is None:
             return None
         if batch.key not in self._graphs:
+            stream = torch.cuda.current_stream()
             try:
                 self._graphs[batch.key] = self._capture(batch.to(self._device))
+            except torch.OutOfMemoryError:
+                log.info("no room for the CUDA graph of batches of %s: they run kernel by kernel", batch.key)
+                self._recover(stream)
+                self._graphs[batch.key] = None
             except RuntimeError as error:
                 why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 log.info("the model's steps cannot be captured as a CUDA graph, so they run kernel by kernel: %s", why)
+                self._recover(stream)
                 self._graphs = None
-                self._adam.zero_grad(set_to_none=True)
-                if self._lowered:
-                    self._lowered.zero_grad()
-                generator = self._generator
-                generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
                 return None
         return self._graphs[batch.key]
+
+    def _recover(self, stream: torch.cuda.Stream) -> None:
+        """Undoes what a capture that failed leaves behind; torch ends one that succeeds alone."""
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize()
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)  # type: ignore[arg-type]
+        self._adam.zero_grad(set_to_none=True)
+        if self._lowered:
+            self._lowered.zero_grad()
+        generator = self._generator
+        generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
 
     def _capture(self, static: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph]:
         """The step as a graph that reads `static`; changes nothing but `.grad`, which it empties."""
@@ -206,6 +222,7 @@ class WholeStep:
                 self._adam.zero_grad(set_to_none=True)
         now.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # not "global": another thread may ask the device for its memory meanwhile, for the metrics
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step(static)
         return static, graph

@@ -1,6 +1,7 @@
 """Training whose gradient, not its loss, is not finite on one rank at one step; run by test_nonfinite.py under torchrun, by
 test_whole.py alone, with the step that a GPU does whole."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def main(deepspeed, output, micro, bad_rank, bad_step, *more):
 
     def losses(engine, batch):
         logits = engine(batch.inputs)[0]
+        if "stop" in more and trainer.progress.step + 1 == int(bad_step):
+            world.signals.number = int(signal.SIGTERM)
+            return {"total": hard_loss(logits, batch.labels_B), "ce": hard_loss(logits, batch.labels_B)}
         if world.rank == int(bad_rank) and trainer.progress.step + 1 == int(bad_step):
             logits = NoGradient.apply(logits)
         value = hard_loss(logits, batch.labels_B)

@@ -14,6 +14,7 @@ from conftest import ROOT, environment
 from families import FAMILIES, SIZE, shape_of
 from plain import BATCH, PLAN, STEPS, make_model, make_tokens, train
 
+from pkd_dist.checkpoint import Shards
 from pkd_dist.data.batches import TrainingBatches
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.student.losses import hard_loss
@@ -183,10 +184,26 @@ def test_a_whole_training(tmp_path, ways):
     ]  # fmt: skip
     kept = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
     assert sorted(kept) == ["step-00000015", "step-00000018"][1 if "seldom" in ways else 0 :]
+    assert len(list((tmp_path / "checkpoints").glob("best-*"))) == 1, "no checkpoint refers to another"
     losses, norms, _ = train(18)
     steps = [line for line in lines if "split" not in line]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=2e-5)
     assert [line["grad_norm"] for line in steps] == pytest.approx(norms, rel=2e-4)
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    """The step that was under way when the signal came is in the checkpoint, and in the metrics."""
+    assert trained(tmp_path / "undisturbed", 99, "whole").returncode == 0
+    stopped = trained(tmp_path / "stopped", 7, "whole", "stop")
+    assert stopped.returncode == 75 and "a checkpoint of step 7 is committed" in stopped.stderr, stopped.stderr
+    assert (tmp_path / "stopped/metrics.jsonl").read_text().count("\n") == 7
+    assert trained(tmp_path / "stopped", 99, "whole").returncode == 0
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        one, other = (Shards(tmp_path / run / "checkpoints/step-00000018") for run in ("undisturbed", "stopped"))
+        assert list(one.names(kind)) == list(other.names(kind)) != []
+        assert all(torch.equal(one.whole(kind, name), other.whole(kind, name)) for name in one.names(kind))
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("undisturbed", "stopped")]
+    assert [json.loads(line).get("loss") for line in lines[0]] == [json.loads(line).get("loss") for line in lines[1]]
 
 
 def test_a_run_ends_where_a_step_is_not_finite_though_it_is_known_one_step_later(tmp_path):
