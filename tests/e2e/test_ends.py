@@ -187,7 +187,8 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_the_update(prep
     shutil.copy(prepared / "run.yaml", tmp_path / "broken/run.yaml")
     settings = (tmp_path / "broken/run.yaml").read_text().replace(str(prepared), str(tmp_path / "broken"))
     (tmp_path / "broken/run.yaml").write_text(settings)
-    job = launch("--config", tmp_path / "broken/run.yaml", "checkpoint.every_steps=1", *TO_DISTILL, ranks=2)
+    often = "checkpoint.every_steps=1", "checkpoint.min_seconds=0"
+    job = launch("--config", tmp_path / "broken/run.yaml", *often, *TO_DISTILL, ranks=2)
     assert job.returncode == 3, job.stdout + job.stderr
     [said] = [line for line in job.stderr.splitlines() if line.startswith("pkd: ")]
     done = len(losses(tmp_path / "broken/run"))
