@@ -231,7 +231,6 @@ def test_graphs_of_each_family_equal_its_steps_one_by_one(family, caplog):
         assert make_tokens().input_ids_T.max() < SIZE
         step = whole_step(encoder, "cuda", capture=capture, low=torch.bfloat16)
         found[capture] = run(step, 12), [p.detach().cpu() for p in encoder.parameters()], step
-    print(family, "captured:", found[True][2]._graphs is not None, caplog.text)
     assert (found[True][2]._graphs is not None) != ("cannot be captured" in caplog.text)
     for one, other in zip(found[False][0], found[True][0], strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-3)
