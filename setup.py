@@ -51,7 +51,7 @@ setup(
     description="Patient Knowledge Distillation of BERT-like encoders, distributed with DeepSpeed",
     python_requires=">=3.10",
     packages=find_packages(include=["pkd_dist", "pkd_dist.*"]),
-    package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2"]},
+    package_data={"pkd_dist": ["py.typed", "**/*.html", "**/*.j2", "**/*.c"]},
     install_requires=REQUIRES,
     extras_require={
         "demo": DEMO,

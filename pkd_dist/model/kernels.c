@@ -1,0 +1,423 @@
+// What is not a matrix product in an encoder layer, on a CPU, in bfloat16 with sums in float32: attention, and dropout with
+// the residual sum and LayerNorm. One pass over memory each. `fused.py` calls them and says what they compute; `native.py`
+// compiles this file.
+//
+// Shapes: B rows, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense, rows first.
+// Threads are those of PyTorch's OpenMP; each row or head is done by one, so results do not depend on their number (but
+// for the gradients of LayerNorm's parameters, which are summed by thread, in order).
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
+enum { W = 16 };       // of a vector
+enum { ROWS = 4 };     // of queries that are done together
+
+static inline vec load(const float *p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline void store(float *p, vec x) { memcpy(p, &x, sizeof x); }
+
+static inline vec widen(const bf16 *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    uvec bits = __builtin_convertvector(h, uvec) << 16;
+    return (vec)bits;
+}
+
+static inline void narrow(bf16 *p, vec x) {  // to nearest, ties to even; NaN stays NaN
+    uvec bits = (uvec)x;
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ivec nan = (ivec)(bits & 0x7fffffff) > 0x7f800000;
+    rounded = (rounded & ~(uvec)nan) | ((uvec)nan & 0x7fc0);
+    hvec h = __builtin_convertvector(rounded, hvec);
+    memcpy(p, &h, sizeof h);
+}
+
+static inline float total(vec x) {
+    float sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
+}
+
+// Dropout: element number n is kept where a hash of (seed, n) says so; the same in the backward pass, which stores nothing.
+typedef struct {
+    uint32_t first, second;
+    int32_t threshold;  // of 2^31
+    float scale;        // of what is kept; 1 where nothing is dropped
+} dropout;
+
+static dropout dropping(uint64_t seed, double p) {
+    return (dropout){(uint32_t)seed, (uint32_t)(seed >> 32), (int32_t)(p * 2147483648.0), (float)(1 / (1 - p))};
+}
+
+static const uvec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+static inline vec kept(const dropout *d, uint32_t n, vec x) {  // x of elements n, n + 1, ...
+    if (!d->threshold) return x;
+    uvec h = COUNT + n + d->first;
+    h = (h ^ (h >> 16)) * 0x7feb352d + d->second;
+    h = (h ^ (h >> 15)) * 0x846ca68b;
+    h ^= h >> 16;
+    ivec keep = (ivec)(h >> 1) >= d->threshold;
+    return (vec)((ivec)(x * d->scale) & keep);
+}
+
+// e^x for x <= 0, to 2e-7 of its value; 0 below -87
+static inline vec exponential(vec x) {
+    ivec low = x < -87.0f;
+    x = (vec)(((ivec)x & ~low) | ((ivec)(vec){} & low));
+    vec n = x * 1.44269504f - 0.5f;
+    ivec whole = __builtin_convertvector(n, ivec);  // towards 0: the nearest, as n <= 0
+    vec w = __builtin_convertvector(whole, vec);
+    vec r = x - w * 0.693359375f + w * 2.12194440e-4f;
+    vec y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    y = (vec)((ivec)y + (whole << 23));
+    return (vec)((ivec)y & ~low);
+}
+
+// ---------------------------------------------------------------------------------------------------- attention
+
+typedef struct {
+    int L, keys;              // tokens, and the same padded to whole vectors
+    float *q, *k, *v, *c;     // (keys, D), zeros after L; c: gradient of the context
+    float *k_t, *v_t;         // (D, keys)
+    float *dq, *dk, *dv;      // (keys, D)
+    float *mask;              // (keys)
+    float *p, *s;             // (ROWS, keys)
+    float *out;               // (ROWS, D)
+} head;
+
+static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+static float *take(float **rest, size_t n) {
+    float *p = *rest;
+    *rest += n;
+    return p;
+}
+
+static head room(int L, int D, float **memory) {
+    head h = {.L = L, .keys = padded(L, W)};
+    size_t side = (size_t)padded(L, W) * D;
+    size_t bytes = (9 * side + (1 + 2 * ROWS) * (size_t)h.keys + (size_t)ROWS * D) * sizeof(float);  // each part a whole number of vectors
+    float *at = *memory = aligned_alloc(sizeof(vec), bytes);
+    if (!at) return h;
+    memset(at, 0, bytes);
+    float **all[] = {&h.q, &h.k, &h.v, &h.c, &h.k_t, &h.v_t, &h.dq, &h.dk, &h.dv};
+    for (int i = 0; i < 9; i++) *all[i] = take(&at, side);
+    h.mask = take(&at, h.keys);
+    h.p = take(&at, (size_t)ROWS * h.keys), h.s = take(&at, (size_t)ROWS * h.keys);
+    h.out = take(&at, (size_t)ROWS * D);
+    return h;
+}
+
+static inline void gather(float *to, const bf16 *from, int L, int D, size_t stride, float scale) {
+    for (int i = 0; i < L; i++)
+        for (int e = 0; e < D; e += W) store(to + i * D + e, widen(from + i * stride + e) * scale);
+}
+
+static inline void transpose(float *to, const float *from, int L, int keys, int D) {
+    for (int i = 0; i < L; i++)
+        for (int e = 0; e < D; e++) to[e * keys + i] = from[i * D + e];
+}
+
+static inline void masked(head *h, const bf16 *mask) {
+    for (int j = 0; j < h->keys; j++) {
+        uint32_t bits = mask && j < h->L ? (uint32_t)mask[j] << 16 : 0;
+        memcpy(h->mask + j, &bits, 4);
+        if (j >= h->L) h->mask[j] = -INFINITY;
+    }
+}
+
+// out (ROWS, keys) = a (ROWS, D) b_t (D, keys) + start (keys)
+static inline void into_keys(float *out, const float *a, const float *b_t, const float *start, int keys, int D) {
+    for (int j = 0; j < keys; j += W) {
+        vec first = start ? load(start + j) : (vec){};
+        vec sum[ROWS];
+        for (int r = 0; r < ROWS; r++) sum[r] = first;
+        for (int e = 0; e < D; e++) {
+            vec b = load(b_t + (size_t)e * keys + j);
+            for (int r = 0; r < ROWS; r++) sum[r] += a[r * D + e] * b;
+        }
+        for (int r = 0; r < ROWS; r++) store(out + (size_t)r * keys + j, sum[r]);
+    }
+}
+
+// out (ROWS, D) = p (ROWS, keys) b (keys, D)
+static inline void from_keys(float *out, const float *p, const float *b, int L, int keys, int D) {
+    for (int e = 0; e < D; e += W) {
+        vec sum[ROWS] = {};
+        for (int j = 0; j < L; j++) {
+            vec x = load(b + (size_t)j * D + e);
+            for (int r = 0; r < ROWS; r++) sum[r] += p[(size_t)r * keys + j] * x;
+        }
+        for (int r = 0; r < ROWS; r++) store(out + r * D + e, sum[r]);
+    }
+}
+
+// out (keys, D) += p (ROWS, keys) transposed, a (ROWS, D)
+static inline void add_to_keys(float *out, const float *p, const float *a, int L, int keys, int D) {
+    for (int e = 0; e < D; e += W) {
+        vec x[ROWS];
+        for (int r = 0; r < ROWS; r++) x[r] = load(a + r * D + e);
+        for (int j = 0; j < L; j++) {
+            vec sum = load(out + (size_t)j * D + e);
+            for (int r = 0; r < ROWS; r++) sum += p[(size_t)r * keys + j] * x[r];
+            store(out + (size_t)j * D + e, sum);
+        }
+    }
+}
+
+static inline void attend_head(head *h, const bf16 *qkv, const bf16 *mask, dropout drop, uint32_t number, int A, int D,
+                               bf16 *context, float *rows) {
+    size_t stride = (size_t)3 * A * D;
+    gather(h->q, qkv, h->L, D, stride, 1 / sqrtf((float)D));
+    gather(h->k, qkv + A * D, h->L, D, stride, 1);
+    gather(h->v, qkv + 2 * A * D, h->L, D, stride, 1);
+    transpose(h->k_t, h->k, h->L, h->keys, D);
+    masked(h, mask);
+    for (int i = 0; i < h->L; i += ROWS) {
+        into_keys(h->p, h->q + i * D, h->k_t, h->mask, h->keys, D);
+        for (int r = 0; r < ROWS && i + r < h->L; r++) {
+            float *p = h->p + (size_t)r * h->keys, top = -INFINITY;
+            vec most = load(p), sum = {};
+            for (int j = W; j < h->keys; j += W) {
+                vec x = load(p + j);
+                ivec more = x > most;
+                most = (vec)(((ivec)x & more) | ((ivec)most & ~more));
+            }
+            for (int e = 0; e < W; e++) top = most[e] > top ? most[e] : top;
+            for (int j = 0; j < h->keys; j += W) {
+                vec x = exponential(load(p + j) - top);
+                sum += x;
+                store(p + j, x);
+            }
+            float share = 1 / total(sum);
+            rows[2 * (i + r)] = top, rows[2 * (i + r) + 1] = share;
+            for (int j = 0; j < h->keys; j += W)
+                store(p + j, kept(&drop, (number * h->L + i + r) * h->keys + j, load(p + j) * share));
+        }
+        from_keys(h->out, h->p, h->v, h->L, h->keys, D);
+        for (int r = 0; r < ROWS && i + r < h->L; r++)
+            for (int e = 0; e < D; e += W) narrow(context + (size_t)(i + r) * A * D + e, load(h->out + r * D + e));
+    }
+}
+
+static inline void attend_head_backward(head *h, const bf16 *qkv, const bf16 *mask, dropout drop, uint32_t number, int A,
+                                        int D, const float *rows, const bf16 *grad, bf16 *grad_qkv) {
+    size_t stride = (size_t)3 * A * D;
+    float scale = 1 / sqrtf((float)D);
+    gather(h->q, qkv, h->L, D, stride, scale);
+    gather(h->k, qkv + A * D, h->L, D, stride, 1);
+    gather(h->v, qkv + 2 * A * D, h->L, D, stride, 1);
+    gather(h->c, grad, h->L, D, (size_t)A * D, 1);
+    transpose(h->k_t, h->k, h->L, h->keys, D);
+    transpose(h->v_t, h->v, h->L, h->keys, D);
+    masked(h, mask);
+    memset(h->dk, 0, sizeof(float) * h->keys * D);
+    memset(h->dv, 0, sizeof(float) * h->keys * D);
+    for (int i = 0; i < h->L; i += ROWS) {
+        into_keys(h->p, h->q + i * D, h->k_t, h->mask, h->keys, D);
+        into_keys(h->s, h->c + i * D, h->v_t, 0, h->keys, D);
+        for (int r = 0; r < ROWS; r++) {
+            float *p = h->p + (size_t)r * h->keys, *s = h->s + (size_t)r * h->keys;
+            if (i + r >= h->L) {  // padding: adds nothing
+                memset(p, 0, sizeof(float) * h->keys), memset(s, 0, sizeof(float) * h->keys);
+                continue;
+            }
+            float top = rows[2 * (i + r)], share = rows[2 * (i + r) + 1];
+            uint32_t n = (number * h->L + i + r) * h->keys;
+            vec sum = {};
+            for (int j = 0; j < h->keys; j += W) {
+                vec x = exponential(load(p + j) - top) * share, g = kept(&drop, n + j, load(s + j));
+                sum += x * g;
+                store(p + j, x), store(s + j, g);
+            }
+            float mean = total(sum);
+            for (int j = 0; j < h->keys; j += W) {
+                vec x = load(p + j);
+                store(s + j, x * (load(s + j) - mean));
+                store(p + j, kept(&drop, n + j, x));
+            }
+        }
+        from_keys(h->dq + i * D, h->s, h->k, h->L, h->keys, D);
+        add_to_keys(h->dk, h->s, h->q + i * D, h->L, h->keys, D);
+        add_to_keys(h->dv, h->p, h->c + i * D, h->L, h->keys, D);
+    }
+    for (int i = 0; i < h->L; i++)
+        for (int e = 0; e < D; e += W) {
+            bf16 *to = grad_qkv + i * stride + e;
+            narrow(to, load(h->dq + i * D + e) * scale);
+            narrow(to + A * D, load(h->dk + (size_t)i * D + e));
+            narrow(to + 2 * A * D, load(h->dv + (size_t)i * D + e));
+        }
+}
+
+// The head size as a constant lets its loops be unrolled.
+#define BY_HEAD_SIZE(call)     \
+    switch (D) {               \
+        case 32: call(32); break; \
+        case 64: call(64); break; \
+        default: call(D);      \
+    }
+
+// qkv (B, L, 3, A, D), mask (B, L) to add, or null -> context (B, L, A, D), rows (B, A, L, 2: the highest score,
+// one over the sum); 0: done, 1: no memory.
+// D: a multiple of 16.
+int attend(const bf16 *qkv, const bf16 *mask, double p, uint64_t seed, int B, int L, int A, int D, bf16 *context,
+           float *rows) {
+    dropout drop = dropping(seed, p);
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *memory;
+        head h = room(L, D, &memory);
+        failed = !memory;
+#pragma omp for schedule(static)
+        for (int n = 0; n < B * A; n++) {
+            int b = n / A, a = n % A;
+            if (failed) continue;
+#define CALL(size)                                                                                                    \
+    attend_head(&h, qkv + (size_t)b * L * 3 * A * D + a * D, mask ? mask + (size_t)b * L : 0, drop, n, A, size,       \
+                context + (size_t)b * L * A * D + a * D, rows + (size_t)n * L * 2)
+            BY_HEAD_SIZE(CALL)
+#undef CALL
+        }
+        free(memory);
+    }
+    return failed;
+}
+
+// Of `attend`: grad (B, L, A, D) of the context -> grad_qkv (B, L, 3, A, D).
+int attend_backward(const bf16 *qkv, const bf16 *mask, double p, uint64_t seed, int B, int L, int A, int D,
+                    const float *rows, const bf16 *grad, bf16 *grad_qkv) {
+    dropout drop = dropping(seed, p);
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *memory;
+        head h = room(L, D, &memory);
+        failed = !memory;
+#pragma omp for schedule(static)
+        for (int n = 0; n < B * A; n++) {
+            int b = n / A, a = n % A;
+            size_t at = (size_t)b * L * 3 * A * D + a * D;
+            if (failed) continue;
+#define CALL(size)                                                                                                \
+    attend_head_backward(&h, qkv + at, mask ? mask + (size_t)b * L : 0, drop, n, A, size, rows + (size_t)n * L * 2, \
+                         grad + (size_t)b * L * A * D + a * D, grad_qkv + at)
+            BY_HEAD_SIZE(CALL)
+#undef CALL
+        }
+        free(memory);
+    }
+    return failed;
+}
+
+// ---------------------------------------------------------------------------------------------------- LayerNorm
+
+// sum = residual + dropout(x); out = LayerNorm(sum), low the same in bfloat16. Matrices are (T, H), mean and rstd (T).
+// residual: float32, or bfloat16 where `narrow_residual`. sum, mean, rstd, out: null where they are not wanted. H: a
+// multiple of 16.
+int add_norm(const void *residual, int narrow_residual, const bf16 *x, double p, uint64_t seed, const float *gain,
+             const float *bias, double epsilon, int T, int H, float *sum, float *mean, float *rstd, float *out,
+             bf16 *low) {
+    dropout drop = dropping(seed, p);
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *own = sum ? 0 : malloc(sizeof(float) * H);
+        failed = !sum && !own;
+#pragma omp for schedule(static)
+        for (int t = 0; t < T; t++) {
+            if (failed) continue;
+            size_t at = (size_t)t * H;
+            float *row = sum ? sum + at : own;
+            vec m = {}, v = {};
+            for (int j = 0; j < H; j += W) {
+                vec s = narrow_residual ? widen((const bf16 *)residual + at + j) : load((const float *)residual + at + j);
+                s += kept(&drop, at + j, widen(x + at + j));
+                store(row + j, s);
+                m += s;
+            }
+            float middle = total(m) / H;
+            for (int j = 0; j < H; j += W) {
+                vec d = load(row + j) - middle;
+                v += d * d;
+            }
+            float by = 1 / sqrtf(total(v) / H + (float)epsilon);
+            if (mean) mean[t] = middle, rstd[t] = by;
+            for (int j = 0; j < H; j += W) {
+                vec y = (load(row + j) - middle) * by * load(gain + j) + load(bias + j);
+                if (out) store(out + at + j, y);
+                narrow(low + at + j, y);
+            }
+        }
+        free(own);
+    }
+    return failed;
+}
+
+// Of `add_norm`: the gradient of `out` is grad + more, `more` (bfloat16) or null -> that of the residual (float32), of x
+// (bfloat16), and of gain and bias (H).
+int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t seed, const float *gain, const float *sum,
+                      const float *mean, const float *rstd, int T, int H, float *grad_residual, bf16 *grad_x,
+                      float *grad_gain, float *grad_bias) {
+    dropout drop = dropping(seed, p);
+    int threads = omp_get_max_threads(), used = 1;
+    float *partial = calloc((size_t)threads * 2 * H, sizeof(float));
+    if (!partial) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+        float *by_gain = partial + (size_t)omp_get_thread_num() * 2 * H, *by_bias = by_gain + H;
+#pragma omp single
+        used = omp_get_num_threads();
+#pragma omp for schedule(static)
+        for (int t = 0; t < T; t++) {
+            size_t at = (size_t)t * H;
+            float middle = mean[t], by = rstd[t];
+            vec a = {}, c = {};
+            for (int j = 0; j < H; j += W) {
+                vec g = load(grad + at + j);
+                if (more) g += widen(more + at + j);
+                vec x = (load(sum + at + j) - middle) * by, d = g * load(gain + j);
+                store(by_gain + j, load(by_gain + j) + g * x);
+                store(by_bias + j, load(by_bias + j) + g);
+                store(grad_residual + at + j, d);
+                a += d;
+                c += d * x;
+            }
+            float mean_a = total(a) / H, mean_c = total(c) / H;
+            for (int j = 0; j < H; j += W) {
+                vec x = (load(sum + at + j) - middle) * by;
+                vec d = (load(grad_residual + at + j) - mean_a - x * mean_c) * by;
+                store(grad_residual + at + j, d);
+                narrow(grad_x + at + j, kept(&drop, at + j, d));
+            }
+        }
+    }
+    for (int j = 0; j < H; j++) {
+        grad_gain[j] = grad_bias[j] = 0;
+        for (int n = 0; n < used; n++) {
+            grad_gain[j] += partial[(size_t)n * 2 * H + j];
+            grad_bias[j] += partial[(size_t)n * 2 * H + H + j];
+        }
+    }
+    free(partial);
+    return 0;
+}

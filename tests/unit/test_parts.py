@@ -1,0 +1,205 @@
+"""The compiled parts of an encoder layer against the formulas in float64, dropout included; and where there is no compiler."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from pkd_dist.model import native
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.parts import ByTorch, Compiled, parts_for
+
+LOW, SEED = torch.bfloat16, 0x1234_5678_9ABC_DEF0
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    kernels = native.kernels()
+    assert kernels is not None, "the tests need a C compiler"
+    return Compiled(kernels)
+
+
+@pytest.fixture
+def seeded(monkeypatch):
+    monkeypatch.setattr("pkd_dist.model.parts.draw_seed", lambda: SEED)
+
+
+def kept(count, p):
+    """What dropout multiplies elements 0, 1, ... by: the hash of kernels.c, once more."""
+    with np.errstate(over="ignore"):
+        h = np.arange(count, dtype=np.uint32) + np.uint32(SEED & 0xFFFFFFFF)
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D) + np.uint32(SEED >> 32)
+        h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
+        h ^= h >> np.uint32(16)
+    return torch.from_numpy(((h >> np.uint32(1)) >= int(p * 2**31)) / (1 - p))
+
+
+def close(got, wanted, what):
+    """Within a few roundings to bfloat16 of the largest."""
+    error, scale = (got.double() - wanted).abs().max().item(), wanted.abs().max().item()
+    assert error <= 0.01 * scale + 1e-6, f"{what}: {error} of {scale}"
+
+
+def attention(qkv_BL3Ad, mask_B1L, keep):
+    q, k, v = qkv_BL3Ad.permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask_B1L is not None:
+        scores = scores + mask_B1L[:, None].double()
+    share = scores.softmax(-1)
+    return ((share if keep is None else share * keep) @ v).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize(("length", "size"), [(1, 32), (7, 16), (16, 64), (33, 32), (50, 48), (130, 64)])
+def test_attention_and_its_gradient(compiled, seeded, length, size, p):
+    torch.manual_seed(length)
+    B, A, keys = 3, 2, -(-length // 16) * 16
+    qkv = torch.randn(B, length, 3, A, size).to(LOW)
+    grad = torch.randn(B * length, A * size).to(LOW)
+    mask = torch.zeros(B, 1, length, dtype=LOW)
+    mask[1, :, (length + 1) // 2 :] = torch.finfo(LOW).min
+    mask[2] = torch.finfo(LOW).min  # padding alone
+    mask = mask if p else None
+    keep = kept(B * A * length * keys, p).view(B, A, length, keys)[..., :length] if p else None
+    context, saved = compiled.attend(qkv, mask, p)
+    into = compiled.attend_backward(saved, grad)
+    exact = qkv.double().requires_grad_()
+    wanted = attention(exact, mask, keep)
+    wanted.backward(grad.double())
+    close(context, wanted.detach(), "context")
+    for i, name in enumerate(("query", "key", "value")):
+        close(into.view(qkv.shape)[:, :, i], exact.grad[:, :, i], name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 16), (37, 48), (64, 384)])
+def test_dropout_sum_and_norm_and_their_gradient(compiled, seeded, rows, hidden, p):
+    torch.manual_seed(rows)
+    residual, gain, bias = torch.randn(rows, hidden) + 2, torch.randn(hidden), torch.randn(hidden)
+    x, more, grad = torch.randn(rows, hidden).to(LOW), torch.randn(rows, hidden).to(LOW), torch.randn(rows, hidden)
+    keep = kept(rows * hidden, p).view(rows, hidden)
+    exact = [t.double().requires_grad_() for t in (residual, x, gain, bias)]
+    total = exact[0] + exact[1] * keep
+    wanted = torch.nn.functional.layer_norm(total, [hidden], exact[2], exact[3], 1e-12)
+
+    wide, low, saved = compiled.add_norm(residual, x, p, gain, bias, 1e-12, True)
+    assert torch.allclose(wide.double(), wanted, atol=2e-5) and torch.equal(low, wide.to(LOW))
+    unsaved = compiled.add_norm(residual, x, p, gain, bias, 1e-12, False)
+    assert torch.equal(unsaved[0], wide) and all(t is None for t in unsaved[2].tensors[:3])
+    narrow, same, _ = compiled.add_norm(residual.to(LOW), x, p, gain.to(LOW), bias.to(LOW), 1e-12, False)
+    assert narrow is same
+    close(narrow, wanted.detach(), "narrow residual")
+
+    for extra in (None, more):
+        for t in exact:
+            t.grad = None
+        wanted.backward(grad.double() + (0 if extra is None else extra.double()), retain_graph=True)
+        found = compiled.add_norm_backward(saved, grad, extra)
+        for got, leaf, name in zip(found, exact, ("residual", "x", "gain", "bias"), strict=True):
+            close(got, leaf.grad, name)
+
+
+def test_what_is_not_a_number_stays_so(compiled):
+    qkv = torch.randn(1, 20, 3, 2, 32).to(LOW)
+    qkv[0, 3, 1, 0, 5] = float("nan")  # a key: every query of that head meets it
+    context, saved = compiled.attend(qkv, None, 0.1)
+    into = compiled.attend_backward(saved, torch.ones_like(context))
+    assert context[:, :32].isnan().all() and not context[:, 32:].isnan().any() and into.isnan().any()
+    x = torch.zeros(2, 32, dtype=LOW)
+    x[1, 7] = float("nan")
+    wide, low, _ = compiled.add_norm(torch.zeros(2, 32), x, 0.0, torch.ones(32), torch.zeros(32), 1e-12, True)
+    assert wide[1].isnan().all() and low[1].isnan().all() and not wide[0].isnan().any()
+
+
+def test_the_number_of_threads_changes_nothing(compiled, seeded):
+    torch.manual_seed(2)
+    qkv, grad = torch.randn(5, 19, 3, 3, 32).to(LOW), torch.randn(95, 96)
+    gain, bias, residual, x = torch.ones(96), torch.zeros(96), torch.randn(95, 96), torch.randn(95, 96).to(LOW)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            context, attended = compiled.attend(qkv, None, 0.1)
+            wide, _, normed = compiled.add_norm(residual, x, 0.1, gain, bias, 1e-12, True)
+            into, into_x, *_ = compiled.add_norm_backward(normed, grad)
+            found.append((context, compiled.attend_backward(attended, grad.to(LOW)), wide, into, into_x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_even_and_follows_torchs_seed(compiled, p):
+    ones, nothing = torch.ones(4096, 256, dtype=LOW), torch.zeros(4096, 256)
+
+    def masks(seed):
+        torch.manual_seed(seed)
+        wide, _, saved = compiled.add_norm(nothing, ones, p, torch.ones(256), torch.zeros(256), 1.0, True)
+        assert wide is not None
+        return saved.tensors[0] > 0
+
+    first, again, other = masks(1), masks(1), masks(2)
+    assert torch.equal(first, again)
+    sigma = (p * (1 - p) / first.numel()) ** 0.5
+    assert abs(first.double().mean() - (1 - p)) < 4 * sigma
+    for a, b in ((first, other), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):  # seeds, columns, rows
+        both = (a & b).double().mean()
+        assert abs(both - (1 - p) ** 2) < 4 * ((1 - p) ** 2 * (1 - (1 - p) ** 2) / a.numel()) ** 0.5
+
+
+def test_a_layer_of_them_is_as_near_to_the_exact_one_as_autocast_is():
+    torch.manual_seed(4)
+    config = BertConfig(vocab_size=60, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    plain = AutoModelForSequenceClassification.from_config(config)
+    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), Compiled)
+    inputs = {"input_ids": torch.randint(1, 60, (4, 21)), "attention_mask": torch.ones(4, 21, dtype=torch.int64)}
+    inputs["attention_mask"][1:3, 9:] = 0
+
+    def gradients(model, autocast):
+        with torch.autocast("cpu", LOW, enabled=autocast):
+            logits = model(**inputs).logits if model is not fused else fused(inputs)[0]
+        logits.double().square().sum().backward()
+        named = (model if model is not fused else fused.model).named_parameters()
+        return {name: p.grad.double() for name, p in named if p.grad is not None}
+
+    exact, low, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain), Encoder(copy.deepcopy(plain))
+    wanted, usual, ours = gradients(exact, False), gradients(low, True), gradients(fused, True)
+
+    def error(found):
+        return sum((found[n] - g).norm() ** 2 for n, g in wanted.items()) ** 0.5
+
+    assert error(ours) < 1.2 * error(usual)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "path", "said"),
+    [
+        ("none-of-that-name", "/nowhere", "there is no C compiler"),
+        ("false", None, "failed"),
+    ],
+)
+def test_without_a_compiler_pytorch_does_it_and_that_is_said(monkeypatch, tmp_path, caplog, compiler, path, said):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if path:
+        monkeypatch.setenv("PATH", path)
+    with caplog.at_level(logging.INFO):
+        monkeypatch.setattr(logging.getLogger("pkd_dist"), "propagate", True)
+        assert native.kernels.__wrapped__() is None
+    assert said in caplog.text and "PyTorch's operations" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr("pkd_dist.model.parts.kernels", lambda: None)
+    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), ByTorch)
+
+
+def test_they_are_made_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.kernels.__wrapped__() is not None
+    (library,) = tmp_path.rglob("*.so")
+    made = library.stat().st_mtime_ns
+    assert native.kernels.__wrapped__() is not None
+    assert library.stat().st_mtime_ns == made and [*(tmp_path / "pkd_dist").iterdir()] == [library]
