@@ -3,7 +3,7 @@
 Run operation by operation, under autocast, more than half of a small student's training step is not arithmetic: each
 weight and each state is cast several times, dropout draws a random number per element one after the other, and every
 small operation leaves a node in the autograd graph. `fuse` gives a layer a forward and a backward pass of its own: query,
-key and value by one product, each weight cast once, dropout from 15 random bits per element.
+key and value by one product, each weight cast once, what lies between products in one pass where it is compiled (`parts`).
 
 Precision is that of autocast: products in its dtype, softmax in float32, residual sums and LayerNorm in that of the
 states (float32 under autocast). The layer's parameters keep their names. What is not known to fit is left as it is.

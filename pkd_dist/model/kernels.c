@@ -58,7 +58,8 @@ typedef struct {
 } dropout;
 
 static dropout dropping(uint64_t seed, double p) {
-    return (dropout){(uint32_t)seed, (uint32_t)(seed >> 32), (int32_t)(p * 2147483648.0), (float)(1 / (1 - p))};
+    int32_t threshold = p < 1 ? (int32_t)(p * 2147483648.0) : INT32_MAX;
+    return (dropout){(uint32_t)seed, (uint32_t)(seed >> 32), threshold, p < 1 ? (float)(1 / (1 - p)) : 0};
 }
 
 static const uvec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -361,7 +362,7 @@ int add_norm(const void *residual, int narrow_residual, const bf16 *x, double p,
                 v += d * d;
             }
             float by = 1 / sqrtf(total(v) / H + (float)epsilon);
-            if (mean) mean[t] = middle, rstd[t] = by;
+            if (mean && rstd) mean[t] = middle, rstd[t] = by;
             for (int j = 0; j < H; j += W) {
                 vec y = (load(row + j) - middle) * by * load(gain + j) + load(bias + j);
                 if (out) store(out + at + j, y);

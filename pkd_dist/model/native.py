@@ -1,7 +1,7 @@
 """`kernels.c`, compiled on this machine for this machine: once, and kept in the user's cache.
 
-The C compiler is asked for code for this very processor, with vectors as wide as it has. Its threads are those of
-PyTorch's own OpenMP, which the library finds in the process, so there are not two pools that take each other's cores.
+The C compiler is asked for code for this very processor. Its threads are those of PyTorch's own OpenMP, which the library
+finds in the process, so there are not two pools that take each other's cores. `PKD_KERNELS=0` leaves it all to PyTorch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
-import shutil
+import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,27 @@ import torch
 from pkd_dist.telemetry.log import log
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_ARGUMENTS = {  # p: a tensor's memory, i: int, d: double, s: a seed
-    "attend": "ppdsiiiipp",
-    "attend_backward": "ppdsiiiippp",
-    "add_norm": "pipdsppdiippppp",
-    "add_norm_backward": "ppdsppppiipppp",
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+_ARGUMENTS = {  # h, f, t: a tensor in bfloat16, in float32, in either; i: int; d: double; s: a seed
+    "attend": "hhdsiiiihf",
+    "attend_backward": "hhdsiiiifhh",
+    "add_norm": "tihdsffdiiffffh",
+    "add_norm_backward": "fhdsffffiifhff",
 }
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "d": ctypes.c_double, "s": ctypes.c_uint64}
+_NUMBERS = {"i": ctypes.c_int, "d": ctypes.c_double, "s": ctypes.c_uint64}
+_DTYPES = {"h": (torch.bfloat16,), "f": (torch.float32,), "t": (torch.bfloat16, torch.float32)}
+_UNUSED_DAYS = 30
 
 
 class Kernels:
-    """The functions of `kernels.c`, called with tensors, None, and numbers."""
+    """The functions of `kernels.c`, called with dense tensors on the CPU, None, and numbers."""
 
     def __init__(self, library: Path):
         loaded = ctypes.CDLL(str(library))
-        for name, arguments in _ARGUMENTS.items():
+        for name, letters in _ARGUMENTS.items():
             function = getattr(loaded, name)
-            function.argtypes = [_TYPES[a] for a in arguments]
-            setattr(self, name, functools.partial(_call, function))
+            function.argtypes = [_NUMBERS.get(letter, ctypes.c_void_p) for letter in letters]
+            setattr(self, name, functools.partial(_call, function, letters))
 
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
@@ -49,53 +52,82 @@ class Kernels:
     add_norm_backward: Callable[..., None]
 
 
-def _call(function: Any, *arguments: Any) -> None:
-    if function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)):
-        raise MemoryError
+def _call(function: Any, letters: str, *arguments: Any) -> None:
+    if function(*map(_address, letters, arguments)):
+        raise MemoryError(f"{function.__name__}: no memory is left for its working space")
+
+
+def _address(letter: str, given: Any) -> Any:
+    if not isinstance(given, torch.Tensor):
+        return given
+    if (
+        given.dtype not in _DTYPES[letter]
+        or given.device.type != "cpu"
+        or not given.is_contiguous()
+        or not given.numel()
+    ):
+        raise TypeError(
+            f"a kernel of kernels.c cannot read a tensor {tuple(given.shape)}, {given.dtype}, {given.device}"
+        )
+    return given.data_ptr()
 
 
 @functools.cache
 def kernels() -> Kernels | None:
     """None, with a word in the log, where there is no C compiler or it cannot make them."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        problem = "there is no C compiler"
-    else:
+    if os.environ.get("PKD_KERNELS") == "0":
+        return None
+    problem = "there is no C compiler"
+    for compiler in dict.fromkeys((os.environ.get("CC") or "cc", "cc", "gcc")):
         try:
-            return Kernels(_compiled(compiler))
+            return _made_by(shlex.split(compiler))
+        except FileNotFoundError:
+            continue
         except subprocess.CalledProcessError as error:
             said = (error.stderr or "").strip().splitlines() or ["without a word"]
-            problem = f"{compiler} failed: {said[0]}"
-        except (OSError, RuntimeError) as error:  # a cache that cannot be written, no home, no OpenMP in the process
-            problem = str(error)
+            problem = f"{compiler} failed: {next((line for line in said if 'error' in line), said[-1])}"
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            subprocess.SubprocessError,
+        ) as error:  # no home, a full disk, a hang, ...
+            problem = f"{compiler}: {error}"
     log.info("the encoder's own CPU kernels are not used (%s): the same by PyTorch's operations, slower", problem)
     return None
 
 
-def _compiled(compiler: str) -> Path:
-    """The library, made where it is not there yet."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [SOURCE.read_text(), *_FLAGS, compiler, version, _processor()]
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+def _made_by(compiler: list[str]) -> Kernels:
+    """Loads the library, made where it is not there yet or cannot be read.
+
+    Raises:
+        OSError, RuntimeError, ValueError, subprocess.SubprocessError: there can be none.
+    """
+    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])  # compiler, processor, what it can do
+    name = hashlib.sha256("\0".join([SOURCE.read_text(), *_FLAGS, target]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkd_dist"
-    library = folder / name
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # ranks may do so at once: each renames a whole file
-            made, compiled = Path(place) / "kernels.o", Path(place) / name
-            subprocess.run([compiler, *_FLAGS, "-c", SOURCE, "-o", made], capture_output=True, text=True, check=True)
-            # without -fopenmp: its functions are found among PyTorch's
-            subprocess.run(
-                [compiler, "-shared", made, "-o", compiled, "-lm"], capture_output=True, text=True, check=True
-            )
-            compiled.rename(library)
-    return library
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others; its code would not be safe to run")
+    library = folder / f"kernels-{name}.so"
+    if library.is_file():
+        with suppress(OSError):
+            return Kernels(library)
+        library.unlink(missing_ok=True)  # a lost power supply, a full disk
+    for other in folder.glob("kernels-*.so"):
+        if time.time() - other.stat().st_mtime > _UNUSED_DAYS * 86400:
+            other.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made, compiled = Path(place) / "kernels.o", Path(place) / library.name
+        _run([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(made)])
+        # without -fopenmp: its functions are found among PyTorch's
+        _run([*compiler, "-shared", str(made), "-o", str(compiled), "-lm"])
+        found = Kernels(compiled)
+        with suppress(FileExistsError):  # of another rank, which may have loaded it
+            os.link(compiled, library)
+    return found
 
 
-def _processor() -> str:
-    """What code for this very processor depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
-    except OSError:
-        return platform.processor() + platform.machine()
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=300)
+    return done.stdout

@@ -79,10 +79,15 @@ class Parts(Protocol):
 
 
 def parts_for(low: torch.dtype, wide: torch.dtype, hidden: int, head: int, learns: bool) -> Parts:
-    """The compiled ones where they fit."""
+    """The compiled ones where they fit: they take gradients in float32 alone. (Were a pure bfloat16 model's forward pass
+    repeated to save memory, both passes would have to be told the same `learns`.)"""
     fit = low == torch.bfloat16 and (wide == torch.float32 or (wide == low and not learns))
     compiled = kernels() if fit and head % _VECTOR == 0 and hidden % _VECTOR == 0 else None
     return ByTorch(low) if compiled is None else Compiled(compiled)
+
+
+def _float32(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class Compiled:
@@ -93,9 +98,9 @@ class Compiled:
 
     def attend(self, qkv_BL3Ad: torch.Tensor, mask_B1L: torch.Tensor | None, p: float) -> tuple[torch.Tensor, Kept]:
         B, L, _, A, d = qkv_BL3Ad.shape
-        mask_B1L = None if mask_B1L is None else mask_B1L.contiguous()
+        mask_B1L = None if mask_B1L is None else mask_B1L.expand(B, 1, L).contiguous()
         seed = draw_seed() if p else 0
-        context_TH, rows = qkv_BL3Ad.new_empty(B * L, A * d), torch.empty(B, A, L, 2)
+        context_TH, rows = qkv_BL3Ad.new_empty(B * L, A * d), _float32(B, A, L, 2)
         self._run.attend(qkv_BL3Ad, mask_B1L, p, seed, B, L, A, d, context_TH, rows)
         return context_TH, Kept([qkv_BL3Ad, mask_B1L, rows], (p, seed))
 
@@ -114,8 +119,8 @@ class Compiled:
         T, H = x_TH.shape
         narrow = residual_TH.dtype == x_TH.dtype
         seed, gain, bias = draw_seed() if p else 0, gain.float(), bias.float()
-        total, mean, rstd = (torch.empty(T, H), torch.empty(T), torch.empty(T)) if learns else (None, None, None)
-        low_TH, out_TH = torch.empty_like(x_TH), None if narrow else torch.empty(T, H)
+        total, mean, rstd = (_float32(T, H), _float32(T), _float32(T)) if learns else (None, None, None)
+        low_TH, out_TH = torch.empty_like(x_TH), None if narrow else _float32(T, H)
         self._run.add_norm(
             residual_TH, narrow, x_TH, p, seed, gain, bias, epsilon, T, H, total, mean, rstd, out_TH, low_TH
         )
@@ -126,8 +131,8 @@ class Compiled:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         (total, mean, rstd, gain), (p, seed) = kept
         T, H = grad_TH.shape
-        residual, x = torch.empty(T, H), torch.empty(T, H, dtype=torch.bfloat16)
-        into_gain, into_bias = torch.empty(H), torch.empty(H)
+        residual, x = _float32(T, H), grad_TH.new_empty(T, H, dtype=torch.bfloat16)
+        into_gain, into_bias = _float32(H), _float32(H)
         self._run.add_norm_backward(
             grad_TH, more_TH, p, seed, gain, total, mean, rstd, T, H, residual, x, into_gain, into_bias
         )

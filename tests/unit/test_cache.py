@@ -37,7 +37,7 @@ def world():
 def model():
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=32, num_labels=3,
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config).eval()
@@ -100,7 +100,7 @@ def test_rows_are_found_by_id_in_any_order(built, tokens, model):
     assert reader.rows == EXAMPLES
     rows = np.random.default_rng(1).permutation(EXAMPLES)
     logits, states = reader.rows_of(tokens.ids_N[rows], 24)
-    assert logits.shape == (EXAMPLES, 3) and states.shape == (EXAMPLES, 2, 16)
+    assert logits.shape == (EXAMPLES, 3) and states.shape == (EXAMPLES, 2, 32)
     for i, row in enumerate(rows):
         wanted_logits, wanted_states = one_by_one(model, tokens, row)
         torch.testing.assert_close(logits[i], wanted_logits, rtol=0, atol=1e-5)
@@ -113,7 +113,7 @@ def test_states_of_every_token(tmp_path, tokens, world, model):
     fingerprint, _, _ = fill(tmp_path, tokens, world, model, states="tokens")
     rows = np.array([7, 50, 0, 23, 8])
     _, states = CacheReader(tmp_path, fingerprint).rows_of(tokens.ids_N[rows], 24)
-    assert states.shape == (5, 24, 2, 16)
+    assert states.shape == (5, 24, 2, 32)
     for i, row in enumerate(rows):
         length = int(tokens.lengths_N[row])
         torch.testing.assert_close(states[i, :length], one_by_one(model, tokens, row)[1], rtol=0, atol=1e-5)

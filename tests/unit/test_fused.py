@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
 
 from pkd_dist.model.encoder import Encoder, encoder_layers
-from pkd_dist.model.fused import Dropout, dropout_mask, fuse
+from pkd_dist.model.fused import Dropout, fuse
+from pkd_dist.model.parts import Compiled, dropout_mask, parts_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BERT = BertConfig(
@@ -101,10 +102,14 @@ def test_with_dropout_it_is_the_formula(length):
         torch.testing.assert_close(mine.grad, its.grad, rtol=0, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("heads", [4, 2])  # by PyTorch; compiled, whose heads are of a multiple of 16
 @pytest.mark.parametrize(
     "config", [BERT, DistilBertConfig(vocab_size=60, dim=32, n_layers=3, n_heads=4, hidden_dim=64)]
 )
-def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config):
+def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config, heads):
+    config = copy.deepcopy(config)
+    config.num_attention_heads = heads
+    assert isinstance(parts_for(torch.bfloat16, torch.float32, 32, 32 // heads, True), Compiled) == (heads == 2)
     exact = model_of(config).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(5, 60, (8, 24)))
     inputs = {"input_ids": ids, "attention_mask": (ids > 8).long().index_fill(1, torch.tensor([0]), 1)}
@@ -123,7 +128,7 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config):
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             mine = gradient(model, lambda m=module, p=model: m(inputs)[0] if m else p(**inputs).logits)
         errors.append(float((mine - truth).norm() / truth.norm()))
-    assert errors[1] < 1.25 * errors[0] < 0.05, errors
+    assert errors[1] < 1.25 * errors[0] < 0.1, errors
 
 
 def test_without_a_gradient_it_keeps_nothing_and_gives_the_same():

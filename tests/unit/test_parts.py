@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -118,17 +119,19 @@ def test_the_number_of_threads_changes_nothing(compiled, seeded):
     torch.manual_seed(2)
     qkv, grad = torch.randn(5, 19, 3, 3, 32).to(LOW), torch.randn(95, 96)
     gain, bias, residual, x = torch.ones(96), torch.zeros(96), torch.randn(95, 96), torch.randn(95, 96).to(LOW)
-    before, found = torch.get_num_threads(), []
+    before, found, sums = torch.get_num_threads(), [], []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             context, attended = compiled.attend(qkv, None, 0.1)
             wide, _, normed = compiled.add_norm(residual, x, 0.1, gain, bias, 1e-12, True)
-            into, into_x, *_ = compiled.add_norm_backward(normed, grad)
+            into, into_x, *of_parameters = compiled.add_norm_backward(normed, grad)
             found.append((context, compiled.attend_backward(attended, grad.to(LOW)), wide, into, into_x))
+            sums.append(torch.cat(of_parameters))  # by thread
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.allclose(sums[0], other, rtol=1e-5, atol=1e-5) for other in sums[1:])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -148,6 +151,54 @@ def test_dropout_is_even_and_follows_torchs_seed(compiled, p):
     for a, b in ((first, other), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):  # seeds, columns, rows
         both = (a & b).double().mean()
         assert abs(both - (1 - p) ** 2) < 4 * ((1 - p) ** 2 * (1 - (1 - p) ** 2) / a.numel()) ** 0.5
+
+
+def test_a_layer_with_dropout_and_its_gradient(seeded):
+    """Through the model, against the formula with the same elements dropped."""
+    torch.manual_seed(6)
+    B, L, H, p = 3, 21, 32, 0.2
+    config = BertConfig(vocab_size=60, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                        hidden_dropout_prob=p, attention_probs_dropout_prob=p)  # fmt: skip
+    encoder = Encoder(AutoModelForSequenceClassification.from_config(config))
+    layer = encoder.model.bert.encoder.layer[0].train()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    hidden, grad = torch.randn(B, L, H), torch.randn(B, L, H)
+    mine = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", LOW):
+        out = layer(mine, None)
+    out.backward(grad)
+
+    exact = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
+    its = hidden.double().requires_grad_()
+
+    def linear(name, x):
+        return torch.nn.functional.linear(x, exact[f"{name}.weight"], exact[f"{name}.bias"])
+
+    def normed(name, x):
+        return torch.nn.functional.layer_norm(x, [H], exact[f"{name}.weight"], exact[f"{name}.bias"], 1e-12)
+
+    keys = -(-L // 16) * 16
+    of_shares = kept(B * 2 * L * keys, p).view(B, 2, L, keys)[..., :L]
+    of_states = kept(B * L * H, p).view(B * L, H)
+    x = its.view(B * L, H)
+    qkv = torch.stack([linear(f"attention.self.{name}", x) for name in ("query", "key", "value")], 1)
+    context = attention(qkv.view(B, L, 3, 2, H // 2), None, of_shares)
+    first = normed("attention.output.LayerNorm", x + linear("attention.output.dense", context) * of_states)
+    inner = torch.nn.functional.gelu(linear("intermediate.dense", first))
+    wanted = normed("output.LayerNorm", first + linear("output.dense", inner) * of_states).view(B, L, H)
+    wanted.backward(grad.double())
+
+    def near(got, wanted, what):
+        error = ((got.double() - wanted).norm() / wanted.norm()).item()
+        assert error < 0.02, f"{what}: {error}"
+
+    near(out.detach(), wanted.detach(), "output")
+    near(mine.grad, its.grad, "hidden")
+    for name, parameter in layer.named_parameters():
+        if name != "attention.self.key.bias":  # its gradient is 0
+            near(parameter.grad, exact[name].grad, name)
 
 
 def test_a_layer_of_them_is_as_near_to_the_exact_one_as_autocast_is():
@@ -175,31 +226,94 @@ def test_a_layer_of_them_is_as_near_to_the_exact_one_as_autocast_is():
     assert error(ours) < 1.2 * error(usual)
 
 
+def compiler_that(tmp_path, does):
+    """A script in place of a compiler."""
+    script = tmp_path / "cc"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """No compiler and no cache but those of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native.log, "propagate", True)
+    return tmp_path
+
+
+FAILS = 'case "$*" in *-dM*) echo target;; *) echo "kernels.c: In function"; echo "kernels.c:1: error: no such thing" >&2; exit 1;; esac'
+
+
 @pytest.mark.parametrize(
-    ("compiler", "path", "said"),
+    ("does", "said"),
     [
-        ("none-of-that-name", "/nowhere", "there is no C compiler"),
-        ("false", None, "failed"),
+        (None, "there is no C compiler"),
+        (FAILS, "cc failed: kernels.c:1: error: no such thing"),
+        ("exit 3", "cc failed: without a word"),
+        ("exit 0", "cannot open shared object file"),
     ],
 )
-def test_without_a_compiler_pytorch_does_it_and_that_is_said(monkeypatch, tmp_path, caplog, compiler, path, said):
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if path:
-        monkeypatch.setenv("PATH", path)
-    with caplog.at_level(logging.INFO):
-        monkeypatch.setattr(logging.getLogger("pkd_dist"), "propagate", True)
+def test_without_a_compiler_pytorch_does_it_and_that_is_said(monkeypatch, alone, caplog, does, said):
+    if does:
+        monkeypatch.setenv("CC", compiler_that(alone, does))
+    with caplog.at_level(logging.INFO, "pkd"):
         assert native.kernels.__wrapped__() is None
     assert said in caplog.text and "PyTorch's operations" in caplog.text
-    assert not list(tmp_path.rglob("*.so"))
+    assert not list(alone.rglob("kernels*"))
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(monkeypatch, alone, caplog):
+    monkeypatch.setenv("CC", compiler_that(alone, "echo target"))
+    (alone / "cache" / "pkd_dist").mkdir(parents=True)
+    (alone / "cache" / "pkd_dist").chmod(0o777)
+    with caplog.at_level(logging.INFO, "pkd"):
+        assert native.kernels.__wrapped__() is None
+    assert "can be written by others" in caplog.text
+
+
+def test_they_are_switched_off(monkeypatch):
+    monkeypatch.setenv("PKD_KERNELS", "0")
+    assert native.kernels.__wrapped__() is None
+
+
+def test_where_they_do_not_fit_pytorch_does_it(monkeypatch):
+    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), Compiled)
+    assert isinstance(parts_for(LOW, LOW, 64, 32, False), Compiled)
+    for low, wide, hidden, head, learns in (
+        (LOW, LOW, 64, 32, True), (LOW, torch.float32, 32, 8, True), (torch.float32, torch.float32, 64, 32, True),
+        (torch.float16, torch.float32, 64, 32, True), (torch.float64, torch.float64, 64, 32, False),
+    ):  # fmt: skip
+        assert isinstance(parts_for(low, wide, hidden, head, learns), ByTorch)
     monkeypatch.setattr("pkd_dist.model.parts.kernels", lambda: None)
     assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), ByTorch)
 
 
-def test_they_are_made_once(monkeypatch, tmp_path):
+def test_what_a_kernel_cannot_read_is_refused(compiled):
+    qkv = torch.randn(2, 5, 3, 2, 16).to(LOW)
+    one = torch.zeros(1, 1, 5, dtype=LOW)
+    assert torch.equal(compiled.attend(qkv, one, 0.0)[0], compiled.attend(qkv, None, 0.0)[0])  # one mask for all
+    with pytest.raises(TypeError, match="cannot read"):
+        compiled.attend(qkv.float(), None, 0.0)
+    with pytest.raises(TypeError, match="cannot read"):
+        compiled.attend(qkv.transpose(0, 1), None, 0.0)
+
+
+def test_they_are_made_once_and_again_where_the_file_is_broken(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = tmp_path / "pkd_dist" / "kernels-old.so"
+    old.parent.mkdir(mode=0o700)
+    old.touch()
+    os.utime(old, (0, 0))
     assert native.kernels.__wrapped__() is not None
-    (library,) = tmp_path.rglob("*.so")
+    (library,) = (tmp_path / "pkd_dist").iterdir()
     made = library.stat().st_mtime_ns
+    assert native.kernels.__wrapped__() is not None and library.stat().st_mtime_ns == made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a path that is loaded is not looked at again
+    broken = tmp_path / "other" / "pkd_dist" / library.name
+    broken.parent.mkdir(mode=0o700, parents=True)
+    broken.touch()
     assert native.kernels.__wrapped__() is not None
-    assert library.stat().st_mtime_ns == made and [*(tmp_path / "pkd_dist").iterdir()] == [library]
+    assert [*broken.parent.iterdir()] == [broken] and broken.stat().st_size
