@@ -279,7 +279,9 @@ def _memory(made: dict[str, Any] | None) -> str:
         return head + NOT_MEASURED.format(command="make bench-ranks")
     text = (
         f"The embedded data once and many times (each copy of a sentence with another word in it), {made['ranks']} rank(s) on "
-        f"{made['cores']} cores. *Own*: memory that a rank cannot do without, its largest rank; *mapped*: pages of memory-mapped "
+        f"{made['cores']} cores; a teacher of {made['teacher_layers']} layers"
+        + (f" (settings: `{' '.join(made['overrides'])}`)" if made["overrides"] else "")
+        + ". *Own*: memory that a rank cannot do without, its largest rank; *mapped*: pages of memory-mapped "
         "files that happen to be in memory, which the kernel drops where it needs the room.\n\n"
     )
     rows = []

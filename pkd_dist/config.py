@@ -328,7 +328,7 @@ class Cache(Section):
 class Checkpoint(Section):
     every_steps: Count = Field(200, description="Steps between checkpoints; one more is due at every evaluation.")
     min_seconds: NonNegative = Field(
-        10.0,
+        30.0,
         description="A checkpoint that is due sooner after the one before is left out; not the last one, nor a stop's.",
     )
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Committed checkpoints kept, at least 2.")

@@ -185,6 +185,7 @@ def main() -> None:
 
     def work() -> None:
         from benchmarks import performance
+        from pkd_dist.model.encoder import load_config, num_layers
 
         output = options.output.resolve()
         results = options.results or performance.RESULTS / "scaling.json"
@@ -198,7 +199,10 @@ def main() -> None:
                 size = Size(output, project_path(options.data), factor, options.ranks, options.steps, overrides)
                 write_json(kept, size.measure())
             sizes.append(json.loads(kept.read_text()))
-        machine = {"processor": watch.processor(), "cores": watch.cores(), "ranks": max(1, options.ranks)}
+        machine = {
+            "processor": watch.processor(), "cores": watch.cores(), "ranks": max(1, options.ranks),
+            "teacher_layers": num_layers(load_config(str(teacher), "--teacher")), "overrides": options.overrides,
+        }  # fmt: skip
         add(results, "memory", machine | {"sizes": sizes})
         if results.parent == performance.RESULTS:
             performance.write()

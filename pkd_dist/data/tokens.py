@@ -13,7 +13,9 @@ A token set is a folder of `.npy` files that are read by memory map:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +56,10 @@ class TokenSet:
     def lengths_N(self) -> np.ndarray:
         return np.diff(self.offsets_N1)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of some examples, without a look at the others."""
+        return np.asarray(self.offsets_N1[rows + 1] - self.offsets_N1[rows])
+
 
 def tokenize(
     split: Split, tokenizer: Any, max_length: int, folder: Path, check: Callable[[], None] = lambda: None
@@ -80,11 +86,11 @@ def tokenize(
             if any(len(x) > max_length for x in full["input_ids"])
             else full
         )
-        truncated += sum(len(a) != len(b) for a, b in zip(full["input_ids"], cut["input_ids"], strict=True))
-        lengths += [len(x) for x in cut["input_ids"]]
-        ids.append(np.concatenate([np.asarray(x, dtype=np.int32) for x in cut["input_ids"]]))
+        truncated += sum(map(operator.ne, map(len, full["input_ids"]), map(len, cut["input_ids"])))
+        lengths += map(len, cut["input_ids"])
+        ids.append(_flat(cut["input_ids"], np.int32))
         if typed:
-            types.append(np.concatenate([np.asarray(x, dtype=np.uint8) for x in cut["token_type_ids"]]))
+            types.append(_flat(cut["token_type_ids"], np.uint8))
     arrays = {
         "input_ids": np.concatenate(ids),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -103,6 +109,10 @@ def tokenize(
     }
     write_json(folder / "meta.json", meta | {"tokens": int(arrays["offsets"][-1])})
     return open_tokens(folder)
+
+
+def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype, sum(map(len, lists)))
 
 
 def _save(path: Path, array: np.ndarray) -> None:

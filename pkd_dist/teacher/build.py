@@ -269,7 +269,7 @@ def answer(
         Logits (R, C) and states (R, M, H), or (T, M, H) of every token without padding, on the CPU; None where it was
         stopped.
     """
-    lengths = batches.tokens.lengths_N[rows]
+    lengths = batches.tokens.lengths_of(rows)
     firsts = np.cumsum(lengths) - lengths
     order, device = np.argsort(-lengths, kind="stable"), teacher.device
     # the states of all tokens are many: in small batches, and at once to the host
@@ -312,7 +312,7 @@ def _write_shard(
     fingerprint: Fingerprint,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes the first rows' answers in id order; returns those of the rows that come after them."""
-    offsets = np.concatenate([[0], np.cumsum(batches.tokens.lengths_N[rows])]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(batches.tokens.lengths_of(rows))]).astype(np.int64)
     count = int(offsets[-1]) if by_token else len(rows)
     tensors = {
         "ids": torch.from_numpy(np.asarray(batches.tokens.ids_N[rows])),
