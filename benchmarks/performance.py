@@ -102,8 +102,13 @@ def _peers(made: dict[str, Any], device: str) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     ordered = sorted(made["contestants"].values(), key=lambda found: found["seconds"])
     rows = table(head, (_row(found) for found in ordered))
-    notes = "".join(f"- {note}\n" for note in made.get("notes", []))
+    notes = _notes(made)
     return "\n".join([text, rows, *([notes] if notes else []), _verdict(made), _job(made), _engine(made)])
+
+
+def _notes(made: dict[str, Any]) -> str:
+    """What was added to the measurements by hand."""
+    return "".join(f"- {note}\n" for note in made.get("notes", []))
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -294,7 +299,7 @@ def _memory(made: dict[str, Any] | None) -> str:
         ])  # fmt: skip
     stages = ("data (one rank)", "cache", "distill")
     columns = [*(f"{s}: own + mapped" for s in stages), *(f"{s}: ms an example" for s in stages)]
-    return head + text + table(["examples", "tokens", "cache", *columns], rows)
+    return head + text + table(["examples", "tokens", "cache", *columns], rows) + _notes(made)
 
 
 def _startup(made: dict[str, Any] | None) -> str:

@@ -38,6 +38,10 @@ _SIMILAR = 0.75
 """Of a batch's longest row, padded: shorter ones are for the next batch."""
 
 
+_ROUND = 32
+"""Batches of more rows have a multiple of this: PyTorch keeps about a megabyte for every shape of a product on a CPU."""
+
+
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
     """`auto`: float16 on a GPU, bfloat16 on a CPU (which has no half-precision products of its own)."""
     if precision != "auto":
@@ -281,7 +285,8 @@ def answer(
     start = 0
     while start < len(order):
         similar = np.searchsorted(-padded, -_SIMILAR * padded[start], side="right")  # rows are sorted by length
-        here = order[start : min(int(similar), start + max(1, most // int(padded[start])))]
+        count = min(int(similar) - start, max(1, most // int(padded[start])))
+        here = order[start : start + (count // _ROUND * _ROUND or count)]
         logits, states = teacher.unchecked(batches.of(rows[here]).inputs)
         places = here
         if teacher.tokens:  # one row after the other, without padding

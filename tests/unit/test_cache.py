@@ -17,7 +17,7 @@ from pkd_dist.dist import World
 from pkd_dist.errors import UserError
 from pkd_dist.ranks import Ranks
 from pkd_dist.teacher import cache
-from pkd_dist.teacher.build import LiveTeacher, build
+from pkd_dist.teacher.build import Batches, LiveTeacher, answer, build
 from pkd_dist.teacher.cache import CacheReader, Fingerprint, map_tensors, shard_name
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.metrics import RunMetrics
@@ -107,6 +107,23 @@ def test_rows_are_found_by_id_in_any_order(built, tokens, model):
         torch.testing.assert_close(states[i], wanted_states[0], rtol=0, atol=1e-5)
     twice = np.array([rows[3], rows[0], rows[3]])
     assert torch.equal(reader.rows_of(tokens.ids_N[twice], 24)[0], logits[[3, 0, 3]])
+
+
+def test_batches_have_few_sizes_and_every_row_is_answered(tokens, world, model):
+    """Each size of a batch costs memory to the end of the process, and a pass over a data set has many batches."""
+    sizes = []
+
+    class Noted(Batches):
+        def of(self, rows_B):
+            sizes.append(len(rows_B))
+            return super().of(rows_B)
+
+    many = np.tile(np.arange(EXAMPLES), 7)
+    teacher = LiveTeacher(model, LAYERS, "float32", "float32", False, world.device)
+    logits, _ = answer(many, Noted(tokens, 0, world.device), teacher)
+    assert sum(sizes) == len(many) and max(sizes) > 32 and all(size % 32 == 0 for size in sizes if size > 32)
+    for row in (0, EXAMPLES - 1, len(many) - 1):
+        torch.testing.assert_close(logits[row], one_by_one(model, tokens, many[row])[0], rtol=0, atol=1e-5)
 
 
 def test_states_of_every_token(tmp_path, tokens, world, model):
