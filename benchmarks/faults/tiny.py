@@ -48,9 +48,8 @@ def make_data(folder: Path, dev: int = 41) -> Path:
     return folder
 
 
-def make_body(folder: Path, layers: int = 4, hidden: int = 32, **fields: Any) -> Path:
-    """A BERT of random weights with a word-piece tokenizer, as a Hugging Face folder without a classifier. Its heads are of
-    16 where there is room, which the compiled kernels want."""
+def make_body(folder: Path, layers: int = 4, hidden: int = 32, heads: int = 4, **fields: Any) -> Path:
+    """A BERT of random weights with a word-piece tokenizer, as a Hugging Face folder without a classifier."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -62,7 +61,7 @@ def make_body(folder: Path, layers: int = 4, hidden: int = 32, **fields: Any) ->
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=max(2, hidden // 16),
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=2 * hidden, max_position_embeddings=64, **fields,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
