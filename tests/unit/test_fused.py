@@ -128,7 +128,7 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config, heads):
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             mine = gradient(model, lambda m=module, p=model: m(inputs)[0] if m else p(**inputs).logits)
         errors.append(float((mine - truth).norm() / truth.norm()))
-    assert errors[1] < 1.25 * errors[0] < 0.1, errors
+    assert errors[1] < 1.25 * errors[0] < (0.05 if heads == 4 else 0.1), errors  # autocast's own is larger with 2
 
 
 def test_without_a_gradient_it_keeps_nothing_and_gives_the_same():
