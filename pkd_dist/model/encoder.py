@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers = encoder_layers(model)[1]
         self.lean_last_layer = not all_tokens and only_first_token(model, layers)
-        self.fused = fuse(model, layers)
+        self.fused = fuse(model, layers, self.lean_last_layer)
         compact = used_V is not None and has_plain_vocabulary(model)
         self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model

@@ -13,13 +13,13 @@ Shapes: B rows, L tokens, H hidden size, F inner size, T = B * L.
 
 from __future__ import annotations
 
-import types
+import functools
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pkd_dist.model.lean import is_bert_like
 from pkd_dist.model.parts import Kept, Parts, dropout_mask, parts_for
@@ -34,10 +34,11 @@ class Dropout(nn.Dropout):
         return input * dropout_mask(tuple(input.shape), self.p, input.dtype)
 
 
-def fuse(model: nn.Module, layers: nn.ModuleList | None) -> bool:
+def fuse(model: nn.Module, layers: nn.ModuleList | None, first_token: bool = False) -> bool:
     """Makes every encoder layer one operation, and all dropouts cheap; in place, for the CPU.
 
-    A layer whose forward pass was replaced before keeps it.
+    Args:
+        first_token: the last layer computes the first token alone (see `lean.only_first_token`).
 
     Returns:
         False where the model's family is not known to have such layers: then its dropouts alone are changed.
@@ -51,19 +52,20 @@ def fuse(model: nn.Module, layers: nn.ModuleList | None) -> bool:
     if activations != {"gelu"}:
         return False
     for layer in layers:
-        if "forward" not in vars(layer):
-            layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+        first = first_token and layer is layers[-1]
+        layer.forward = functools.partial(_forward, layer, layer.forward, first)  # type: ignore[method-assign]
     return True
 
 
 def _forward(
-    layer: Any, hidden_BLH: torch.Tensor, attention_mask: torch.Tensor | None = None, *rest: Any, **named: Any
-) -> torch.Tensor:
+    layer: Any, otherwise: Callable[..., Any], first: bool, hidden_BLH: torch.Tensor,
+    attention_mask: torch.Tensor | None = None, *rest: Any, **named: Any,
+) -> torch.Tensor:  # fmt: skip
     if hidden_BLH.device.type != "cpu":
-        return type(layer).forward(layer, hidden_BLH, attention_mask, *rest, **named)
+        return otherwise(hidden_BLH, attention_mask, *rest, **named)
     weights, heads, dropouts, epsilon = _bert(layer) if hasattr(layer.attention, "self") else _distilbert(layer)
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_BLH.dtype
-    settings = low, heads, dropouts if layer.training else (0.0, 0.0, 0.0), epsilon
+    settings = low, heads, dropouts if layer.training else (0.0, 0.0, 0.0), epsilon, first
     mask_B1L = _additive(attention_mask, low)
     learns, hidden = torch.is_grad_enabled(), hidden_BLH.shape[-1]
     parts = parts_for(low, hidden_BLH.dtype, hidden, hidden // heads, learns)
@@ -111,29 +113,24 @@ def _layer(
 
     Args:
         settings: the dtype of products; heads; dropout of attention, of its output, of the layer's output; LayerNorm's
-            epsilon.
+            epsilon; whether the output is of the first token alone.
         learns: a backward pass follows.
         weights: weight and bias of query, key, value, output, LayerNorm, inner, outer, LayerNorm.
     """
-    low, heads, (p_attention, p_attended, p_output), epsilon = settings
-    wq, bq, wk, bk, wv, bv, wo, bo, g1, b1, wi, bi, wu, bu, g2, b2 = weights
-    B, L, H = hidden_BLH.shape
-    in_TH = hidden_BLH.reshape(-1, H)
-    low_TH = in_TH.to(low)
-    w_qkv = torch.empty(3 * H, H, dtype=low)
-    for i, w in enumerate((wq, wk, wv)):
-        w_qkv[i * H : (i + 1) * H] = w
-    wo, wi, wu = wo.to(low), wi.to(low), wu.to(low)
-    qkv = torch.addmm(torch.cat([bq, bk, bv]).to(low), low_TH, w_qkv.t())
-    context_TH, attention = parts.attend(qkv.view(B, L, 3, heads, -1), mask_B1L, p_attention)
+    low, heads, (p_attention, p_attended, p_output), epsilon, first = settings
+    *projections, wo, bo, g1, b1, wi, bi, wu, bu, g2, b2 = weights
+    H = hidden_BLH.shape[-1]
+    low_BLH, wo, wi, wu = (x.to(low) for x in (hidden_BLH, wo, wi, wu))
+    attend, residual = (_attend_first, hidden_BLH[:, 0]) if first else (_attend_all, hidden_BLH.reshape(-1, H))
+    context_TH, attention = attend(low_BLH, mask_B1L, parts, heads, p_attention, projections)
     attended_TH = torch.addmm(bo.to(low), context_TH, wo.t())
-    norm_1, low_1, first = parts.add_norm(in_TH, attended_TH, p_attended, g1, b1, epsilon, learns)
+    norm_1, low_1, before = parts.add_norm(residual.contiguous(), attended_TH, p_attended, g1, b1, epsilon, learns)
     inner_TF = torch.addmm(bi.to(low), low_1, wi.t())
-    active_TF = F.gelu(inner_TF)
+    active_TF, activation = parts.gelu(inner_TF, learns)
     output_TH = torch.addmm(bu.to(low), active_TF, wu.t())
-    norm_2, _, second = parts.add_norm(norm_1, output_TH, p_output, g2, b2, epsilon, learns)
-    products = [low_TH, w_qkv, wo, wi, wu, context_TH, low_1, inner_TF, active_TF]
-    return norm_2.view(B, L, H), products, [attention, first, second]
+    norm_2, _, after = parts.add_norm(norm_1, output_TH, p_output, g2, b2, epsilon, learns)
+    products = [wo, wi, wu, context_TH, low_1, active_TF]
+    return norm_2.view(len(hidden_BLH), -1, H), products, [attention, before, activation, after]
 
 
 class _Layer(torch.autograd.Function):
@@ -141,7 +138,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, hidden_BLH: torch.Tensor, mask: Any, parts: Parts, settings: Any, *weights: Any) -> Any:
         out, products, kept = _layer(hidden_BLH, mask, parts, settings, True, weights)
         ctx.save_for_backward(*products, *(tensor for part in kept for tensor in part.tensors))
-        ctx.parts, ctx.shape = parts, hidden_BLH.shape
+        ctx.parts, ctx.shape, ctx.first = parts, hidden_BLH.shape, settings[-1]
         ctx.kept = [(len(part.tensors), part.numbers) for part in kept]
         ctx.wide = weights[0].dtype
         return out
@@ -149,23 +146,104 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BLH: torch.Tensor) -> Any:
-        low_TH, w_qkv, wo, wi, wu, context_TH, low_1, inner_TF, active_TF, *rest = ctx.saved_tensors
+        wo, wi, wu, context_TH, low_1, active_TF, *rest = ctx.saved_tensors
         tensors = iter(rest)
-        attention, first, second = (Kept(list(islice(tensors, count)), numbers) for count, numbers in ctx.kept)
-        H, parts, wide = grad_BLH.shape[-1], ctx.parts, ctx.wide
-
-        def into(grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Of a product's weight and bias."""
-            return (grad.t() @ states).to(wide), grad.sum(0).to(wide)
-
-        residual, output, grad_g2, grad_b2 = parts.add_norm_backward(second, grad_BLH.reshape(-1, H).contiguous())
-        inner = torch.ops.aten.gelu_backward(output @ wu, inner_TF)
-        grad_u, grad_i = into(output, active_TF), into(inner, low_1)
-        residual, attended, grad_g1, grad_b1 = parts.add_norm_backward(first, residual, inner @ wi)
-        grad_o = into(attended, context_TH)
-        qkv_T3H = parts.attend_backward(attention, attended @ wo)
-        grad_w, grad_b = into(qkv_T3H, low_TH)
-        projections = [part for i in range(3) for part in (grad_w[i * H : (i + 1) * H], grad_b[i * H : (i + 1) * H])]
-        grad_in = (residual + qkv_T3H @ w_qkv).view(ctx.shape)
-        return (grad_in, None, None, None, *projections, *grad_o, grad_g1, grad_b1, *grad_i, *grad_u,
+        attention, before, activation, after = (
+            Kept(list(islice(tensors, count)), numbers) for count, numbers in ctx.kept
+        )
+        parts = ctx.parts
+        residual, output, grad_g2, grad_b2 = parts.add_norm_backward(after, grad_BLH.flatten(0, 1).contiguous())
+        inner = parts.gelu_backward(activation, output @ wu)
+        grad_u, grad_i = _of_product(output, active_TF), _of_product(inner, low_1)
+        residual, attended, grad_g1, grad_b1 = parts.add_norm_backward(before, residual, inner @ wi)
+        grad_o = _of_product(attended, context_TH)
+        into_attention = _attend_first_backward if ctx.first else _attend_all_backward
+        grad_in, projections = into_attention(attention, parts, ctx.shape, attended @ wo, residual)
+        low = (grad.to(ctx.wide) for pair in (*projections, grad_o) for grad in pair)
+        return (grad_in, None, None, None, *low, grad_g1, grad_b1, *(x.to(ctx.wide) for x in (*grad_i, *grad_u)),
                 grad_g2, grad_b2)  # fmt: skip
+
+
+def _of_product(grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of a product's weight and bias."""
+    return grad.t() @ states, grad.sum(0)
+
+
+_Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Of the weights and biases of the projections to query, key and value."""
+
+
+def _attend_all(
+    low_BLH: torch.Tensor, mask_B1L: torch.Tensor | None, parts: Parts, heads: int, p: float, weights: Any
+) -> tuple[torch.Tensor, Kept]:
+    """The context of every token, (T, H); query, key and value by one product."""
+    wq, bq, wk, bk, wv, bv = weights
+    B, L, H = low_BLH.shape
+    low_TH, w_qkv = low_BLH.view(-1, H), low_BLH.new_empty(3 * H, H)
+    for i, w in enumerate((wq, wk, wv)):
+        w_qkv[i * H : (i + 1) * H] = w
+    qkv = torch.addmm(torch.cat([bq, bk, bv]).to(low_TH.dtype), low_TH, w_qkv.t())
+    q, k, v = qkv.view(B, L, 3, heads, -1).unbind(2)
+    context, _, kept = parts.attend(q, k, v, mask_B1L, (H // heads) ** -0.5, p)
+    return context.reshape(-1, H), Kept([low_TH, w_qkv, *kept.tensors], (heads, *kept.numbers))
+
+
+def _attend_all_backward(
+    kept: Kept, parts: Parts, shape: tuple[int, int, int], grad_TH: torch.Tensor, residual_TH: torch.Tensor
+) -> tuple[torch.Tensor, _Pairs]:
+    (low_TH, w_qkv, *tensors), (heads, *numbers) = kept
+    B, L, H = shape
+    qkv_T3H = grad_TH.new_empty(B * L, 3 * H)
+    into = qkv_T3H.view(B, L, 3, heads, -1).unbind(2)
+    parts.attend_backward(Kept(tensors, tuple(numbers)), grad_TH.view(B, L, heads, -1), None, into)
+    weight, bias = _of_product(qkv_T3H, low_TH)
+    grad_in = residual_TH + qkv_T3H @ w_qkv
+    return grad_in.view(shape), list(zip(weight.split(H), bias.split(H), strict=True))
+
+
+def _attend_first(
+    low_BLH: torch.Tensor, mask_B1L: torch.Tensor | None, parts: Parts, heads: int, p: float, weights: Any
+) -> tuple[torch.Tensor, Kept]:
+    """The context of the first token, (B, H), without any token's key or value: see `lean.attend_first`. The part of the
+    scores that is the same for all keys is left out, as it changes nothing."""
+    wq, bq, wk, _, wv, bv = weights
+    (B, _, H), low = low_BLH.shape, low_BLH.dtype
+    wq, wk, wv = (w.to(low) for w in (wq, wk, wv))
+    first_BH = low_BLH[:, 0].contiguous()
+    q_ABd = torch.addmm(bq.to(low), first_BH, wq.t()).view(B, heads, -1).transpose(0, 1)
+    sought_ABH = q_ABd @ wk.view(heads, -1, H)
+    states = low_BLH[:, :, None]
+    mean, sums_B1A, kept = parts.attend(_queries(sought_ABH), states, states, mask_B1L, (H // heads) ** -0.5, p)
+    mean_ABH = mean[:, :, 0].transpose(0, 1)
+    sums_AB1 = sums_B1A[:, 0].t()[..., None]
+    shift_ABd = sums_AB1 * bv.view(heads, 1, -1)  # wide
+    context_ABd = (mean_ABH @ wv.view(heads, -1, H).transpose(1, 2) + shift_ABd).to(low)
+    context_BH = context_ABd.transpose(0, 1).reshape(B, H)
+    return context_BH, Kept([first_BH, q_ABd, wq, wk, wv, bv, mean_ABH, sums_AB1, *kept.tensors], kept.numbers)
+
+
+def _attend_first_backward(
+    kept: Kept, parts: Parts, shape: tuple[int, int, int], grad_BH: torch.Tensor, residual_BH: torch.Tensor
+) -> tuple[torch.Tensor, _Pairs]:
+    first_BH, q_ABd, wq, wk, wv, bv, mean_ABH, sums_AB1, *tensors = kept.tensors
+    B, L, H = shape
+    heads = len(q_ABd)
+    grad_ABd = grad_BH.view(B, heads, -1).transpose(0, 1)
+    wide_ABd = grad_ABd.to(sums_AB1.dtype)
+    grad_v = (grad_ABd.transpose(1, 2) @ mean_ABH).view(H, H), (wide_ABd * sums_AB1).sum(1).flatten()
+    grad_sums_B1A = (wide_ABd * bv.view(heads, 1, -1)).sum(-1).t()[:, None].contiguous()
+    grad_mean_ABH = grad_ABd @ wv.view(heads, -1, H)
+    sought_ABH, states = grad_BH.new_empty(heads, B, H), grad_BH.new_empty(B, L, 1, H)
+    parts.attend_backward(
+        Kept(tensors, kept.numbers), _queries(grad_mean_ABH), grad_sums_B1A, (_queries(sought_ABH), states, states)
+    )
+    grad_k = (q_ABd.transpose(1, 2) @ sought_ABH).view(H, H), torch.zeros_like(bv)
+    q_BH = (sought_ABH @ wk.view(heads, -1, H).transpose(1, 2)).transpose(0, 1).reshape(B, H)
+    grad_in = states.view(shape).to(residual_BH.dtype)
+    grad_in[:, 0] += residual_BH + q_BH @ wq
+    return grad_in, [_of_product(q_BH, first_BH), grad_k, grad_v]
+
+
+def _queries(x_ABH: torch.Tensor) -> torch.Tensor:
+    """What each head seeks of the states, as queries of one head: (B, A, 1, H)."""
+    return x_ABH.transpose(0, 1)[:, :, None]

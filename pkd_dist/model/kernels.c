@@ -1,6 +1,5 @@
-// What is not a matrix product in an encoder layer, on a CPU, in bfloat16 with sums in float32: attention, and dropout with
-// the residual sum and LayerNorm. One pass over memory each. `fused.py` calls them and says what they compute; `native.py`
-// compiles this file.
+// What is not a matrix product in an encoder layer, on a CPU, in bfloat16 with sums in float32: attention, dropout with the
+// residual sum and LayerNorm, GELU. One pass over memory each. `parts.py` calls them; `native.py` compiles this file.
 //
 // Shapes: B rows, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense, rows first.
 // Threads are those of PyTorch's OpenMP; each row or head is done by one, so results do not depend on their number (but
@@ -94,11 +93,22 @@ static inline vec exponential(vec x) {
 
 // ---------------------------------------------------------------------------------------------------- attention
 
+// Rows of D numbers of one matrix for each example: how far it is from example to example, and from row to row. From head
+// to head it is D.
 typedef struct {
-    int L, keys;              // tokens, and the same padded to whole vectors
-    float *q, *k, *v, *c;     // (keys, D), zeros after L; c: gradient of the context
+    bf16 *at;
+    int64_t example, row;
+} rows;
+
+static inline bf16 *of_head(rows from, int example, int head, int D) {
+    return from.at + example * from.example + (int64_t)head * D;
+}
+
+typedef struct {
+    int Q, L, keys;           // queries; tokens, and the same padded to whole vectors
+    float *q, *c, *dq;        // (Q padded to whole ROWS, D), zeros after Q; c: gradient of the context
+    float *k, *v, *dk, *dv;   // (keys, D), zeros after L; where keys are values, too, those of v are those of k
     float *k_t, *v_t;         // (D, keys)
-    float *dq, *dk, *dv;      // (keys, D)
     float *mask;              // (keys)
     float *p, *s;             // (ROWS, keys)
     float *out;               // (ROWS, D)
@@ -112,37 +122,52 @@ static float *take(float **rest, size_t n) {
     return p;
 }
 
-static head room(int L, int D, float **memory) {
-    head h = {.L = L, .keys = padded(L, W)};
-    size_t side = (size_t)padded(L, W) * D;
-    size_t bytes = (9 * side + (1 + 2 * ROWS) * (size_t)h.keys + (size_t)ROWS * D) * sizeof(float);  // each part a whole number of vectors
+static head room(int Q, int L, int D, float **memory) {
+    head h = {.Q = Q, .L = L, .keys = padded(L, W)};
+    size_t keys = h.keys, of_q = (size_t)padded(Q, ROWS) * D, of_k = keys * D;
+    size_t bytes = (3 * of_q + 6 * of_k + (1 + 2 * ROWS) * keys + (size_t)ROWS * D) * sizeof(float);  // all whole vectors
     float *at = *memory = aligned_alloc(sizeof(vec), bytes);
     if (!at) return h;
     memset(at, 0, bytes);
-    float **all[] = {&h.q, &h.k, &h.v, &h.c, &h.k_t, &h.v_t, &h.dq, &h.dk, &h.dv};
-    for (int i = 0; i < 9; i++) *all[i] = take(&at, side);
-    h.mask = take(&at, h.keys);
-    h.p = take(&at, (size_t)ROWS * h.keys), h.s = take(&at, (size_t)ROWS * h.keys);
+    float **queries[] = {&h.q, &h.c, &h.dq}, **tokens[] = {&h.k, &h.v, &h.dk, &h.dv, &h.k_t, &h.v_t};
+    for (int i = 0; i < 3; i++) *queries[i] = take(&at, of_q);
+    for (int i = 0; i < 6; i++) *tokens[i] = take(&at, of_k);
+    h.mask = take(&at, keys);
+    h.p = take(&at, ROWS * keys), h.s = take(&at, ROWS * keys);
     h.out = take(&at, (size_t)ROWS * D);
     return h;
 }
 
-static inline void gather(float *to, const bf16 *from, int L, int D, size_t stride, float scale) {
-    for (int i = 0; i < L; i++)
-        for (int e = 0; e < D; e += W) store(to + i * D + e, widen(from + i * stride + e) * scale);
+static inline void gather(float *to, const bf16 *from, int count, int D, int64_t row, float scale) {
+    for (int i = 0; i < count; i++)
+        for (int e = 0; e < D; e += W) store(to + i * D + e, widen(from + i * row + e) * scale);
+}
+
+static inline void scatter(bf16 *to, const float *from, int count, int D, int64_t row, float scale) {
+    for (int i = 0; i < count; i++)
+        for (int e = 0; e < D; e += W) narrow(to + i * row + e, load(from + i * D + e) * scale);
 }
 
 static inline void transpose(float *to, const float *from, int L, int keys, int D) {
-    for (int i = 0; i < L; i++)
-        for (int e = 0; e < D; e++) to[e * keys + i] = from[i * D + e];
+    for (int block = 0; block < D; block += W)  // what is written stays near
+        for (int i = 0; i < L; i++)
+            for (int e = block; e < block + W; e++) to[e * keys + i] = from[i * D + e];
 }
 
-static inline void masked(head *h, const bf16 *mask) {
+// Queries, keys and values of a head, and what is to be added to its scores; true: the keys are the values.
+static inline int read_head(head *h, rows q, rows k, rows v, const bf16 *mask, float scale, int b, int a, int D) {
+    int same = k.at == v.at;
+    gather(h->q, of_head(q, b, a, D), h->Q, D, q.row, scale);
+    gather(h->k, of_head(k, b, a, D), h->L, D, k.row, 1);
+    if (same) h->v = h->k, h->v_t = h->k_t, h->dv = h->dk;
+    else gather(h->v, of_head(v, b, a, D), h->L, D, v.row, 1);
+    transpose(h->k_t, h->k, h->L, h->keys, D);
     for (int j = 0; j < h->keys; j++) {
-        uint32_t bits = mask && j < h->L ? (uint32_t)mask[j] << 16 : 0;
+        uint32_t bits = mask && j < h->L ? (uint32_t)mask[(size_t)b * h->L + j] << 16 : 0;
         memcpy(h->mask + j, &bits, 4);
         if (j >= h->L) h->mask[j] = -INFINITY;
     }
+    return same;
 }
 
 // out (ROWS, keys) = a (ROWS, D) b_t (D, keys) + start (keys)
@@ -184,19 +209,17 @@ static inline void add_to_keys(float *out, const float *p, const float *a, int L
     }
 }
 
-static inline void attend_head(head *h, const bf16 *qkv, const bf16 *mask, dropout drop, uint32_t number, int A, int D,
-                               bf16 *context, float *rows) {
-    size_t stride = (size_t)3 * A * D;
-    gather(h->q, qkv, h->L, D, stride, 1 / sqrtf((float)D));
-    gather(h->k, qkv + A * D, h->L, D, stride, 1);
-    gather(h->v, qkv + 2 * A * D, h->L, D, stride, 1);
-    transpose(h->k_t, h->k, h->L, h->keys, D);
-    masked(h, mask);
-    for (int i = 0; i < h->L; i += ROWS) {
+static inline void attend_head(head *h, rows q, rows k, rows v, const bf16 *mask, dropout drop, float scale, int b, int a,
+                               int A, int D, rows context, float *kept_of) {
+    uint32_t first = (uint32_t)(b * A + a) * h->Q;
+    kept_of += 3 * (size_t)first;
+    read_head(h, q, k, v, mask, scale, b, a, D);
+    for (int i = 0; i < h->Q; i += ROWS) {
+        int count = h->Q - i < ROWS ? h->Q - i : ROWS;
         into_keys(h->p, h->q + i * D, h->k_t, h->mask, h->keys, D);
-        for (int r = 0; r < ROWS && i + r < h->L; r++) {
+        for (int r = 0; r < count; r++) {
             float *p = h->p + (size_t)r * h->keys, top = -INFINITY;
-            vec most = load(p), sum = {};
+            vec most = load(p), sum = {}, left = {};
             for (int j = W; j < h->keys; j += W) {
                 vec x = load(p + j);
                 ivec more = x > most;
@@ -209,43 +232,44 @@ static inline void attend_head(head *h, const bf16 *qkv, const bf16 *mask, dropo
                 store(p + j, x);
             }
             float share = 1 / total(sum);
-            rows[2 * (i + r)] = top, rows[2 * (i + r) + 1] = share;
-            for (int j = 0; j < h->keys; j += W)
-                store(p + j, kept(&drop, (number * h->L + i + r) * h->keys + j, load(p + j) * share));
+            for (int j = 0; j < h->keys; j += W) {
+                vec x = kept(&drop, (first + i + r) * h->keys + j, load(p + j) * share);
+                left += x;
+                store(p + j, x);
+            }
+            float *to = kept_of + 3 * (i + r);
+            to[0] = top, to[1] = share, to[2] = total(left);
         }
         from_keys(h->out, h->p, h->v, h->L, h->keys, D);
-        for (int r = 0; r < ROWS && i + r < h->L; r++)
-            for (int e = 0; e < D; e += W) narrow(context + (size_t)(i + r) * A * D + e, load(h->out + r * D + e));
+        scatter(of_head(context, b, a, D) + i * context.row, h->out, count, D, context.row, 1);
     }
 }
 
-static inline void attend_head_backward(head *h, const bf16 *qkv, const bf16 *mask, dropout drop, uint32_t number, int A,
-                                        int D, const float *rows, const bf16 *grad, bf16 *grad_qkv) {
-    size_t stride = (size_t)3 * A * D;
-    float scale = 1 / sqrtf((float)D);
-    gather(h->q, qkv, h->L, D, stride, scale);
-    gather(h->k, qkv + A * D, h->L, D, stride, 1);
-    gather(h->v, qkv + 2 * A * D, h->L, D, stride, 1);
-    gather(h->c, grad, h->L, D, (size_t)A * D, 1);
-    transpose(h->k_t, h->k, h->L, h->keys, D);
-    transpose(h->v_t, h->v, h->L, h->keys, D);
-    masked(h, mask);
+static inline void attend_head_backward(head *h, rows q, rows k, rows v, const bf16 *mask, dropout drop, float scale, int b,
+                                        int a, int A, int D, const float *kept_of, rows grad, const float *grad_left,
+                                        rows grad_q, rows grad_k, rows grad_v) {
+    uint32_t first = (uint32_t)(b * A + a) * h->Q;
+    kept_of += 3 * (size_t)first;
+    int same = read_head(h, q, k, v, mask, scale, b, a, D);
+    if (!same) transpose(h->v_t, h->v, h->L, h->keys, D);
+    gather(h->c, of_head(grad, b, a, D), h->Q, D, grad.row, 1);
     memset(h->dk, 0, sizeof(float) * h->keys * D);
     memset(h->dv, 0, sizeof(float) * h->keys * D);
-    for (int i = 0; i < h->L; i += ROWS) {
+    for (int i = 0; i < h->Q; i += ROWS) {
         into_keys(h->p, h->q + i * D, h->k_t, h->mask, h->keys, D);
         into_keys(h->s, h->c + i * D, h->v_t, 0, h->keys, D);
         for (int r = 0; r < ROWS; r++) {
             float *p = h->p + (size_t)r * h->keys, *s = h->s + (size_t)r * h->keys;
-            if (i + r >= h->L) {  // padding: adds nothing
+            if (i + r >= h->Q) {  // padding: adds nothing
                 memset(p, 0, sizeof(float) * h->keys), memset(s, 0, sizeof(float) * h->keys);
                 continue;
             }
-            float top = rows[2 * (i + r)], share = rows[2 * (i + r) + 1];
-            uint32_t n = (number * h->L + i + r) * h->keys;
+            float top = kept_of[3 * (i + r)], share = kept_of[3 * (i + r) + 1];
+            float more = grad_left ? grad_left[first + i + r] : 0;
+            uint32_t n = (first + i + r) * h->keys;
             vec sum = {};
             for (int j = 0; j < h->keys; j += W) {
-                vec x = exponential(load(p + j) - top) * share, g = kept(&drop, n + j, load(s + j));
+                vec x = exponential(load(p + j) - top) * share, g = kept(&drop, n + j, load(s + j) + more);
                 sum += x * g;
                 store(p + j, x), store(s + j, g);
             }
@@ -260,74 +284,49 @@ static inline void attend_head_backward(head *h, const bf16 *qkv, const bf16 *ma
         add_to_keys(h->dk, h->s, h->q + i * D, h->L, h->keys, D);
         add_to_keys(h->dv, h->p, h->c + i * D, h->L, h->keys, D);
     }
-    for (int i = 0; i < h->L; i++)
-        for (int e = 0; e < D; e += W) {
-            bf16 *to = grad_qkv + i * stride + e;
-            narrow(to, load(h->dq + i * D + e) * scale);
-            narrow(to + A * D, load(h->dk + (size_t)i * D + e));
-            narrow(to + 2 * A * D, load(h->dv + (size_t)i * D + e));
-        }
+    scatter(of_head(grad_q, b, a, D), h->dq, h->Q, D, grad_q.row, scale);
+    scatter(of_head(grad_k, b, a, D), h->dk, h->L, D, grad_k.row, 1);
+    if (!same) scatter(of_head(grad_v, b, a, D), h->dv, h->L, D, grad_v.row, 1);
 }
 
-// The head size as a constant lets its loops be unrolled.
-#define BY_HEAD_SIZE(call)     \
-    switch (D) {               \
-        case 32: call(32); break; \
-        case 64: call(64); break; \
-        default: call(D);      \
-    }
+// Every head of every example by one thread. The head size as a constant lets its loops be unrolled.
+#define EACH_HEAD(call)                                             \
+    dropout drop = dropping(seed, p);                               \
+    int failed = 0;                                                 \
+    _Pragma("omp parallel reduction(| : failed)") {                 \
+        float *memory;                                              \
+        head h = room(Q, L, D, &memory);                            \
+        failed = !memory;                                           \
+        _Pragma("omp for schedule(static)")                         \
+        for (int n = 0; n < B * A; n++) {                           \
+            int b = n / A, a = n % A;                               \
+            if (failed) continue;                                   \
+            if (D == 32) call(32);                                  \
+            else if (D == 64) call(64);                             \
+            else call(D);                                           \
+        }                                                           \
+        free(memory);                                               \
+    }                                                               \
+    return failed;
 
-// qkv (B, L, 3, A, D), mask (B, L) to add, or null -> context (B, L, A, D), rows (B, A, L, 2: the highest score,
-// one over the sum); 0: done, 1: no memory.
-// D: a multiple of 16.
-int attend(const bf16 *qkv, const bf16 *mask, double p, uint64_t seed, int B, int L, int A, int D, bf16 *context,
-           float *rows) {
-    dropout drop = dropping(seed, p);
-    int failed = 0;
-#pragma omp parallel reduction(| : failed)
-    {
-        float *memory;
-        head h = room(L, D, &memory);
-        failed = !memory;
-#pragma omp for schedule(static)
-        for (int n = 0; n < B * A; n++) {
-            int b = n / A, a = n % A;
-            if (failed) continue;
+// q (B, Q, A, D), k and v (B, L, A, D), mask (B, L) to add, or null -> context (B, Q, A, D), kept_of (B, A, Q, 3: the
+// highest score, one over the sum, the sum of the shares that dropout keeps); 0: done, 1: no memory. D: a multiple of 16.
+int attend(rows q, rows k, rows v, const bf16 *mask, double p, uint64_t seed, double scale, int B, int Q, int L, int A,
+           int D, rows context, float *kept_of) {
+#define CALL(size) attend_head(&h, q, k, v, mask, drop, scale, b, a, A, size, context, kept_of)
+    EACH_HEAD(CALL)
+#undef CALL
+}
+
+// Of `attend`: grad (B, Q, A, D) of the context, grad_left (B, A, Q) of the sums of the kept shares, or null -> gradients of
+// q, k and v; where k is v, grad_k is that of both and grad_v is not written.
+int attend_backward(rows q, rows k, rows v, const bf16 *mask, double p, uint64_t seed, double scale, int B, int Q, int L,
+                    int A, int D, const float *kept_of, rows grad, const float *grad_left, rows grad_q, rows grad_k,
+                    rows grad_v) {
 #define CALL(size)                                                                                                    \
-    attend_head(&h, qkv + (size_t)b * L * 3 * A * D + a * D, mask ? mask + (size_t)b * L : 0, drop, n, A, size,       \
-                context + (size_t)b * L * A * D + a * D, rows + (size_t)n * L * 2)
-            BY_HEAD_SIZE(CALL)
+    attend_head_backward(&h, q, k, v, mask, drop, scale, b, a, A, size, kept_of, grad, grad_left, grad_q, grad_k, grad_v)
+    EACH_HEAD(CALL)
 #undef CALL
-        }
-        free(memory);
-    }
-    return failed;
-}
-
-// Of `attend`: grad (B, L, A, D) of the context -> grad_qkv (B, L, 3, A, D).
-int attend_backward(const bf16 *qkv, const bf16 *mask, double p, uint64_t seed, int B, int L, int A, int D,
-                    const float *rows, const bf16 *grad, bf16 *grad_qkv) {
-    dropout drop = dropping(seed, p);
-    int failed = 0;
-#pragma omp parallel reduction(| : failed)
-    {
-        float *memory;
-        head h = room(L, D, &memory);
-        failed = !memory;
-#pragma omp for schedule(static)
-        for (int n = 0; n < B * A; n++) {
-            int b = n / A, a = n % A;
-            size_t at = (size_t)b * L * 3 * A * D + a * D;
-            if (failed) continue;
-#define CALL(size)                                                                                                \
-    attend_head_backward(&h, qkv + at, mask ? mask + (size_t)b * L : 0, drop, n, A, size, rows + (size_t)n * L * 2, \
-                         grad + (size_t)b * L * A * D + a * D, grad_qkv + at)
-            BY_HEAD_SIZE(CALL)
-#undef CALL
-        }
-        free(memory);
-    }
-    return failed;
 }
 
 // ---------------------------------------------------------------------------------------------------- LayerNorm
@@ -420,5 +419,19 @@ int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t se
         }
     }
     free(partial);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------- GELU
+
+// y = f(x) and slope = f'(x) of n numbers, slope null where it is not wanted: looked up, as x has but 2^16 values.
+// table: of the bits of x, both results, slope in the upper half. What occurs is a few kilobytes of it.
+int look_up(const bf16 *x, int64_t n, const uint32_t *table, bf16 *y, bf16 *slope) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t both = table[x[i]];
+        y[i] = both;
+        if (slope) slope[i] = both >> 16;
+    }
     return 0;
 }

@@ -25,14 +25,29 @@ from pkd_dist.telemetry.log import log
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
-_ARGUMENTS = {  # h, f, t: a tensor in bfloat16, in float32, in either; i: int; d: double; s: a seed
-    "attend": "hhdsiiiihf",
-    "attend_backward": "hhdsiiiifhh",
+_ARGUMENTS = {  # h, f, t: a tensor in bfloat16, in float32, in either; r: rows (B, rows, heads, size) of one in bfloat16,
+    "attend": "rrrhdsdiiiiirf",  # heads and sizes dense; w: a tensor of int32; i, l: int, int64; d: double; s: a seed
+    "attend_backward": "rrrhdsdiiiiifrfrrr",
     "add_norm": "tihdsffdiiffffh",
     "add_norm_backward": "fhdsffffiifhff",
+    "look_up": "hlwhh",
 }
-_NUMBERS = {"i": ctypes.c_int, "d": ctypes.c_double, "s": ctypes.c_uint64}
-_DTYPES = {"h": (torch.bfloat16,), "f": (torch.float32,), "t": (torch.bfloat16, torch.float32)}
+
+
+class _Rows(ctypes.Structure):
+    """`rows` of kernels.c."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("example", ctypes.c_int64), ("row", ctypes.c_int64))
+
+
+_TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double, "s": ctypes.c_uint64, "r": _Rows}
+_DTYPES = {
+    "h": (torch.bfloat16,),
+    "r": (torch.bfloat16,),
+    "f": (torch.float32,),
+    "w": (torch.int32,),
+    "t": (torch.bfloat16, torch.float32),
+}
 _UNUSED_DAYS = 30
 
 
@@ -43,13 +58,14 @@ class Kernels:
         loaded = ctypes.CDLL(str(library))
         for name, letters in _ARGUMENTS.items():
             function = getattr(loaded, name)
-            function.argtypes = [_NUMBERS.get(letter, ctypes.c_void_p) for letter in letters]
+            function.argtypes = [_TYPES.get(letter, ctypes.c_void_p) for letter in letters]
             setattr(self, name, functools.partial(_call, function, letters))
 
     attend: Callable[..., None]
     attend_backward: Callable[..., None]
     add_norm: Callable[..., None]
     add_norm_backward: Callable[..., None]
+    look_up: Callable[..., None]
 
 
 def _call(function: Any, letters: str, *arguments: Any) -> None:
@@ -60,16 +76,15 @@ def _call(function: Any, letters: str, *arguments: Any) -> None:
 def _address(letter: str, given: Any) -> Any:
     if not isinstance(given, torch.Tensor):
         return given
-    if (
-        given.dtype not in _DTYPES[letter]
-        or given.device.type != "cpu"
-        or not given.is_contiguous()
-        or not given.numel()
-    ):
+    if letter == "r":
+        dense = given.ndim == 4 and given.stride(3) == 1 and given.stride(2) in (given.shape[3], given.stride(1))
+    else:
+        dense = given.is_contiguous()
+    if given.dtype not in _DTYPES[letter] or given.device.type != "cpu" or not dense or not given.numel():
         raise TypeError(
             f"a kernel of kernels.c cannot read a tensor {tuple(given.shape)}, {given.dtype}, {given.device}"
         )
-    return given.data_ptr()
+    return given.data_ptr() if letter != "r" else _Rows(given.data_ptr(), given.stride(0), given.stride(1))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,14 +39,15 @@ def kept(count, p):
     return torch.from_numpy(((h >> np.uint32(1)) >= int(p * 2**31)) / (1 - p))
 
 
-def close(got, wanted, what):
+def close(got, wanted, msg):
     """Within a few roundings to bfloat16 of the largest."""
     error, scale = (got.double() - wanted).abs().max().item(), wanted.abs().max().item()
-    assert error <= 0.01 * scale + 1e-6, f"{what}: {error} of {scale}"
+    assert error <= 0.01 * scale + 1e-6, f"{msg}: {error} of {scale}"
 
 
-def attention(qkv_BL3Ad, mask_B1L, keep):
+def attention(qkv_BL3Ad, mask_B1L, keep, queries=None):
     q, k, v = qkv_BL3Ad.permute(2, 0, 3, 1, 4)
+    q = q[:, :, :queries]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask_B1L is not None:
         scores = scores + mask_B1L[:, None].double()
@@ -65,14 +67,47 @@ def test_attention_and_its_gradient(compiled, seeded, length, size, p):
     mask[2] = torch.finfo(LOW).min  # padding alone
     mask = mask if p else None
     keep = kept(B * A * length * keys, p).view(B, A, length, keys)[..., :length] if p else None
-    context, saved = compiled.attend(qkv, mask, p)
-    into = compiled.attend_backward(saved, grad)
+    context, sums, saved = compiled.attend(*qkv.unbind(2), mask, size**-0.5, p)
+    into = torch.empty_like(qkv)
+    compiled.attend_backward(saved, grad.view(B, length, A, size), None, into.unbind(2))
     exact = qkv.double().requires_grad_()
     wanted = attention(exact, mask, keep)
     wanted.backward(grad.double())
-    close(context, wanted.detach(), "context")
+    close(context.reshape(wanted.shape), wanted.detach(), "context")
     for i, name in enumerate(("query", "key", "value")):
         close(into.view(qkv.shape)[:, :, i], exact.grad[:, :, i], name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (19, 3), (16, 12), (40, 6)])
+def test_attention_of_states_that_are_keys_and_values(compiled, seeded, length, queries, p):
+    """As the last layer has it for the first token: few queries, shares that dropout takes from, and their sums."""
+    torch.manual_seed(length)
+    B, H, keys = 3, 48, -(-length // 16) * 16
+    sought, states = torch.randn(queries, B, H).to(LOW), torch.randn(B, length, 1, H).to(LOW)
+    grad, grad_sums = torch.randn(queries, B, H).to(LOW), torch.randn(B, 1, queries)
+    mask = torch.zeros(B, 1, length, dtype=LOW)
+    mask[1, :, (length + 1) // 2 :] = torch.finfo(LOW).min
+    keep = kept(B * queries * keys, p).view(B, queries, keys)[..., :length]
+    q, x = (t.double().requires_grad_() for t in (sought.transpose(0, 1), states[:, :, 0]))
+    share = (q @ x.transpose(1, 2) * 0.2 + mask.double()).softmax(-1) * keep
+    wanted = (share @ x, share.sum(-1))
+    torch.autograd.backward(wanted, (grad.transpose(0, 1).double(), grad_sums[:, 0].double()))
+
+    def heads(x_QBH):
+        return x_QBH.transpose(0, 1)[:, :, None]
+
+    ways = {"compiled": (compiled, LOW)} | ({} if p else {"by torch": (ByTorch(torch.float64), torch.float64)})
+    for name, (parts, dtype) in ways.items():
+        its_states = states.to(dtype)
+        context, sums, saved = parts.attend(heads(sought.to(dtype)), its_states, its_states, mask.to(dtype), 0.2, p)
+        into_q, into_x = torch.empty(queries, B, H, dtype=dtype), torch.empty(states.shape, dtype=dtype)
+        parts.attend_backward(saved, heads(grad.to(dtype)), grad_sums, (heads(into_q), into_x, into_x))
+        near = close if dtype == LOW else partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        near(context[:, :, 0], wanted[0].detach(), msg=f"{name}: context")
+        near(sums[:, 0], wanted[1].detach(), msg=f"{name}: sums")
+        near(into_q.transpose(0, 1), q.grad, msg=f"{name}: queries")
+        near(into_x[:, :, 0], x.grad, msg=f"{name}: states")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -103,12 +138,28 @@ def test_dropout_sum_and_norm_and_their_gradient(compiled, seeded, rows, hidden,
             close(got, leaf.grad, name)
 
 
+def test_gelu_and_its_gradient_of_every_number(compiled):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(LOW)[:-3]
+    exact = x.double().requires_grad_()
+    wanted = torch.nn.functional.gelu(exact)
+    wanted.sum().backward()
+    y, saved = compiled.gelu(x, True)
+    slope = compiled.gelu_backward(saved, torch.ones_like(x))
+    equal = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    equal(y, wanted.detach().to(LOW))
+    equal(slope, exact.grad.to(LOW))
+    unsaved = compiled.gelu(x, False)
+    equal(unsaved[0], y)
+    assert unsaved[1].tensors == [None]
+
+
 def test_what_is_not_a_number_stays_so(compiled):
     qkv = torch.randn(1, 20, 3, 2, 32).to(LOW)
     qkv[0, 3, 1, 0, 5] = float("nan")  # a key: every query of that head meets it
-    context, saved = compiled.attend(qkv, None, 0.1)
-    into = compiled.attend_backward(saved, torch.ones_like(context))
-    assert context[:, :32].isnan().all() and not context[:, 32:].isnan().any() and into.isnan().any()
+    context, _, saved = compiled.attend(*qkv.unbind(2), None, 1.0, 0.1)
+    into = torch.empty_like(qkv)
+    compiled.attend_backward(saved, torch.ones_like(context), None, into.unbind(2))
+    assert context[:, :, 0].isnan().all() and not context[:, :, 1].isnan().any() and into.isnan().any()
     x = torch.zeros(2, 32, dtype=LOW)
     x[1, 7] = float("nan")
     wide, low, _ = compiled.add_norm(torch.zeros(2, 32), x, 0.0, torch.ones(32), torch.zeros(32), 1e-12, True)
@@ -123,10 +174,14 @@ def test_the_number_of_threads_changes_nothing(compiled, seeded):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            context, attended = compiled.attend(qkv, None, 0.1)
+            context, shares, attended = compiled.attend(*qkv.unbind(2), None, 1.0, 0.1)
+            into_qkv = torch.empty_like(qkv)
+            compiled.attend_backward(
+                attended, grad.to(LOW).view(context.shape), shares.contiguous(), into_qkv.unbind(2)
+            )
             wide, _, normed = compiled.add_norm(residual, x, 0.1, gain, bias, 1e-12, True)
             into, into_x, *of_parameters = compiled.add_norm_backward(normed, grad)
-            found.append((context, compiled.attend_backward(attended, grad.to(LOW)), wide, into, into_x))
+            found.append((context, into_qkv, wide, into, into_x))
             sums.append(torch.cat(of_parameters))  # by thread
     finally:
         torch.set_num_threads(before)
@@ -153,18 +208,20 @@ def test_dropout_is_even_and_follows_torchs_seed(compiled, p):
         assert abs(both - (1 - p) ** 2) < 4 * ((1 - p) ** 2 * (1 - (1 - p) ** 2) / a.numel()) ** 0.5
 
 
-def test_a_layer_with_dropout_and_its_gradient(seeded):
-    """Through the model, against the formula with the same elements dropped."""
+@pytest.mark.parametrize("last", [False, True])
+def test_a_layer_with_dropout_and_its_gradient(seeded, last):
+    """Through the model, against the formula with the same elements dropped. The last layer is of the first token."""
     torch.manual_seed(6)
     B, L, H, p = 3, 21, 32, 0.2
     config = BertConfig(vocab_size=60, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
                         hidden_dropout_prob=p, attention_probs_dropout_prob=p)  # fmt: skip
     encoder = Encoder(AutoModelForSequenceClassification.from_config(config))
-    layer = encoder.model.bert.encoder.layer[0].train()
+    layer = encoder.model.bert.encoder.layer[-1 if last else 0].train()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    hidden, grad = torch.randn(B, L, H), torch.randn(B, L, H)
+    queries = 1 if last else L
+    hidden, grad = torch.randn(B, L, H), torch.randn(B, queries, H)
     mine = hidden.clone().requires_grad_()
     with torch.autocast("cpu", LOW):
         out = layer(mine, None)
@@ -180,14 +237,15 @@ def test_a_layer_with_dropout_and_its_gradient(seeded):
         return torch.nn.functional.layer_norm(x, [H], exact[f"{name}.weight"], exact[f"{name}.bias"], 1e-12)
 
     keys = -(-L // 16) * 16
-    of_shares = kept(B * 2 * L * keys, p).view(B, 2, L, keys)[..., :L]
-    of_states = kept(B * L * H, p).view(B * L, H)
+    of_shares = kept(B * 2 * queries * keys, p).view(B, 2, queries, keys)[..., :L]
+    of_states = kept(B * queries * H, p).view(B * queries, H)
     x = its.view(B * L, H)
     qkv = torch.stack([linear(f"attention.self.{name}", x) for name in ("query", "key", "value")], 1)
-    context = attention(qkv.view(B, L, 3, 2, H // 2), None, of_shares)
+    context = attention(qkv.view(B, L, 3, 2, H // 2), None, of_shares, queries)
+    x = its[:, :queries].reshape(-1, H)
     first = normed("attention.output.LayerNorm", x + linear("attention.output.dense", context) * of_states)
     inner = torch.nn.functional.gelu(linear("intermediate.dense", first))
-    wanted = normed("output.LayerNorm", first + linear("output.dense", inner) * of_states).view(B, L, H)
+    wanted = normed("output.LayerNorm", first + linear("output.dense", inner) * of_states).view(B, queries, H)
     wanted.backward(grad.double())
 
     def near(got, wanted, what):
@@ -294,11 +352,14 @@ def test_where_they_do_not_fit_pytorch_does_it(monkeypatch):
 def test_what_a_kernel_cannot_read_is_refused(compiled):
     qkv = torch.randn(2, 5, 3, 2, 16).to(LOW)
     one = torch.zeros(1, 1, 5, dtype=LOW)
-    assert torch.equal(compiled.attend(qkv, one, 0.0)[0], compiled.attend(qkv, None, 0.0)[0])  # one mask for all
+    q, k, v = qkv.unbind(2)
+    assert torch.equal(
+        compiled.attend(q, k, v, one, 1.0, 0.0)[0], compiled.attend(q, k, v, None, 1.0, 0.0)[0]
+    )  # for all
     with pytest.raises(TypeError, match="cannot read"):
-        compiled.attend(qkv.float(), None, 0.0)
+        compiled.attend(q.float(), k, v, None, 1.0, 0.0)
     with pytest.raises(TypeError, match="cannot read"):
-        compiled.attend(qkv.transpose(0, 1), None, 0.0)
+        compiled.attend(q, k.transpose(2, 3), v, None, 1.0, 0.0)
 
 
 def test_they_are_made_once_and_again_where_the_file_is_broken(monkeypatch, tmp_path):
