@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from benchmarks.faults.tiny import (
@@ -25,6 +26,7 @@ from benchmarks.faults.tiny import (
     write_config,
     write_tsv,
 )
+from pkd_dist.ranks import free_port
 
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
 
@@ -102,13 +104,22 @@ def settings(body: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
+def bare_ranks(count: int) -> list[dict[str, str]]:
+    """The environments of so many ranks on this host, as torchrun makes them."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
+
+
 def launch(
-    *arguments: str | Path, ranks: int = 0, torchrun: int = 0, timeout: float = 120, **extra: str
+    *arguments: str | Path, ranks: int = 0, bare: int = 0, timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs launcher/train.py to its end: on so many ranks of deepspeed, or of torchrun, which starts sooner."""
+    """Runs launcher/train.py to its end: as one process, on so many ranks of deepspeed, or on so many of no launcher."""
+    if not ranks and not extra and "coverage" not in sys.modules:
+        environments = bare_ranks(bare) if bare else [environment()]
+        return forked.run(ROOT / "launcher/train.py", arguments, ROOT, environments, timeout)
     argv = command(*arguments, ranks=ranks)
-    if torchrun:
-        argv[:1] = [*TORCHRUN, "--standalone", "--nproc_per_node", str(torchrun)]
+    if bare:
+        argv[:1] = [*TORCHRUN, "--standalone", "--nproc_per_node", str(bare)]
     return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import forked
 import pytest
 import torch
 import transformers
@@ -168,9 +169,8 @@ def test_no_clipping():
 
 def trained(folder, bad_step, *more):
     """A training of 18 steps on one rank, whose gradient is not finite at one of them."""
-    command = [sys.executable, str(Path(__file__).parent / "nonfinite.py"), "ds_configs/zero0_fp32.json", str(folder),
-               "12", "0", str(bad_step), *more]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+    arguments = "ds_configs/zero0_fp32.json", folder, 12, 0, bad_step, *more
+    return forked.run(Path(__file__).parent / "nonfinite.py", arguments, ROOT, [environment()], timeout=90)
 
 
 @pytest.mark.parametrize("ways", [("whole",), ("whole", "seldom"), ("by parts", "seldom")])

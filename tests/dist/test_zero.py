@@ -1,13 +1,12 @@
 """Real ranks: every ZeRO stage, world size and accumulation against one plain AdamW loop, through checkpoints as well."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, bare_ranks
 from plain import STEPS, train
 from safetensors.torch import load_file
 from worker import HALF
@@ -25,9 +24,8 @@ def plain():
 def run(output, deepspeed, ranks, micro="auto", start="", stop=STEPS):
     """Trains in worker.py; returns what it wrote, the weights, and the newest checkpoint."""
     output.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               str(HERE / "worker.py"), f"ds_configs/{deepspeed}.json", str(micro), str(output), str(start), str(stop)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+    arguments = f"ds_configs/{deepspeed}.json", micro, output, start, stop
+    done = forked.run(HERE / "worker.py", arguments, ROOT, bare_ranks(ranks), timeout=90)
     written = output / "weights.safetensors"
     assert written.exists(), done.stdout + done.stderr
     return json.loads((output / "out.json").read_text()), load_file(written), max(output.glob("step-*"))

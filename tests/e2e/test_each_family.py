@@ -48,7 +48,7 @@ def test_a_whole_run(case, data, tmp_path):
     student, stage = CASES[case]
     config = settings(case, tmp_path, data, student)
     config["train"] = config["train"] | {"deepspeed": f"ds_configs/{stage}.json"}
-    done = launch("--config", write_config(config, tmp_path), torchrun=2 if stage == "zero3" else 0)
+    done = launch("--config", write_config(config, tmp_path), bare=2 if stage == "zero3" else 0)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     assert results(run)["n"] == 41

@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(settings, tmp_path):
     assert calm.returncode == 0, calm.stderr
     assert kill_at(run, "metrics.jsonl:60", "--config", config, *TO_DISTILL, ranks=2)
     assert kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL, ranks=0)
-    end = launch("--config", config, "train.deepspeed=ds_configs/zero3_fp32.json", *TO_DISTILL, torchrun=4)
+    end = launch("--config", config, "train.deepspeed=ds_configs/zero3_fp32.json", *TO_DISTILL, bare=4)
     assert end.returncode == 0 and "distill: going on from step" in end.stdout, end.stdout + end.stderr
     assert losses(run) == pytest.approx(losses(tmp_path / "calm"), rel=1e-3)
 
@@ -125,11 +125,11 @@ def prepared(body, data, tmp_path_factory):
     return folder
 
 
-def distilled(prepared, folder, *arguments, torchrun=2):
+def distilled(prepared, folder, *arguments, bare=2):
     shutil.copytree(prepared, folder)
     config = folder / "run.yaml"
     config.write_text(config.read_text().replace(str(prepared), str(folder)))
-    return launch("--config", config, *TO_DISTILL, *arguments, torchrun=torchrun)
+    return launch("--config", config, *TO_DISTILL, *arguments, bare=bare)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_any_stage_is_exported_bit_for_bit(prepared, tmp_path, s
 
 
 def test_what_cannot_be_exported_is_refused(prepared, tmp_path):
-    done = distilled(prepared, tmp_path / "copy", torchrun=0)
+    done = distilled(prepared, tmp_path / "copy", bare=0)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "copy/run/checkpoints/step-00000013"
     for wrong, words in (

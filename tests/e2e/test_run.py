@@ -178,7 +178,7 @@ def test_the_same_optimisation_on_one_and_three_ranks(settings, tmp_path):
     config = write_config(settings, tmp_path)
     for name, ranks in (("one", 0), ("three", 3)):
         stages = ("--stages", "data,teacher,cache,init,distill,evaluate")
-        done = launch("--config", config, f"run.dir={tmp_path / name}", *stages, torchrun=ranks)
+        done = launch("--config", config, f"run.dir={tmp_path / name}", *stages, bare=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert results(tmp_path / "three")["n"] == 41
