@@ -368,7 +368,7 @@ def prepare(
             tokenizer = encoder.load_tokenizer(encoder.locate(model, "--model"))
 
             def token_lengths(split: Split) -> np.ndarray:
-                encoded = tokenizer(*split.texts, truncation=False, verbose=False)["input_ids"]
+                encoded = tokenizer(*map(list, split.texts), truncation=False, verbose=False)["input_ids"]
                 return np.array([len(ids) for ids in encoded])
 
         splits: dict[str, Split] = {}

@@ -142,7 +142,7 @@ class Subject:
         self.pairs = tuple(enumerate(chosen, start=1))
 
     def _encode(self, split: text.Split) -> list[dict[str, Any]]:
-        encoded = self.tokenizer(*split.texts, truncation=True, max_length=self.config.task.max_length)
+        encoded = self.tokenizer(*map(list, split.texts), truncation=True, max_length=self.config.task.max_length)
         rows = (dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True))
         return [row | {"labels": int(label)} for row, label in zip(rows, split.labels_N, strict=True)]
 

@@ -8,18 +8,23 @@ of the same part of speech; drawing from the frequencies alone takes the place o
 All draws are hashes of (seed, example id, copy, column, word): a copy depends on nothing else but the frequencies, so
 neither on the order of the examples nor on how many copies there are.
 
-Shapes: N examples, W words of all of them.
+Shapes: N examples, W words of all of them; b and w of a block of examples, which is what is at work at a time.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from pkd_dist.config import Augment
+from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.text import Split, example_ids, unlabelled, without
 from pkd_dist.errors import UserError
 
 _LONGEST_NGRAM = 5
+_BLOCK = 4096
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,15 +41,15 @@ def augment(split: Split, settings: Augment, mask_token: str | None) -> Split:
     if settings.mask and mask_token is None:
         raise UserError("task.augment.mask: the teacher's tokenizer has no mask token; give 0")
     columns = [_Column(texts, mask_token or "") for texts in split.texts]
-    made: tuple[list[str], ...] = tuple([] for _ in columns)
+    made = tuple(TextColumn() for _ in columns)
     with np.errstate(over="ignore"):  # hashes wrap around
-        base_N = _hash(split.ids_N.view(np.uint64), settings.seed)
         for copy in range(settings.copies):
-            key_N = _hash(base_N, copy)
-            changed = np.floor(_uniform(_hash(key_N, 0)) * 3)  # of a pair: 0 the first, 1 the second, 2 both
-            for i, column in enumerate(columns):
-                kept_N = (changed == 1 - i) & (len(columns) == 2)
-                made[i].extend(column.changed(_hash(key_N, 1 + i), settings, kept_N))
+            for start in range(0, len(split), _BLOCK):
+                key_b = _hash(_hash(split.ids_N[start : start + _BLOCK].view(np.uint64), settings.seed), copy)
+                changed_b = np.floor(_uniform(_hash(key_b, 0)) * 3)  # of a pair: 0 the first, 1 the second, 2 both
+                for i, column in enumerate(columns):
+                    kept_b = (changed_b == 1 - i) & (len(columns) == 2)
+                    made[i].extend(column.changed(start, _hash(key_b, 1 + i), settings, kept_b))
     labels = unlabelled(len(made[0]), split.labels_N.dtype.kind == "f")
     return without(Split(example_ids(made), made, labels, split.classes, f"{split.source}, augmented"), split)
 
@@ -52,45 +57,49 @@ def augment(split: Split, settings: Augment, mask_token: str | None) -> Split:
 class _Column:
     """One text column as word codes."""
 
-    def __init__(self, texts: list[str], mask_token: str):
-        words = [text.split() for text in texts]
-        flat = [word for of_text in words for word in of_text]
-        vocabulary = sorted(set(flat))  # the same for any order of the examples
-        index = {word: code for code, word in enumerate(vocabulary)}
+    def __init__(self, texts: Sequence[str], mask_token: str):
+        codes: dict[str, int] = {}
+        lengths, code_W = array("i"), array("i")
+        for text in texts:
+            words = text.split()
+            lengths.append(len(words))
+            code_W.extend([codes.setdefault(word, len(codes)) for word in words])
+        vocabulary = sorted(codes)  # the same for any order of the examples
+        place = np.empty(len(codes), np.int32)
+        place[[codes[word] for word in vocabulary]] = np.arange(len(codes), dtype=np.int32)
         self.texts = texts
-        self.length_N = np.array([len(of_text) for of_text in words], np.int64)
-        self.start_N = np.cumsum(self.length_N) - self.length_N
-        self.row_W = np.repeat(np.arange(len(texts)), self.length_N)
-        self.place_W = np.arange(len(flat)) - self.start_N[self.row_W]
-        self.code_W = np.fromiter((index[word] for word in flat), np.int64, len(flat))
+        self.start_N1 = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.code_W = place[np.frombuffer(code_W, np.int32)]
         self.words = np.array([*vocabulary, mask_token], dtype=object)
         self.cumulated = np.cumsum(np.bincount(self.code_W, minlength=len(vocabulary)))
 
-    def changed(self, key_N: np.ndarray, settings: Augment, kept_N: np.ndarray) -> list[str]:
-        """The texts, each changed by its key; those of `kept_N`, and those in which nothing changes, as they are."""
-        key_W = _hash(key_N[self.row_W], self.place_W.astype(np.uint64))
-        what_W = _uniform(_hash(key_W, 0))
-        drawn_W = np.searchsorted(self.cumulated, _uniform(_hash(key_W, 1)) * len(self.code_W), side="right")
-        replaced_W = what_W < settings.mask + settings.replace
-        code_W = np.where(replaced_W, drawn_W, self.code_W)
-        code_W[what_W < settings.mask] = len(self.words) - 1
+    def changed(self, first: int, key_b: np.ndarray, settings: Augment, kept_b: np.ndarray) -> Iterator[str]:
+        """The texts of a block that begins with the example `first`, each changed by its key; those of `kept_b`, and those
+        in which nothing changes, as they are."""
+        start_b1 = self.start_N1[first : first + len(key_b) + 1]
+        own_w = self.code_W[start_b1[0] : start_b1[-1]]
+        start_b, length_b = start_b1[:-1] - start_b1[0], np.diff(start_b1)
+        row_w = np.repeat(np.arange(len(key_b)), length_b)
+        place_w = np.arange(len(own_w)) - start_b[row_w]
 
-        cut_N = _uniform(_hash(key_N, 2)) < settings.ngram
-        size_N = 1 + np.floor(_uniform(_hash(key_N, 3)) * _LONGEST_NGRAM).astype(np.int64)
-        size_N = np.where(cut_N, np.minimum(size_N, self.length_N), self.length_N)
-        start_N = self.start_N + np.floor(
-            _uniform(_hash(key_N, 4)) * (self.length_N - size_N + 1)
-        ).astype(np.int64)  # fmt: skip
+        key_w = _hash(key_b[row_w], place_w.astype(np.uint64))
+        what_w = _uniform(_hash(key_w, 0))
+        drawn_w = np.searchsorted(self.cumulated, _uniform(_hash(key_w, 1)) * len(self.code_W), side="right")
+        replaced_w = what_w < settings.mask + settings.replace
+        code_w = np.where(replaced_w, drawn_w, own_w)
+        code_w[what_w < settings.mask] = len(self.words) - 1
 
-        other_N = np.bincount(self.row_W[code_W != self.code_W], minlength=len(self.texts)) > 0
-        same_N = kept_N | ~(other_N | (size_N < self.length_N))
-        words = self.words[code_W].tolist()
-        return [
-            text if same else " ".join(words[start : start + size])
-            for text, same, start, size in zip(
-                self.texts, same_N.tolist(), start_N.tolist(), size_N.tolist(), strict=True
-            )
-        ]
+        cut_b = _uniform(_hash(key_b, 2)) < settings.ngram
+        size_b = 1 + np.floor(_uniform(_hash(key_b, 3)) * _LONGEST_NGRAM).astype(np.int64)
+        size_b = np.where(cut_b, np.minimum(size_b, length_b), length_b)
+        start_b = start_b + np.floor(_uniform(_hash(key_b, 4)) * (length_b - size_b + 1)).astype(np.int64)
+
+        other_b = np.bincount(row_w[code_w != own_w], minlength=len(key_b)) > 0
+        same_b = kept_b | ~(other_b | (size_b < length_b))
+        words = self.words[code_w].tolist()
+        texts = self.texts[first : first + len(key_b)]
+        for text, same, start, size in zip(texts, same_b.tolist(), start_b.tolist(), size_b.tolist(), strict=True):
+            yield text if same else " ".join(words[start : start + size])
 
 
 def _hash(x: np.ndarray, salt: int | np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ FOLDER/distill                 train, the unlabelled and the augmented text, whe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from pkd_dist.config import Task as TaskConfig
 from pkd_dist.data import text, tokens
 from pkd_dist.data.augment import augment
+from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.text import Split, is_labelled
 from pkd_dist.telemetry.log import log
@@ -69,7 +71,7 @@ def _more(config: TaskConfig, task: Task, splits: dict[str, Split], mask_token: 
 def _joined(splits: Sequence[Split]) -> Split:
     return Split(
         np.concatenate([split.ids_N for split in splits]),
-        tuple([x for column in columns for x in column] for columns in zip(*(s.texts for s in splits), strict=True)),
+        tuple(TextColumn(itertools.chain(*columns)) for columns in zip(*(s.texts for s in splits), strict=True)),
         np.concatenate([split.labels_N for split in splits]),
         splits[0].classes,
         " + ".join(split.source for split in splits),

@@ -1,21 +1,28 @@
 """Files and hub data sets -> rows: the values of named columns, by line or row number.
 
-Each reader is strict: a wrong line is refused by file and line number, never repaired in silence.
+Rows are read one after the other, so that no file is in memory. Each reader is strict: a wrong line is refused by file and
+line number when its turn comes, never repaired in silence.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pkd_dist.errors import UserError
 
 EXTENSIONS = ("tsv", "csv", "jsonl", "parquet")
+_BLANK = b"\xef\xbb\xbf \r\n\t"
+_PARQUET_BATCH = 4096
+
+Row = tuple[int, list[Any]]
+"""The number of a line or row, and the values of the wanted columns; None for a value that is not there."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +31,13 @@ class Rows:
 
     Attributes:
         name: the file, or `hub:NAME/SPLIT`.
+        rows: read as they are iterated, once; what is wrong with one raises UserError there.
         unit: what its examples are counted in: `line` or `row`.
-        rows: (number, values of the wanted columns) of each; None for a value that is not there.
-        short: numbers of the lines that were left out because they have too few fields.
     """
 
     name: str
+    rows: Iterator[Row]
     unit: str = "line"
-    rows: list[tuple[int, list[Any]]] = field(default_factory=list)
-    short: list[int] = field(default_factory=list)
 
     def at(self, number: int) -> str:
         """Where a row stands, for messages."""
@@ -47,13 +52,13 @@ class Wanted:
         columns: in the order in which their values are returned.
         optional: the column that may be absent.
         headerless: all columns of a TSV whose first line does not name those wanted.
-        leave_out_short: lines with too few fields are left out and counted; else they are refused.
+        allow_short: a line with too few fields is a row without values; else it is refused.
     """
 
     columns: tuple[str, ...]
     optional: str | None = None
     headerless: tuple[str, ...] = ()
-    leave_out_short: bool = False
+    allow_short: bool = False
 
     def missing(self, have: Sequence[str]) -> str | None:
         """The first column that should be there and is not."""
@@ -64,45 +69,45 @@ def read_file(path: Path, wanted: Wanted) -> Rows:
     """Reads a table: `.csv`, `.jsonl`, `.parquet`, anything else as TSV.
 
     Raises:
-        UserError: whatever is wrong, with file and line.
+        UserError: whatever is wrong, with file and line; most of it once the rows are iterated.
     """
     if path.suffix == ".parquet":
         return _parquet(path, wanted)
-    return _jsonl(path, wanted) if path.suffix == ".jsonl" else _table(path, wanted)
+    return Rows(str(path), (_jsonl if path.suffix == ".jsonl" else _table)(path, wanted))
 
 
 def read_lines(path: Path) -> Rows:
-    """A text file, one text a line; blank lines count for nothing.
-
-    Raises:
-        UserError: empty, or not UTF-8.
-    """
-    return Rows(str(path), rows=[(number, [line]) for number, line in _lines(path)])
+    """A text file, one text a line; blank lines count for nothing. Iterated, raises UserError: empty, or not UTF-8."""
+    return Rows(str(path), ((number, [line]) for number, line in _lines(path)))
 
 
-def _decode(path: Path) -> str:
-    raw = path.read_bytes()
-    if not raw.strip(b"\xef\xbb\xbf \r\n\t"):
-        raise UserError(f"{path}: is empty; expected a header line and examples")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
-        ) from None
+def _decoded(path: Path) -> Iterator[str]:
+    """What stands between two newlines, with the newline."""
+    with open(path, "rb") as file:
+        if not any(line.strip(_BLANK) for line in file):
+            raise UserError(f"{path}: is empty; expected a header line and examples")
+        file.seek(0)
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: byte 0x{raw[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
+                ) from None
+            yield line if number > 1 else line.removeprefix("\ufeff")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
+    for number, line in enumerate(_decoded(path), start=1):
         if line.strip() or "\t" in line:
-            yield number, line.removesuffix("\r")
+            yield number, line.removesuffix("\n").removesuffix("\r")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """CSV as RFC 4180 has it: a quoted field may hold commas, quotation marks and newlines."""
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    lines = itertools.chain.from_iterable(io.StringIO(line, newline="") for line in _decoded(path))  # CR ends one, too
+    reader = csv.reader(lines, strict=True)
     start = 1
     try:
         for fields in reader:
@@ -113,9 +118,8 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _table(path: Path, wanted: Wanted) -> Rows:
+def _table(path: Path, wanted: Wanted) -> Iterator[Row]:
     """CSV, or TSV as GLUE ships it: unquoted, so that a quotation mark is an ordinary character."""
-    out = Rows(str(path))
     header: Sequence[str] = ()
     places: list[int | None] = []
     for line, fields in _csv(path) if path.suffix == ".csv" else ((n, text.split("\t")) for n, text in _lines(path)):
@@ -133,20 +137,18 @@ def _table(path: Path, wanted: Wanted) -> Rows:
             if not headerless:
                 continue
         if len(fields) == len(header):
-            out.rows.append((line, [None if i is None else fields[i] for i in places]))
-        elif len(fields) < len(header) and wanted.leave_out_short:
-            out.short.append(line)
+            yield line, [None if i is None else fields[i] for i in places]
+        elif len(fields) < len(header) and wanted.allow_short:
+            yield line, [None] * len(places)
         else:
             raise UserError(
                 f"{path}:{line}: has {len(fields)} field(s) where the header names {len(header)}: {', '.join(header)}"
             )
-    return out
 
 
-def _jsonl(path: Path, wanted: Wanted) -> Rows:
-    out = Rows(str(path))
+def _jsonl(path: Path, wanted: Wanted) -> Iterator[Row]:
     for number, line in _lines(path):
-        where = out.at(number)
+        where = f"{path}:{number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -158,18 +160,30 @@ def _jsonl(path: Path, wanted: Wanted) -> Rows:
         for name in wanted.columns:
             if isinstance(record.get(name), (list, dict)):
                 raise UserError(f"{where}: {name} must be text or a number, not {json.dumps(record[name])[:40]}")
-        out.rows.append((number, [_as_text(record.get(name)) for name in wanted.columns]))
-    return out
+        yield number, [_as_text(record.get(name)) for name in wanted.columns]
 
 
 def _parquet(path: Path, wanted: Wanted) -> Rows:
-    from datasets import Dataset
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile
+
+    def refusal(error: Exception) -> UserError:
+        return UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}")
 
     try:
-        table = Dataset.from_parquet(str(path), keep_in_memory=True)
+        table = ParquetFile(path, memory_map=True)
+        features = Features.from_arrow_schema(table.schema_arrow)
     except Exception as error:  # pyarrow and datasets raise many kinds
-        raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    return _dataset(table, str(path), wanted)
+        raise refusal(error) from None
+
+    def records(columns: list[str]) -> Iterator[dict[str, Any]]:
+        try:
+            for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
+                yield from batch.to_pylist()
+        except Exception as error:
+            raise refusal(error) from None
+
+    return _records(str(path), features, records, wanted)
 
 
 def load_hub(name: str) -> Any:
@@ -200,23 +214,36 @@ def read_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Rows:
     tables = load_hub(name)
     for split in splits:
         if split in tables:
-            return _dataset(tables[split], f"hub:{name}/{split}", wanted)
+            return _records(f"hub:{name}/{split}", tables[split].features, tables[split].select_columns, wanted)
     raise UserError(f"task.data: hub:{name} has no split {splits[0]!r}; it has {', '.join(tables)}")
 
 
-def _dataset(table: Any, name: str, wanted: Wanted) -> Rows:
-    if missing := wanted.missing(table.column_names):
-        raise UserError(f"{name}: has no column {missing!r}; it has {', '.join(map(repr, table.column_names))}")
-    out = Rows(name, "row")
-    there = [column for column in wanted.columns if column in table.column_names]
-    names = [getattr(table.features.get(column), "names", None) for column in wanted.columns]
-    for number, record in enumerate(table.select_columns(there), start=1):
-        values = [record.get(column) for column in wanted.columns]
-        for i, own in enumerate(names):
-            if own and isinstance(values[i], int):
-                values[i] = own[values[i]] if values[i] >= 0 else None
-        out.rows.append((number, [_as_text(value) for value in values]))
-    return out
+def _records(
+    name: str,
+    features: Mapping[str, Any],
+    select: Callable[[list[str]], Iterable[Mapping[str, Any]]],
+    wanted: Wanted,
+) -> Rows:
+    """Rows of a table whose columns have types.
+
+    Args:
+        features: of each column, as `datasets` has them.
+        select: names of columns -> a dictionary a row.
+    """
+    if missing := wanted.missing(list(features)):
+        raise UserError(f"{name}: has no column {missing!r}; it has {', '.join(map(repr, features))}")
+    names = [getattr(features.get(column), "names", None) for column in wanted.columns]
+
+    def rows() -> Iterator[Row]:
+        there = [column for column in wanted.columns if column in features]
+        for number, record in enumerate(select(there), start=1):
+            values: list[Any] = [record.get(column) for column in wanted.columns]
+            for i, own in enumerate(names):
+                if own and isinstance(values[i], int):
+                    values[i] = own[values[i]] if values[i] >= 0 else None
+            yield number, [_as_text(value) for value in values]
+
+    return Rows(name, rows(), "row")
 
 
 def _as_text(value: Any) -> str | None:

@@ -4,14 +4,18 @@ A split is `FOLDER/SPLIT.{tsv,csv,jsonl,parquet}`, a file as GLUE calls it, or a
 what each task's files look like. What is wrong is refused by file and line; what a task allows to be left out is counted
 and said in the split's notes. An example's id is a 64-bit hash of its text columns and of how often that text stood in the
 split before, so it survives reordering and does not depend on position.
+
+Rows pass one by one, and what is kept of them lies on disk (`columns.py`): in memory are ids, labels, and where a text ends.
 """
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from pkd_dist.config import project_path
-from pkd_dist.data.rows import EXTENSIONS, Rows, Wanted, load_hub, read_file, read_hub, read_lines
+from pkd_dist.data.columns import TextColumn
+from pkd_dist.data.rows import EXTENSIONS, Row, Rows, Wanted, load_hub, read_file, read_hub, read_lines
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
@@ -28,6 +33,8 @@ UNLABELLED = -1
 """The class index of an example without a label; a regression has NaN there. `is_labelled` knows both."""
 
 _HUB_UNLABELLED = ("-1", "-1.0")
+_SHOWN = 5
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Split:
     """One split as text; at least one example.
 
     Attributes:
-        ids_N: int64, unique.
-        texts: one or two lists of N strings.
+        ids_N: int64, unique; see `example_ids`.
+        texts: one or two columns of N strings.
         labels_N: int64 class indices, or float32 values of a regression; see `is_labelled`.
         classes: values of the label column in class order; empty for a regression.
         source: where it was read from.
@@ -44,7 +51,7 @@ class Split:
     """
 
     ids_N: np.ndarray
-    texts: tuple[list[str], ...]
+    texts: tuple[Sequence[str], ...]
     labels_N: np.ndarray
     classes: tuple[str, ...]
     source: str
@@ -184,37 +191,33 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     notes = list(source.notes)
     kept = _with_text(rows, task, notes)
     if source.dev_ids and task.release:
-        chosen = _pairs_of(source.dev_ids, task.release.id_columns)
-        kept = [(n, fields) for n, fields in kept if (tuple(fields[-2:]) in chosen) == source.listed]
-        if source.listed and len(kept) < len(chosen):
-            notes.append(f"{len(chosen) - len(kept)} pair(s) of {source.dev_ids.name} are not in {rows.name}")
+        kept = _of_pairs(kept, source, task.release.id_columns, rows.name, notes)
     at = len(task.text)
     undecided: set[str | None] = {task.no_label} if task.no_label is not None else set()
     if isinstance(source.place, str) and not optional:
         undecided |= {None}  # as the hub has them
-    left_out = [n for n, fields in kept if fields[at] in undecided]
-    _note(notes, left_out, f"nobody could decide ({task.label} is {task.no_label or 'missing'!r})", rows.unit)
-    kept = [(n, fields) for n, fields in kept if fields[at] not in undecided]
-    if not kept:
+    reason = f"nobody could decide ({task.label} is {task.no_label or 'missing'!r})"
+    kept = _noted(kept, lambda fields: fields[at] not in undecided, reason, rows.unit, notes)
+    numbers, columns = _on_disk(kept, at + 1)
+    if not numbers:
         raise UserError(f"{rows.name}: has no examples; at least one is needed")
-    texts = tuple([fields[i] for _, fields in kept] for i in range(at))
+    texts, values = columns[:at], columns[at]
     known = tuple(classes or task.classes or ())
-    part = Split(example_ids(texts), texts, unlabelled(len(kept), task.regression), known, rows.name, tuple(notes))
-    if optional and {(fields[at] or "").strip() for _, fields in kept} <= {"", *_HUB_UNLABELLED} - set(known):
-        if len(kept) < len(rows.rows) + len(rows.short):
+    part = Split(example_ids(texts), texts, unlabelled(len(numbers), task.regression), known, rows.name, tuple(notes))
+    nothing = {"", *_HUB_UNLABELLED} - set(known)
+    if optional and all(value.strip() in nothing for value in values):
+        if len(notes) > len(source.notes):
             lacks = "GLUE wants a prediction for each line, so it will refuse a submission that lacks those left out"
             part = replace(part, notes=(*notes, lacks))
         return part
-    for number, fields in kept:
-        _require_text(rows, number, task.label, fields[at])
-    labels = [(rows.at(number), fields[at].strip()) for number, fields in kept]
+    labels = _Labels(rows, numbers, task.label, values)
     if task.regression:
         return replace(part, labels_N=_numbers(labels, task))
     known = known or tuple(_sorted_classes({value for _, value in labels}))
     labels_N = _class_indices(labels, known, split, task)
     if split == "train" and len(np.unique(labels_N)) < 2:
         raise UserError(
-            f"{rows.name}: every example has the label {labels[0][1]!r}; training needs at least two classes"
+            f"{rows.name}: every example has the label {values[0].strip()!r}; training needs at least two classes"
         )
     return replace(part, labels_N=labels_N, classes=known)
 
@@ -229,6 +232,21 @@ def _rows(source: _Source, split: str, task: Task, optional: str | None) -> Rows
     if source.dev_ids and task.release:
         columns += task.release.id_columns
     return read_file(source.place, Wanted(columns, optional, task.headerless, task.leave_out_broken))
+
+
+def _of_pairs(
+    kept: Iterator[Row], source: _Source, id_columns: tuple[str, str], name: str, notes: list[str]
+) -> Iterator[Row]:
+    """The rows whose last two values are a pair of the list, or those whose are not."""
+    assert source.dev_ids is not None
+    chosen = _pairs_of(source.dev_ids, id_columns)
+    count = 0
+    for number, fields in kept:
+        if (tuple(fields[-2:]) in chosen) == source.listed:
+            count += 1
+            yield number, fields
+    if source.listed and count < len(chosen):
+        notes.append(f"{len(chosen) - count} pair(s) of {source.dev_ids.name} are not in {name}")
 
 
 def _pairs_of(path: Path, header: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -265,64 +283,103 @@ def read_unlabeled(files: Sequence[str], task: Task) -> Split:
     Raises:
         UserError: whatever is wrong, with file and line.
     """
-    texts: tuple[list[str], ...] = tuple([] for _ in task.text)
+    texts = tuple(TextColumn() for _ in task.text)
     notes: list[str] = []
     for path in unlabeled_paths(files, task):
         wanted = Wanted(task.text, None, task.headerless, task.leave_out_broken)
         rows = read_lines(path) if path.suffix == ".txt" else read_file(path, wanted)
         of_file: list[str] = []
-        kept = _with_text(rows, task, of_file)
-        if not kept:
+        before = len(texts[0])
+        _append(texts, _with_text(rows, task, of_file))
+        if len(texts[0]) == before:
             raise UserError(f"{path}: has no examples; at least one is needed")
         notes += [f"{path.name}: {note}" for note in of_file]
-        for i, column in enumerate(texts):
-            column += [fields[i] for _, fields in kept]
     labels = unlabelled(len(texts[0]), task.regression)
     return Split(example_ids(texts), texts, labels, task.classes or (), ", ".join(files), tuple(notes))
 
 
 def without(split: Split, *others: Split) -> Split:
     """The examples whose text stands neither in `others` nor before in the split itself. Their ids are none of others'.
+    Two texts of one 64-bit hash count as one.
 
     Raises:
         UserError: nothing is left.
     """
-    seen: dict[tuple[str, ...], str] = {}
-    for other in others:
-        for fields in zip(*other.texts, strict=True):
-            seen.setdefault(fields, f"in {other.source}")
-    dropped: collections.Counter[str] = collections.Counter()
-    keep: list[int] = []
-    for i, fields in enumerate(zip(*split.texts, strict=True)):
-        if fields in seen:
-            dropped[seen[fields]] += 1
-        else:
-            seen[fields] = "repeated"
-            keep.append(i)
-    if not dropped:
+    hash_N = _hashes(split.texts)
+    why = ["repeated", *(f"in {other.source}" for other in others)]
+    why_N = np.zeros(len(split), np.int16)  # place in `why`
+    why_N[np.unique(hash_N, return_index=True)[1]] = -1
+    for place, other in reversed(list(enumerate(others, start=1))):
+        why_N[_stand_in(hash_N, other.ids_N)] = place  # the id of a text that stands for the first time is its hash
+    keep_N = why_N < 0
+    if keep_N.all():
         return split
-    reasons = ", ".join(f"{count} {why}" for why, count in dropped.items())
+    places, first, counts = np.unique(why_N[~keep_N], return_index=True, return_counts=True)
+    dropped: collections.Counter[str] = collections.Counter()
+    for i in np.argsort(first):
+        dropped[why[places[i]]] += int(counts[i])
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     note = f"{dropped.total()} of {len(split)} texts are left out: {reasons}"
-    if not keep:
+    if not keep_N.any():
         raise UserError(f"{split.source}: nothing is left, {note}; give other texts, or none")
-    texts = tuple([column[i] for i in keep] for column in split.texts)
+    texts = tuple(TextColumn(itertools.compress(column, keep_N)) for column in split.texts)
     return replace(
-        split, ids_N=example_ids(texts), texts=texts, labels_N=split.labels_N[keep], notes=(*split.notes, note)
+        split, ids_N=hash_N[keep_N], texts=texts, labels_N=split.labels_N[keep_N], notes=(*split.notes, note)
     )  # fmt: skip
 
 
-def _with_text(rows: Rows, task: Task, notes: list[str]) -> list[tuple[int, list[Any]]]:
+def _stand_in(hash_N: np.ndarray, ids_M: np.ndarray) -> np.ndarray:
+    """Which of some numbers are among others: booleans (N,)."""
+    ids_M = np.sort(ids_M)
+    return ids_M[np.minimum(np.searchsorted(ids_M, hash_N), len(ids_M) - 1)] == hash_N
+
+
+def _on_disk(rows: Iterator[Row], width: int) -> tuple[array[int], tuple[TextColumn, ...]]:
+    """The numbers of rows, and their first values; one that is not there is empty."""
+    numbers: array[int] = array("q")
+    columns = tuple(TextColumn() for _ in range(width))
+    _append(columns, rows, numbers)
+    return numbers, columns
+
+
+def _append(columns: Sequence[TextColumn], rows: Iterator[Row], numbers: array[int] | None = None) -> None:
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        if numbers is not None:
+            numbers.extend([number for number, _ in chunk])
+        for i, column in enumerate(columns):
+            column.extend([fields[i] or "" for _, fields in chunk])
+
+
+def _with_text(rows: Rows, task: Task, notes: list[str]) -> Iterator[Row]:
     """The rows that have text in every text column; others are refused, or left out and noted where the task says so."""
-    kept, broken = [], list(rows.short)
-    for number, fields in rows.rows:
-        if task.leave_out_broken and not all(value and value.strip() for value in fields[: len(task.text)]):
-            broken.append(number)
-            continue
+    width = len(task.text)
+
+    def whole(fields: list[Any]) -> bool:
+        return all(value and value.strip() for value in fields[:width])
+
+    kept = rows.rows
+    if task.leave_out_broken:
+        kept = _noted(kept, whole, "broken, with too few fields or an empty text", rows.unit, notes)
+    for number, fields in kept:
         for column, value in zip(task.text, fields, strict=False):
             _require_text(rows, number, column, value)
-        kept.append((number, fields))
-    _note(notes, sorted(broken), "broken, with too few fields or an empty text", rows.unit)
-    return kept
+        yield number, fields
+
+
+def _noted(
+    rows: Iterator[Row], keep: Callable[[list[Any]], bool], what: str, unit: str, notes: list[str]
+) -> Iterator[Row]:
+    """The rows whose values are to be kept. Once all have passed, a note says how many did not, and where the first stand."""
+    count, first = 0, []
+    for number, fields in rows:
+        if keep(fields):
+            yield number, fields
+        else:
+            count += 1
+            if count <= _SHOWN:
+                first.append(str(number))
+    if count:
+        notes.append(f"{count} left out, {what}: {unit} {', '.join(first)}{', ...' if count > _SHOWN else ''}")
 
 
 def _require_text(rows: Rows, number: int, column: str, value: str | None) -> None:
@@ -332,12 +389,6 @@ def _require_text(rows: Rows, number: int, column: str, value: str | None) -> No
         raise UserError(
             f"{rows.at(number)}: {column} holds half of a surrogate pair, which is not text; mend the escape"
         )
-
-
-def _note(notes: list[str], numbers: list[int], what: str, unit: str) -> None:
-    if numbers:
-        shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        notes.append(f"{len(numbers)} left out, {what}: {unit} {shown}")
 
 
 def _sorted_classes(values: set[str]) -> list[str]:
@@ -351,21 +402,45 @@ def _sorted_classes(values: set[str]) -> list[str]:
     return sorted(values, key=lambda value: (numbers[value], value))  # 1 and 1.0 are two classes, in a fixed order
 
 
-def _class_indices(labels: list[tuple[str, str]], known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
-    """Of (where, value) pairs; a value may be the class's name."""
+@dataclass(frozen=True)
+class _Labels:
+    """The label column: (line or row number, value) of each example, as often as one likes. Raises UserError where a value
+    is empty."""
+
+    rows: Rows
+    numbers: Sequence[int]
+    column: str
+    values: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for number, value in zip(self.numbers, self.values, strict=True):
+            _require_text(self.rows, number, self.column, value)
+            yield number, value.strip()
+
+
+def _class_indices(labels: _Labels, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
+    """A value may be the class's name."""
     index = {value: i for values in (task.names_of(known), known) for i, value in enumerate(values)}
-    for where, value in labels:
+    out = np.empty(len(labels), np.int64)
+    for i, (number, value) in enumerate(labels):
         if value not in index:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             seen = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
-            raise UserError(f"{where}: {task.label} {value!r} is not one of the labels{seen}: {allowed}")
-    return np.array([index[value] for _, value in labels], np.int64)
+            raise UserError(
+                f"{labels.rows.at(number)}: {task.label} {value!r} is not one of the labels{seen}: {allowed}"
+            )
+        out[i] = index[value]
+    return out
 
 
-def _numbers(labels: list[tuple[str, str]], task: Task) -> np.ndarray:
+def _numbers(labels: _Labels, task: Task) -> np.ndarray:
     out = np.empty(len(labels), dtype=np.float32)
     low, high = task.value_range or (-np.inf, np.inf)
-    for i, (where, value) in enumerate(labels):
+    for i, (number, value) in enumerate(labels):
+        where = labels.rows.at(number)
         try:
             out[i] = float(value)
         except ValueError:
@@ -377,15 +452,50 @@ def _numbers(labels: list[tuple[str, str]], task: Task) -> np.ndarray:
     return out
 
 
-def example_ids(texts: tuple[list[str], ...]) -> np.ndarray:
-    """int64 (N,): a hash of each example's text, and of how often it stood before."""
-    seen: dict[bytes, int] = {}
-    out = np.empty(len(texts[0]), dtype=np.int64)
-    for i, fields in enumerate(zip(*texts, strict=True)):
-        content = "\x1f".join(fields).encode()
-        repeat = seen[content] = seen.get(content, -1) + 1
-        digest = hashlib.blake2b(content + repeat.to_bytes(8, "little"), digest_size=8).digest()
-        out[i] = int.from_bytes(digest, "little", signed=True)
-    if len(np.unique(out)) < len(out):
-        raise UserError("two different texts have the same 64-bit id; change one of them by a space")
-    return out
+# ----------------------------------------------------------------------------------------------------------------- ids
+
+
+def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """int64 (N,): a hash of each example's text, and of how often it stood before.
+
+    Args:
+        texts: one or two columns of N strings.
+
+    Raises:
+        UserError: two different texts have one id.
+    """
+    ids_N = _hashes(texts)
+    order_N = np.argsort(ids_N, kind="stable")
+    sorted_N = ids_N[order_N]
+    again = np.flatnonzero(sorted_N[1:] == sorted_N[:-1]) + 1  # places in the order
+    repeat, last = 0, 0
+    for place in again.tolist():
+        repeat = repeat + 1 if place == last + 1 else 1
+        last = place
+        before, row = (_content(column[i] for column in texts) for i in order_N[place - 1 : place + 1])
+        if row != before:
+            raise _same_id()
+        ids_N[order_N[place]] = int.from_bytes(_hash(row, repeat), "little", signed=True)
+    if len(again) and len(np.unique(ids_N)) < len(ids_N):
+        raise _same_id()
+    return ids_N
+
+
+def _same_id() -> UserError:
+    return UserError("two different texts have the same 64-bit id; change one of them by a space")
+
+
+def _hashes(texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """int64 (N,): of each example's text alone, which is the id of one that did not stand before."""
+    hashes = bytearray()
+    for fields in zip(*texts, strict=True):
+        hashes += _hash(_content(fields), 0)
+    return np.frombuffer(hashes, "<i8")
+
+
+def _content(fields: Iterable[str]) -> bytes:
+    return "\x1f".join(fields).encode()
+
+
+def _hash(content: bytes, repeat: int) -> bytes:
+    return hashlib.blake2b(content + repeat.to_bytes(8, "little"), digest_size=8).digest()

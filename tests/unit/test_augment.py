@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pkd_dist.config import Augment
+from pkd_dist.data import augment as module
 from pkd_dist.data.augment import augment
 from pkd_dist.data.text import Split, example_ids, is_labelled
 from pkd_dist.errors import UserError
@@ -87,6 +88,14 @@ def test_a_copy_depends_on_seed_example_and_number_alone(split):
     assert set(copies(shuffled, **ALL).ids_N) == set(made.ids_N)
     assert rows(copies(split, **ALL | {"copies": 2})) < rows(made), "a copy more changes none of the others"
     assert rows(copies(split, 2, **ALL)) != rows(made)
+
+
+@pytest.mark.parametrize("split", [SINGLE, PAIRS], ids=["single", "pairs"])
+def test_copies_are_the_same_in_any_blocks(split, monkeypatch):
+    made = copies(split, **ALL)
+    monkeypatch.setattr(module, "_BLOCK", 7)
+    again = copies(split, **ALL)
+    assert made.texts == again.texts and np.array_equal(made.ids_N, again.ids_N)
 
 
 def test_no_text_twice_and_none_of_training():

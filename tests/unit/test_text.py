@@ -1,12 +1,19 @@
 """Files to examples: every format, every quirk, and every mistake by file and line."""
 
+import collections
+import hashlib
+import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from pkd_dist.config import Task as TaskConfig
+from pkd_dist.data import text as text_module
+from pkd_dist.data.prepare import prepare
 from pkd_dist.data.tasks import GLUE, Task
-from pkd_dist.data.text import is_labelled, read, read_unlabeled, unlabelled, without
+from pkd_dist.data.text import Split, example_ids, is_labelled, read, read_unlabeled, unlabelled, without
 from pkd_dist.errors import UserError
 
 SST2 = GLUE["sst2"]
@@ -37,6 +44,18 @@ def test_csv_with_quotes_and_newlines(tmp_path):
     split = read(str(tmp_path), "train", CUSTOM)
     assert split.texts == (["x, y", 'say "hi"'], ["two\nlines", "z"])
     assert split.classes == ("no", "yes")
+
+
+def test_lines_of_a_csv_are_counted_through_quoted_newlines_and_end_in_any_way(tmp_path):
+    put(tmp_path, "train.csv", b'\xef\xbb\xbfy,a,b\r\nno,"x\r\ny",z\r\n\r\nyes,"\n\n",1,2\r\n')
+    assert "train.csv:5: has 4 field(s)" in refused(tmp_path, CUSTOM)
+    put(tmp_path, "train.csv", b'y,a,b\rno,"x\ry",z\ryes,u,v\r')
+    assert read(str(tmp_path), "train", CUSTOM).texts == (["x\ry", "u"], ["z", "v"])
+
+
+def test_a_wrong_byte_after_a_byte_order_mark_is_named(tmp_path):
+    put(tmp_path, "train.tsv", b"\xef\xbb\xbfsentence\tl\xe4bel\nfine\t1\n")
+    assert "train.tsv:1: byte 0xe4 is not valid UTF-8" in refused(tmp_path)
 
 
 def test_jsonl_and_parquet_give_the_same_examples(tmp_path):
@@ -73,6 +92,65 @@ def test_ids_are_stable_under_reordering_and_unique_for_repeats(tmp_path):
     assert len(set(x.ids_N)) == 3
     assert set(x.ids_N) == set(y.ids_N)
     assert x.ids_N[1] == y.ids_N[1]
+
+
+def plain_ids(texts):
+    """The formula of an id, example by example."""
+    seen = collections.Counter()
+    for fields in zip(*texts, strict=True):
+        content = "\x1f".join(fields).encode()
+        digest = hashlib.blake2b(content + seen[content].to_bytes(8, "little"), digest_size=8).digest()
+        seen[content] += 1
+        yield int.from_bytes(digest, "little", signed=True)
+
+
+def random_texts(seed, count, different):
+    rng = np.random.default_rng(seed)
+    return [f"sätze {i} \n" * (i % 3 + 1) for i in rng.integers(different, size=count)]
+
+
+@pytest.mark.parametrize("different", [1, 40, 3000])
+def test_ids_are_those_of_the_formula(different):
+    first, second = random_texts(1, 700, different), random_texts(2, 700, different)
+    for texts in ((first,), (first, second), (first, first)):
+        assert example_ids(texts).tolist() == list(plain_ids(texts))
+
+
+def test_two_texts_of_one_id_are_refused(monkeypatch):
+    monkeypatch.setattr(text_module, "_hash", lambda content, repeat: content[:1].ljust(7) + bytes([repeat]))
+    assert len(example_ids((["a", "b", "a"],))) == 3
+    with pytest.raises(UserError, match="two different texts have the same 64-bit id"):
+        example_ids((["a1", "b", "a2"],))
+
+
+def plain_without(split, *others):
+    """Rows that stay, and how many go for which reason, by sets of texts."""
+    seen, dropped, stay = {}, collections.Counter(), []
+    for other in others:
+        for fields in zip(*other.texts, strict=True):
+            seen.setdefault(fields, f"in {other.source}")
+    for row, fields in enumerate(zip(*split.texts, strict=True)):
+        if fields in seen:
+            dropped[seen[fields]] += 1
+        else:
+            seen[fields] = "repeated"
+            stay.append(row)
+    return stay, ", ".join(f"{count} {why}" for why, count in dropped.items())
+
+
+@pytest.mark.parametrize("different", [60, 500, 10**9])
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pairs"])
+def test_what_stands_elsewhere_goes_as_by_sets_of_texts(different, pair):
+    def split(name, seed, count):
+        texts = (random_texts(seed, count, different),) + ((["same"] * count,) if pair else ())
+        return Split(example_ids(texts), texts, np.arange(count), (), name)
+
+    more, others = split("more", 1, 300), [split("train", 2, 40), split("dev", 3, 40)]
+    stay, reasons = plain_without(more, *others)
+    left = without(more, *others)
+    assert left.texts == tuple([column[row] for row in stay] for column in more.texts)
+    assert left.labels_N.tolist() == stay and left.ids_N.tolist() == list(plain_ids(left.texts))
+    assert left.notes == ((f"{300 - len(stay)} of 300 texts are left out: {reasons}",) if reasons else ())
 
 
 def test_regression_labels_are_numbers(tmp_path):
@@ -124,6 +202,61 @@ def test_other_formats_are_refused_too(tmp_path, name, content, message):
     put(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path), "train", CUSTOM)
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "message"),
+    [
+        ("train.tsv", b"no label\n", r"train\.tsv:20002: has 1 field\(s\)"),
+        ("train.tsv", b"fine\t7", r"train\.tsv:20002: label '7' is not one of the labels: 0, 1"),
+        ("train.tsv", b"fine\t\n", r"train\.tsv:20002: label is empty"),
+        ("train.tsv", b" \t1\n", r"train\.tsv:20002: sentence is empty"),
+        ("train.tsv", b"\xe4\t1\n", r"train\.tsv:20002: byte 0xe4 is not valid UTF-8"),
+        ("train.csv", b'"open,1\n', r"train\.csv:20002: not valid CSV"),
+        ("train.jsonl", b'{"sentence": 1\n', r"train\.jsonl:20001: not valid JSON"),
+    ],
+)
+def test_a_wrong_last_line_is_refused_before_anything_is_written(tmp_path, name, last, message):
+    if name.endswith("jsonl"):
+        rows = [json.dumps({"sentence": f"text {i}", "label": i % 2}) for i in range(20_000)]
+    else:
+        rows = [
+            {"tsv": "\t", "csv": ","}[name[-3:]].join(row) for row in [("sentence", "label"), *(("a b", "1"),) * 20_000]
+        ]
+    put(tmp_path, name, "\n".join([*rows, ""]).encode() + last)
+    put(tmp_path, "dev.tsv", "sentence\tlabel\nfine\t1\n")
+    folder = tmp_path / "made"
+    with pytest.raises(UserError, match=message):
+        prepare(TaskConfig(data=str(tmp_path)), SST2, None, None, folder, lambda: None)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("extension", ["tsv", "csv", "jsonl"])
+def test_memory_is_a_few_numbers_an_example(tmp_path, extension):
+    def peak(count):
+        rows = ({"sentence": f"a film of the number {i}", "label": i % 2} for i in range(count))
+        if extension == "jsonl":
+            lines = map(json.dumps, rows)
+        else:
+            mark = {"tsv": "\t", "csv": ","}[extension]
+            lines = itertools.chain([f"sentence{mark}label"], (f"{r['sentence']}{mark}{r['label']}" for r in rows))
+        (tmp_path / str(count)).mkdir()
+        with open(tmp_path / str(count) / f"train.{extension}", "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        tracemalloc.start()
+        split = read(str(tmp_path / str(count)), "train", SST2)
+        assert len(without(split, replace_ids(split))) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    few, many = 5_000, 45_000
+    assert (peak(many) - peak(few)) / (many - few) < 80, "bytes an example"
+
+
+def replace_ids(split):
+    """A split of as many examples, none of which is in the other."""
+    return Split(split.ids_N + 1, split.texts, split.labels_N, (), "other")
 
 
 @pytest.mark.parametrize("count", [50, 300])
