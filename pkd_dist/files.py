@@ -15,8 +15,9 @@ from typing import Any
 from pkd_dist.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], needed_bytes: int = 0) -> None:
-    """Calls `write(temporary path)`, syncs the file and renames it to `path`. A failure leaves no temporary file.
+@contextlib.contextmanager
+def written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """A temporary path to write to, whose file is synced and renamed to `path` at the end. A failure leaves none.
 
     Raises:
         UserError: the disk is full.
@@ -24,12 +25,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed_bytes: int
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with require_space(path.parent, needed_bytes, path.name):
-            write(temporary)
+            yield temporary
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], needed_bytes: int = 0) -> None:
+    """Calls `write(temporary path)`; see `written_atomically`."""
+    with written_atomically(path, needed_bytes) as temporary:
+        write(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,17 @@
 """Examples to flat arrays."""
 
+import hashlib
+import io
+import tracemalloc
+
 import numpy as np
 import pytest
+from families import BERT_SPECIAL, ROBERTA_SPECIAL, make_tokenizer
 
+from pkd_dist.data import tokens
+from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.tasks import GLUE
-from pkd_dist.data.text import read
+from pkd_dist.data.text import Split, example_ids, read
 from pkd_dist.data.tokens import open_tokens, problem, tokenize
 from pkd_dist.model.encoder import load_tokenizer
 
@@ -40,6 +47,113 @@ def test_pairs_have_two_segments(tokenizer, tmp_path):
     made = tokenize(read(str(tmp_path), "train", GLUE["wnli"]), tokenizer, 32, tmp_path / "t")
     start, stop = made.offsets_N1[:2]
     assert made.type_ids_T[start:stop].tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def some_split(count, pair=False):
+    """Texts of 1 to 12 words; labels are numbers where they come in pairs."""
+    rng = np.random.default_rng(count)
+    words = ["good", "bad", "film", "plot", "the", "unheard", "x"]
+    texts = tuple([" ".join(rng.choice(words, rng.integers(1, 13))) for _ in range(count)] for _ in range(1 + pair))
+    labels = rng.random(count).astype(np.float32) if pair else rng.integers(2, size=count)
+    return Split(example_ids(texts), texts, labels, () if pair else ("0", "1"), "train.tsv")
+
+
+def untyped_tokenizer():
+    tokenizer = make_tokenizer(ROBERTA_SPECIAL)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def character_tokenizer():
+    from transformers import CanineTokenizer
+
+    return CanineTokenizer()
+
+
+TOKENIZERS = {
+    "types": lambda: make_tokenizer(BERT_SPECIAL),
+    "no types": untyped_tokenizer,
+    "in Python": character_tokenizer,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pairs"])
+@pytest.mark.parametrize("max_length", [7, 11, 200])
+def test_every_example_is_what_the_tokenizers_call_makes_of_it(tmp_path, monkeypatch, kind, pair, max_length):
+    monkeypatch.setattr(tokens, "_CHUNK", 16)
+    tokenizer, split = TOKENIZERS[kind](), some_split(50, pair)
+    typed = "token_type_ids" in tokenizer.model_input_names
+    tokenizer("state is left behind", truncation=True, padding="max_length", max_length=5)
+    made = tokenize(split, tokenizer, max_length, tmp_path)
+    truncated = 0
+    for i, fields in enumerate(zip(*split.texts, strict=True)):
+        own = tokenizer(*fields, truncation=True, max_length=max_length)
+        start, stop = made.offsets_N1[i : i + 2]
+        assert made.input_ids_T[start:stop].tolist() == own["input_ids"]
+        assert made.type_ids_T is None if not typed else made.type_ids_T[start:stop].tolist() == own["token_type_ids"]
+        truncated += len(tokenizer(*fields, verbose=False)["input_ids"]) > max_length
+    assert made.truncated == truncated and (truncated > 0) == (max_length < 200)
+    assert np.array_equal(made.ids_N, split.ids_N) and np.array_equal(made.labels_N, split.labels_N)
+
+
+@pytest.mark.parametrize("kind", ["types", "no types"])
+def test_files_and_digests_are_those_of_whole_arrays(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tokens, "_CHUNK", 16)
+    made = tokenize(some_split(50, True), TOKENIZERS[kind](), 9, tmp_path)
+    names = {path.stem for path in tmp_path.glob("*.npy")}
+    assert names == {"input_ids", "offsets", "ids", "labels"} | ({"type_ids"} if kind == "types" else set())
+    arrays = {name: np.load(tmp_path / f"{name}.npy") for name in names}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy" for name in names} | {"meta.json"}
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        saved = io.BytesIO()
+        np.save(saved, arrays[name])
+        assert (tmp_path / f"{name}.npy").read_bytes() == saved.getvalue()
+        whole.update(name.encode() + arrays[name].tobytes())
+    assert made.digest == whole.hexdigest()[:16]
+    total = 0
+    for i, (start, stop) in enumerate(zip(arrays["offsets"][:-1], arrays["offsets"][1:], strict=True)):
+        content = arrays["ids"][i].tobytes() + arrays["input_ids"][start:stop].tobytes()
+        content += arrays["type_ids"][start:stop].tobytes() if "type_ids" in arrays else b""
+        total += int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
+    assert made.input_digest == f"{total % 2**128:032x}"[:16]
+
+
+def test_a_folder_is_used_again_by_a_tokenizer_without_types(tmp_path):
+    assert tokenize(some_split(5), TOKENIZERS["types"](), 9, tmp_path).type_ids_T is not None
+    assert tokenize(some_split(5), TOKENIZERS["no types"](), 9, tmp_path).type_ids_T is None
+    assert problem(tmp_path) is None
+
+
+def test_work_that_ends_early_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_CHUNK", 16)
+    checks = iter([None, None, KeyboardInterrupt()])
+
+    def check():
+        if error := next(checks):
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(some_split(50), make_tokenizer(BERT_SPECIAL), 9, tmp_path / "train", check)
+    assert list((tmp_path / "train").iterdir()) == []
+
+
+def test_memory_is_a_few_numbers_an_example(tmp_path):
+    def peak(count):
+        texts = (TextColumn("good film" if i % 2 else f"the plot of x {i}" for i in range(count)),)
+        split = Split(np.arange(count), texts, np.zeros(count, np.int64), ("0", "1"), "")
+        tracemalloc.start()
+        made = tokenize(split, tokenizer, 16, tmp_path / str(count))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(made) == count
+        return peak
+
+    tokenizer = make_tokenizer(BERT_SPECIAL)
+    few, many = 5_000, 45_000
+    peak(few)  # imports
+    assert (peak(many) - peak(few)) / (many - few) < 40, "bytes an example"
 
 
 def test_an_altered_or_missing_array_is_noticed(data, tokenizer, tmp_path):
