@@ -99,7 +99,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(_decoded(path), start=1):
-        if line.strip() or "\t" in line:
+        if not line.isspace() or "\t" in line:
             yield number, line.removesuffix("\n").removesuffix("\r")
 
 

@@ -215,7 +215,7 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         return replace(part, labels_N=_numbers(labels, task))
     known = known or tuple(_sorted_classes({value for _, value in labels}))
     labels_N = _class_indices(labels, known, split, task)
-    if split == "train" and len(np.unique(labels_N)) < 2:
+    if split == "train" and (labels_N == labels_N[0]).all():
         raise UserError(
             f"{rows.name}: every example has the label {values[0].strip()!r}; training needs at least two classes"
         )
@@ -383,12 +383,15 @@ def _noted(
 
 
 def _require_text(rows: Rows, number: int, column: str, value: str | None) -> None:
-    if value is None or not value.strip():
+    if not value or value.isspace():
         raise UserError(f"{rows.at(number)}: {column} is empty; give it a value or remove the line")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UserError(
-            f"{rows.at(number)}: {column} holds half of a surrogate pair, which is not text; mend the escape"
-        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{rows.at(number)}: {column} holds half of a surrogate pair, which is not text; mend the escape"
+            ) from None
 
 
 def _sorted_classes(values: set[str]) -> list[str]:
@@ -465,24 +468,26 @@ def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
         UserError: two different texts have one id.
     """
     ids_N = _hashes(texts)
+    refusal = UserError("two different texts have the same 64-bit id; change one of them by a space")
     order_N = np.argsort(ids_N, kind="stable")
-    sorted_N = ids_N[order_N]
-    again = np.flatnonzero(sorted_N[1:] == sorted_N[:-1]) + 1  # places in the order
+    again = _places_of_repeats(ids_N[order_N])
     repeat, last = 0, 0
     for place in again.tolist():
         repeat = repeat + 1 if place == last + 1 else 1
         last = place
-        before, row = (_content(column[i] for column in texts) for i in order_N[place - 1 : place + 1])
-        if row != before:
-            raise _same_id()
-        ids_N[order_N[place]] = int.from_bytes(_hash(row, repeat), "little", signed=True)
-    if len(again) and len(np.unique(ids_N)) < len(ids_N):
-        raise _same_id()
+        before, content = (_content(column[row] for column in texts) for row in order_N[place - 1 : place + 1])
+        if content != before:
+            raise refusal
+        ids_N[order_N[place]] = int.from_bytes(_hash(content, repeat), "little", signed=True)
+    del order_N
+    if len(again) and len(_places_of_repeats(np.sort(ids_N))):
+        raise refusal
     return ids_N
 
 
-def _same_id() -> UserError:
-    return UserError("two different texts have the same 64-bit id; change one of them by a space")
+def _places_of_repeats(sorted_N: np.ndarray) -> np.ndarray:
+    """Where a value stands that is the one before."""
+    return np.flatnonzero(sorted_N[1:] == sorted_N[:-1]) + 1
 
 
 def _hashes(texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -127,7 +127,7 @@ def _uncut(tokenizer: Any, columns: Sequence[Sequence[str]], typed: bool) -> tup
 
     own = type(tokenizer)
     if own.__call__ is Fast.__call__ and getattr(own, "_encode_plus", None) is Fast._encode_plus:
-        backend = tokenizer.backend_tokenizer  # the call asks it for offsets, too, and wraps what it gives: half more time
+        backend = tokenizer.backend_tokenizer  # the call also makes offsets, and wraps each text: half more time
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = tokenizer.split_special_tokens
