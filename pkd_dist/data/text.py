@@ -196,8 +196,9 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     undecided: set[str | None] = {task.no_label} if task.no_label is not None else set()
     if isinstance(source.place, str) and not optional:
         undecided |= {None}  # as the hub has them
-    reason = f"nobody could decide ({task.label} is {task.no_label or 'missing'!r})"
-    kept = _noted(kept, lambda fields: fields[at] not in undecided, reason, rows.unit, notes)
+    if undecided:
+        reason = f"nobody could decide ({task.label} is {task.no_label or 'missing'!r})"
+        kept = _noted(kept, lambda fields: fields[at] not in undecided, reason, rows.unit, notes)
     numbers, columns = _on_disk(kept, at + 1)
     if not numbers:
         raise UserError(f"{rows.name}: has no examples; at least one is needed")

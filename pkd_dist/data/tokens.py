@@ -74,24 +74,24 @@ def tokenize(
         check: called now and then; what it raises ends the work.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    typed = "token_type_ids" in tokenizer.model_input_names
-    remove(folder / "type_ids.npy")  # another tokenizer's
+    kinds: dict[str, Any] = {"input_ids": np.int32}
+    if "token_type_ids" in tokenizer.model_input_names:
+        kinds["type_ids"] = np.uint8
+    else:
+        remove(folder / "type_ids.npy")  # another tokenizer's
     lengths: list[np.ndarray] = []
     truncated = total = 0
     with contextlib.ExitStack() as files:
-        add_ids = files.enter_context(_appending(folder / "input_ids.npy", np.int32))
-        add_types = files.enter_context(_appending(folder / "type_ids.npy", np.uint8)) if typed else None
+        appends = [files.enter_context(_appending(folder / f"{name}.npy", dtype)) for name, dtype in kinds.items()]
         for start in range(0, len(split), _CHUNK):
             check()
             rows = slice(start, start + _CHUNK)
-            ids, types, cut = _encoded(tokenizer, [column[rows] for column in split.texts], typed, max_length)
-            lengths.append(np.fromiter(map(len, ids), np.int64, len(ids)))
+            made, cut = _encoded(tokenizer, [column[rows] for column in split.texts], len(kinds), max_length)
+            arrays = [_flat(lists, dtype) for lists, dtype in zip(made, kinds.values(), strict=True)]
+            for append, array in zip(appends, arrays, strict=True):
+                append(array)
+            lengths.append(np.fromiter(map(len, made[0]), np.int64, len(made[0])))
             truncated += cut
-            arrays = [_flat(ids, np.int32)]
-            add_ids(arrays[0])
-            if add_types:
-                arrays.append(_flat(types, np.uint8))
-                add_types(arrays[1])
             total += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
     whole = {"offsets": np.cumsum(np.concatenate([[0], *lengths])), "ids": split.ids_N, "labels": split.labels_N}
     for name, array in whole.items():
@@ -107,34 +107,40 @@ def tokenize(
 
 
 def _encoded(
-    tokenizer: Any, columns: Sequence[Sequence[str]], typed: bool, max_length: int
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Token ids and types (none where they are not asked for) of each text or pair, and how many were cut."""
-    ids, types = _uncut(tokenizer, columns, typed)
-    long = [row for row, tokens in enumerate(ids) if len(tokens) > max_length]
+    tokenizer: Any, columns: Sequence[Sequence[str]], kinds: int, max_length: int
+) -> tuple[list[list[list[int]]], int]:
+    """What `_called` makes of each text or pair, cut to the maximal length; and how many were cut."""
+    made = _called(tokenizer, columns, kinds)
+    long = [row for row, tokens in enumerate(made[0]) if len(tokens) > max_length]
     if long:
         texts = [[column[row] for row in long] for column in columns]
-        cut = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
-        for place, row in enumerate(long):
-            ids[row] = cut["input_ids"][place]
-            if typed:
-                types[row] = cut["token_type_ids"][place]
-    return ids, types, len(long)
+        for whole, cut in zip(made, _called(tokenizer, texts, kinds, max_length), strict=True):
+            for row, tokens in zip(long, cut, strict=True):
+                whole[row] = tokens
+    return made, len(long)
 
 
-def _uncut(tokenizer: Any, columns: Sequence[Sequence[str]], typed: bool) -> tuple[list[list[int]], list[list[int]]]:
+def _called(
+    tokenizer: Any, columns: Sequence[Sequence[str]], kinds: int, max_length: int | None = None
+) -> list[list[list[int]]]:
+    """Token ids and, of two kinds, types of each text or pair, as the tokenizer's call gives them. Where its class leaves
+    that call to a backend, the backend is asked alone: the call has it find where in the text each token stands, too, and
+    wraps all it gives, which takes half more time."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     own = type(tokenizer)
-    if own.__call__ is Fast.__call__ and getattr(own, "_encode_plus", None) is Fast._encode_plus:
-        backend = tokenizer.backend_tokenizer  # the call also makes offsets, and wraps each text: half more time
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        made = backend.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
-        return [tokens.ids for tokens in made], [tokens.type_ids for tokens in made] if typed else []
-    full = tokenizer(*columns, truncation=False, return_attention_mask=False, verbose=False)
-    return full["input_ids"], full["token_type_ids"] if typed else []
+    if own.__call__ is not Fast.__call__ or getattr(own, "_encode_plus", None) is not Fast._encode_plus:
+        cut = {"truncation": max_length is not None, "max_length": max_length}
+        made = tokenizer(*columns, **cut, return_attention_mask=False, verbose=False)
+        return [made[name] for name in ("input_ids", "token_type_ids")[:kinds]]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    if max_length is not None:
+        backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings = backend.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
+    return [[each.ids for each in encodings], [each.type_ids for each in encodings]][:kinds]
 
 
 def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
