@@ -140,7 +140,7 @@ def _called(
         backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
     encodings = backend.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
-    return [[each.ids for each in encodings], [each.type_ids for each in encodings]][:kinds]
+    return [[getattr(each, name) for each in encodings] for name in ("ids", "type_ids")[:kinds]]
 
 
 def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
