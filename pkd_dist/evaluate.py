@@ -203,7 +203,8 @@ def speed(
         for _ in range(requests)
     ]
     every = scoring_batches(tokens, batch_size, 0, 1)
-    rows = every[:: -(-len(every) * batch_size // examples)]  # long and short ones alike
+    apart = -(-len(every) * batch_size // examples)
+    rows = every[min(apart, len(every)) // 2 :: apart]  # from the longest to the shortest; of one alone the middle
     batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
     for forward in forwards.values():  # warm-up
         for inputs in [*singles[:5], batches[0]]:

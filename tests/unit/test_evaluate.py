@@ -174,6 +174,21 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
     assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
 
 
+@pytest.mark.parametrize(("examples", "wanted"), [(8, [4]), (24, [1, 4, 7]), (72, range(9))])
+def test_few_timed_batches_are_of_middle_length(tmp_path, examples, wanted):
+    """Of 9 batches of 8, which are of 9, 8, ... tokens."""
+    lengths = np.repeat(np.arange(1, 10), 8)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.full(offsets[-1], 7, np.int32)
+    made = TokenSet(ids, None, offsets, np.arange(72), np.zeros(72, np.int64), "", "", 0)
+    seen = []
+    speed({"model": lambda inputs: seen.append(inputs["input_ids"].shape)}, made, torch.device("cpu"), 8, 10, examples, PAD,
+          repeats=1)  # fmt: skip
+    assert seen[-len(wanted) :] == [collate(made, np.arange(72)[::-1][8 * i :][:8], np.ones(8), PAD).inputs["input_ids"].shape
+                                    for i in wanted]  # fmt: skip
+    assert len(seen) == 6 + 10 + len(wanted)
+
+
 @pytest.mark.parametrize("name", sorted(GLUE))
 def test_every_glue_task_has_its_official_metrics(name):
     """On the same predictions: scikit-learn's and scipy's figures under the names of results_eval.json."""
