@@ -4,11 +4,12 @@ Run operation by operation, under autocast, more than half of a small student's 
 weight and each state is cast several times, dropout draws a random number per element one after the other, and every
 small operation leaves a node in the autograd graph. `fuse` gives a layer a forward and a backward pass of its own: query,
 key and value by one product, each weight cast once, what lies between products in one pass where it is compiled (`parts`).
+The last layer of the first token alone (`lean`) is such a layer, too; there the states are keys and values of every head.
 
 Precision is that of autocast: products in its dtype, softmax in float32, residual sums and LayerNorm in that of the
 states (float32 under autocast). The layer's parameters keep their names. What is not known to fit is left as it is.
 
-Shapes: B rows, L tokens, H hidden size, F inner size, T = B * L.
+Shapes: B rows, L tokens, H hidden size, F inner size, A heads, d head size, T = B * L.
 """
 
 from __future__ import annotations
