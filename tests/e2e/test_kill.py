@@ -10,9 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import forked
 from conftest import ROOT, command, environment, launch, losses, write_config
 
 MOMENTS = {
@@ -47,21 +45,15 @@ def arrived(run, moment):
 
 def kill_at(run, moment, *arguments, ranks):
     """Starts the job, kills all of it when the moment comes; returns whether it came."""
-    if ranks:
-        job = subprocess.Popen(
-            command(*arguments, ranks=ranks),
-            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        gone, wait = job.poll, job.wait
-    else:
-        nowhere = Path(os.devnull)
-        job = forked.start(ROOT / "launcher/train.py", arguments, ROOT, environment(), nowhere, nowhere)
-        gone, wait = lambda: job.exitcode, job.join
+    job = subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
-    while gone() is None and time.monotonic() < deadline:
+    while job.poll() is None and time.monotonic() < deadline:
         if arrived(run, moment):
             os.killpg(job.pid, signal.SIGKILL)
-            wait()
+            job.wait()
             assert_gone(job.pid)
             return True
         time.sleep(0.001)  # watching, not hoping: what it waits for is a file
