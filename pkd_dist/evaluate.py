@@ -203,8 +203,9 @@ def speed(
         for _ in range(requests)
     ]
     every = scoring_batches(tokens, batch_size, 0, 1)
-    apart = -(-len(every) * batch_size // examples)
-    rows = every[min(apart, len(every)) // 2 :: apart]  # from the longest to the shortest; of one alone the middle
+    full = every[: len(tokens) // batch_size] or every
+    apart = -(-len(full) * batch_size // examples)
+    rows = full[(min(apart, len(full)) - 1) // 2 :: apart]  # from long to short; one alone is the middle one
     batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
     for forward in forwards.values():  # warm-up
         for inputs in [*singles[:5], batches[0]]:

@@ -114,7 +114,7 @@ def launch(
     *arguments: str | Path, ranks: int = 0, bare: int = 0, timeout: float = 120, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs launcher/train.py to its end: as one process, on so many ranks of deepspeed, or on so many of no launcher."""
-    if not ranks and not extra and "coverage" not in sys.modules:
+    if not ranks and not extra:
         environments = bare_ranks(bare) if bare else [environment()]
         return forked.run(ROOT / "launcher/train.py", arguments, ROOT, environments, timeout)
     argv = command(*arguments, ranks=ranks)

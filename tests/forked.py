@@ -1,7 +1,9 @@
 """Starts Python programs sooner: each process is forked from one that has loaded the large libraries and done nothing else.
 
-A program runs as it does by itself: its own process, as `__main__`, with its own arguments, environment, folder and
-output. What is read from the environment while torch is imported (OMP_NUM_THREADS) is that of the tests.
+A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
+from a start of its own: what the environment decides while Python and torch are loaded (the seed of string hashes, so the
+order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run. So the tests that
+kill a run and compare bytes start it by itself.
 """
 
 from __future__ import annotations
@@ -10,64 +12,76 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # else a GPU that is looked for before a fork is lost after it
 _FROM = multiprocessing.get_context("forkserver")
 _FROM.set_forkserver_preload(
     ["torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",
      "scipy.stats", "pkd_dist.cli", "pkd_dist.pipeline"]
 )  # fmt: skip
-
-
-def start(
-    program: Path, arguments: Sequence[object], cwd: Path, environment: Mapping[str, str], out: Path, err: Path
-) -> multiprocessing.process.BaseProcess:
-    """Starts a program in a session of its own; its output is appended to files."""
-    given = str(program), [str(argument) for argument in arguments], str(cwd), dict(environment), str(out), str(err)
-    process = _FROM.Process(target=_become, args=given)
-    process.start()
-    with contextlib.suppress(ProcessLookupError):  # it has ended
-        while os.getsid(process.pid) != process.pid:
-            time.sleep(0.0005)
-    return process
+_GRACE = 20.0
+"""Seconds that the other processes have once one has ended with a status other than 0."""
 
 
 def run(
     program: Path, arguments: Sequence[object], cwd: Path, environments: Sequence[Mapping[str, str]], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end, once for each environment at the same time; what `subprocess.run` returns, with the
-    output of all processes and the first status that is not 0.
+    """Runs a program to its end, once for each environment at the same time.
+
+    Returns:
+        What `subprocess.run` does, with the output of all processes. The status is 0 where that of all is, else that of
+        one that died of a signal, else the least of the others.
 
     Raises:
-        subprocess.TimeoutExpired: they were killed.
+        AssertionError: they did not end in time, and were killed; says what they had printed.
     """
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        processes = [start(program, arguments, cwd, environment, out, err) for environment in environments]
+        out.touch()
+        err.touch()
+        given = str(program), [str(argument) for argument in arguments], str(cwd)
+        processes = [_FROM.Process(target=_become, args=(*given, dict(e), str(out), str(err))) for e in environments]
         try:
             for process in processes:
-                process.join(timeout)
-                if process.exitcode is None:
-                    raise subprocess.TimeoutExpired(str(program), timeout, out.read_bytes(), err.read_bytes())
+                process.start()
+            deadline, running = time.monotonic() + timeout, {p.sentinel: p for p in processes}
+            while running:
+                ended = wait(list(running), max(0.0, deadline - time.monotonic()))
+                if not ended:
+                    said = f"{out.read_text()}\n{err.read_text()}"
+                    raise AssertionError(
+                        f"{program.name}: {len(running)} of {len(processes)} did not end in time:\n{said}"
+                    )
+                if any([running.pop(sentinel).exitcode for sentinel in ended]):
+                    deadline = min(deadline, time.monotonic() + _GRACE)
         finally:
             for process in processes:
-                process.kill()
-        status = next((process.exitcode for process in processes if process.exitcode), 0)
-        return subprocess.CompletedProcess(str(program), status, out.read_text(), err.read_text())
+                if process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
+                    process.join()
+        statuses = [process.exitcode for process in processes if process.exitcode]
+        return subprocess.CompletedProcess(given[0], min(statuses, default=0), out.read_text(), err.read_text())
 
 
 def _become(program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    os.setsid()
     for place, number in ((out, 1), (err, 2)):
-        file = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(place, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.argv = [program, *arguments]

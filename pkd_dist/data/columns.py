@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from pkd_dist.errors import UserError
 from pkd_dist.files import require_space
 
 _CHUNK = 4096
@@ -28,11 +29,16 @@ class TextColumn(Sequence[str]):
         texts: any number of strings; half a surrogate pair is kept as it is.
 
     Raises:
-        UserError: the disk of temporary files is full.
+        UserError: the disk of temporary files is full, or there is no folder for them.
     """
 
     def __init__(self, texts: Iterable[str] = ()):
-        self._descriptor, name = tempfile.mkstemp()
+        try:
+            self._descriptor, name = tempfile.mkstemp()
+        except OSError as error:
+            raise UserError(
+                f"no folder for temporary files can be used ({error.strerror}); set TMPDIR to one"
+            ) from None
         weakref.finalize(self, os.close, self._descriptor)
         os.unlink(name)
         self._ends = array("q", [0])

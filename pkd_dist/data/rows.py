@@ -175,6 +175,9 @@ def _parquet(path: Path, wanted: Wanted) -> Rows:
         features = Features.from_arrow_schema(table.schema_arrow)
     except Exception as error:  # pyarrow and datasets raise many kinds
         raise refusal(error) from None
+    twice = next((name for name in wanted.columns if table.schema_arrow.names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{path}: has two columns {twice!r}; keep one")
 
     def records(columns: list[str]) -> Iterator[dict[str, Any]]:
         try:

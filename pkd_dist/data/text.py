@@ -472,11 +472,13 @@ def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
     refusal = UserError("two different texts have the same 64-bit id; change one of them by a space")
     order_N = np.argsort(ids_N, kind="stable")
     again = _places_of_repeats(ids_N[order_N])
-    repeat, last = 0, 0
+    repeat, last, before = 0, 0, b""
     for place in again.tolist():
         repeat = repeat + 1 if place == last + 1 else 1
+        if repeat == 1:
+            before = _content(column[order_N[place - 1]] for column in texts)
         last = place
-        before, content = (_content(column[row] for column in texts) for row in order_N[place - 1 : place + 1])
+        content = _content(column[order_N[place]] for column in texts)
         if content != before:
             raise refusal
         ids_N[order_N[place]] = int.from_bytes(_hash(content, repeat), "little", signed=True)

@@ -77,8 +77,6 @@ def tokenize(
     kinds: dict[str, Any] = {"input_ids": np.int32}
     if "token_type_ids" in tokenizer.model_input_names:
         kinds["type_ids"] = np.uint8
-    else:
-        remove(folder / "type_ids.npy")  # another tokenizer's
     lengths: list[np.ndarray] = []
     truncated = total = 0
     with contextlib.ExitStack() as files:
@@ -93,6 +91,8 @@ def tokenize(
             lengths.append(np.fromiter(map(len, made[0]), np.int64, len(made[0])))
             truncated += cut
             total += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
+    if "type_ids" not in kinds:
+        remove(folder / "type_ids.npy")  # another tokenizer's
     whole = {"offsets": np.cumsum(np.concatenate([[0], *lengths])), "ids": split.ids_N, "labels": split.labels_N}
     for name, array in whole.items():
         write_atomically(folder / f"{name}.npy", partial(_save, array=array))

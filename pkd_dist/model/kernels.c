@@ -1,7 +1,7 @@
 // What is not a matrix product in an encoder layer, on a CPU, in bfloat16 with sums in float32: attention, dropout with the
 // residual sum and LayerNorm, GELU. One pass over memory each. `parts.py` calls them; `native.py` compiles this file.
 //
-// Shapes: B rows, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense, rows first.
+// Shapes: B rows, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense, rows first, but for `rows`.
 // Threads are those of PyTorch's OpenMP; each row or head is done by one, so results do not depend on their number (but
 // for the gradients of LayerNorm's parameters, which are summed by thread, in order).
 

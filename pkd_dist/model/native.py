@@ -52,7 +52,7 @@ _UNUSED_DAYS = 30
 
 
 class Kernels:
-    """The functions of `kernels.c`, called with dense tensors on the CPU, None, and numbers."""
+    """The functions of `kernels.c`, called with tensors on the CPU, dense but for the rows of `rows`, None, and numbers."""
 
     def __init__(self, library: Path):
         loaded = ctypes.CDLL(str(library))
@@ -77,7 +77,7 @@ def _address(letter: str, given: Any) -> Any:
     if not isinstance(given, torch.Tensor):
         return given
     if letter == "r":
-        dense = given.ndim == 4 and given.stride(3) == 1 and given.stride(2) in (given.shape[3], given.stride(1))
+        dense = given.ndim == 4 and given.stride(3) == 1 and given.stride(2) == given.shape[3]
     else:
         dense = given.is_contiguous()
     if given.dtype not in _DTYPES[letter] or given.device.type != "cpu" or not dense or not given.numel():

@@ -18,6 +18,10 @@ class _ToTerminal(logging.Handler):
         print(record.getMessage(), file=sys.stdout, flush=True)
 
 
+def _errors_alone(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def to_terminal(show: bool) -> None:
     """Lets messages through to the terminal where `show`; quiets the libraries, whose news is not the user's."""
     log.setLevel(logging.DEBUG)
@@ -31,6 +35,7 @@ def to_terminal(show: bool) -> None:
         log.addHandler(handler)
     for name in ("transformers", "datasets", "DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_errors_alone)  # it sets its own level when it is imported
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):  # read when those are imported, which comes later
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -1,5 +1,5 @@
-"""Training whose gradient, not its loss, is not finite on one rank at one step; run by test_nonfinite.py under torchrun, by
-test_whole.py alone, with the step that a GPU does whole."""
+"""Training whose gradient, not its loss, is not finite on one rank at one step; run by test_nonfinite.py on two ranks, by
+test_whole.py on one, with the step that a GPU does whole."""
 
 import signal
 import sys

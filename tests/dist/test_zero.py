@@ -26,8 +26,8 @@ def run(output, deepspeed, ranks, micro="auto", start="", stop=STEPS):
     output.mkdir(exist_ok=True)
     arguments = f"ds_configs/{deepspeed}.json", micro, output, start, stop
     done = forked.run(HERE / "worker.py", arguments, ROOT, bare_ranks(ranks), timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
     written = output / "weights.safetensors"
-    assert written.exists(), done.stdout + done.stderr
     return json.loads((output / "out.json").read_text()), load_file(written), max(output.glob("step-*"))
 
 

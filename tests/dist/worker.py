@@ -1,4 +1,4 @@
-"""Run under torchrun by test_zero.py: trains a tiny encoder through the engine and writes what came of it.
+"""Run on some ranks by test_zero.py: trains a tiny encoder through the engine and writes what came of it.
 
 At step HALF it saves a checkpoint, and after the end it goes on from there once more with a fresh engine: the second end must
 be the first, bit for bit. Or it goes on from a checkpoint that is given, which may be of other ranks and another stage.

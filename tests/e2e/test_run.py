@@ -143,7 +143,7 @@ def test_pkd_evaluates_a_custom_task(finished, tmp_path):
     argv += ["--data", str(tmp_path), "--text", "the #1 text", "--label", "y", "--max-length", "32"]
     argv += ["--output", str(tmp_path / "figures.json")]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr and "WARNING" not in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
     (tmp_path / "figures.json").unlink()
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,mixed\n")

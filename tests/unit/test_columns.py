@@ -64,6 +64,14 @@ def test_nothing_stays_on_disk(scratch):
         os.fstat(descriptor)
 
 
+def test_no_folder_for_it_is_said(scratch, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch / "none"))
+    with pytest.raises(
+        UserError, match=r"^no folder for temporary files can be used \(No such file .*set TMPDIR to one$"
+    ):
+        TextColumn()
+
+
 def test_a_full_disk_is_said_with_its_folder(scratch, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

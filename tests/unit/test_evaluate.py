@@ -7,6 +7,7 @@ from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 from torch import nn
 
+from pkd_dist.data.batches import collate
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.dist import World
@@ -167,25 +168,25 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
         figures = timing.figures
         assert figures.keys() == {"latency_ms_p50", "latency_ms_p99", "reasoningTime"}
         assert 0 < figures["latency_ms_p50"] <= figures["latency_ms_p99"] and figures["reasoningTime"] > 0
-    batches = -(-EXAMPLES // 8)
+    batches = EXAMPLES // 8  # the full ones
     timed = seen[-3 * (10 + 2 * batches) :]
     assert len(seen) == len(timed) + 3 * 6, "warm-up: 5 sentences and a batch of each"
     assert [name for name, _ in timed] == list(names) * (10 + 2 * batches), "in turn"
     assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
 
 
-@pytest.mark.parametrize(("examples", "wanted"), [(8, [4]), (24, [1, 4, 7]), (72, range(9))])
-def test_few_timed_batches_are_of_middle_length(tmp_path, examples, wanted):
-    """Of 9 batches of 8, which are of 9, 8, ... tokens."""
-    lengths = np.repeat(np.arange(1, 10), 8)
+@pytest.mark.parametrize(("examples", "wanted"), [(8, [4]), (12, [2, 8]), (24, [1, 4, 7]), (72, range(9))])
+def test_few_timed_batches_are_full_and_of_middle_length(examples, wanted):
+    """Of 9 batches of 8, which are of 9, 8, ... tokens, and one of a single example."""
+    lengths = np.concatenate([[1], np.repeat(np.arange(1, 10), 8)])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.full(offsets[-1], 7, np.int32)
-    made = TokenSet(ids, None, offsets, np.arange(72), np.zeros(72, np.int64), "", "", 0)
+    made = TokenSet(ids, None, offsets, np.arange(73), np.zeros(73, np.int64), "", "", 0)
     seen = []
     speed({"model": lambda inputs: seen.append(inputs["input_ids"].shape)}, made, torch.device("cpu"), 8, 10, examples, PAD,
           repeats=1)  # fmt: skip
-    assert seen[-len(wanted) :] == [collate(made, np.arange(72)[::-1][8 * i :][:8], np.ones(8), PAD).inputs["input_ids"].shape
-                                    for i in wanted]  # fmt: skip
+    rows = [np.arange(73)[::-1][8 * i :][:8] for i in wanted]
+    assert seen[-len(wanted) :] == [collate(made, r, np.ones(8), PAD).inputs["input_ids"].shape for r in rows]
     assert len(seen) == 6 + 10 + len(wanted)
 
 

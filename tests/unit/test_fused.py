@@ -60,38 +60,42 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(Dropout(0.0).train()(x), x)
 
 
-def formula(layer, hidden, mask, dropouts):
-    """A layer of BERT as the paper on it writes it, by torch's plain operations, with the same masks."""
+def formula(layer, hidden, mask, dropouts, queries=None):
+    """A layer of BERT as the paper on it writes it, by torch's plain operations, with the same masks; of the first tokens
+    alone, where a number of queries is given."""
     attention, after = layer.attention.self, layer.attention.output
     B, L, H = hidden.shape
     q, k, v = (
         F.linear(hidden, part.weight, part.bias).view(B, L, 4, -1).transpose(1, 2)
         for part in (attention.query, attention.key, attention.value)
     )
-    p = torch.softmax(q @ k.mT / (H // 4) ** 0.5 + mask, -1)
+    Q, hidden = queries or L, hidden[:, :queries]
+    p = torch.softmax(q[:, :, :Q] @ k.mT / (H // 4) ** 0.5 + mask, -1)
     keys = max(L, 16)
-    p = p * dropout_mask((B * 4, L, keys), dropouts[0], hidden.dtype).view(B, 4, L, keys)[..., :L]
-    context = (p @ v).transpose(1, 2).reshape(B, L, H)
+    shape = (B, 4, Q, keys)  # of one query a row of each head, else a head of each example
+    p = p * dropout_mask(shape, dropouts[0], hidden.dtype)[..., :L]
+    context = (p @ v).transpose(1, 2).reshape(B, Q, H)
     attended = F.linear(context, after.dense.weight, after.dense.bias)
-    attended = attended * dropout_mask((B * L, H), dropouts[1], hidden.dtype).view_as(attended)
+    attended = attended * dropout_mask((B * Q, H), dropouts[1], hidden.dtype).view_as(attended)
     norm = after.LayerNorm(hidden + attended)
     inner = F.gelu(F.linear(norm, layer.intermediate.dense.weight, layer.intermediate.dense.bias))
     out = F.linear(inner, layer.output.dense.weight, layer.output.dense.bias)
-    out = out * dropout_mask((B * L, H), dropouts[2], hidden.dtype).view_as(out)
+    out = out * dropout_mask((B * Q, H), dropouts[2], hidden.dtype).view_as(out)
     return layer.output.LayerNorm(norm + out)
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("length", [7, 19])
-def test_with_dropout_it_is_the_formula(length):
-    model = model_of()
-    plain, fused = copy.deepcopy(model).bert.encoder.layer[0], model.bert.encoder.layer[0]
-    assert fuse(model, encoder_layers(model)[1])
+def test_with_dropout_it_is_the_formula(length, first):
+    model, queries = model_of(), 1 if first else None
+    plain, fused = copy.deepcopy(model).bert.encoder.layer[-1], model.bert.encoder.layer[-1]
+    assert fuse(model, encoder_layers(model)[1], first)
     hidden = torch.randn(3, length, 32, dtype=torch.float64)
     mask = torch.zeros(3, 1, 1, length, dtype=torch.float64)
     mask[1, ..., 4:] = torch.finfo(torch.float64).min
-    target = torch.randn(3, length, 32, dtype=torch.float64)
+    target = torch.randn(3, queries or length, 32, dtype=torch.float64)
     found = []
-    for run in (lambda x: formula(plain, x, mask, (0.2, 0.1, 0.1)), lambda x: fused(x, mask)):
+    for run in (lambda x: formula(plain, x, mask, (0.2, 0.1, 0.1), queries), lambda x: fused(x, mask)):
         torch.manual_seed(8)
         x = hidden.clone().requires_grad_()
         out = run(x)

@@ -360,6 +360,8 @@ def test_what_a_kernel_cannot_read_is_refused(compiled):
         compiled.attend(q.float(), k, v, None, 1.0, 0.0)
     with pytest.raises(TypeError, match="cannot read"):
         compiled.attend(q, k.transpose(2, 3), v, None, 1.0, 0.0)
+    with pytest.raises(TypeError, match="cannot read"):
+        compiled.attend(q, k[:, :, :1].expand(k.shape), v, None, 1.0, 0.0)
 
 
 def test_they_are_made_once_and_again_where_the_file_is_broken(monkeypatch, tmp_path):

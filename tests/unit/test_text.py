@@ -73,6 +73,16 @@ def test_jsonl_and_parquet_give_the_same_examples(tmp_path):
     assert np.array_equal(left.ids_N, right.ids_N)
 
 
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array(["a", "b"]), pa.array(["c", "d"]), pa.array(["0", "1"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["sentence", "sentence", "label"]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet: has two columns 'sentence'; keep one"):
+        read(str(tmp_path), "train", GLUE["sst2"])
+
+
 def test_a_parquet_class_label_column_gives_its_names(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 

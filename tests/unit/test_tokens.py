@@ -52,7 +52,7 @@ def test_pairs_have_two_segments(tokenizer, tmp_path):
 def some_split(count, pair=False):
     """Texts of 1 to 12 words; labels are numbers where they come in pairs."""
     rng = np.random.default_rng(count)
-    words = ["good", "bad", "film", "plot", "the", "unheard", "x"]
+    words = ["good", "bad", "film", "plot", "the", "unheard", "x", "[SEP]"]
     texts = tuple([" ".join(rng.choice(words, rng.integers(1, 13))) for _ in range(count)] for _ in range(1 + pair))
     labels = rng.random(count).astype(np.float32) if pair else rng.integers(2, size=count)
     return Split(example_ids(texts), texts, labels, () if pair else ("0", "1"), "train.tsv")
@@ -70,8 +70,17 @@ def character_tokenizer():
     return CanineTokenizer()
 
 
+def set_to(**settings):
+    tokenizer = make_tokenizer(BERT_SPECIAL)
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
 TOKENIZERS = {
     "types": lambda: make_tokenizer(BERT_SPECIAL),
+    "cut at the start": lambda: set_to(truncation_side="left"),
+    "special words are words": lambda: set_to(split_special_tokens=True),
     "no types": untyped_tokenizer,
     "in Python": character_tokenizer,
 }
