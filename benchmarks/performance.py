@@ -102,13 +102,13 @@ def _peers(made: dict[str, Any], device: str) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     ordered = sorted(made["contestants"].values(), key=lambda found: found["seconds"])
     rows = table(head, (_row(found) for found in ordered))
-    notes = _notes(made)
-    return "\n".join([text, rows, *([notes] if notes else []), _verdict(made), _job(made), _engine(made)])
+    return "\n".join([text, rows + _notes(made), _verdict(made), _job(made), _engine(made)])
 
 
 def _notes(made: dict[str, Any]) -> str:
-    """What was added to the measurements by hand."""
-    return "".join(f"- {note}\n" for note in made.get("notes", []))
+    """What was added to the measurements by hand, after a blank line."""
+    notes = made.get("notes", [])
+    return "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
 
 
 def _machine(machine: dict[str, Any]) -> str:
