@@ -117,9 +117,8 @@ def launch(
     if not ranks and not extra:
         environments = bare_ranks(bare) if bare else [environment()]
         return forked.run(ROOT / "launcher/train.py", arguments, ROOT, environments, timeout)
+    assert not bare, "ranks without a launcher take no other environment"
     argv = command(*arguments, ranks=ranks)
-    if bare:
-        argv[:1] = [*TORCHRUN, "--standalone", "--nproc_per_node", str(bare)]
     return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
 
 

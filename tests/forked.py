@@ -2,8 +2,8 @@
 
 A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
 from a start of its own: what the environment decides while Python and torch are loaded (the seed of string hashes, so the
-order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run. So the tests that
-kill a run and compare bytes start it by itself.
+order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run. So a run
+that is to be killed and gone on with is started by itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-os.environ.setdefault(
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-)  # else a GPU that is looked for before a fork is lost after it
+# else a GPU that is looked for before a fork is lost after it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _FROM = multiprocessing.get_context("forkserver")
 _FROM.set_forkserver_preload(
     ["torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",

@@ -160,8 +160,8 @@ class _Layer(torch.autograd.Function):
         grad_o = _of_product(attended, context_TH)
         into_attention = _attend_first_backward if ctx.first else _attend_all_backward
         grad_in, projections = into_attention(attention, parts, ctx.shape, attended @ wo, residual)
-        low = (grad.to(ctx.wide) for pair in (*projections, grad_o) for grad in pair)
-        return (grad_in, None, None, None, *low, grad_g1, grad_b1, *(x.to(ctx.wide) for x in (*grad_i, *grad_u)),
+        of_attention = (grad.to(ctx.wide) for pair in (*projections, grad_o) for grad in pair)
+        return (grad_in, None, None, None, *of_attention, grad_g1, grad_b1, *(x.to(ctx.wide) for x in (*grad_i, *grad_u)),
                 grad_g2, grad_b2)  # fmt: skip
 
 
