@@ -63,5 +63,5 @@ setup(
         "lint": LINT,
         "dev": [*TEST, *LINT, "uv>=0.13,<1"],
     },
-    entry_points={"console_scripts": ["pkd = pkd_dist.cli:main"]},
+    entry_points={"console_scripts": ["pkd = pkd_dist.cli.main:main"]},
 )

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pkd_dist import config as schema
-from pkd_dist.dist import World
+from pkd_dist.config import load as config_load
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distributed.world import World
 from pkd_dist.pipeline import STAGES, Pipeline
-from pkd_dist.ranks import discover
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import to_terminal
-from pkd_dist.training.loop import Job
+from pkd_dist.training.trainer import Job
 
 Use = Callable[[Job, World, Telemetry], Any]
 
@@ -35,7 +35,7 @@ def with_student_job(config_file: str | Path, overrides: Sequence[str], use: Use
     """
     ranks = discover()
     to_terminal(ranks.main)
-    config = schema.load(config_file, overrides)
+    config = config_load.load(config_file, overrides)
     world = World(ranks, config.run.timeout_seconds)
     results: list[Any] = []
 

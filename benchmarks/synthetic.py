@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from pkd_dist.cli import guarded, leave
+from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import load_tokenizer, locate, save_model
 

@@ -6,7 +6,7 @@ python | torchrun | mpirun -np N python | srun python   launcher/train.py --conf
 
 import sys
 
-from pkd_dist.cli import leave, train
+from pkd_dist.cli.launch import leave, train
 
 if __name__ == "__main__":
     leave(train(sys.argv[1:]))

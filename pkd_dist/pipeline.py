@@ -25,45 +25,43 @@ import numpy as np
 import torch
 import yaml
 
-from pkd_dist import __version__, answers, checkpoint
-from pkd_dist.config import Config, load_deepspeed
+from pkd_dist import __version__
+from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.schema import Config
 from pkd_dist.data import submission, tasks, text, tokens
+from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.data.weights import class_weights
-from pkd_dist.dist import World
+from pkd_dist.distillation import cache
+from pkd_dist.distillation.cache import CacheReader, Fingerprint
+from pkd_dist.distillation.cache_builder import LiveTeacher, build, resolve_teacher_precision
+from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, cached_outputs, live_outputs
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
-from pkd_dist.evaluate import compare, evaluating, figures_of, predict, scores, speed
+from pkd_dist.evaluation import predictions as answers
+from pkd_dist.evaluation.metrics import scores
+from pkd_dist.evaluation.scoring import evaluating, predict
+from pkd_dist.evaluation.speed import speed
+from pkd_dist.evaluation.summary import compare, figures_of
 from pkd_dist.export import build as build_export
 from pkd_dist.export import card, hf, manifest
-from pkd_dist.files import (
-    changed_file,
-    digest_of,
-    file_digests,
-    is_full,
-    remove,
-    sha256,
-    write_atomically,
-    write_json,
-)
+from pkd_dist.files import changed_file, digest_of, file_digests, is_full, remove, sha256, write_atomically, write_json
 from pkd_dist.lock import Lock
-from pkd_dist.model import encoder, fit, layers, student
-from pkd_dist.model.lean import used_vocabulary
-from pkd_dist.ranks import discover
-from pkd_dist.stages import Markers, Stage, absent
-from pkd_dist.student.distill import Answers, DistillationLoss, cached_answers, live_answers
-from pkd_dist.teacher import cache
-from pkd_dist.teacher.build import LiveTeacher, build, resolve_teacher_precision
-from pkd_dist.teacher.cache import CacheReader, Fingerprint
-from pkd_dist.teacher.finetune import finetune
+from pkd_dist.model import compatibility as fit
+from pkd_dist.model import encoder, layers, student
+from pkd_dist.model.vocabulary import used_vocabulary
+from pkd_dist.stages.base import Markers, Stage, absent
 from pkd_dist.telemetry import Telemetry, records, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
 from pkd_dist.telemetry.publish import published
+from pkd_dist.training import checkpoint
 from pkd_dist.training.engine import load_in_background, resolve_precision
-from pkd_dist.training.loop import Job, Trainer
+from pkd_dist.training.finetune import finetune
+from pkd_dist.training.trainer import Job, Trainer
 
 STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
 
@@ -100,7 +98,7 @@ class Pipeline:
             text.require(config.task.data, split, self.task)
         text.unlabeled_paths(config.task.unlabeled, self.task)
         length = config.task.max_length
-        fit.require_fit(self.base_config, self._tokenizer, length, config.teacher.model, "teacher.model")
+        fit.require_compatible(self.base_config, self._tokenizer, length, config.teacher.model, "teacher.model")
         if config.teacher.finetune is None:
             if not encoder.is_fine_tuned(self.base):
                 raise UserError(
@@ -757,14 +755,14 @@ class Pipeline:
 
     def _distill(self) -> dict[str, Any]:
         config = self.config
-        answers: Answers | None = None
+        answers: TeacherOutputs | None = None
         if self.cached:
             manifest = self.world.on_main(lambda: cache.read_manifest(self._cache_folder))
             shards = range(self.world.rank, len(manifest["shards"]) if manifest else 0, self.world.size)
             reader = self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
-            answers = cached_answers(reader)
+            answers = cached_outputs(reader)
         elif config.distill.alpha or self.pairs:
-            answers = live_answers(self._live_teacher(self._fingerprint().layers))
+            answers = live_outputs(self._live_teacher(self._fingerprint().layers))
         module = student.open_student(
             self._dirs["init"],
             config.student.dropout,
@@ -778,7 +776,7 @@ class Pipeline:
             name="distill",
             module=module,
             losses=DistillationLoss(config.distill, tuple(mine for mine, _ in self.pairs), self._class_weights()),
-            answers=answers,
+            teacher_outputs=answers,
             train=self._tokens(self._taught),
             dev=self._tokens("dev"),
             task=self.task,

@@ -26,7 +26,7 @@ from benchmarks.faults.tiny import (
     write_config,
     write_tsv,
 )
-from pkd_dist.ranks import free_port
+from pkd_dist.network import free_port
 
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from families import make_folder
 
 from benchmarks.faults.tiny import sentences, write_tsv
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.export import build
 from pkd_dist.model import encoder

@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from pkd_dist import answers
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
+from pkd_dist.evaluation import predictions as answers
 
 EXAMPLES = 200
 

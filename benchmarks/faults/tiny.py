@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pkd_dist.ranks import free_port
+from pkd_dist.network import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ["good", "great", "fine", "lovely", "superb", "warm", "clever", "moving"]

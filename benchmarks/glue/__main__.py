@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.glue import report
 from benchmarks.watch import processor
-from pkd_dist.cli import guarded, leave
+from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.telemetry.log import to_terminal
 
 HERE = Path(__file__).parent
@@ -60,8 +60,8 @@ def run(
     name: str, glue_dir: Path | None, losses: list[str], depths: list[int], seeds: int, output: Path, jobs: int,
     settings: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    from pkd_dist.compare import Comparison
-    from pkd_dist.config import load
+    from pkd_dist.comparison.runner import Comparison
+    from pkd_dist.config.load import load
 
     data = DATA[name]
     overrides = [*([f"task.data={glue_dir}/{data.folder}"] if data.folder else []), *settings]
@@ -79,7 +79,7 @@ def run(
 
 def collect(name: str, made: dict[str, Any]) -> None:
     """Adds to what other calls have measured with the same teacher; what was measured with another goes, but speeds."""
-    from pkd_dist.compare import hold_against_first
+    from pkd_dist.comparison.runner import hold_against_first
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     before = known.get(name, {})
@@ -99,7 +99,7 @@ def speeds(output: Path) -> dict[str, Any]:
     import torch
 
     from pkd_dist.data.tokens import open_tokens
-    from pkd_dist.evaluate import speed
+    from pkd_dist.evaluation.speed import speed
     from pkd_dist.model.encoder import load_model, load_tokenizer
 
     teacher = output / "teacher" / "teacher"

@@ -19,7 +19,8 @@ from benchmarks.peers.bench import CONFIG, CONTESTANTS, Bench
 from benchmarks.peers.flops import executed_by_ours, useful
 from benchmarks.peers.subject import shape_of
 from benchmarks.scaling.model import Shape
-from pkd_dist.config import Config, load
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
 from pkd_dist.data.tokens import TokenSet, tokenize
 from pkd_dist.model.encoder import load_config, load_tokenizer

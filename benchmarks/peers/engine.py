@@ -21,10 +21,10 @@ import torch
 from benchmarks.peers.subject import Clock
 from benchmarks.probe import with_student_job
 from pkd_dist.data.batches import Batch
-from pkd_dist.dist import World
+from pkd_dist.distributed.world import World
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.engine import linear_warmup, resolve_precision
-from pkd_dist.training.loop import Job, Trainer
+from pkd_dist.training.trainer import Job, Trainer
 
 WARMUP = 3
 

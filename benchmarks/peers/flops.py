@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.scaling.model import Shape
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
 from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet
 

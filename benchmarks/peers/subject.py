@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithPadding, PreTrainedModel, get_linear_schedule_with_warmup
 
 from benchmarks.scaling.model import Shape
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers

@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.peers.flops import peak
 from benchmarks.peers.subject import Clock, shape_of
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
 from pkd_dist.data.batches import Batch
 from pkd_dist.data.tokens import tokenize
+from pkd_dist.distillation.cache_builder import Batches, LiveTeacher, answer, resolve_teacher_precision
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
-from pkd_dist.teacher.build import Batches, LiveTeacher, answer, resolve_teacher_precision
 
 AT_ONCE = {"cpu": 4096, "cuda": 65536}
 """Rows, sorted by length together: those of a shard, or of many."""

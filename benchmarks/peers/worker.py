@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pkd_dist.memory import keep_freed_blocks
+from pkd_dist.kernels.allocator import keep_freed_blocks
 
 
 def measure_peer(what: str, config_file: str, overrides: list[str], steps: int | None) -> dict[str, Any]:
     """A peer's own program on the settings of a run."""
     from benchmarks.peers.subject import Subject
-    from pkd_dist.config import load
+    from pkd_dist.config.load import load
 
     subject = Subject(load(config_file, overrides))
     if what == "authors":
@@ -52,7 +52,7 @@ def main() -> None:
         found = measure_peaks()
     elif what == "teacher":
         from benchmarks.peers import teacher
-        from pkd_dist.config import load
+        from pkd_dist.config.load import load
 
         found = teacher.measure(load(given["config"], given["overrides"]))
     elif what == "engine":
@@ -64,9 +64,9 @@ def main() -> None:
         found = measure_peer(what, given["config"], given["overrides"], given["steps"])
     import torch
 
-    from pkd_dist.cli import leave
+    from pkd_dist.cli.launch import leave
+    from pkd_dist.distributed.ranks import discover
     from pkd_dist.files import write_json
-    from pkd_dist.ranks import discover
 
     ranks = discover()
     if ranks.main:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import watch
 from benchmarks.peers.bench import CONFIG, TEACHER
-from pkd_dist.cli import guarded, leave
+from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_json
 from pkd_dist.telemetry.log import log, to_terminal

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pkd_dist.memory import keep_freed_blocks
+from pkd_dist.kernels.allocator import keep_freed_blocks
 
 keep_freed_blocks()
 
@@ -24,16 +24,16 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 from benchmarks.probe import with_student_job  # noqa: E402
 from benchmarks.profile import groups  # noqa: E402
 from benchmarks.spans import Spans  # noqa: E402
-from pkd_dist.cli import leave  # noqa: E402
+from pkd_dist.cli.launch import leave  # noqa: E402
 from pkd_dist.data.batches import TrainingBatches  # noqa: E402
-from pkd_dist.dist import World  # noqa: E402
+from pkd_dist.distillation.cache import CacheReader  # noqa: E402
+from pkd_dist.distillation.objective import DistillationLoss  # noqa: E402
+from pkd_dist.distributed.world import World  # noqa: E402
 from pkd_dist.files import write_json  # noqa: E402
-from pkd_dist.student.distill import DistillationLoss  # noqa: E402
-from pkd_dist.teacher.cache import CacheReader  # noqa: E402
 from pkd_dist.telemetry import Telemetry  # noqa: E402
 from pkd_dist.training.engine import Engine  # noqa: E402
-from pkd_dist.training.loop import Job, Trainer  # noqa: E402
-from pkd_dist.training.whole import WholeStep  # noqa: E402
+from pkd_dist.training.graph_step import GraphStep  # noqa: E402
+from pkd_dist.training.trainer import Job, Trainer  # noqa: E402
 
 PHASES: dict[str, tuple[tuple[type, str], ...]] = {
     "step": ((Trainer, "_step"),),
@@ -42,7 +42,7 @@ PHASES: dict[str, tuple[tuple[type, str], ...]] = {
     "forward": ((Engine, "__call__"),),
     "backward": ((Engine, "backward"), (Engine, "micro_step")),
     "engine step": ((Engine, "step"),),
-    "whole step": ((WholeStep, "__call__"),),
+    "whole step": ((GraphStep, "__call__"),),
 }
 """Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
 metrics, records, and the agreement of the ranks."""

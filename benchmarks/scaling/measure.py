@@ -102,8 +102,8 @@ def counts() -> dict[str, float]:
     """Bytes and operations of a forward and backward pass under bfloat16 autocast, from differences between shapes."""
     from benchmarks.scaling.counting import StepCounter, saved_for_backward
     from benchmarks.scaling.step_worker import make_inputs, make_model
+    from pkd_dist.distillation.losses import hard_loss
     from pkd_dist.model.encoder import Encoder
-    from pkd_dist.student.losses import hard_loss
 
     def count(layers: int, rows: int) -> np.ndarray:
         encoder = Encoder(make_model(minilm(layers))).train()
@@ -239,8 +239,8 @@ def host() -> dict[str, Any]:
 
     from pkd_dist.data.batches import collate
     from pkd_dist.data.tokens import TokenSet
+    from pkd_dist.distillation.cache import FORMAT_VERSION, MANIFEST, CacheReader, Fingerprint, shard_name
     from pkd_dist.files import sha256, write_json
-    from pkd_dist.teacher.cache import FORMAT_VERSION, MANIFEST, CacheReader, Fingerprint, shard_name
 
     torch.set_num_threads(1)
     shards, shard_rows, pairs, hidden = 512, 128, 2, 768
@@ -317,13 +317,13 @@ class StubTeacher:
 def teacher() -> dict[str, Any]:
     """The project's own stages on the embedded data, one core: text to tokens, and the cache of a 6-layer MiniLM.
     Rows per processor second."""
-    from pkd_dist.config import load
+    from pkd_dist.config.load import load
     from pkd_dist.data import tasks, text, tokens
-    from pkd_dist.dist import World
+    from pkd_dist.distillation.cache import Fingerprint
+    from pkd_dist.distillation.cache_builder import LiveTeacher, build
+    from pkd_dist.distributed.ranks import discover
+    from pkd_dist.distributed.world import World
     from pkd_dist.model import encoder
-    from pkd_dist.ranks import discover
-    from pkd_dist.teacher.build import LiveTeacher, build
-    from pkd_dist.teacher.cache import Fingerprint
     from pkd_dist.telemetry import Telemetry
     from pkd_dist.telemetry.metrics import RunMetrics
 

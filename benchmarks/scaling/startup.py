@@ -25,7 +25,7 @@ from benchmarks import watch
 from benchmarks.faults.tiny import command
 from benchmarks.peers.bench import CONFIG
 from benchmarks.scaling.memory import add, prepared_teacher, stop_a_rank
-from pkd_dist.cli import guarded, leave
+from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove
 from pkd_dist.telemetry.log import log, to_terminal

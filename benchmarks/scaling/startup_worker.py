@@ -26,8 +26,8 @@ from typing import Any  # noqa: E402
 from benchmarks.spans import Spans  # noqa: E402
 
 FOLLOWED: dict[str, dict[str, str]] = {
-    "pkd_dist.config": {"load": "configuration"},
-    "pkd_dist.dist": {"World.__init__": "the ranks meet"},
+    "pkd_dist.config.load": {"load": "configuration"},
+    "pkd_dist.distributed.world": {"World.__init__": "the ranks meet"},
     "pkd_dist.pipeline": {
         "Pipeline.__init__": "checks before the start",
         "Pipeline._open_folder": "run folder",
@@ -35,10 +35,10 @@ FOLLOWED: dict[str, dict[str, str]] = {
     },
     "pkd_dist.telemetry.endpoint": {"serve": "metrics server"},
     "pkd_dist.data.tokens": {"problem": "data: checksums", "open_tokens": "data: opened"},
-    "pkd_dist.teacher.cache": {"shard_problem": "cache: checksums", "CacheReader.__init__": "cache: opened"},
+    "pkd_dist.distillation.cache": {"shard_problem": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},
     "pkd_dist.training.engine": {"Engine.__init__": "engine"},
-    "pkd_dist.training.loop": {"Trainer._resume": "checkpoint", "Trainer._step": "first step"},
+    "pkd_dist.training.trainer": {"Trainer._resume": "checkpoint", "Trainer._step": "first step"},
 }
 """Module -> function -> the part of the start that it is."""
 IMPORTS, REST, INTERPRETER = "imports", "rest", "interpreter"
@@ -93,7 +93,7 @@ def main() -> None:
     builtins.__import__ = spans.wrapped(builtins.__import__, IMPORTS)
     importlib.import_module = spans.wrapped(importlib.import_module, IMPORTS)
     with spans.span(REST):
-        from pkd_dist.cli import leave, train
+        from pkd_dist.cli.launch import leave, train
 
         status = train(argv)
     leave(status or 1)

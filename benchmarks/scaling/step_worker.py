@@ -6,7 +6,7 @@ import json
 import sys
 import time
 
-from pkd_dist.memory import keep_freed_blocks
+from pkd_dist.kernels.allocator import keep_freed_blocks
 
 keep_freed_blocks()
 
@@ -15,11 +15,12 @@ from transformers import BertConfig, BertForSequenceClassification  # noqa: E402
 
 from benchmarks.scaling.counting import StepCounter, live_bytes  # noqa: E402
 from benchmarks.scaling.model import Shape  # noqa: E402
-from pkd_dist.config import load, load_deepspeed  # noqa: E402
-from pkd_dist.dist import World  # noqa: E402
+from pkd_dist.config.deepspeed import load_deepspeed  # noqa: E402
+from pkd_dist.config.load import load  # noqa: E402
+from pkd_dist.distillation.losses import hard_loss  # noqa: E402
+from pkd_dist.distributed.ranks import discover  # noqa: E402
+from pkd_dist.distributed.world import World  # noqa: E402
 from pkd_dist.model.encoder import Encoder  # noqa: E402
-from pkd_dist.ranks import discover  # noqa: E402
-from pkd_dist.student.losses import hard_loss  # noqa: E402
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision  # noqa: E402
 
 WARMUP, BUCKET = 3, 500_000_000

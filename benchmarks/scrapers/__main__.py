@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.tiny import BAD, GOOD, PLAIN, ROOT, command, environment, make_body, write_config, write_tsv
-from pkd_dist.ranks import free_port
+from pkd_dist.network import free_port
 from pkd_dist.telemetry.records import read
 
 RESULTS = ROOT / "benchmarks" / "results" / "scrapers.json"

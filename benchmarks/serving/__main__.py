@@ -22,7 +22,8 @@ from benchmarks.serving.measure import accuracies, cores, measure
 from benchmarks.serving.report import write
 from pkd_dist.data.tokens import open_tokens
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import agreement, interval, machine
+from pkd_dist.evaluation.metrics import agreement, interval
+from pkd_dist.evaluation.speed import machine
 from pkd_dist.export import manifest
 from pkd_dist.export.build import ONNX_FILES
 

@@ -17,7 +17,7 @@ import torch
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import open_tokens
-from pkd_dist.evaluate import answers
+from pkd_dist.evaluation.scoring import answers
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.model.encoder import accepted, load_model, load_tokenizer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pkd_dist.config import Task as TaskConfig
+from pkd_dist.config.schema import Task as TaskConfig
 from pkd_dist.errors import UserError
 
 MAIN_METRICS = {

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pkd_dist.config import project_path
+from pkd_dist.config.deepspeed import project_path
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.rows import EXTENSIONS, Row, Rows, Wanted, load_hub, read_file, read_hub, read_lines
 from pkd_dist.data.tasks import Task

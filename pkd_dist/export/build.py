@@ -21,7 +21,9 @@ from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import agreement, answers, machine, scores, speed
+from pkd_dist.evaluation.metrics import agreement, scores
+from pkd_dist.evaluation.scoring import answers
+from pkd_dist.evaluation.speed import machine, speed
 from pkd_dist.export import hf, manifest, onnx, triton
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.files import remove, require_space, write_atomically

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pkd_dist.config import Config
+from pkd_dist.config.schema import Config
 
 _TEMPLATE = """\
 ---

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from pkd_dist import checkpoint
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import answers
+from pkd_dist.evaluation.scoring import answers
 from pkd_dist.export import manifest
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, accepted, load_model, load_tokenizer, save_model, weights_digest
-from pkd_dist.model.lean import put_back
+from pkd_dist.model.vocabulary import put_back
+from pkd_dist.training import checkpoint
 
 TOLERANCE = 1e-5
 """Largest difference between a logit of the trained and of the reloaded student, in float32."""

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from pkd_dist.errors import UserError
 from pkd_dist.files import is_full
 from pkd_dist.model.encoder import accepted, encoder_layers
-from pkd_dist.model.lean import only_first_token
+from pkd_dist.model.first_token import only_first_token
 
 OPSET = 20
 _SELF_ATTENTION = {"distilbert": ("q_lin", "k_lin", "v_lin"), "": ("query", "key", "value")}

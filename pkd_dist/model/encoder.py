@@ -22,8 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
-from pkd_dist.model.fused import fuse
-from pkd_dist.model.lean import CompactVocabulary, has_plain_vocabulary, only_first_token
+from pkd_dist.kernels.encoder_layer import fuse
+from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.vocabulary import CompactVocabulary, has_plain_vocabulary
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pkd_dist.config import Student as StudentConfig
+from pkd_dist.config.schema import Student as StudentConfig
 from pkd_dist.errors import UserError
+from pkd_dist.model.compatibility import require_compatible, require_same_tokens
 from pkd_dist.model.encoder import (
     Encoder,
     encoder_layers,
@@ -27,7 +28,6 @@ from pkd_dist.model.encoder import (
     num_layers,
     shares_layers,
 )
-from pkd_dist.model.fit import require_fit, require_same_tokens
 from pkd_dist.model.layers import copied_layers
 
 WAYS = ("teacher_layers", "first_k", "random")
@@ -56,7 +56,7 @@ def planned_depth(config: StudentConfig, teacher: Any, tokenizer: Any, max_lengt
     folder = locate(config.init, "student.init")
     own = load_config(folder, "student.init")
     require_same_tokens(tokenizer, load_tokenizer(folder, "student.init"), config.init)
-    require_fit(own, tokenizer, max_length, config.init, "student.init")
+    require_compatible(own, tokenizer, max_length, config.init, "student.init")
     return len(_chosen_layers(config, own))
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pkd_dist.answers import SIDES
+from pkd_dist.evaluation.predictions import SIDES
 from pkd_dist.report.runs import Run, duration
 
 MOST_CLASSES = 20

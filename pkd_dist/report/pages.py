@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pkd_dist.answers import SIDES, Answers
 from pkd_dist.data import text
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.predictions import SIDES, Predictions
 from pkd_dist.export import card
 from pkd_dist.files import write_atomically
 from pkd_dist.report import charts
@@ -197,7 +197,7 @@ def _differing(run: Run) -> list[dict[str, Any]]:
     return out
 
 
-def _said(run: Run, dev: Answers, row: int) -> dict[str, Any]:
+def _said(run: Run, dev: Predictions, row: int) -> dict[str, Any]:
     """The label and what each side says of it: its answer, that answer's probability, and the label's."""
     if run.task.regression:
         return {

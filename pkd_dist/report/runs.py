@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pkd_dist import answers
-from pkd_dist.answers import Answers
-from pkd_dist.config import Config, load
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation import predictions as answers
+from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.export import manifest
 from pkd_dist.telemetry import records
 
@@ -40,7 +41,7 @@ class Run:
     markers: dict[str, dict[str, Any]]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    answers: dict[str, Answers]
+    answers: dict[str, Predictions]
     export: dict[str, Any]
 
     @cached_property

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.predict import answer
 from pkd_dist.export import manifest
 from pkd_dist.export.build import ONNX_FILES
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.model.encoder import load_tokenizer
-from pkd_dist.predict import answer
 
 
 class ServedModel:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, write_json
-from pkd_dist.ranks import own_addresses
+from pkd_dist.network import own_addresses
 
 STALE_SECONDS = 600.0
 _RENEW_SECONDS = 60.0

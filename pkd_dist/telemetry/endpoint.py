@@ -28,7 +28,7 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer, choose_encoder
 
-from pkd_dist.config import Metrics
+from pkd_dist.config.schema import Metrics
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.log import log
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client import push_to_gateway
 
-from pkd_dist.config import Metrics
+from pkd_dist.config.schema import Metrics
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.endpoint import Access, serve
 from pkd_dist.telemetry.log import log

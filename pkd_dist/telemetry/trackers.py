@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pkd_dist.config import Trackers as Settings
+from pkd_dist.config.schema import Trackers as Settings
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_atomically
 from pkd_dist.telemetry import records

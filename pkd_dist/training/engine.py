@@ -22,12 +22,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from pkd_dist.data.batches import Batch
-from pkd_dist.dist import World
+from pkd_dist.distributed.shared_memory import open_shared_memory
+from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.telemetry.log import log
-from pkd_dist.training.shared import open_shared
-from pkd_dist.training.state import OptimizerState, persistent_buffers
-from pkd_dist.training.whole import WholeStep
+from pkd_dist.training.graph_step import GraphStep
+from pkd_dist.training.optimizer_state import OptimizerState, persistent_buffers
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,13 @@ class Engine:
         self.module = module
         self.state = OptimizerState(module, self._engine.optimizer, self._adam, self.stage, world.rank, world.size)
 
-    def whole_step(
+    def graph_step(
         self, losses: Callable[[nn.Module, Batch], dict[str, torch.Tensor]], terms: Sequence[str]
-    ) -> WholeStep | None:
+    ) -> GraphStep | None:
         """The whole step as one launch, in place of `backward` and `step`, where a lone rank's GPU can do it; else None.
 
         Args:
-            losses, terms: see `WholeStep`.
+            losses, terms: see `GraphStep`.
         """
         if self._device.type != "cuda" or self._ranks > 1:
             return None
@@ -182,7 +182,7 @@ class Engine:
             )  # fmt: skip
             return None
         self.state.allocate()
-        return WholeStep(
+        return GraphStep(
             self.module, self._adam, losses, terms, self._plan.max_grad_norm, self._device, self._low, capture=True
         )
 
@@ -276,7 +276,7 @@ def _share_memory(world: World) -> None:
     """Has DeepSpeed sum and gather through shared memory where all ranks have it in common; collective."""
     from deepspeed.comm import ReduceOp, comm
 
-    shared = open_shared(world)
+    shared = open_shared_memory(world)
     if shared is None:
         return
     backend: Any = comm.cdb

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from plain import BATCH, PLAN, make_model, make_tokens
 
-from pkd_dist.cli import guarded, leave
-from pkd_dist.config import Checkpoint, Task, load, load_deepspeed
+from pkd_dist.cli.launch import guarded, leave
+from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Checkpoint, Task
 from pkd_dist.data import tasks
-from pkd_dist.dist import World
+from pkd_dist.distributed.world import World
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.ranks import discover
-from pkd_dist.student.losses import hard_loss
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.training.engine import Engine
-from pkd_dist.training.loop import Job, Trainer
-from pkd_dist.training.whole import WholeStep
+from pkd_dist.training.trainer import Job, Trainer
+from pkd_dist.training.graph_step import GraphStep
 
 
 class NoGradient(torch.autograd.Function):
@@ -38,7 +40,7 @@ def made_whole(engine, losses, terms):
     """As on a GPU, but without its graphs."""
     engine.state.allocate()
     limit = engine._plan.max_grad_norm
-    return WholeStep(engine.module, engine._adam, losses, terms, limit, engine._device, engine._low, capture=False)
+    return GraphStep(engine.module, engine._adam, losses, terms, limit, engine._device, engine._low, capture=False)
 
 
 def main(deepspeed, output, micro, bad_rank, bad_step, *more):
@@ -64,7 +66,7 @@ def main(deepspeed, output, micro, bad_rank, bad_step, *more):
         **{key: value for key, value in PLAN.items() if key != "total_steps"},
     )  # fmt: skip
     if "whole" in more:
-        Engine.whole_step = made_whole
+        Engine.graph_step = made_whole
         torch.cuda.mem_get_info = lambda device: (1 << 30, 1 << 30)
     trainer = Trainer(job, world, Telemetry(RunMetrics(), False))
     leave(guarded(trainer.run, world.agree_on_end))

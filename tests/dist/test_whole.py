@@ -15,13 +15,13 @@ from conftest import ROOT, environment
 from families import FAMILIES, SIZE, shape_of
 from plain import BATCH, PLAN, STEPS, make_model, make_tokens, train
 
-from pkd_dist.checkpoint import Shards
+from pkd_dist.training.checkpoint import Shards
 from pkd_dist.data.batches import TrainingBatches
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.student.losses import hard_loss
-from pkd_dist.training import whole
+from pkd_dist.distillation.losses import hard_loss
+from pkd_dist.training import graph_step as whole
 from pkd_dist.training.engine import linear_warmup
-from pkd_dist.data.resident import Resident, open_resident
+from pkd_dist.data.on_device import DeviceTokens, open_device_tokens
 
 TERMS = ("total", "ce", "pt")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,7 +33,7 @@ def loss(model, batch):
     return {"total": ce_B, "ce": ce_B}
 
 
-def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_norm"], low=None):
+def graph_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_norm"], low=None):
     named = list(model.to(device).train().named_parameters())
     adam = torch.optim.AdamW(
         [
@@ -45,7 +45,7 @@ def whole_step(model, device, losses=loss, capture=False, limit=PLAN["max_grad_n
     for _, p in named:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         adam.state[p] = {"step": torch.zeros((), device=device), **moments}
-    return whole.WholeStep(model, adam, losses, TERMS, limit, torch.device(device), low, capture)
+    return whole.GraphStep(model, adam, losses, TERMS, limit, torch.device(device), low, capture)
 
 
 def run(step, steps, resident=None):
@@ -68,8 +68,8 @@ def test_it_is_the_plain_loop(device, made_on_device):
     """Against one example at a time, torch's clipping and its AdamW of single tensors, over two epochs."""
     losses, norms, weights = train()
     encoder = Encoder(make_model())
-    resident = Resident(make_tokens(), None, 0, torch.device(device)) if made_on_device else None
-    values = run(whole_step(encoder, device, capture=device == "cuda"), STEPS, resident)
+    resident = DeviceTokens(make_tokens(), None, 0, torch.device(device)) if made_on_device else None
+    values = run(graph_step(encoder, device, capture=device == "cuda"), STEPS, resident)
     assert [v[0] for v in values] == pytest.approx(losses, abs=2e-5)
     assert [v[1] for v in values] == [v[0] for v in values] and all(v[2] == 0 for v in values)
     assert [v[3] for v in values] == pytest.approx(norms, rel=2e-4)
@@ -90,7 +90,7 @@ def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one(family, d
         )
         encoder = Encoder(model, all_tokens=True)
         encoder.forward = torch.autocast(device, dtype=torch.bfloat16)(encoder.forward)
-        values = run(whole_step(encoder, device, low=low), 4)
+        values = run(graph_step(encoder, device, low=low), 4)
         found[low] = values, [p.detach().cpu() for p in encoder.parameters()]
     for one, other in zip(*(values for values, _ in found.values()), strict=True):
         assert one.tolist() == other.tolist()
@@ -115,7 +115,7 @@ def test_a_batch_made_on_the_device_is_the_one_that_the_host_makes(typed):
     tokens = make_tokens()
     types = np.arange(len(tokens.input_ids_T), dtype=np.uint8) % 2
     tokens = replace(tokens, type_ids_T=types if typed else None, ids_N=1000 + tokens.ids_N[::-1])
-    resident = Resident(tokens, Answers(), 7, torch.device("cpu"))
+    resident = DeviceTokens(tokens, Answers(), 7, torch.device("cpu"))
     batches = TrainingBatches(tokens, BATCH, "auto", 7, 0, 1, 7)
     order = batches.order(0)
     for step in range(batches.steps):
@@ -133,8 +133,8 @@ def test_a_batch_made_on_the_device_is_the_one_that_the_host_makes(typed):
 def test_a_data_set_that_is_too_large_stays_on_the_host(monkeypatch, free, there):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
     for answers in (None, Answers()):
-        assert bool(open_resident(make_tokens(), answers, 0, torch.device("cpu"))) == there
-    assert not open_resident(make_tokens(), lambda batch: batch, 0, torch.device("cpu")), "a live teacher"
+        assert bool(open_device_tokens(make_tokens(), answers, 0, torch.device("cpu"))) == there
+    assert not open_device_tokens(make_tokens(), lambda batch: batch, 0, torch.device("cpu")), "a live teacher"
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
@@ -147,7 +147,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
             out["total"] = out["total"] * float("inf") if bad == "loss" else (out["total"] - out["total"].detach()).sqrt()
         return out
 
-    step = whole_step(encoder, "cpu", losses)
+    step = graph_step(encoder, "cpu", losses)
     run(step, 2)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     broken.append(True)
@@ -163,7 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
 
 
 def test_no_clipping():
-    free, bound = (run(whole_step(Encoder(make_model()), "cpu", limit=limit), 3) for limit in (0.0, 1e9))
+    free, bound = (run(graph_step(Encoder(make_model()), "cpu", limit=limit), 3) for limit in (0.0, 1e9))
     assert [v.tolist() for v in free] == [v.tolist() for v in bound]
 
 
@@ -229,7 +229,7 @@ def test_graphs_of_each_family_equal_its_steps_one_by_one(family, caplog):
         encoder = Encoder(model)
         encoder.forward = torch.autocast("cuda", dtype=torch.bfloat16)(encoder.forward)
         assert make_tokens().input_ids_T.max() < SIZE
-        step = whole_step(encoder, "cuda", capture=capture, low=torch.bfloat16)
+        step = graph_step(encoder, "cuda", capture=capture, low=torch.bfloat16)
         found[capture] = run(step, 12), [p.detach().cpu() for p in encoder.parameters()], step
     assert (found[True][2]._graphs is not None) != ("cannot be captured" in caplog.text)
     for one, other in zip(found[False][0], found[True][0], strict=True):
@@ -262,7 +262,7 @@ def test_a_model_that_cannot_be_captured_trains_on_all_the_same(how, caplog):
                     out["ce"].detach().clone()
             return out
 
-        values = run(whole_step(encoder, "cuda", losses, capture), 8)
+        values = run(graph_step(encoder, "cuda", losses, capture), 8)
         torch.cuda.synchronize()
         found[capture] = values, [p.detach().cpu() for p in encoder.parameters()]
     assert "cannot be captured" in caplog.text

@@ -11,7 +11,7 @@ from plain import STEPS, train
 from safetensors.torch import load_file
 from worker import HALF
 
-from pkd_dist.checkpoint import WEIGHT, Shards, damage, step_name
+from pkd_dist.training.checkpoint import WEIGHT, Shards, damage, step_name
 
 HERE = Path(__file__).parent
 

@@ -14,14 +14,15 @@ import torch
 from plain import BATCH, PLAN, STEPS, make_model, make_tokens
 from safetensors.torch import save_file
 
-from pkd_dist import checkpoint
-from pkd_dist.config import load, load_deepspeed
+from pkd_dist.training import checkpoint
+from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.load import load
 from pkd_dist.data.batches import TrainingBatches, micro_batches
-from pkd_dist.dist import World
+from pkd_dist.distributed.world import World
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.ranks import discover
-from pkd_dist.student.losses import hard_loss
-from pkd_dist.training import shared
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distillation.losses import hard_loss
+from pkd_dist.distributed import shared_memory as shared
 from pkd_dist.training.engine import Engine, Optimization, resolve_precision
 
 HALF = 10

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
+from pkd_dist.cli.main import app
 
 SHORT = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 32}
 TEXTS = ["a good film", "the plot was very dull and the story empty"]

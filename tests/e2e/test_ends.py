@@ -16,8 +16,8 @@ from conftest import ROOT, command, environment, launch, losses, sentences, writ
 from safetensors.torch import load_file, save_file
 from test_kill import arrived, kill_at
 
+from pkd_dist.distillation.cache import map_tensors
 from pkd_dist.export import hf
-from pkd_dist.teacher.cache import map_tensors
 
 TO_DISTILL = ("--stages", "data,teacher,cache,init,distill")
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, TORCHRUN, environment, launch, losses, results, whole_run, write_config
 from netns import ADDRESSES, cable
 
-from pkd_dist.ranks import Ranks, free_port
+from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.network import free_port
 
 TRAIN = str(ROOT / "launcher/train.py")
 DEEPSPEED = ["deepspeed", "--log_level", "warning"]

@@ -15,8 +15,8 @@ from certificates import make_certificate
 from conftest import ROOT, TORCHRUN, command, environment, results, whole_run, write_config
 from prometheus_client.parser import text_string_to_metric_families
 
-from pkd_dist.config import load
-from pkd_dist.ranks import free_port
+from pkd_dist.config.load import load
+from pkd_dist.network import free_port
 from pkd_dist.telemetry.discovery import Target
 from pkd_dist.telemetry.endpoint import load_access, serve
 from pkd_dist.telemetry.metrics import RunMetrics

@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pkd_dist.predict import predict
+from pkd_dist.evaluation.predict import predict
 from pkd_dist.serve.model import ServedModel
 
 CLASSES = [f"topic {i}" for i in range(50)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from conftest import environment
 
-from pkd_dist.ranks import free_port
+from pkd_dist.network import free_port
 
 PROGRAMS = {
     "munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "srun": "slurm-client",

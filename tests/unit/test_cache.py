@@ -13,12 +13,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.dist import World
+from pkd_dist.distillation import cache
+from pkd_dist.distillation.cache import CacheReader, Fingerprint, map_tensors, shard_name
+from pkd_dist.distillation.cache_builder import Batches, LiveTeacher, answer, build
+from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
-from pkd_dist.ranks import Ranks
-from pkd_dist.teacher import cache
-from pkd_dist.teacher.build import Batches, LiveTeacher, answer, build
-from pkd_dist.teacher.cache import CacheReader, Fingerprint, map_tensors, shard_name
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.metrics import RunMetrics
 

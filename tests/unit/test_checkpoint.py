@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from pkd_dist import checkpoint
-from pkd_dist.checkpoint import WEIGHT, Shards, Slice, best_name, committed, find, save, step_name
-from pkd_dist.dist import World
+from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
-from pkd_dist.ranks import Ranks
+from pkd_dist.training import checkpoint
+from pkd_dist.training.checkpoint import WEIGHT, Shards, Slice, best_name, committed, find, save, step_name
 
 
 @pytest.fixture(scope="module")

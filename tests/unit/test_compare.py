@@ -5,9 +5,19 @@ import pytest
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
-from pkd_dist.compare import METHODS, Comparison, as_arguments, as_markdown, interval, parse_methods, plot, summary
-from pkd_dist.config import PRESETS, load
+from pkd_dist.cli.main import app
+from pkd_dist.comparison.runner import (
+    METHODS,
+    Comparison,
+    as_arguments,
+    as_markdown,
+    interval,
+    parse_methods,
+    plot,
+    summary,
+)
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import PRESETS
 from pkd_dist.errors import UserError
 
 

@@ -6,8 +6,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pkd_dist import config as schema
-from pkd_dist.config import Config, load, load_deepspeed, reference
+from pkd_dist.config import deepspeed as ds_config
+from pkd_dist.config import schema
+from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.load import load
+from pkd_dist.config.reference import reference
+from pkd_dist.config.schema import Config
 from pkd_dist.errors import UserError
 
 
@@ -213,7 +217,7 @@ def deepspeed(folder, text):
         *[
             (
                 json.dumps({key: value}),
-                f"ds.json: {key} conflicts with my.yaml, where {schema.OWNED_BY_YAML[key]} owns it",
+                f"ds.json: {key} conflicts with my.yaml, where {ds_config.OWNED_BY_YAML[key]} owns it",
             )
             for key, value in {
                 "train_batch_size": 32,
@@ -246,7 +250,7 @@ def test_auto_is_allowed_and_left_out(tmp_path):
 
 def test_every_key_that_the_yaml_owns_is_a_key_of_the_schema():
     known = {name for name, _ in schema._fields(Config)}
-    for owners in schema.OWNED_BY_YAML.values():
+    for owners in ds_config.OWNED_BY_YAML.values():
         assert set(owners.replace(" and ", ", ").split(", ")) <= known
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, environment
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
+from pkd_dist.cli.main import app
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.discovery import STALE_SECONDS, Target, address, target_file, targets

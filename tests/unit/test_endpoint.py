@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 from certificates import make_certificate
 
-from pkd_dist.config import load
+from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry import endpoint
 from pkd_dist.telemetry.endpoint import CONNECTIONS, Access, load_access

@@ -10,9 +10,11 @@ from torch import nn
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.dist import World
-from pkd_dist.evaluate import agreement, evaluating, interval, predict, score, speed
-from pkd_dist.ranks import Ranks
+from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.distributed.world import World
+from pkd_dist.evaluation.metrics import agreement, interval, score
+from pkd_dist.evaluation.scoring import evaluating, predict
+from pkd_dist.evaluation.speed import speed
 
 EXAMPLES, PAD = 37, 0
 

@@ -12,8 +12,8 @@ from families import FAMILIES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
-from pkd_dist.config import load
+from pkd_dist.cli.main import app
+from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
 from pkd_dist.export import build, manifest, onnx
 from pkd_dist.export.runtime import OnnxModel

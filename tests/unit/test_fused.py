@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
 
+from pkd_dist.kernels.encoder_layer import Dropout, fuse
+from pkd_dist.kernels.operations import Compiled, dropout_mask, parts_for
 from pkd_dist.model.encoder import Encoder, encoder_layers
-from pkd_dist.model.fused import Dropout, fuse
-from pkd_dist.model.parts import Compiled, dropout_mask, parts_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BERT = BertConfig(

@@ -11,7 +11,7 @@ from glue_folders import BOM, CRLF, FOLDERS, lines, mnli, put
 from pkd_dist.data import submission, text
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.errors import UserError
-from pkd_dist.evaluate import score
+from pkd_dist.evaluation.metrics import score
 
 FIRST = {
     "cola": (['"Half a quote'], 1), "sst2": (['a "lone quote'], 1), "mrpc": (['"He said', 'He said"'], 1),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForSequenceClassification, BertConfig, ElectraConfig, RobertaConfig
 
+from pkd_dist.model.compatibility import longest_input
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.model.fit import longest_input
-from pkd_dist.model.lean import used_vocabulary
+from pkd_dist.model.vocabulary import used_vocabulary
 
 SHAPE = {
     "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from pkd_dist.student.losses import hard_loss, patience_loss, soft_loss
+from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
 
 RNG = np.random.default_rng(0)
 B, C, M, H, L = 7, 4, 3, 16, 5

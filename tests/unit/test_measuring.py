@@ -12,7 +12,7 @@ from benchmarks.profile import groups
 from benchmarks.scaling.memory import is_rank, multiply
 from benchmarks.scaling.startup import by_package
 from benchmarks.spans import Spans
-from pkd_dist.config import Task as TaskConfig
+from pkd_dist.config.schema import Task as TaskConfig
 from pkd_dist.data import tasks, text
 
 

@@ -9,10 +9,12 @@ from conftest import ROOT
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pkd_dist import config as schema
+from pkd_dist.config import load as config_load
+from pkd_dist.config import schema
+from pkd_dist.errors import UserError
 from pkd_dist.pipeline import STAGES
 from pkd_dist.telemetry.metrics import EVAL_METRICS, STEP_SECONDS_BUCKETS, RunMetrics, reference
-from pkd_dist.training.loop import TERMS
+from pkd_dist.training.trainer import TERMS
 
 SPEC = {
     "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds",
@@ -135,6 +137,6 @@ def test_the_document_is_current():
     ],
 )  # fmt: skip
 def test_settings_that_are_refused(settings, message):
-    with pytest.raises(schema.UserError, match=message) as refused:
-        schema.load(None, ["run.dir=x", *(f"metrics.{setting}" for setting in settings)])
+    with pytest.raises(UserError, match=message) as refused:
+        config_load.load(None, ["run.dir=x", *(f"metrics.{setting}" for setting in settings)])
     assert "\n" not in str(refused.value)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from pkd_dist.model import native
+from pkd_dist.kernels import native
+from pkd_dist.kernels.operations import ByTorch, Compiled, parts_for
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.model.parts import ByTorch, Compiled, parts_for
 
 LOW, SEED = torch.bfloat16, 0x1234_5678_9ABC_DEF0
 
@@ -26,7 +26,7 @@ def compiled():
 
 @pytest.fixture
 def seeded(monkeypatch):
-    monkeypatch.setattr("pkd_dist.model.parts.draw_seed", lambda: SEED)
+    monkeypatch.setattr("pkd_dist.kernels.operations.draw_seed", lambda: SEED)
 
 
 def kept(count, p):
@@ -345,7 +345,7 @@ def test_where_they_do_not_fit_pytorch_does_it(monkeypatch):
         (torch.float16, torch.float32, 64, 32, True), (torch.float64, torch.float64, 64, 32, False),
     ):  # fmt: skip
         assert isinstance(parts_for(low, wide, hidden, head, learns), ByTorch)
-    monkeypatch.setattr("pkd_dist.model.parts.kernels", lambda: None)
+    monkeypatch.setattr("pkd_dist.kernels.operations.kernels", lambda: None)
     assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), ByTorch)
 
 

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import authors, brewer, flops, hf
 from benchmarks.peers.subject import Subject, Tally, shape_of
-from pkd_dist.config import load
+from pkd_dist.config.load import load
+from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.student.losses import hard_loss, patience_loss, soft_loss
 
 ROWS, BATCH, EPOCHS = 203, 32, 2
 STEPS = EPOCHS * 7

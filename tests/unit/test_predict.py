@@ -10,9 +10,9 @@ from families import make_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
+from pkd_dist.cli.main import app
 from pkd_dist.errors import UserError
-from pkd_dist.predict import lines, predict
+from pkd_dist.evaluation.predict import lines, predict
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from glue_folders import FOLDERS, put
 from typer.testing import CliRunner
 
-from pkd_dist import cli
+from pkd_dist.cli import main as cli
 from pkd_dist.data.tasks import GLUE
 
 

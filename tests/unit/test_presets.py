@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from pkd_dist.config import PRESETS, load
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import PRESETS
+from pkd_dist.distillation.objective import DistillationLoss
 from pkd_dist.errors import UserError
-from pkd_dist.student.distill import DistillationLoss
 
 B, C, M, H, L = 6, 3, 2, 8, 5
 RNG = np.random.default_rng(0)

@@ -5,9 +5,11 @@ import socket
 import psutil
 import pytest
 
-from pkd_dist import ranks
+from pkd_dist import network
+from pkd_dist.distributed import ranks
+from pkd_dist.distributed.ranks import Ranks, discover, first_host, first_of_node
 from pkd_dist.errors import UserError
-from pkd_dist.ranks import Ranks, discover, first_host, first_of_node, free_port, interface_towards
+from pkd_dist.network import free_port, interface_towards
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
 
@@ -99,7 +101,7 @@ def test_srun_finds_rank_0():
     )
     with pytest.raises(UserError, match=r"'nowhere1\.invalid' does not resolve on .*; export MASTER_ADDR"):
         discover(on_two_nodes(0, SLURM_STEP_NODELIST="nowhere[1-2].invalid"))
-    for address in ranks.own_addresses()[:1]:
+    for address in network.own_addresses()[:1]:
         found = discover(on_two_nodes(1, SLURM_STEP_NODELIST=f"{address},b", **launched))
         assert found.master_addr == address and address in [a.address for a in psutil.net_if_addrs()[found.interface]]
 
@@ -144,7 +146,7 @@ def test_the_interface_is_the_one_that_leads_to_rank_0():
         name for name, all_of in psutil.net_if_addrs().items() if "127.0.0.1" in [a.address for a in all_of]
     )
     assert interface_towards("127.0.0.1") == interface_towards("localhost") == loopback
-    for address in ranks.own_addresses():
+    for address in network.own_addresses():
         assert address in [found.address for found in psutil.net_if_addrs()[interface_towards(address)]]
 
 

@@ -1,6 +1,6 @@
 """Memory between ranks, where there is none to be had; tests/dist has it in use."""
 
-from pkd_dist.training import shared
+from pkd_dist.distributed import shared_memory as shared
 
 
 def test_without_room_there_is_none_and_nothing_is_left(tmp_path, monkeypatch):

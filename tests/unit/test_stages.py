@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pkd_dist.stages import Markers, Stage
+from pkd_dist.stages.base import Markers, Stage
 
 
 @pytest.mark.parametrize(

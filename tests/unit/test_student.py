@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, pipeline
 from typer.testing import CliRunner
 
-from pkd_dist.cli import app
-from pkd_dist.config import Student
+from pkd_dist.cli.main import app
+from pkd_dist.config.schema import Student
 from pkd_dist.errors import UserError
 from pkd_dist.export.hf import best_student
 from pkd_dist.files import sha256

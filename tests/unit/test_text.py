@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pkd_dist.config import Task as TaskConfig
+from pkd_dist.config.schema import Task as TaskConfig
 from pkd_dist.data import text as text_module
 from pkd_dist.data.prepare import prepare
 from pkd_dist.data.tasks import GLUE, Task

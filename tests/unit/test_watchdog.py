@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pkd_dist.watchdog import Watchdog, verdict
+from pkd_dist.distributed.watchdog import Watchdog, verdict
 
 NOW, TIMEOUT = 1000.0, 60.0
 

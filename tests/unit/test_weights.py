@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pkd_dist.data.weights import class_weights
+from pkd_dist.data.class_weights import class_weights
 from pkd_dist.errors import UserError
 
 LABELS = np.array([0, 0, 0, 1, -1, -1])

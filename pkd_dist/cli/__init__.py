@@ -1,0 +1,1 @@
+"""Command lines: `launcher/train.py` (`launch`) and `pkd` (`main`)."""

@@ -1,0 +1,1 @@
+"""The loss of Patient Knowledge Distillation, the teacher, and the cache of its outputs."""

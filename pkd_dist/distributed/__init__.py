@@ -1,0 +1,1 @@
+"""Ranks, their collectives, and how they agree on an end."""

@@ -1,0 +1,1 @@
+"""Logits of exactly n examples, task metrics, speed, and predictions."""

@@ -1,0 +1,71 @@
+"""This host's network interfaces and addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import psutil
+
+from pkd_dist.errors import UserError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def interface_towards(address: str) -> str | None:
+    """The interface that holds the local address from which `address` is reached.
+
+    Raises:
+        UserError: there is none, or the name does not resolve.
+    """
+    try:
+        local = local_address_towards(address)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"MASTER_ADDR={address} cannot be reached from {socket.gethostname()} ({error}); give the address of "
+            "rank 0's node as the other nodes know it (deepspeed and torchrun: --master_addr; mpirun, srun: MASTER_ADDR)"
+        ) from None
+    if is_loopback(local) and not _means_loopback(address):  # this host's own name: others reach it elsewhere
+        local = next(iter(own_addresses()), local)
+    return next((name for name, found in _interface_addresses() if found == local), None)
+
+
+def local_address_towards(address: str) -> str:
+    """The local address from which `address` is reached; nothing is sent. OSError where there is no way."""
+    family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def own_addresses() -> list[str]:
+    """The addresses by which other hosts could reach this one, IPv4 first, in the kernel's order."""
+    usable = [address for _, address in _interface_addresses() if not is_loopback(address) and "%" not in address]
+    return sorted(usable, key=lambda address: ":" in address)
+
+
+def _interface_addresses() -> list[tuple[str, str]]:
+    """(interface, address) of all interfaces that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    return [
+        (name, address.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if name in up and address.family in (socket.AF_INET, socket.AF_INET6)
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _means_loopback(host: str) -> bool:
+    """Whether `host` asks for loopback: `localhost`, or a loopback address in figures."""
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return host.split(".")[0] == "localhost"

@@ -1,1 +1,0 @@
-"""The student's losses and its training from the teacher's cache."""

@@ -1,1 +1,0 @@
-"""The teacher: fine-tuned here when asked, run once, and read from its cache ever after."""
