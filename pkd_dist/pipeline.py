@@ -114,35 +114,14 @@ class Pipeline:
         self.access = load_access(config.metrics) if config.metrics.enabled and self.world.node_main else Access()
         self.student_depth = student.planned_depth(config.student, self.base_config, self._tokenizer, length)
         depth = encoder.num_layers(self.base_config)
-        self.pairs = self._paired(depth, self.student_depth)
+        self.pairs = layers.patience_pairs(config.distill, depth, self.student_depth)
         self.rounded = (
             config.distill.patience == "skip" and bool(self.pairs) and layers.skip_is_rounded(depth, self.student_depth)
         )
-        self.kept_layers = self._kept(depth)
+        self.kept_layers = layers.kept_layers(config.cache, self.pairs, depth)
         self.cached = config.cache.enabled and (config.distill.alpha > 0 or bool(self.pairs))
         _, self.precision = resolve_precision(self.deepspeed, self.world.device)
         self.teacher_precision = resolve_teacher_precision(config.cache.precision, self.world.device)
-
-    def _paired(self, depth: int, student_depth: int) -> tuple[tuple[int, int], ...]:
-        """(student layer, teacher layer) of the patience term, from 1 (0: the embeddings); none where it has no weight."""
-        distill = self.config.distill
-        if not distill.beta:
-            return ()
-        pairs = enumerate(layers.paired_layers(distill.patience, depth, student_depth), start=1)
-        return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
-
-    def _kept(self, depth: int) -> tuple[int, ...]:
-        """The teacher layers whose states a cache that is built now holds."""
-        needed = {theirs for _, theirs in self.pairs}
-        given = self.config.cache.layers
-        kept = needed if given is None else set(range(depth + 1)) if given == "all" else set(given)
-        if needed - kept:
-            raise UserError(
-                f"cache.layers: {given} lacks teacher layer {min(needed - kept)}, which is paired; add it, or give all"
-            )
-        if max(kept, default=0) > depth:
-            raise UserError(f"cache.layers: {max(kept)} is out of range; the teacher has {depth} layers")
-        return tuple(sorted(kept))
 
     def _check_given_classes(self) -> None:
         """A teacher that is used as it is must have this task's number of outputs."""
