@@ -15,6 +15,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.evaluation.predictions import SIDES, Predictions
 from pkd_dist.export import card
 from pkd_dist.files import write_atomically
+from pkd_dist.metric_names import METRICS, TABLE_METRICS
 from pkd_dist.report import charts
 from pkd_dist.report.notices import notices
 from pkd_dist.report.runs import Run, duration, percent, read, size
@@ -266,9 +267,9 @@ def _results(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
         yield "accuracy (95% interval)", [f"{r['accuracy']:.1%} ({a:.1%} to {b:.1%})" for r, (a, b) in each]
         apart = [_minus_first(first, run) for run in runs[1:]]
         yield "minus the first (95%)", ["", *(f"{100 * mean:+.1f} ± {100 * half:.1f} points" for mean, half in apart)]
-    for key, label in (("MCC", "MCC"), ("f_1", "F1"), ("pearson", "Pearson"), ("spearman", "Spearman")):
-        if key in results[0]["student"]:
-            yield label, shown(key, "{:.3f}")
+    for key in TABLE_METRICS:
+        if key != "accuracy" and key in results[0]["student"]:
+            yield METRICS[key], shown(key, "{:.3f}")
     for split in dict.fromkeys(name for result in results for name in result["splits"]):
         there = [result["splits"].get(split) for result in results]
         yield (

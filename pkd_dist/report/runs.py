@@ -18,9 +18,8 @@ from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions as answers
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.export import manifest
+from pkd_dist.metric_names import METRICS
 from pkd_dist.telemetry import records
-
-METRICS = {"accuracy": "accuracy", "MCC": "MCC", "f_1": "F1", "pearson_spearman": "Pearson/Spearman mean"}
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from pkd_dist.metric_names import MAIN_METRIC, METRICS
 from pkd_dist.telemetry.log import log
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-
-
-EVAL_METRICS = (
-    "main_metric", "accuracy", "MCC", "precision", "recall", "f_1", "pearson", "spearman", "pearson_spearman",
-)  # fmt: skip
+EVAL_METRICS = (MAIN_METRIC, *METRICS)
 
 
 @dataclass(frozen=True)
