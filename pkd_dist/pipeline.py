@@ -457,7 +457,8 @@ class Pipeline:
                     f"{train.source}: {len(train)} examples for {self.world.size} ranks; use at most as many ranks as examples"
                 )
             write_json(folder / "sample.json", {"texts": [column[:8] for column in splits["dev"].texts]})
-            return {"classes": list(train.classes), "class_names": names, "sets": list(made), **made}
+            summaries = {name: summary.as_dict() for name, summary in made.items()}
+            return {"classes": list(train.classes), "class_names": names, "sets": list(made), **summaries}
 
         return self.world.on_main(write)
 
