@@ -34,8 +34,9 @@ from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader, Fingerprint
-from pkd_dist.distillation.cache_builder import LiveTeacher, build, resolve_teacher_precision
+from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, cached_outputs, live_outputs
+from pkd_dist.distillation.teacher import LiveTeacher, resolve_teacher_precision
 from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
@@ -637,10 +638,14 @@ class Pipeline:
             log.info("cache: not built (%s)", off if not self.config.cache.enabled else "alpha and beta are 0")
             return {"rows": 0, "built": 0}
         with self._sole_builder():
-            built = build(
-                self._cache_folder, self._kept_fingerprint(), self._tokens(self._taught), self._live_teacher,
-                self._tokenizer.pad_token_id, self.config.cache.shard_rows, self.world, self.telemetry,
-            )  # fmt: skip
+            spec = CacheSpec(
+                self._cache_folder,
+                self._kept_fingerprint(),
+                self._tokens(self._taught),
+                self._tokenizer.pad_token_id,
+                self.config.cache.shard_rows,
+            )
+            built = build(spec, self._live_teacher, self.world, self.telemetry)
 
         def size() -> int:
             return sum(p.stat().st_size for p in self._cache_folder.glob("*.*s*"))
@@ -679,11 +684,11 @@ class Pipeline:
             return f"{self._cache_folder / cache.MANIFEST} is missing"
         cache.require_fingerprint(self._cache_folder, manifest, self._kept_fingerprint())
         gone = []
-        for entry in manifest["shards"]:
-            if not (self._cache_folder / entry["file"]).exists():
-                gone.append(entry["file"])
-            elif problem := cache.shard_problem(self._cache_folder, entry):
-                raise UserError(f"{problem}; remove the file to have this shard built again")
+        for entry in manifest.shards:
+            if (self._cache_folder / entry.file).exists():
+                cache.require_shard(self._cache_folder, entry)
+            else:
+                gone.append(entry.file)
         return f"{', '.join(gone)} is missing" if gone else None
 
     # init
@@ -758,7 +763,7 @@ class Pipeline:
         answers: TeacherOutputs | None = None
         if self.cached:
             manifest = self.world.on_main(lambda: cache.read_manifest(self._cache_folder))
-            shards = range(self.world.rank, len(manifest["shards"]) if manifest else 0, self.world.size)
+            shards = range(self.world.rank, len(manifest.shards) if manifest else 0, self.world.size)
             reader = self.world.together(lambda: CacheReader(self._cache_folder, self._fingerprint(), shards))
             answers = cached_outputs(reader)
         elif config.distill.alpha or self.pairs:
