@@ -15,7 +15,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
 from pkd_dist.data.batches import Batch
 from pkd_dist.data.tokens import tokenize
-from pkd_dist.distillation.cache_builder import Batches, LiveTeacher, answer, resolve_teacher_precision
+from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, resolve_teacher_precision, run_teacher
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 
@@ -23,7 +23,7 @@ AT_ONCE = {"cpu": 4096, "cuda": 65536}
 """Rows, sorted by length together: those of a shard, or of many."""
 
 
-class Counted(Batches):
+class Counted(TeacherBatches):
     """Notes the shape of every batch."""
 
     def __init__(self, *arguments: Any):
@@ -55,7 +55,7 @@ def measure(config: Config, passes: int = 4) -> dict[str, Any]:
             batches, clock = Counted(tokens, tokenizer.pad_token_id, device), Clock()
             with clock.running():
                 for start in range(0, len(tokens), AT_ONCE[device.type]):
-                    answer(np.arange(start, min(len(tokens), start + AT_ONCE[device.type])), batches, teacher)
+                    run_teacher(np.arange(start, min(len(tokens), start + AT_ONCE[device.type])), batches, teacher)
             seconds.append(clock.seconds)
     return {
         "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),

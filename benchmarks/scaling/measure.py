@@ -239,8 +239,8 @@ def host() -> dict[str, Any]:
 
     from pkd_dist.data.batches import collate
     from pkd_dist.data.tokens import TokenSet
-    from pkd_dist.distillation.cache import FORMAT_VERSION, MANIFEST, CacheReader, Fingerprint, shard_name
-    from pkd_dist.files import sha256, write_json
+    from pkd_dist.distillation.cache import CacheReader, Fingerprint, Manifest, ShardEntry, shard_name
+    from pkd_dist.files import sha256
 
     torch.set_num_threads(1)
     shards, shard_rows, pairs, hidden = 512, 128, 2, 768
@@ -260,17 +260,9 @@ def host() -> dict[str, Any]:
                 "states": torch.zeros(shard_rows, pairs, hidden, dtype=torch.float16),
             }
             save_file(tensors, path)
-            entries.append(
-                {"file": path.name, "rows": shard_rows, "bytes": path.stat().st_size, "sha256": sha256(path),
-                 "first_id": int(part[0]), "last_id": int(part[-1])}
-            )  # fmt: skip
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint.as_json(),
-            "rows": n,
-            "shards": entries,
-        }
-        write_json(folder / MANIFEST, manifest)
+            size, digest = path.stat().st_size, sha256(path)
+            entries.append(ShardEntry(path.name, shard_rows, size, digest, int(part[0]), int(part[-1])))
+        Manifest(fingerprint, n, shard_rows, {}, tuple(entries)).write(folder)
         before = _open_files(), _mappings()
         reader = CacheReader(folder, fingerprint, ())
         out["open_files_per_shard"] = (_open_files() - before[0]) / shards
@@ -303,7 +295,7 @@ def _mappings() -> int:
 class StubTeacher:
     """Answers at once: what is left of a build is the host's part."""
 
-    tokens, device = False, torch.device("cpu")
+    all_tokens, device = False, torch.device("cpu")
 
     def __init__(self, pairs: int, hidden: int):
         self.pairs, self.hidden = pairs, hidden
@@ -320,7 +312,8 @@ def teacher() -> dict[str, Any]:
     from pkd_dist.config.load import load
     from pkd_dist.data import tasks, text, tokens
     from pkd_dist.distillation.cache import Fingerprint
-    from pkd_dist.distillation.cache_builder import LiveTeacher, build
+    from pkd_dist.distillation.cache_builder import CacheSpec, build
+    from pkd_dist.distillation.teacher import LiveTeacher
     from pkd_dist.distributed.ranks import discover
     from pkd_dist.distributed.world import World
     from pkd_dist.model import encoder
@@ -353,7 +346,8 @@ def teacher() -> dict[str, Any]:
             print_of = Fingerprint(name, "k", "d", 128, layers, "float16", "bfloat16", "cls")
             folder = Path(scratch) / name
             start = time.process_time()
-            build(folder, print_of, subject, lambda layers, made_of=made_of: made_of, 0, 4096, world, telemetry)
+            spec = CacheSpec(folder, print_of, subject, 0, 4096)
+            build(spec, lambda layers, made_of=made_of: made_of, world, telemetry)
             out[f"build_{name}_rows_per_second"] = len(subject) / (time.process_time() - start)
             out[f"build_{name}_bytes_per_row"] = sum(p.stat().st_size for p in folder.glob("*.safetensors")) / len(
                 subject

@@ -35,7 +35,7 @@ FOLLOWED: dict[str, dict[str, str]] = {
     },
     "pkd_dist.telemetry.endpoint": {"serve": "metrics server"},
     "pkd_dist.data.tokens": {"problem": "data: checksums", "open_tokens": "data: opened"},
-    "pkd_dist.distillation.cache": {"shard_problem": "cache: checksums", "CacheReader.__init__": "cache: opened"},
+    "pkd_dist.distillation.cache": {"require_shard": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},
     "pkd_dist.training.engine": {"Engine.__init__": "engine"},
     "pkd_dist.training.trainer": {"Trainer._resume": "checkpoint", "Trainer._step": "first step"},

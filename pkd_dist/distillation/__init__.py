@@ -1,1 +1,1 @@
-"""The loss of Patient Knowledge Distillation, the teacher, and the cache of its outputs."""
+"""The distillation loss, the teacher, and the cache of its outputs."""

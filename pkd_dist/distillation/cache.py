@@ -1,39 +1,46 @@
-"""The teacher cache on disk: format, manifest, reader.
+"""The teacher cache on disk: format, manifest and reader.
 
-    FOLDER/manifest.json              committed last: fingerprint, shapes, and of each shard rows, bytes, sha256, id range
-    FOLDER/shard-00000.safetensors    ids (R,) int64 ascending; logits (R, C); states (R, M, H), or (T, M, H) of all
-                                      tokens with offsets (R+1,) int64
+    FOLDER/manifest.json              committed last: fingerprint, shapes, and each shard's rows, bytes, sha256 and id range
+    FOLDER/shard-00000.safetensors    ids (R,) int64 ascending; logits (R, C); states (R, M, H) of [CLS], or (T, M, H) of
+                                      all tokens with offsets (R+1,) int64
 
-Shards hold ascending, disjoint ranges of example ids, so a row is found by example id with two binary searches, never by
-position. Values are read through a memory map: a reader's memory does not grow with the number of examples.
+Shards hold ascending, disjoint ranges of example ids. The reader finds a row by its example id with two binary searches,
+never by its position. It memory-maps the shards, so its memory does not grow with the number of examples.
+
+Shapes: B examples asked for, R rows of a shard, T tokens of these rows, C classes, M cached layers, H hidden size.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, sha256
+from pkd_dist.files import digest_of, sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_NUMPY = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I64": np.int64}
+_NUMPY_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I64": np.int64}
 _BF16 = "BF16"
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a teacher's answers depend on. Two caches with equal fingerprints hold the same values.
+    """Everything the teacher outputs depend on. Caches with equal fingerprints hold the same values.
 
-    A cache that holds the states of more layers than are needed holds the same values, too.
+    Attributes:
+        teacher, tokenizer, tokens: digests of the teacher's weights, the tokenizer and the training tokens.
+        max_length: tokens per example, special tokens included.
+        layers: teacher layers whose states are cached (0: the embeddings).
+        dtype: dtype of the cached values.
+        precision: dtype of the teacher's forward pass.
+        states: `cls` or `tokens`.
     """
 
     teacher: str
@@ -45,89 +52,144 @@ class Fingerprint:
     precision: str
     states: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {**vars(self), "layers": list(self.layers)}
 
     @property
     def digest(self) -> str:
         return digest_of(self.as_json())
 
-    def as_kept(self, manifest: dict[str, Any]) -> Fingerprint:
-        """This fingerprint with the layers of a cache that holds at least its own."""
-        return replace(self, layers=tuple(manifest["fingerprint"]["layers"]))
+    def with_layers_of(self, manifest: Manifest) -> Fingerprint:
+        """Return this fingerprint with the layers of an existing cache, which may hold more."""
+        return replace(self, layers=manifest.fingerprint.layers)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Where a cache of the fingerprint `other` does not hold what this one asks for, in words."""
-        mine = self.as_json()
-        if set(self.layers) <= set(other.get("layers", ())):
+    def differences(self, cached: Fingerprint) -> list[str]:
+        """Return the fields in which a cache does not provide what this fingerprint requires.
+
+        A cache with more layers than required provides them.
+        """
+        mine, theirs = self.as_json(), cached.as_json()
+        if set(self.layers) <= set(cached.layers):
             mine.pop("layers")
         return [
-            f"{part} ({other.get(part)}, this run's is {mine[part]})" for part in mine if mine[part] != other.get(part)
+            f"{name} (cache: {theirs[name]}, this run: {mine[name]})" for name in mine if mine[name] != theirs[name]
         ]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the manifest lists it. The field names are the keys in the file."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    first_id: int
+    last_id: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a complete cache.
+
+    Attributes:
+        rows: examples in the cache.
+        shard_rows: rows of each shard but the last.
+        shapes: shape of each array in a shard, with `rows` for the first dimension.
+        shards: in ascending order of example ids.
+    """
+
+    fingerprint: Fingerprint
+    rows: int
+    shard_rows: int
+    shapes: Mapping[str, Sequence[str | int]]
+    shards: tuple[ShardEntry, ...]
+
+    def write(self, folder: Path) -> None:
+        """Commit the cache in `folder`."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint.as_json(),
+            "fingerprint_digest": self.fingerprint.digest,
+            "rows": self.rows,
+            "shard_rows": self.shard_rows,
+            "shapes": self.shapes,
+            "shards": [vars(entry) for entry in self.shards],
+        }
+        write_json(folder / MANIFEST, content)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a complete cache, or None if none was committed.
+
+    Raises:
+        UserError: the manifest cannot be read, or has another format version.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    remedy = "remove the folder to rebuild the cache"
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: has format version {version}, expected {FORMAT_VERSION}; {remedy}")
+        fingerprint = content["fingerprint"]
+        return Manifest(
+            fingerprint=Fingerprint(**{**fingerprint, "layers": tuple(fingerprint["layers"])}),
+            rows=int(content["rows"]),
+            shard_rows=int(content["shard_rows"]),
+            shapes=content["shapes"],
+            shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); {remedy}") from None
+
+
+def require_fingerprint(folder: Path, manifest: Manifest, expected: Fingerprint) -> None:
+    """Raise UserError if a cache does not provide `expected`, naming each field that differs."""
+    differences = expected.differences(manifest.fingerprint)
+    if differences:
+        raise UserError(
+            f"{folder}: this cache belongs to another run; it differs in {', '.join(differences)}; "
+            "set cache.dir to another folder, or remove this one"
+        )
 
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete cache; None where none was committed.
-
-    Raises:
-        UserError: it cannot be read, or is of another format version.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove the folder to build the cache anew") from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: has format version {version}, expected {FORMAT_VERSION}; remove the folder to build the cache anew"
-        )
-    return manifest
-
-
-def require_fingerprint(folder: Path, manifest: dict[str, Any], expected: Fingerprint) -> None:
-    """Raises UserError where a cache is of another teacher, tokenizer, data or setting, and says which."""
-    differences = expected.differences(manifest["fingerprint"])
-    if differences:
-        raise UserError(
-            f"{folder}: this cache does not fit, it differs in {'; '.join(differences)}; use another cache.dir or remove this one"
-        )
-
-
-def shard_problem(folder: Path, entry: dict[str, Any], checksum: bool = True) -> str | None:
-    """What is wrong with a shard, in words; None where it is as the manifest says."""
-    path = folder / entry["file"]
+def require_shard(folder: Path, entry: ShardEntry, checksum: bool = True) -> None:
+    """Raise UserError if a shard is missing or differs from its entry in size or, if asked for, in sha256."""
+    path = folder / entry.file
+    problem = None
     if not path.is_file():
-        return f"{path}: the shard is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path}: the shard has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-    if checksum and sha256(path) != entry["sha256"]:
-        return f"{path}: the shard's checksum is wrong, it was altered or damaged"
-    return None
+        problem = "the shard is missing"
+    elif path.stat().st_size != entry.bytes:
+        problem = f"the shard has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+    elif checksum and sha256(path) != entry.sha256:
+        problem = "the shard's checksum is wrong: it was altered or damaged"
+    if problem:
+        raise UserError(f"{path}: {problem}; remove the file to rebuild this shard")
 
 
 def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, str]]:
-    """Maps a safetensors file into memory without reading it.
+    """Memory-map a safetensors file.
 
     Returns:
-        The arrays (bfloat16 as uint16), their safetensors dtypes, and the file's metadata.
+        The arrays (bfloat16 as uint16), their safetensors dtypes, and the metadata of the file.
     """
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
-    # torch's map needs no open file, of which a process may have few; numpy's keeps one for each array
+    # np.memmap keeps a file descriptor for each array, and a process may have few of them; torch's map keeps none.
     content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     arrays, dtypes = {}, {}
     for name, entry in header.items():
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        arrays[name] = content[start:stop].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = content[start:stop].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         dtypes[name] = entry["dtype"]
     return arrays, dtypes, metadata
 
@@ -138,15 +200,19 @@ def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 class CacheReader:
-    """A teacher's answers by example id.
+    """Reads teacher outputs by example id.
 
     Args:
         folder: a complete cache.
-        expected: the fingerprint that this run needs.
-        checksums: also verify these shards' sha256 (their indices); sizes are always checked.
+        expected: the fingerprint this run requires.
+        checksums: indices of the shards whose sha256 is verified, by default all. Sizes are always verified.
+
+    Attributes:
+        rows: examples in the cache.
+        all_tokens: the states are those of all tokens, not of [CLS] alone.
 
     Raises:
-        UserError: no cache, another fingerprint (says which part), or a shard that is missing, short or altered.
+        UserError: there is no complete cache, its fingerprint differs, or a shard is missing, truncated or altered.
     """
 
     def __init__(self, folder: Path, expected: Fingerprint, checksums: Sequence[int] | None = None):
@@ -154,31 +220,34 @@ class CacheReader:
         if manifest is None:
             raise UserError(f"{folder}: holds no complete teacher cache; run the stage `cache` first")
         require_fingerprint(folder, manifest, expected)
-        wanted = range(len(manifest["shards"])) if checksums is None else checksums
-        for index, entry in enumerate(manifest["shards"]):
-            problem = shard_problem(folder, entry, checksum=index in wanted)
-            if problem:
-                raise UserError(f"{problem}; remove the file to have this shard built again")
-        kept = manifest["fingerprint"]["layers"]
-        self._places = [kept.index(layer) for layer in expected.layers]
-        self.rows: int = manifest["rows"]
-        self.by_token: bool = manifest["fingerprint"]["states"] == "tokens"
-        self._shards = [map_tensors(folder / entry["file"])[:2] for entry in manifest["shards"]]
-        self._first = np.array([int(entry["first_id"]) for entry in manifest["shards"]], dtype=np.int64)
+        verified = range(len(manifest.shards)) if checksums is None else checksums
+        for index, entry in enumerate(manifest.shards):
+            require_shard(folder, entry, checksum=index in verified)
+        self.rows = manifest.rows
+        self.all_tokens = manifest.fingerprint.states == "tokens"
+        self._layer_positions = [manifest.fingerprint.layers.index(layer) for layer in expected.layers]
+        self._shards = [map_tensors(folder / entry.file)[:2] for entry in manifest.shards]
+        self._first_ids = np.array([entry.first_id for entry in manifest.shards], dtype=np.int64)
 
     @property
-    def some_id(self) -> np.ndarray:
-        """One example's id, (1,)."""
-        return self._first[:1]
+    def row_bytes(self) -> int:
+        """Bytes of the outputs for one example, with the [CLS] states alone."""
+        return sum(part.nbytes for part in self.rows_of(self._first_ids[:1], 0))
 
     def rows_of(self, ids_B: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, C) and states (B, M, H), or (B, length, M, H) of token states with padding 0, as stored; M are the
-        layers of the fingerprint that was expected.
+        """Return the teacher outputs for some examples, in the cached dtype.
+
+        Args:
+            ids_B: int64 example ids.
+            length: L, to which states of all tokens are padded with 0.
+
+        Returns:
+            Logits (B, C), and states (B, M, H), or (B, L, M, H) of all tokens, for the layers of `expected`.
 
         Raises:
-            UserError: an example that the cache does not hold.
+            UserError: the cache lacks an example.
         """
-        shard_B = np.searchsorted(self._first, ids_B, side="right") - 1
+        shard_B = np.searchsorted(self._first_ids, ids_B, side="right") - 1
         logits: torch.Tensor | None = None
         states: torch.Tensor | None = None
         for shard in np.unique(shard_B):
@@ -187,25 +256,22 @@ class CacheReader:
             rows = np.minimum(np.searchsorted(arrays["ids"], ids_B[here]), len(arrays["ids"]) - 1)
             if shard < 0 or (arrays["ids"][rows] != ids_B[here]).any():
                 raise UserError("the teacher cache lacks an example of this data set; run the stage `cache` again")
-            part = _tensor(arrays["logits"][rows], dtypes["logits"])
-            hidden = (
-                self._token_states(arrays, dtypes, rows, length)
-                if self.by_token
-                else _tensor(arrays["states"][rows[:, None], self._places], dtypes["states"])
-            )
+            shard_logits = _tensor(arrays["logits"][rows], dtypes["logits"])
+            if self.all_tokens:
+                shard_states = _tensor(self._padded_states(arrays, rows, length), dtypes["states"])
+            else:
+                shard_states = _tensor(arrays["states"][rows[:, None], self._layer_positions], dtypes["states"])
             if logits is None or states is None:
-                logits = part.new_empty((len(ids_B), *part.shape[1:]))
-                states = hidden.new_empty((len(ids_B), *hidden.shape[1:]))
-            logits[here], states[here] = part, hidden
+                logits = shard_logits.new_empty((len(ids_B), *shard_logits.shape[1:]))
+                states = shard_states.new_empty((len(ids_B), *shard_states.shape[1:]))
+            logits[here], states[here] = shard_logits, shard_states
         assert logits is not None and states is not None
         return logits, states
 
-    def _token_states(
-        self, arrays: dict[str, np.ndarray], dtypes: dict[str, str], rows: np.ndarray, length: int
-    ) -> torch.Tensor:
-        width = arrays["states"].shape[-1]
-        out = np.zeros((len(rows), length, len(self._places), width), dtype=arrays["states"].dtype)
+    def _padded_states(self, arrays: dict[str, np.ndarray], rows: np.ndarray, length: int) -> np.ndarray:
+        states_TMH = arrays["states"]
+        padded = np.zeros((len(rows), length, len(self._layer_positions), states_TMH.shape[-1]), states_TMH.dtype)
         for i, row in enumerate(rows):
             start, stop = arrays["offsets"][row : row + 2]
-            out[i, : stop - start] = arrays["states"][start:stop, self._places]
-        return _tensor(out, dtypes["states"])
+            padded[i, : stop - start] = states_TMH[start:stop, self._layer_positions]
+        return padded

@@ -1,9 +1,10 @@
-"""The loss of Patient Knowledge Distillation (Sun et al. 2019, arXiv 1908.09355), as pure tensor functions.
+"""The loss of Patient Knowledge Distillation (Sun et al. 2019, arXiv:1908.09355), as pure tensor functions.
 
     L = (1 - alpha) * CE + alpha * DS + beta * PT                                    (section 3.3, equation 8)
 
-Every function returns one value per example; the caller takes the mean over the global batch, so that a sum over
-micro-batches and ranks is exact. All are computed in float32 or wider, whatever the model runs in.
+Every function returns one value per example, and the caller averages over the global batch. This keeps the sum over
+micro-batches and ranks exact. States of all tokens are averaged within each example first, so that short and long examples
+have equal weight. All losses are computed in float32 or wider, whatever the dtype of the model.
 
 Shapes: B examples, C classes, M patience pairs, H hidden size, L tokens.
 """
@@ -17,12 +18,12 @@ import torch.nn.functional as F
 def hard_loss(
     logits_BC: torch.Tensor, labels_B: torch.Tensor, class_weights_C: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """CE: cross-entropy with the gold labels; for a regression (C = 1, floating labels) the squared error. Returns (B,).
+    """Return CE (B,): cross-entropy with the gold labels, or the squared error for a regression (C = 1).
 
     Args:
-        labels_B: class indices, -1 where there is no label; of a regression numbers, NaN where there is none. The loss of
-            an example without a label is 0.
-        class_weights_C: by which the cross-entropy of each true class is multiplied.
+        logits_BC: student logits.
+        labels_B: class indices, or floats for a regression. Examples labelled -1 or NaN are unlabelled: their loss is 0.
+        class_weights_C: factor of the cross-entropy for each true class.
     """
     logits_BC = _wide(logits_BC)
     if labels_B.is_floating_point():
@@ -36,14 +37,18 @@ def hard_loss(
 def soft_loss(
     student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperature: float, reduction: str = "batchmean"
 ) -> torch.Tensor:
-    """DS: the teacher's softened predictions (section 3.1, equation 3). Returns (B,).
-
-    Args:
-        reduction: `batchmean` (default): KL(teacher || student) summed over classes, times T^2. `mean` (the authors'
-            code): that divided by C. `soft_ce` (the paper as printed): soft cross-entropy summed over classes, without
-            T^2. `soft_ce_mean` (the seed): that divided by C.
+    """Return DS (B,): the distance from the teacher's softened predictions (section 3.1, equation 3).
 
     A regression (C = 1) has no distribution to soften: DS is the squared difference of the two outputs.
+
+    Args:
+        student_BC, teacher_BC: logits.
+        temperature: divides both logits.
+        reduction:
+            `batchmean` (default): KL(teacher || student) summed over classes, times temperature^2.
+            `mean` (the authors' code): `batchmean` divided by C.
+            `soft_ce` (the paper as printed): soft cross-entropy summed over classes, without temperature^2.
+            `soft_ce_mean` (the code this project started from): `soft_ce` divided by C.
     """
     student_BC, teacher_BC = _wide(student_BC), _wide(teacher_BC)
     if student_BC.shape[-1] == 1:
@@ -64,14 +69,14 @@ def patience_loss(
     reduction: str = "mean",
     mask_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PT: squared distance of paired hidden states (section 3.2, equation 7). Returns (B,).
+    """Return PT (B,): the squared distance between paired hidden states (section 3.2, equation 7).
 
     Args:
         student, teacher: states of the paired layers: (B, M, H) of [CLS], or (B, L, M, H) of all tokens.
         normalize: L2-normalise each state first.
-        reduction: `mean` (default; the authors' code): mean over M and H. `sum` (the paper): sum over M and H.
+        reduction: `mean` over M and H (default; the authors' code), or `sum` (the paper). The same loss has
             beta_sum = beta_mean / (M * H).
-        mask_BL: 1 for real tokens, needed for token states: their mean is taken, padding left out.
+        mask_BL: 1 for real tokens, 0 for padding. Required for states of all tokens, which it averages per example.
     """
     student, teacher = _wide(student), _wide(teacher)
     if normalize:

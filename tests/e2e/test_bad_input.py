@@ -354,7 +354,7 @@ def test_the_cache_of_another_teacher_is_refused(copy, body):
     before = products(run)
     line = refused("--config", config, f"run.dir={run}2", f"teacher.model={other}", AS_IT_IS, f"cache.dir={run}/cache")
     assert re.search(
-        r"/run/cache: this cache does not fit, it differs in teacher \(\w+, this run's is \w+\); use", line
+        r"/run/cache: this cache belongs to another run; it differs in teacher \(cache: \w+, this run: \w+\); set", line
     )
     assert products(run) == before
 

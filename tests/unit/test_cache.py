@@ -1,7 +1,6 @@
-"""The teacher's cache: rows by example id, in every storage type, resumable, and never another teacher's."""
+"""The teacher cache: rows by example id in every dtype, resumable builds, and never the outputs of another teacher."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.distillation import cache
-from pkd_dist.distillation.cache import CacheReader, Fingerprint, map_tensors, shard_name
-from pkd_dist.distillation.cache_builder import Batches, LiveTeacher, answer, build
+from pkd_dist.distillation.cache import CacheReader, Fingerprint, Manifest, ShardEntry, map_tensors, shard_name
+from pkd_dist.distillation.cache_builder import CacheSpec, build
+from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
@@ -47,9 +46,7 @@ def model():
 def tokens():
     rng = np.random.default_rng(3)
     offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 20, size=EXAMPLES))])
-    ids = rng.permutation(
-        rng.integers(-(2**63), 2**63 - 1, size=EXAMPLES)
-    )  # as hashes are: of either sign, in no order
+    ids = rng.permutation(rng.integers(-(2**63), 2**63 - 1, size=EXAMPLES))  # like hashes: of either sign, unordered
     words = rng.integers(1, 60, size=offsets[-1]).astype(np.int32)
     return TokenSet(words, None, offsets, ids, rng.integers(3, size=EXAMPLES), "", "", 0)
 
@@ -64,7 +61,8 @@ def fill(
         return LiveTeacher(model, layers, "float32", dtype, states == "tokens", world.device)
 
     telemetry = Telemetry(RunMetrics(counters), False)
-    built = build(folder, fingerprint, tokens, make or teacher, 0, SHARD_ROWS, world, telemetry)
+    spec = CacheSpec(folder, fingerprint, tokens, 0, SHARD_ROWS)
+    built = build(spec, make or teacher, world, telemetry)
     return fingerprint, built, telemetry.metrics.registry
 
 
@@ -79,7 +77,7 @@ def one_by_one(model, tokens, row):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, tokens, world, model):
-    """A whole cache of `FINGERPRINT`; read-only."""
+    """A complete cache of `FINGERPRINT`; read-only."""
     folder = tmp_path_factory.mktemp("cache")
     assert fill(folder, tokens, world, model)[1] == EXAMPLES
     return folder
@@ -87,7 +85,7 @@ def built(tmp_path_factory, tokens, world, model):
 
 @pytest.fixture
 def mine(built, tmp_path):
-    """A copy of it, to damage."""
+    """A copy of the complete cache, to damage."""
     return shutil.copytree(built, tmp_path / "cache")
 
 
@@ -109,18 +107,18 @@ def test_rows_are_found_by_id_in_any_order(built, tokens, model):
     assert torch.equal(reader.rows_of(tokens.ids_N[twice], 24)[0], logits[[3, 0, 3]])
 
 
-def test_batches_have_few_sizes_and_every_row_is_answered(tokens, world, model):
-    """Each size of a batch costs memory to the end of the process, and a pass over a data set has many batches."""
+def test_batches_have_few_sizes_and_cover_every_row(tokens, world, model):
+    """Each batch size costs memory until the process ends."""
     sizes = []
 
-    class Noted(Batches):
+    class RecordedBatches(TeacherBatches):
         def of(self, rows_B):
             sizes.append(len(rows_B))
             return super().of(rows_B)
 
     many = np.tile(np.arange(EXAMPLES), 7)
     teacher = LiveTeacher(model, LAYERS, "float32", "float32", False, world.device)
-    logits, _ = answer(many, Noted(tokens, 0, world.device), teacher)
+    logits, _ = run_teacher(many, RecordedBatches(tokens, 0, world.device), teacher)
     assert sum(sizes) == len(many) and max(sizes) > 32 and all(size % 32 == 0 for size in sizes if size > 32)
     for row in (0, EXAMPLES - 1, len(many) - 1):
         torch.testing.assert_close(logits[row], one_by_one(model, tokens, many[row])[0], rtol=0, atol=1e-5)
@@ -154,7 +152,7 @@ def test_half_storage_is_the_rounded_value_and_half_the_size(tmp_path, tokens, w
 
 
 def test_the_cache_equals_the_live_teacher_bit_for_bit(tmp_path, tokens, world, model):
-    """Of the same batch, at the precision of a CPU run."""
+    """For the same batch, at the precision of a CPU run."""
     fingerprint, _, _ = fill(tmp_path, tokens, world, model, "bfloat16")
     by_id = np.argsort(tokens.ids_N)[:SHARD_ROWS]  # the first shard, which is one batch of the build
     order = by_id[np.argsort(-tokens.lengths_N[by_id], kind="stable")]
@@ -164,7 +162,7 @@ def test_the_cache_equals_the_live_teacher_bit_for_bit(tmp_path, tokens, world, 
         assert torch.equal(mine, theirs.cpu())
 
 
-def test_how_far_a_build_is_counts_on_in_the_next_process(tmp_path, tokens, world, model):
+def test_progress_counters_continue_in_the_next_process(tmp_path, tokens, world, model):
     counters = tmp_path / "counters/node-0.json"
     for missing, written in ((), EXAMPLES), ((0, 1), EXAMPLES + 2 * SHARD_ROWS), ((), EXAMPLES + 2 * SHARD_ROWS):
         for index in missing:
@@ -174,10 +172,10 @@ def test_how_far_a_build_is_counts_on_in_the_next_process(tmp_path, tokens, worl
         assert registry.get_sample_value("pkd_cache_rows_expected") == written
 
 
-def test_an_interrupted_build_goes_on_with_the_missing_shards(mine, tokens, world, model):
+def test_an_interrupted_build_resumes_with_the_missing_shards(mine, tokens, world, model):
     before = {p.name: p.read_bytes() for p in mine.iterdir()}
     assert sorted(before) == ["manifest.json", *map(shard_name, range(3))]
-    assert fill(mine, tokens, world, model, make=never)[1] == 0, "whole: the teacher is not even loaded"
+    assert fill(mine, tokens, world, model, make=never)[1] == 0, "a complete cache does not load the teacher"
     (mine / "manifest.json").unlink()  # killed before the commit
     with pytest.raises(UserError, match="holds no complete teacher cache; run the stage `cache` first"):
         CacheReader(mine, FINGERPRINT)
@@ -193,9 +191,9 @@ def test_an_interrupted_build_goes_on_with_the_missing_shards(mine, tokens, worl
     assert (mine / shard_name(0)).stat().st_mtime_ns == kept
 
 
-def test_shards_of_another_teacher_are_not_taken_over(mine, tokens, world, model):
+def test_shards_of_another_teacher_are_rebuilt(mine, tokens, world, model):
     other = dataclasses.replace(FINGERPRINT, teacher="another")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="belongs to another run"):
         fill(mine, tokens, world, model, make=never, fingerprint=other)
     (mine / "manifest.json").unlink()
     assert fill(mine, tokens, world, model, fingerprint=other)[1] == EXAMPLES
@@ -203,15 +201,17 @@ def test_shards_of_another_teacher_are_not_taken_over(mine, tokens, world, model
 
 
 @pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(Fingerprint)])
-def test_a_cache_that_differs_says_in_what(built, part):
+def test_a_cache_of_another_run_names_the_difference(built, part):
     value = {"max_length": 64, "layers": (1, 3)}.get(part, "other")
+    other = dataclasses.replace(FINGERPRINT, **{part: value})
     with pytest.raises(UserError) as error:
-        CacheReader(built, dataclasses.replace(FINGERPRINT, **{part: value}))
-    assert f"it differs in {part} (" in str(error.value) and ";" not in str(error.value).split("; use another")[0]
+        CacheReader(built, other)
+    cached, wanted = FINGERPRINT.as_json()[part], other.as_json()[part]
+    assert f"; it differs in {part} (cache: {cached}, this run: {wanted}); set cache.dir" in str(error.value)
 
 
 @pytest.mark.parametrize("states", ["cls", "tokens"])
-def test_a_cache_of_more_layers_serves_who_needs_fewer(tmp_path, tokens, world, model, states):
+def test_a_cache_with_more_layers_serves_runs_that_need_fewer(tmp_path, tokens, world, model, states):
     whole, _, _ = fill(tmp_path, tokens, world, model, states=states)
     wanted = CacheReader(tmp_path, whole).rows_of(tokens.ids_N[:9], 24)
     for layers, places in (((2,), [1]), ((), []), ((2, 1), [1, 0])):
@@ -222,15 +222,15 @@ def test_a_cache_of_more_layers_serves_who_needs_fewer(tmp_path, tokens, world, 
     before = (tmp_path / shard_name(1)).read_bytes()
     (tmp_path / shard_name(1)).unlink()
     assert fill(tmp_path, tokens, world, model, states=states, fingerprint=fewer)[1] == SHARD_ROWS
-    assert (tmp_path / shard_name(1)).read_bytes() == before, "built again with all of its layers"
+    assert (tmp_path / shard_name(1)).read_bytes() == before, "rebuilt with all of its layers"
 
 
-def test_an_unknown_example_is_refused(built, tokens):
+def test_an_unknown_example_is_rejected(built, tokens):
     reader = CacheReader(built, FINGERPRINT)
     known = np.sort(tokens.ids_N)
-    for stranger in (-(2**63), known[0] - 1, known[30] + 1, known[-1] + 1, 2**63 - 1):
+    for unknown in (-(2**63), known[0] - 1, known[30] + 1, known[-1] + 1, 2**63 - 1):
         with pytest.raises(UserError, match="lacks an example of this data set"):
-            reader.rows_of(np.array([known[5], stranger], dtype=np.int64), 24)
+            reader.rows_of(np.array([known[5], unknown], dtype=np.int64), 24)
 
 
 @pytest.mark.parametrize("damage", ["altered", "short"])
@@ -243,7 +243,7 @@ def test_a_damaged_shard_is_named(mine, tokens, world, model, damage):
         CacheReader(mine, FINGERPRINT)
     with pytest.raises(UserError, match=message):
         fill(mine, tokens, world, model, make=never)
-    if damage == "altered":  # a rank verifies its own share; another one's is not read
+    if damage == "altered":  # a rank verifies only its own shards
         CacheReader(mine, FINGERPRINT, checksums=[0, 2])
 
 
@@ -254,15 +254,16 @@ def test_a_damaged_shard_is_named(mine, tokens, world, model, damage):
         ('{"format_version', "cannot be read"),
         ("{}", "cannot be read"),
         ("[]", "cannot be read"),
+        ('{"format_version": 1, "rows": 3}', r"cannot be read \(KeyError: 'fingerprint'\); remove the folder"),
     ],
 )
-def test_a_manifest_that_cannot_be_used(tmp_path, text, message):
+def test_an_unreadable_manifest_is_rejected(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=message):
         CacheReader(tmp_path, FINGERPRINT)
 
 
-def test_answers_that_do_not_fit_the_storage_are_refused(tmp_path, tokens, world, model):
+def test_outputs_that_overflow_the_dtype_are_rejected(tmp_path, tokens, world, model):
     weight = model.classifier.weight
     with torch.no_grad():
         before = weight.clone()
@@ -273,11 +274,11 @@ def test_answers_that_do_not_fit_the_storage_are_refused(tmp_path, tokens, world
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    assert not list(tmp_path.iterdir()), "nothing half-written stays"
+    assert not list(tmp_path.iterdir()), "no partial file is left"
 
 
-def resident():
-    """Bytes of this process in memory."""
+def resident_bytes():
+    """Return the resident memory of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -290,22 +291,21 @@ def test_reading_does_not_load_the_file(tmp_path):
     save_file(tensors, tmp_path / shard_name(0))
     size = (tmp_path / shard_name(0)).stat().st_size
     assert size > 1 << 27
-    entry = {"file": shard_name(0), "rows": rows, "bytes": size, "sha256": "", "first_id": 0, "last_id": 3 * rows - 3}
-    manifest = {"format_version": 1, "fingerprint": FINGERPRINT.as_json(), "rows": rows, "shards": [entry]}
-    (tmp_path / cache.MANIFEST).write_text(json.dumps(manifest))
+    entry = ShardEntry(shard_name(0), rows, size, "", first_id=0, last_id=3 * rows - 3)
+    Manifest(FINGERPRINT, rows, rows, {}, (entry,)).write(tmp_path)
     del tensors, states
-    before = resident()
+    before = resident_bytes()
     reader = CacheReader(tmp_path, FINGERPRINT, checksums=[])
     arrays, _ = reader._shards[0]
     assert not any(array.flags.owndata for array in arrays.values())
     wanted = np.array([4000, 1, 2222, 17])
     _, found = reader.rows_of(3 * wanted, 1)
     assert found[:, 0, 0].tolist() == wanted.tolist()
-    assert resident() - before < size // 8
+    assert resident_bytes() - before < size // 8
 
 
 @pytest.mark.parametrize("damage", ["altered", "short", "empty"])
-def test_a_shard_damaged_before_the_manifest_lists_it_is_built_again(tmp_path, tokens, world, model, damage):
+def test_a_shard_damaged_before_the_commit_is_rebuilt(tmp_path, tokens, world, model, damage):
     fill(tmp_path, tokens, world, model)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     (tmp_path / "manifest.json").unlink()
@@ -322,7 +322,7 @@ def test_a_shard_damaged_before_the_manifest_lists_it_is_built_again(tmp_path, t
 
 
 def test_many_shards_need_no_open_files(tmp_path, tokens, world, model):
-    """A process may have few files open, a large cache has many shards."""
+    """A large cache has more shards than a process may have open files."""
     fingerprint, _, _ = fill(tmp_path, tokens, world, model)
     before = len(list(Path("/proc/self/fd").iterdir()))
     reader = CacheReader(tmp_path, fingerprint)

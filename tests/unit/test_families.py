@@ -11,7 +11,7 @@ from families import BERT_SPECIAL, FAMILIES, SHAPE, SIZE, make_folder, make_toke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pkd_dist.config.schema import Student
-from pkd_dist.distillation.cache_builder import LiveTeacher
+from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.errors import UserError
 from pkd_dist.model.compatibility import KNOWN_FAMILIES, longest_input, require_compatible, require_same_tokens
 from pkd_dist.model.encoder import (
