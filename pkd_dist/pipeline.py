@@ -57,7 +57,7 @@ from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
-from pkd_dist.telemetry.publish import published
+from pkd_dist.telemetry.publish import publishing
 from pkd_dist.training import checkpoint
 from pkd_dist.training.engine import load_in_background, resolve_precision
 from pkd_dist.training.finetune import finetune
@@ -182,7 +182,7 @@ class Pipeline:
             also = trackers.Trackers(self.dir, self.config.trackers, self.config.model_dump(mode="json"))
             self.telemetry = Telemetry(metrics, self.world.main, also)
             publication = self.world.together(
-                lambda: stack.enter_context(published(metrics, self.config.metrics, self.access, self.dir, node))
+                lambda: stack.enter_context(publishing(metrics, self.config.metrics, self.access, self.dir, node))
             )
             self._load_speed_settings()
             try:
@@ -945,8 +945,12 @@ class Pipeline:
 
     def _report(self) -> dict[str, Any]:
         from pkd_dist.report import pages
+        from pkd_dist.report.read import read
 
-        return self.world.on_main(lambda: pages.write(self.dir))
+        def write() -> dict[str, Any]:
+            return {"bytes": pages.write(read(self.dir, STAGES), self.dir / "report.html")}
+
+        return self.world.on_main(write)
 
     def summary(self) -> str:
         """The table a run ends with: teacher beside student, and where to find the export and the report."""

@@ -473,9 +473,10 @@ def metrics_reference() -> None:
     Example: pkd metrics reference > docs/metrics.md
     """
     from pkd_dist.telemetry.metrics import reference
+    from pkd_dist.training.trainer import TERMS
 
     defaults = schema.Metrics()
-    print(reference(defaults.host, defaults.port), end="")
+    print(reference(defaults.host, defaults.port, STAGE_NAMES, TERMS), end="")
 
 
 @metrics_app.command("targets")
