@@ -63,7 +63,7 @@ class Panel:
 
 def gauge(title: str, name: str, unit: str = "short", **options: object) -> Panel:
     """A panel of one metric as it is, a line for each label's value."""
-    labels = {metric.name: metric.labels for metric in RunMetrics().described}.get(name, {})
+    labels = {metric.name: metric.labels for metric in RunMetrics().documented}.get(name, {})
     legend = " ".join(f"{{{{{label}}}}}" for label in ("instance", *labels))
     return Panel(title, name, [(series(name), legend)], unit, options)
 

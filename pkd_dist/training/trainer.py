@@ -420,7 +420,7 @@ class Trainer:
             "decay": self.engine.decay(progress.step),
         }
         self.tracking.flush()
-        self.telemetry.metrics.note()
+        self.telemetry.metrics.save_counters()
         with timed() as seconds:
             checkpoint.save(
                 self.world, job.folder, progress.step, self.engine.state.slices(), state, job.checkpoint.keep

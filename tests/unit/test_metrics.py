@@ -34,8 +34,8 @@ def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it(prometheus
     metrics.gpu_memory.labels(kind="total").set(1)
     text = generate_latest(metrics.registry)
     types = {line.split()[2]: line.split()[3] for line in text.decode().splitlines() if line.startswith("# TYPE")}
-    assert {m.name: m.kind for m in metrics.described} == {k: v for k, v in types.items() if k.startswith("pkd_")}
-    assert {m.name for m in metrics.described} == SPEC
+    assert {m.name: m.kind for m in metrics.documented} == {k: v for k, v in types.items() if k.startswith("pkd_")}
+    assert {m.name for m in metrics.documented} == SPEC
     assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "python_info"} <= types.keys()
     assert b"_created" not in text
     assert list(text_string_to_metric_families(text.decode()))

@@ -79,7 +79,7 @@ def test_a_panel_names_what_the_code_exports_and_every_metric_has_one():
     assert shown <= exported() | recorded.keys()
     shown |= {name for record in shown & recorded.keys() for name in named(recorded[record])}
     shown |= {name.removesuffix(suffix) for name in shown for suffix in SUFFIXES}
-    assert {metric.name for metric in RunMetrics().described} - shown == set()
+    assert {metric.name for metric in RunMetrics().documented} - shown == set()
 
 
 def test_a_panel_cannot_name_what_there_is_not():
