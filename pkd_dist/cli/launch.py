@@ -7,12 +7,13 @@ status of `errors.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -136,6 +137,21 @@ def _told(error: Exception) -> tuple[str | None, int]:
     return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
+@contextlib.contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Name the extra of pkd_dist that brings a package which the code inside cannot import.
+
+    Raises:
+        UserError: A package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pkd_dist":
+            raise
+        raise UserError(f"the Python package {error.name} is not installed: pip install 'pkd_dist[{extra}]'") from error
+
+
 def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str | None, int]] = _told) -> int:
     """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status.
 
@@ -143,7 +159,8 @@ def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str | None
         end: exception -> the line (None where another rank speaks) and the status.
     """
     try:
-        work()
+        with requires_extra("train"):
+            work()
     except KeyboardInterrupt:
         print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
         return Preempted.exit_status

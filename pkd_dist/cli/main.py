@@ -28,7 +28,7 @@ from pkd_dist.telemetry.log import to_terminal
 if TYPE_CHECKING:
     pass
 
-from pkd_dist.cli.launch import STAGE_NAMES, guarded, leave, run
+from pkd_dist.cli.launch import STAGE_NAMES, guarded, leave, requires_extra, run
 
 app = typer.Typer(
     help="Single steps of Patient Knowledge Distillation.",
@@ -369,18 +369,15 @@ def serve(
     """
 
     def work() -> None:
-        try:
-            from pkd_dist.serve.app import Limits
+        with requires_extra("serve"):
+            from pkd_dist.serve.requests import Limits
             from pkd_dist.serve.server import serve as run_server
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
-                raise
-            raise UserError(f"pkd serve needs {error.name}: pip install -e '.[serve]'") from None
-        limits = Limits(
-            texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters, batch=max_batch,
-            delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
-        )  # fmt: skip
-        run_server(folder, host, port, limits, format, threads)
+
+            limits = Limits(
+                texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters,
+                batch=max_batch, delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
+            )  # fmt: skip
+            run_server(folder, host, port, limits, format, threads)
 
     _exit(work)
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
     "errors", "files", "network", "config", "telemetry", "kernels", "lock", "distributed", "data", "model", "evaluation", "distillation",
-    "training", "export", "report", "stages", "pipeline", "serve", "comparison", "cli",
+    "training", "export", "report", "stages", "pipeline", "serve", "comparison", "cli", "train",
 ]  # fmt: skip
 """Each imports only what stands before it (or in its own folder)."""
 
