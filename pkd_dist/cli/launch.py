@@ -7,12 +7,13 @@ status of `errors.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
@@ -173,6 +174,21 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
+@contextlib.contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Name the extra of pkd_dist that brings a package which the code inside cannot import.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pkd_dist":
+            raise
+        raise UserError(f"the Python package {error.name} is not installed: pip install 'pkd_dist[{extra}]'") from error
+
+
 def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | None, int]] = _explain) -> int:
     """Run `work` and return its exit status; an exception becomes one line on stderr and a traceback in the log file.
 
@@ -180,7 +196,8 @@ def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | N
         end: (exception) -> the line (None where another rank prints it) and the status.
     """
     try:
-        work()
+        with requires_extra("train"):
+            work()
     except KeyboardInterrupt:
         print("pkd: interrupted; rerun the same command to resume", file=sys.stderr, flush=True)
         return Preempted.exit_status

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import LabelColumn, TaskKind, TaskName, TextColumns, run_command, task_overrides
 from pkd_dist.errors import UserError
 
@@ -142,17 +143,14 @@ def serve(
     """
 
     def work() -> None:
-        try:
-            from pkd_dist.serve.app import Limits
+        with requires_extra("serve"):
+            from pkd_dist.serve.requests import Limits
             from pkd_dist.serve.server import serve as run_server
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "onnxruntime", "tokenizers"):
-                raise
-            raise UserError(f"pkd serve needs {error.name}: pip install 'pkd_dist[serve]'") from None
-        limits = Limits(
-            texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters, batch=max_batch,
-            delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
-        )  # fmt: skip
-        run_server(folder, host, port, limits, format, threads)
+
+            limits = Limits(
+                texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters,
+                batch=max_batch, delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,
+            )  # fmt: skip
+            run_server(folder, host, port, limits, format, threads)
 
     run_command(work)

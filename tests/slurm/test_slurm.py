@@ -140,5 +140,5 @@ def test_what_is_asked_for_reaches_slurm(cluster, config, tmp_path):
 def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(cluster, config, tmp_path):
     argv = [ROOT / "slurm/pkd-submit", "--config", config, "--partition=nowhere"]
     line = cluster(*argv, cwd=tmp_path, check=False)
-    assert re.fullmatch(r"pkd-submit: sbatch refused the job: .*invalid partition.*\n", line)
+    assert re.fullmatch(r"pkd-submit: sbatch rejected the job: .*invalid partition.*\n", line)
     assert not list((tmp_path / "run/slurm").iterdir())
