@@ -30,7 +30,7 @@ from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.publish import Publication, published
-from pkd_dist.training.engine import load_in_background
+from pkd_dist.training.engine import load_in_background, needs_deepspeed
 
 STAGES: tuple[Stage[Any], ...] = tuple(import_module(f"pkd_dist.stages.{name}").STAGE for name in NAMES)
 VERSIONS = {stage.name: stage.version for stage in STAGES}
@@ -72,7 +72,11 @@ def run(
     access = load_access(config.metrics) if config.metrics.enabled and world.node_main else Access()
     planned = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
     with run_folder.opened(resolved, world, [stage.artifacts(planned) for stage in STAGES], fresh):
-        if world.device.type == "cuda" and {"teacher", "distill"} & set(names):
+        if (
+            world.device.type == "cuda"
+            and needs_deepspeed(resolved.deepspeed, world.size)
+            and {"teacher", "distill"} & set(names)
+        ):
             load_in_background()
         torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
         log.info(

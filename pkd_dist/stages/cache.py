@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import Fingerprint
-from pkd_dist.distillation.cache_builder import build
+from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
-from pkd_dist.errors import UserError
 from pkd_dist.files import remove
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
@@ -61,11 +60,15 @@ def run(context: Context) -> CacheOutput:
         log.info("cache: not built (%s)", live if not run.config.cache.enabled else "alpha and beta are 0")
         return CacheOutput(0, 0)
     name = training_set(context)
+    spec = CacheSpec(
+        folder,
+        kept_fingerprint(context),
+        open_tokens(context, name),
+        run.tokenizer.pad_token_id,
+        run.config.cache.shard_rows,
+    )
     with _sole_builder(context):
-        built = build(
-            folder, kept_fingerprint(context), open_tokens(context, name), lambda layers: live_teacher(context, layers),
-            run.tokenizer.pad_token_id, run.config.cache.shard_rows, world, context.telemetry,
-        )  # fmt: skip
+        built = build(spec, lambda layers: live_teacher(context, layers), world, context.telemetry)
     size = world.on_main(lambda: sum(path.stat().st_size for path in folder.glob("*.*s*")))
     return CacheOutput(context.output(DataOutput).sets[name].examples, built, size)
 
@@ -100,12 +103,10 @@ def missing(context: Context, output: CacheOutput) -> str | None:
     if manifest is None:
         return f"{folder / cache.MANIFEST} is missing"
     cache.require_fingerprint(folder, manifest, kept_fingerprint(context))
-    gone = []
-    for entry in manifest["shards"]:
-        if not (folder / entry["file"]).exists():
-            gone.append(entry["file"])
-        elif problem := cache.shard_problem(folder, entry):
-            raise UserError(f"{problem}; remove the file to have this shard built again")
+    gone = [entry.file for entry in manifest.shards if not (folder / entry.file).exists()]
+    for entry in manifest.shards:
+        if entry.file not in gone:
+            cache.require_shard(folder, entry)
     return f"{', '.join(gone)} is missing" if gone else None
 
 

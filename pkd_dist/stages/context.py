@@ -214,7 +214,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     order = task.classes
     if config.teacher.finetune is None:
         _require_fine_tuned(source, config.teacher.model)
-        task, order = class_mapping.of_model(task, source_config, config.teacher.model)
+        class_mapping.require_outputs(task, source_config, config.teacher.model, "teacher.model")
+        order = class_mapping.class_order(task, source_config, "teacher.model")
+        task = class_mapping.with_positive_class(task, order)
     depth = encoder.num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
     pairs = layers.patience_pairs(config.distill, depth, student_depth)
@@ -231,7 +233,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         student_layers=student_depth,
         pairs=pairs,
         copied_layers=student.copied_teacher_layers(config.student, source_config),
-        kept_layers=layers.kept_layers(config.cache.layers, pairs, depth),
+        kept_layers=layers.kept_layers(config.cache, pairs, depth),
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )

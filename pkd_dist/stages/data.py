@@ -80,7 +80,9 @@ def _prepare(context: Context) -> DataOutput:
     train = splits["train"]
     names = run.task.names_of(train.classes)
     if not run.finetunes:
-        class_mapping.require_outputs(train, run.source_config, run.task, run.config.teacher.model)
+        class_mapping.require_outputs_for_split(
+            run.task, run.source_config, train, run.config.teacher.model, "teacher.model"
+        )
         if run.class_order is None and names:
             log.info(
                 "data: the teacher's outputs have no names; they are taken to be %s, in this order", ", ".join(names)

@@ -17,10 +17,10 @@ from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, training_set, used_vocabulary
 from pkd_dist.stages.init import InitOutput
-from pkd_dist.stages.progress import republish_training
+from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.telemetry import trackers
-from pkd_dist.training.job import EpochScores, Job
-from pkd_dist.training.trainer import Trainer
+from pkd_dist.training.job import Job
+from pkd_dist.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def inputs(context: Context) -> Inputs:
 
 def run(context: Context) -> DistillOutput:
     shards = _own_shards(context)
-    progress = Trainer(_job(context, _teacher_outputs(context, shards)), context.world, context.telemetry).run()
+    progress = train(_job(context, _teacher_outputs(context, shards)), context.world, context.telemetry)
     _require_cache_unaltered(context, shards)
     assert progress.best_file is not None and progress.best_sha256 is not None
     return DistillOutput(
@@ -118,7 +118,7 @@ def _own_shards(context: Context) -> Sequence[int]:
     if not context.resolved.cached:
         return ()
     manifest = context.world.on_main(lambda: cache.read_manifest(context.resolved.paths.cache))
-    return range(context.world.rank, len(manifest["shards"]) if manifest else 0, context.world.size)
+    return range(context.world.rank, len(manifest.shards) if manifest else 0, context.world.size)
 
 
 def _teacher_outputs(context: Context, shards: Sequence[int]) -> TeacherOutputs | None:

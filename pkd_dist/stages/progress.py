@@ -8,6 +8,9 @@ from pkd_dist.stages.context import Context
 from pkd_dist.telemetry import records
 from pkd_dist.training import checkpoint
 
+EpochScores = dict[str, int | float]
+"""`epoch`, `step`, and the scores on dev after it."""
+
 
 def republish_training(context: Context, lines: Path, checkpoints: Path) -> None:
     """Set the gauges to where an earlier process left a training that is done."""

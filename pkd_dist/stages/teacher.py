@@ -9,11 +9,10 @@ from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, used_vocabulary
-from pkd_dist.stages.progress import republish_training
+from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.telemetry import trackers
 from pkd_dist.training import checkpoint
-from pkd_dist.training.finetune import finetune
-from pkd_dist.training.job import EpochScores
+from pkd_dist.training.finetune import TeacherJob, finetune
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,22 @@ def run(context: Context) -> TeacherOutput:
 
 
 def _finetune(context: Context) -> None:
-    raise NotImplementedError
+    run = context.resolved
+    job = TeacherJob(
+        config=run.config,
+        base=run.source,
+        tokenizer=run.tokenizer,
+        labels=context.output(DataOutput).model_fields(run.task),
+        task=run.task,
+        train=open_tokens(context, "train"),
+        dev=open_tokens(context, "dev"),
+        class_weights_C=open_class_weights(context),
+        used_V=used_vocabulary(context, "train", "dev"),
+        deepspeed=run.deepspeed,
+        output=run.paths.teacher,
+        fingerprint=context.fingerprint,
+    )
+    finetune(job, context.world, context.telemetry)
 
 
 def _finished(context: Context) -> TeacherOutput:
