@@ -25,7 +25,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Shape:
     """A BERT classifier; by default its last layer computes its output for the first token alone
-    (`pkd_dist/model/lean.py`)."""
+    (`pkd_dist/model/first_token.py`)."""
 
     layers: int
     hidden: int

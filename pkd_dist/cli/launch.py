@@ -7,6 +7,7 @@ status of `errors.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -23,7 +24,6 @@ from pkd_dist.distributed.ranks import Ranks, discover, first_of_node
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_full
-from pkd_dist.kernels.allocator import keep_freed_blocks
 from pkd_dist.telemetry.log import log, to_terminal
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ def run(
     config_file: str, overrides: Sequence[str], stages: str | None = None, fresh: bool = False, dry_run: bool = False
 ) -> int:
     """Runs a pipeline on this rank among the others and returns the exit status."""
-    keep_freed_blocks()
+    with contextlib.suppress(ModuleNotFoundError):  # pkd_dist.kernels is optional
+        from pkd_dist.kernels.allocator import keep_freed_blocks
+
+        keep_freed_blocks()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections come from every rank
     signals = StopSignals().install()
     ranks: Ranks | None = None
