@@ -50,7 +50,7 @@ class Values:
 
 class Lowered:
     """A module under autocast whose weights are cast at once, and so are their gradients: autocast does the same one by
-    one, in more than a hundred kernels of a small student's step. Called as the module is. (`lean.attend_first` reads two
+    one, in more than a hundred kernels of a small student's step. Called as the module is. (`first_token.attend_first` reads two
     biases itself, in float32: here they are rounded, as autocast rounds those of all other layers.)
 
     Args:

@@ -387,7 +387,7 @@ class Trainer:
         if better:
             progress.best_step, progress.best_epoch, progress.best_metric = progress.step, epoch, figures["main_metric"]
             progress.best_file = checkpoint.best_name(progress.step)
-            weights = job.module.whole(self.engine.full_weights(), self.engine.decay(progress.step))
+            weights = job.module.with_full_vocabulary(self.engine.full_weights(), self.engine.decay(progress.step))
             path = job.folder / progress.best_file
 
             def keep() -> str:
