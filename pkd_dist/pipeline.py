@@ -59,9 +59,10 @@ from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
 from pkd_dist.telemetry.publish import published
 from pkd_dist.training import checkpoint
-from pkd_dist.training.engine import load_in_background, resolve_precision
-from pkd_dist.training.finetune import finetune
-from pkd_dist.training.trainer import Job, Trainer
+from pkd_dist.training.engine import load_in_background, needs_deepspeed, resolve_precision
+from pkd_dist.training.finetune import TeacherJob, finetune
+from pkd_dist.training.job import Job
+from pkd_dist.training.trainer import train
 
 STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
 
@@ -174,7 +175,8 @@ class Pipeline:
                 self._lock.release()
 
     def _run(self, stages: Sequence[str]) -> None:
-        if self.world.device.type == "cuda" and {"teacher", "distill"} & set(stages):
+        deepspeed = needs_deepspeed(self.deepspeed, self.world.size)
+        if deepspeed and self.world.device.type == "cuda" and {"teacher", "distill"} & set(stages):
             load_in_background()
         with contextlib.ExitStack() as stack:
             node = self._node()
@@ -568,11 +570,21 @@ class Pipeline:
         folder = self.dir / "teacher"
         best: dict[str, Any] = {}
         if not self.world.on_main(folder.exists):
-            progress = finetune(
-                self.config, self.base, self._tokenizer, self._labels, self.task, self._tokens("train"), self._tokens("dev"),
-                self._class_weights(), self._used_vocabulary("train", "dev"), self.deepspeed, folder, self._checkpoint_fingerprint(),
-                self.world, self.telemetry,
-            )  # fmt: skip
+            teacher = TeacherJob(
+                config=self.config,
+                base=self.base,
+                tokenizer=self._tokenizer,
+                labels=self._labels,
+                task=self.task,
+                train=self._tokens("train"),
+                dev=self._tokens("dev"),
+                class_weights_C=self._class_weights(),
+                used_V=self._used_vocabulary("train", "dev"),
+                deepspeed=self.deepspeed,
+                output=folder,
+                fingerprint=self._checkpoint_fingerprint(),
+            )
+            progress = finetune(teacher, self.world, self.telemetry)
             best = {"best_epoch": progress.best_epoch, "history": progress.history}
 
         def finish() -> dict[str, Any]:
@@ -782,24 +794,15 @@ class Pipeline:
             task=self.task,
             pad_id=self._tokenizer.pad_token_id,
             seed=config.run.seed,
-            epochs=config.train.epochs,
-            batch_size=config.train.batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            learning_rate=config.train.learning_rate,
-            weight_decay=config.train.weight_decay,
-            warmup_ratio=config.train.warmup_ratio,
-            max_grad_norm=config.train.max_grad_norm,
-            adam_epsilon=config.train.adam_epsilon,
-            eval_batch_size=config.evaluate.batch_size,
-            eval_every_epochs=config.evaluate.every_epochs,
-            log_every_steps=config.train.log_every_steps,
+            settings=config.train,
+            evaluate=config.evaluate,
             checkpoint=config.checkpoint,
             deepspeed=self.deepspeed,
             folder=self._dirs["checkpoints"],
             records=self.dir / "metrics.jsonl",
             fingerprint=self._checkpoint_fingerprint(),
         )
-        progress = Trainer(job, self.world, self.telemetry).run()
+        progress = train(job, self.world, self.telemetry)
         if self.cached:
             self._require_cache_unaltered(shards)
         assert progress.best_file is not None

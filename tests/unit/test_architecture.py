@@ -13,7 +13,7 @@ ORDER = [
 """Each imports only what stands before it (or in its own folder)."""
 
 ONLY_USER = {
-    "deepspeed": {"training.engine"},
+    "deepspeed": {"training.deepspeed_engine"},
     "mpi4py": {"distributed.ranks"},
     "torch.distributed": {"distributed.world"},
 }
