@@ -80,7 +80,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         raise UserError(f"--from-checkpoint: {init} is not what this student was started from; put that folder back")
     shards, state = checkpoint.Shards(path), checkpoint.read_state(path)
     model = load_model(str(init), "student_init")
-    weights = {name: shards.whole(checkpoint.WEIGHT, name) for name in shards.names()}
+    weights = {name: shards.tensor(checkpoint.WEIGHT, name) for name in shards.names()}
     if USED_IDS in weights:
         table: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         name = next(f"model.{n}" for n, p in model.named_parameters() if p.data_ptr() == table.data_ptr())

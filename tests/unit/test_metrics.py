@@ -14,7 +14,7 @@ from pkd_dist.config import schema
 from pkd_dist.errors import UserError
 from pkd_dist.pipeline import STAGES
 from pkd_dist.telemetry.metrics import EVAL_METRICS, STEP_SECONDS_BUCKETS, RunMetrics, reference
-from pkd_dist.training.trainer import TERMS
+from pkd_dist.training.job import TERMS
 
 SPEC = {
     "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds",
