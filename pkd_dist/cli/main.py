@@ -61,43 +61,7 @@ def _pipeline_command(name: str, last: str, what: str) -> None:
 _pipeline_command("finetune", "teacher", "Fine-tune a run's teacher (and prepare its data).")
 _pipeline_command("cache", "cache", "Build a run's teacher cache, with whatever it needs before.")
 _pipeline_command("distill", "distill", "Distil a run's student, with whatever it needs before.")
-
-
-@app.command()
-def report(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Settings that win over the file's; with --compare: run folders.", metavar="section.key=value|RUN"
-        ),
-    ] = None,
-    config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="One page of several finished runs, side by side.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="With --compare: the page to write; default: comparison.html.")
-    ] = None,
-) -> None:
-    """Write a run's report, with whatever it needs before; or one page of several runs side by side.
-
-    Example: pkd report --config configs/demo.yaml
-
-    Example: pkd report --compare runs/kd runs/pkd --output kd-or-pkd.html
-    """
-    if config is not None and not compare and output is None:
-        raise typer.Exit(run(config, arguments or [], ",".join(STAGE_NAMES)))
-
-    def work() -> None:
-        if not compare or config is not None:
-            raise UserError("pkd report: give either --config FILE, or --compare RUN RUN ... [--output FILE]")
-        from pkd_dist.report import pages
-
-        page = output or Path("comparison.html")
-        pages.write_comparison([Path(folder) for folder in arguments or []], page)
-        print(page)
-
-    _exit(work)
+_pipeline_command("report", "report", "Write a run's report, with whatever it needs before.")
 
 
 @app.command()
