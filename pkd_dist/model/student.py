@@ -72,6 +72,11 @@ def planned_depth(
     return len(_selected_layers(config, own))
 
 
+def copied_teacher_layers(config: StudentConfig, teacher: PretrainedConfig) -> tuple[int, ...] | None:
+    """Return the teacher layers (from 0) that the student starts from; None if it starts otherwise."""
+    return _selected_layers(config, teacher) if config.init == "teacher_layers" else None
+
+
 def _selected_layers(config: StudentConfig, source: PretrainedConfig) -> tuple[int, ...]:
     """Return the layers (from 0) of a model of configuration `source` that the student gets; for `random`, their kinds."""
     total = num_layers(source)

@@ -41,7 +41,7 @@ def inputs(context: Context) -> Inputs:
     }
     if settings.init == "first_k":
         found["teacher.model.weights"] = encoder.weights_digest(run.source)
-    elif settings.init not in student.WAYS:
+    elif settings.init not in student.INIT_METHODS:
         found["student.init.weights"] = encoder.weights_digest(encoder.locate(settings.init, "student.init"))
     return found
 

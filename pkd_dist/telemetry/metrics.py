@@ -84,7 +84,7 @@ class RunMetrics:
         self.eval_metric = self._gauge(
             "pkd_eval_metric",
             "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
-            split="`dev`; after the evaluate stage also every other labelled split",
+            split="`dev`; after the evaluate stage also every other labeled split",
             metric=f"those of the task among {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
         )
         self.nonfinite = self._counter(
