@@ -19,3 +19,6 @@ MAIN_METRIC = "main_metric"
 
 TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
 """Keys that a teacher/student table shows, where the task has them."""
+
+LOSS_TERMS = ("total", "ce", "ds", "pt")
+"""Loss terms that a training step reports, in this order: cross-entropy, soft predictions, patience."""

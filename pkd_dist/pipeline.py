@@ -29,7 +29,7 @@ from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.telemetry.publish import Publication, published
+from pkd_dist.telemetry.publish import Publisher, publishing
 from pkd_dist.training.engine import load_in_background, needs_deepspeed
 
 STAGES: tuple[Stage[Any], ...] = tuple(import_module(f"pkd_dist.stages.{name}").STAGE for name in NAMES)
@@ -83,14 +83,14 @@ def run(
             "%d rank(s) started by %s on %s; training in %s, the teacher in %s", world.size, world.launcher,
             world.device.type, resolved.precision, resolved.teacher_precision,
         )  # fmt: skip
-        with _telemetry(resolved, world, access) as (telemetry, publication):
+        with _telemetry(resolved, world, access) as (telemetry, publisher):
             context = Context(resolved, world, telemetry, VERSIONS)
             markers = Markers(resolved.paths.run, translate)
             world.on_main(markers.upgrade)
             for stage in STAGES[: NAMES.index(names[-1]) + 1]:
                 _run_stage(stage, context, markers, stage.name in names)
-                if publication:
-                    publication.push()
+                if publisher:
+                    publisher.push()
     return context
 
 
@@ -142,7 +142,7 @@ def _outcome(stage: Stage[Any], context: Context, markers: Markers) -> Any:
 
 
 @contextlib.contextmanager
-def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Telemetry, Publication | None]]:
+def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Telemetry, Publisher | None]]:
     """Make the run's metrics, and publish them for the block; collective."""
     folder, config = run.paths.run, run.config
     node = _node(world)
@@ -157,11 +157,11 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
         metrics.watch_gpu(world.device)
     also = trackers.Trackers(folder, config.trackers, config.model_dump(mode="json"))
     with contextlib.ExitStack() as stack:
-        publication = world.together(
-            lambda: stack.enter_context(published(metrics, config.metrics, access, folder, node))
+        publisher = world.together(
+            lambda: stack.enter_context(publishing(metrics, config.metrics, access, folder, node))
         )
         try:
-            yield Telemetry(metrics, world.main, also), publication
+            yield Telemetry(metrics, world.main, also), publisher
         except Preempted:
             metrics.preemptions.inc()
             raise

@@ -17,10 +17,12 @@ def reference() -> None:
     Example: pkd metrics reference > docs/metrics.md
     """
     from pkd_dist.config.schema import Metrics
+    from pkd_dist.metric_names import LOSS_TERMS
+    from pkd_dist.stages.base import NAMES
     from pkd_dist.telemetry import metrics
 
     defaults = Metrics()
-    print(metrics.reference(defaults.host, defaults.port), end="")
+    print(metrics.reference(defaults.host, defaults.port, NAMES, LOSS_TERMS), end="")
 
 
 def targets(

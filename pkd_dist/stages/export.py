@@ -13,8 +13,6 @@ from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import SAMPLE, DataOutput, open_tokens
 from pkd_dist.stages.distill import DistillOutput, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
-from pkd_dist.stages.init import InitOutput
-from pkd_dist.stages.run_folder import environment
 from pkd_dist.telemetry.log import log
 
 

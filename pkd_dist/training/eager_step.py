@@ -13,11 +13,11 @@ import torch
 
 from pkd_dist.data.batches import Batch
 from pkd_dist.errors import DivergedError
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.training.clock import StepClock
-from pkd_dist.training.job import TERMS
 from pkd_dist.training.step import StepInputs, StepResult
 
-_TOKENS, _NOT_FINITE, _STOP = range(len(TERMS), len(TERMS) + 3)
+_TOKENS, _NOT_FINITE, _STOP = range(len(LOSS_TERMS), len(LOSS_TERMS) + 3)
 """Places in the sums over ranks, after the loss terms."""
 
 
@@ -34,7 +34,7 @@ class EagerStep:
         micro_batches = self._inputs.batches.step(*self._inputs.position(step))
         clock.ended("data")
         sums = self._forward_backward(micro_batches, clock)
-        local = sums[: len(TERMS)].copy()
+        local = sums[: len(LOSS_TERMS)].copy()
         sums[_NOT_FINITE] = not np.isfinite(local).all()
         sums[_STOP] = self._world.stop_signal()
         sums = self._world.sum(sums)
@@ -42,7 +42,7 @@ class EagerStep:
         clock.ended("ranks")
         if sums[_NOT_FINITE]:
             finite = bool(np.isfinite(local).all())
-            self._inputs.diverged("the loss", step + 1, local, finite, sums[: len(TERMS)])
+            self._inputs.diverged("the loss", step + 1, local, finite, sums[: len(LOSS_TERMS)])
         try:
             norm = self._engine.step(step)
         except DivergedError:
@@ -51,7 +51,7 @@ class EagerStep:
         clock.ended("optimizer")
         return StepResult(
             step=step + 1,
-            terms=dict(zip(TERMS, sums.tolist(), strict=False)),
+            terms=dict(zip(LOSS_TERMS, sums.tolist(), strict=False)),
             grad_norm=norm,
             learning_rate=self._engine.schedule.learning_rate(step),
             examples=self._inputs.examples(step),
@@ -62,14 +62,14 @@ class EagerStep:
 
     def _forward_backward(self, micro_batches: list[Batch], clock: StepClock) -> np.ndarray:
         """Accumulate the step's gradients; return this rank's loss terms and tokens, with room for what ranks agree on."""
-        sums = np.zeros(len(TERMS) + 3)
+        sums = np.zeros(len(LOSS_TERMS) + 3)
         for i, batch in enumerate(micro_batches):
             batch = self._inputs.with_teacher(batch).to(self._world.device)
             terms = self._job.losses(self._engine, batch)
             weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
             clock.ended("forward")
             self._engine.backward(weighted["total"])
-            for k, name in enumerate(TERMS):
+            for k, name in enumerate(LOSS_TERMS):
                 if name in weighted:
                     sums[k] += float(weighted[name].detach())
             sums[_TOKENS] += batch.tokens

@@ -23,9 +23,10 @@ from torch import nn
 
 from pkd_dist.data.batches import Batch, collate
 from pkd_dist.data.on_device import DeviceTokens, Rows, open_device_tokens
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
-from pkd_dist.training.job import TERMS, LossTerms
+from pkd_dist.training.job import LossTerms
 from pkd_dist.training.optimization import autocast, set_learning_rate
 from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import StepInputs, StepResult
@@ -91,7 +92,7 @@ class GraphStep:
             return None
         done, self._launched = self._launched, None
         values, on_device = done.values.read()
-        terms, norm = values[: len(TERMS)], float(values[-1])
+        terms, norm = values[: len(LOSS_TERMS)], float(values[-1])
         if not np.isfinite(values).all():
             finite = bool(np.isfinite(terms).all())
             self._inputs.diverged("the gradient" if finite else "the loss", done.step, terms, finite, terms)
@@ -102,7 +103,7 @@ class GraphStep:
         parts = {"data": data, "forward": min(done.teacher_seconds, idle - data), "device": on_device}
         return StepResult(
             step=done.step,
-            terms=dict(zip(TERMS, terms.tolist(), strict=True)),
+            terms=dict(zip(LOSS_TERMS, terms.tolist(), strict=True)),
             grad_norm=norm,
             learning_rate=done.learning_rate,
             examples=done.examples,
@@ -206,7 +207,7 @@ class GraphUpdate:
         self._parameters = [p for group in self._adam.param_groups for p in group["params"]]
         self._cast = _CastModule(engine.module, device, dtype) if dtype else None
         self._module: Callable[..., Any] = self._cast or engine.module
-        self._values = torch.zeros(len(TERMS) + 1, device=device)
+        self._values = torch.zeros(len(LOSS_TERMS) + 1, device=device)
         self._graphs: dict[tuple[int, ...], Captured | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
@@ -267,7 +268,7 @@ class GraphUpdate:
         sums["total"].backward()
         if self._cast:
             self._cast.cast_gradients()
-        return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in TERMS]
+        return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in LOSS_TERMS]
 
     def _captured(self, batch: Batch | Rows) -> Captured | None:
         if self._graphs is None:

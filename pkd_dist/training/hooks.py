@@ -16,13 +16,13 @@ from pkd_dist.errors import Preempted
 from pkd_dist.evaluation.metrics import score
 from pkd_dist.evaluation.scoring import evaluating, predict
 from pkd_dist.files import sha256, write_atomically
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
 from pkd_dist.telemetry.trackers import Tracking
 from pkd_dist.training import checkpoint
-from pkd_dist.training.job import TERMS
 from pkd_dist.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class RecordsHook(Hook):
                 "step": result.step,
                 "epoch": round(result.step / trainer.steps_per_epoch, 6),
                 "loss": result.terms["total"],
-                **{f"loss_{name}": result.terms[name] for name in TERMS[1:]},
+                **{f"loss_{name}": result.terms[name] for name in LOSS_TERMS[1:]},
                 "learning_rate": result.learning_rate,
                 "grad_norm": result.grad_norm,
                 **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
@@ -155,7 +155,7 @@ class BarHook(Hook):
 
     def on_result(self, trainer: Trainer, result: StepResult) -> None:
         terms = result.terms
-        parts = " ".join(f"{name} {terms[name]:.4g}" for name in TERMS[1:] if terms[name])
+        parts = " ".join(f"{name} {terms[name]:.4g}" for name in LOSS_TERMS[1:] if terms[name])
         self._bar.advance(1, f"loss {terms['total']:.4f} ({parts}) {result.samples_per_second:.0f} samples/s")
 
     def on_end(self, trainer: Trainer, completed: bool) -> None:

@@ -15,9 +15,6 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.model.encoder import Encoder
 
-TERMS = ("total", "ce", "ds", "pt")
-"""Loss terms that a step reports, in this order everywhere."""
-
 Forward = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 """(inputs, layers, tokens) -> logits and hidden states: an `Encoder`, or an engine around one."""
 LossTerms = Callable[[Forward, Batch], dict[str, torch.Tensor]]
@@ -30,7 +27,7 @@ class Job:
     Attributes:
         name: for messages: `teacher` or `distill`.
         module: trained in place.
-        losses: (module or engine, batch) -> per-example terms (B,), named as in `TERMS`; `total` is required. It must use
+        losses: (module or engine, batch) -> per-example terms (B,), named as in `LOSS_TERMS`; `total` is required. It must use
             tensor operations only, because a GPU captures and replays it.
         settings: the optimizer's settings and the batch size.
         deepspeed: the DeepSpeed JSON.

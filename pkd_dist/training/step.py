@@ -11,8 +11,9 @@ import numpy as np
 from pkd_dist.data.batches import Batch, TrainingBatches
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.training.engine import Engine
-from pkd_dist.training.job import TERMS, Job
+from pkd_dist.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class StepResult:
 
     Attributes:
         step: its number, counted from 1.
-        terms: every term of `TERMS`, summed over the global batch with its weights; 0 if the losses lack it.
+        terms: every term of `LOSS_TERMS`, summed over the global batch with its weights; 0 if the losses lack it.
         grad_norm: global norm before clipping.
         examples, tokens: of the global batch, without padding.
         seconds: on this rank: `step`, and its parts (see `clock.PARTS`).
@@ -113,11 +114,11 @@ class StepInputs:
             finite: whether this rank's own loss and gradient are finite.
             shown: the loss terms for the metrics; may be empty.
         """
-        every = self.world.gather((finite, dict(zip(TERMS, local.tolist(), strict=True))))
+        every = self.world.gather((finite, dict(zip(LOSS_TERMS, local.tolist(), strict=True))))
         rank = next((rank for rank, (good, _) in enumerate(every) if not good), 0)
         terms = ", ".join(f"{name} {value:.4g}" for name, value in every[rank][1].items())
         raise NonFiniteError(
             f"{self.job.name}: {what} is not finite at step {step} (rank {rank}: {terms}); nothing of this step is saved; "
             "lower the learning rate, or check the data of this step",
-            dict(zip(TERMS, shown.tolist(), strict=False)),
+            dict(zip(LOSS_TERMS, shown.tolist(), strict=False)),
         )

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pkd_dist.config import load as config_load
 from pkd_dist.config import schema
 from pkd_dist.errors import UserError
-from pkd_dist.pipeline import STAGES
+from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.stages.base import NAMES as STAGES
 from pkd_dist.telemetry.metrics import EVAL_METRICS, STEP_SECONDS_BUCKETS, RunMetrics, reference
-from pkd_dist.training.job import TERMS
 
 SPEC = {
     "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds",
@@ -45,9 +45,11 @@ def test_every_metric_exists_and_passes_promtool(prometheus_programs):
 
 def test_label_values_are_documented():
     rows = {
-        line.split("`")[1]: line for line in reference("h", 1, STAGES, TERMS).splitlines() if line.startswith("| `")
+        line.split("`")[1]: line
+        for line in reference("h", 1, STAGES, LOSS_TERMS).splitlines()
+        if line.startswith("| `")
     }
-    for name, values in {"pkd_stage": STAGES, "pkd_loss": TERMS, "pkd_eval_metric": EVAL_METRICS}.items():
+    for name, values in {"pkd_stage": STAGES, "pkd_loss": LOSS_TERMS, "pkd_eval_metric": EVAL_METRICS}.items():
         assert [word for word in rows[name].split("`")[1::2] if word in values] == list(values)
 
 
@@ -124,7 +126,7 @@ def test_gpu_memory_is_read_at_each_scrape(monkeypatch):
 
 def test_documentation_is_current():
     defaults = schema.Metrics()
-    text = reference(defaults.host, defaults.port, STAGES, TERMS)
+    text = reference(defaults.host, defaults.port, STAGES, LOSS_TERMS)
     assert all(f"| `{name}` |" in text for name in SPEC)
     assert (ROOT / "docs/metrics.md").read_text() == text, "run `make docs`"
 
