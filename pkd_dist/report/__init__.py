@@ -1,5 +1,4 @@
-"""The report of a run: report.html, one self-contained file.
+"""The report of a run, report.html: one self-contained file.
 
-stage markers, config.yaml, metrics.jsonl, predictions, export manifest
-    -> run.from_markers -> Run -> notices (text), charts (inline SVG) -> pages.write -> report.html
+    run.Run -> notices (text), charts (inline SVG) -> pages.write -> report.html
 """

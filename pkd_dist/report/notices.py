@@ -58,15 +58,15 @@ def _on_classes(run: Run) -> Iterator[str]:
 
 
 def _on_data(run: Run) -> Iterator[str]:
-    for data in run.data.values():
+    for name, data in run.data.items():
         if data.truncated:
             yield (
-                f"{data.truncated:,} of {data.examples:,} {data.name} examples ({data.truncated / data.examples:.1%}) were "
+                f"{data.truncated:,} of {data.examples:,} {name} examples ({data.truncated / data.examples:.1%}) were "
                 f"truncated to {run.config.task.max_length} tokens; increase task.max_length to keep their full text."
             )
-    for data in run.data.values():
+    for name, data in run.data.items():
         for note in data.notes:
-            yield f"{data.name.capitalize().replace('_', ' ')} data: {note}."
+            yield f"{name.capitalize().replace('_', ' ')} data: {note}."
     counts = run.data["train"].per_class
     if counts and max(counts) > 10 * min(counts):
         most, least = int(np.argmax(counts)), int(np.argmin(counts))

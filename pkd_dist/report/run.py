@@ -1,6 +1,6 @@
 """A finished run as the report shows it.
 
-`read.from_markers` builds a `Run`; notices, charts and pages take it. Array suffixes: N dev examples, C classes, S logged steps.
+The stage `report` builds a `Run`; notices, charts and pages take it. Array suffixes: N dev examples, C classes, S logged steps.
 """
 
 from __future__ import annotations
@@ -12,30 +12,12 @@ from functools import cached_property
 import numpy as np
 
 from pkd_dist.config.schema import Config
+from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.data.tasks import Task
+from pkd_dist.environment import Environment
 from pkd_dist.evaluation.predictions import SIDES, Predictions
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import percent
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What the run was resolved to at its start: section `resolved` of config.yaml."""
-
-    versions: Mapping[str, str]
-    git_revision: str | None
-    world_size: int
-    launcher: str
-    device: str
-    precision: str
-    teacher_precision: str
-    zero_stage: int
-    teacher_layers: int
-    student_layers: int
-    patience_pairs: tuple[tuple[int, int], ...]
-    """(student layer, teacher layer), from 1; 0 is the embeddings."""
-    beta_mean: float
-    beta_sum: float
 
 
 @dataclass(frozen=True)
@@ -52,28 +34,6 @@ class StageTime:
     seconds: float
     starts: int
     stopped: int
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A token set: the training data, a split, or the text for distillation.
-
-    Attributes:
-        longest: tokens of the longest example.
-        truncated: number of truncated examples.
-        notes: remarks on examples that were left out.
-        per_class: number of examples of each class; empty if unknown or a regression.
-    """
-
-    name: str
-    source: str
-    examples: int
-    labelled: int
-    tokens: int
-    longest: int
-    truncated: int
-    notes: tuple[str, ...]
-    per_class: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -241,7 +201,7 @@ class Run:
     stages: tuple[StageTime, ...]
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
-    data: Mapping[str, DataSet]
+    data: Mapping[str, TokenSetSummary]
     teacher_history: tuple[Evaluation, ...]
     initialized_from: str
     copied_layers: tuple[int, ...] | None

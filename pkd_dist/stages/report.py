@@ -1,15 +1,40 @@
-"""The stage `report`: writes RUN/report.html."""
+"""The stage `report`: writes RUN/report.html.
+
+Outputs of all stages, metrics.jsonl, predictions and the export's manifest -> `view` -> report.run.Run -> report.pages
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from pkd_dist.config.schema import Config
+from pkd_dist.data.tasks import Task
+from pkd_dist.environment import Environment
+from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.predictions import SIDES, Predictions
+from pkd_dist.evaluation.table import table_rows
+from pkd_dist.export import manifest
+from pkd_dist.export.manifest import Manifest
 from pkd_dist.files import digest_of
+from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.report import pages
-from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
+from pkd_dist.report import run as shown
+from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent
 from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import DataOutput
+from pkd_dist.stages.distill import DistillOutput
 from pkd_dist.stages.evaluate import EvaluateOutput
 from pkd_dist.stages.export import ExportOutput
+from pkd_dist.stages.init import InitOutput
+from pkd_dist.stages.progress import EpochScores
+from pkd_dist.stages.run_folder import environment
+from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.stages.translation import translate
+from pkd_dist.telemetry import records
+from pkd_dist.telemetry.records import Record
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,33 @@ def inputs(context: Context) -> Inputs:
 
 
 def run(context: Context) -> ReportOutput:
-    return context.world.on_main(lambda: ReportOutput(pages.write(context.resolved.paths.run)["bytes"]))
+    return context.world.on_main(lambda: _write(context))
+
+
+def _write(context: Context) -> ReportOutput:
+    resolved, paths = context.resolved, context.resolved.paths
+    outputs = Outputs(
+        data=context.output(DataOutput),
+        teacher=context.output(TeacherOutput),
+        init=context.output(InitOutput),
+        distill=context.output(DistillOutput),
+        evaluate=context.output(EvaluateOutput),
+        export=context.output(ExportOutput),
+    )
+    page = view(
+        Settings(resolved.config, resolved.task, environment(resolved, context.world), resolved.copied_layers),
+        outputs,
+        _times(Markers(paths.run, translate)),
+        list(records.read(paths.records)),
+        predictions.read(paths.predictions)["dev"],
+        manifest.read(paths.export),
+    )
+    return ReportOutput(pages.write(page, paths.report))
+
+
+def _times(markers: Markers) -> list[shown.StageTime]:
+    found = [(name, markers.read(name)) for name in NAMES]
+    return [shown.StageTime(name, m.seconds, m.starts, m.stopped) for name, m in found if m is not None and m.done]
 
 
 def missing(context: Context, output: ReportOutput) -> str | None:
@@ -44,3 +95,146 @@ def artifacts(context: Context) -> Artifacts:
 
 
 STAGE = Stage("report", VERSION, ReportOutput, inputs, run, missing, artifacts)
+
+
+# ------------------------------------------------------------------------------------------------ what the page shows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the run was configured and resolved to."""
+
+    config: Config
+    task: Task
+    environment: Environment
+    copied_layers: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the stages before this one handed on."""
+
+    data: DataOutput
+    teacher: TeacherOutput
+    init: InitOutput
+    distill: DistillOutput
+    evaluate: EvaluateOutput
+    export: ExportOutput
+
+
+def view(
+    settings: Settings,
+    outputs: Outputs,
+    times: Sequence[shown.StageTime],
+    lines: Sequence[Record],
+    dev: Predictions,
+    exported: Manifest,
+) -> shown.Run:
+    """Return the run as the report shows it.
+
+    Args:
+        times: of the finished stages, in order.
+        lines: of metrics.jsonl.
+        dev: predictions of both models on dev.
+    """
+    return shown.Run(
+        config=settings.config,
+        task=settings.task,
+        environment=settings.environment,
+        stages=tuple(times),
+        classes=outputs.data.classes,
+        class_names=outputs.data.class_names,
+        data=outputs.data.sets,
+        teacher_history=_history(outputs.teacher.history),
+        initialized_from=outputs.init.made_of,
+        copied_layers=settings.copied_layers,
+        distillation=_distillation(outputs.distill, [line for line in lines if "split" in line]),
+        steps=_steps([line for line in lines if "split" not in line]),
+        results=_results(outputs.evaluate),
+        dev=dev,
+        export=_export(exported, outputs.export),
+    )
+
+
+def _history(entries: Iterable[EpochScores]) -> tuple[shown.Evaluation, ...]:
+    return tuple(shown.Evaluation(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
+
+
+def _distillation(output: DistillOutput, evaluations: Iterable[Record]) -> shown.Distillation:
+    return shown.Distillation(
+        best_epoch=output.best_epoch,
+        best_metric=output.best_metric,
+        history=_history(output.history),
+        steps=output.steps,
+        samples=output.samples,
+        tokens=output.tokens,
+        evaluation_seconds=sum(line["seconds"]["evaluation"] for line in evaluations if "seconds" in line),
+    )
+
+
+def _steps(lines: Sequence[Record]) -> shown.Steps:
+    losses = [records.losses(line) for line in lines]
+    return shown.Steps(
+        step_S=np.asarray([line["step"] for line in lines], np.int64),
+        losses={
+            term: np.asarray([loss[term] for loss in losses], np.float64) for term in (losses[0] if losses else ())
+        },
+        learning_rate_S=np.asarray([line["learning_rate"] for line in lines], np.float64),
+        grad_norm_S=np.asarray([line["grad_norm"] for line in lines], np.float64),
+        seconds=tuple(line["seconds"] for line in lines if "seconds" in line),
+    )
+
+
+def _scores(content: Json) -> shown.Scores:
+    low_high = content.get("accuracy_interval_95")
+    return shown.Scores(
+        main_metric=content[MAIN_METRIC],
+        accuracy=content.get("accuracy"),
+        accuracy_interval=(low_high[0], low_high[1]) if low_high else None,
+        precision=content.get("precision"),
+        recall=content.get("recall"),
+    )
+
+
+def _results(output: EvaluateOutput) -> shown.Results:
+    content, ratios = output.results, output.results["compression"]
+    return shown.Results(
+        task=content["task"],
+        split=content["split"],
+        examples=content["n"],
+        models={
+            side: shown.ModelResult(
+                scores=_scores(content[side]),
+                parameters=content[side]["parameters"],
+                sentences_per_second=content[side]["reasoningTime"],
+                rates=tuple(output.rates[side]),
+                latencies_ms=tuple(output.latencies_ms[side]),
+            )
+            for side in SIDES
+        },
+        splits=tuple(
+            shown.SplitResult(name, both["n"], _scores(both["teacher"]), _scores(both["student"]), both["agreement"])
+            for name, both in content["splits"].items()
+        ),
+        compression=shown.Compression(ratios["parameters"], ratios["throughput"], ratios["retention"], ratios["agreement"]),
+        table=tuple(table_rows(content)),
+    )
+
+
+def _export(content: Manifest, output: ExportOutput) -> shown.Export:
+    return shown.Export(
+        processor=content["measured_on"]["processor"],
+        files=tuple(
+            shown.ExportFile(
+                name=name,
+                bytes=file["bytes"],
+                main_metric=file[MAIN_METRIC],
+                agreement=file["agreement"],
+                latency_ms_p50=file["latency_ms_p50"],
+                latency_ms_p99=file["latency_ms_p99"],
+                sentences_per_second=file["reasoningTime"],
+            )
+            for name, file in content["files_on_dev"].items()
+        ),
+        largest_difference=output.largest_difference,
+    )

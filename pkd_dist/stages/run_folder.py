@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 
 from pkd_dist import __version__
 from pkd_dist.distributed.world import World
+from pkd_dist.environment import Environment
 from pkd_dist.errors import UserError
 from pkd_dist.files import is_full, remove, write_atomically
 from pkd_dist.lock import Lock
@@ -50,7 +52,7 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         for key, given in (("evaluate.result_dir", run.paths.results.parent), ("cache.dir", run.config.cache.dir)):
             with _writable(key, Path(given or folder)):
                 Path(given or folder).mkdir(parents=True, exist_ok=True)
-        content = {**run.config.model_dump(mode="json"), "resolved": environment(run, world)}
+        content = {**run.config.model_dump(mode="json"), "resolved": dataclasses.asdict(environment(run, world))}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_atomically(folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -93,26 +95,26 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
-def environment(run: Resolved, world: World) -> dict[str, object]:
-    """Return what the run was resolved to, beside its settings: the section `resolved` of config.yaml."""
+def environment(run: Resolved, world: World) -> Environment:
+    """Return what the run was resolved to, beside its settings."""
     beta, scale = run.config.distill.beta, max(1, len(run.pairs) * run.teacher_width)
     is_mean = run.config.distill.pt_reduction == "mean"
-    return {
-        "versions": {"pkd_dist": __version__, "python": platform.python_version()}
-        | {name: found for name in _LIBRARIES if (found := _version(name))},
-        "git_revision": _git_revision(),
-        "world_size": world.size,
-        "launcher": world.launcher,
-        "device": world.device.type,
-        "precision": run.precision,
-        "teacher_precision": run.teacher_precision,
-        "deepspeed": run.deepspeed,
-        "teacher_layers": run.teacher_layers,
-        "student_layers": run.student_layers,
-        "patience_pairs": [list(pair) for pair in run.pairs],
-        "beta_mean": beta if is_mean else beta * scale,
-        "beta_sum": beta / scale if is_mean else beta,
-    }
+    libraries = {name: found for name in _LIBRARIES if (found := _version(name))}
+    return Environment(
+        versions={"pkd_dist": __version__, "python": platform.python_version(), **libraries},
+        git_revision=_git_revision(),
+        world_size=world.size,
+        launcher=world.launcher,
+        device=world.device.type,
+        precision=run.precision,
+        teacher_precision=run.teacher_precision,
+        deepspeed=run.deepspeed,
+        teacher_layers=run.teacher_layers,
+        student_layers=run.student_layers,
+        patience_pairs=[list(pair) for pair in run.pairs],
+        beta_mean=beta if is_mean else beta * scale,
+        beta_sum=beta / scale if is_mean else beta,
+    )
 
 
 def _version(library: str) -> str | None:
