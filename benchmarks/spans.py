@@ -1,5 +1,5 @@
-"""Where the time of a process goes, by the functions that were named beforehand: each second counts once, for the
-innermost of them. Standard library alone, so that what is measured may be the imports."""
+"""Time by named functions: each second counts once, for the innermost. Imports the standard library only, so that
+imports can be measured with it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 class Spans:
-    """Exclusive seconds by name, of the thread that made this object; other threads pass unnoticed.
+    """Exclusive seconds by name, in the thread that created this object; other threads are ignored.
 
     Args:
-        mark: name -> a context that is entered with each span.
+        mark: name -> context to enter with each span.
     """
 
     def __init__(self, mark: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()):
@@ -29,7 +29,7 @@ class Spans:
         self._since = time.perf_counter()
 
     def _settle(self) -> None:
-        """Gives the time since the last change to whatever span was innermost."""
+        """Add the time since the last change to the innermost span."""
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
@@ -53,13 +53,13 @@ class Spans:
         @functools.wraps(function)
         def inner(*args: Any, **kwargs: Any) -> Any:
             if self._open and self._open[-1] == name:
-                return function(*args, **kwargs)  # imports call each other tens of thousands of times
+                return function(*args, **kwargs)  # imports nest tens of thousands of times
             with self.span(name):
                 return function(*args, **kwargs)
 
         return inner
 
     def finished(self) -> dict[str, float]:
-        """The seconds so far, spans that are still open included."""
+        """Return the seconds so far, including spans that are still open."""
         self._settle()
         return dict(self.seconds)

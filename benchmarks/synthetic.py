@@ -1,4 +1,4 @@
-"""A teacher of random weights in a known shape: as fast as a real one, for measurements where real weights are not at hand.
+"""Write a teacher with random weights in a known shape: as fast as a real one, for machines without real weights.
 
 python -m benchmarks.synthetic --tokenizer DIR --output DIR [--layers 12] [--hidden 768]
 """
@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from pkd_dist.cli.launch import guarded, leave
+from benchmarks.common import run_program
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import load_tokenizer, locate, save_model
 
 
 def make(tokenizer: str, output: Path, layers: int, hidden: int) -> None:
-    """Writes a classifier of two classes in BERT's shape (base: 12 layers of 768) with another model's tokenizer."""
+    """Write a BERT classifier of two classes with the tokenizer of another model."""
     if output.exists():
-        raise UserError(f"--output: {output} is there already; give another folder")
+        raise UserError(f"--output: {output} exists; choose another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_tokenizer(locate(tokenizer, "--tokenizer"), "--tokenizer")
     torch.manual_seed(1)
@@ -33,12 +33,12 @@ def make(tokenizer: str, output: Path, layers: int, hidden: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__)
-    parser.add_argument("--tokenizer", required=True, help="a model folder, or package:NAME")
+    parser.add_argument("--tokenizer", required=True, help="model folder, or package:NAME")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     options = parser.parse_args()
-    leave(guarded(lambda: make(options.tokenizer, options.output, options.layers, options.hidden)))
+    run_program(lambda: make(options.tokenizer, options.output, options.layers, options.hidden))
 
 
 if __name__ == "__main__":

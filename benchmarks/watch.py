@@ -1,11 +1,10 @@
-"""Runs a command to its end and notes what it needs: wall time, the memory of each of its processes, and how contended
-the cores were meanwhile."""
+"""Run a command to its end and record its wall time, the memory of its processes, and how busy the cores were."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
+import signal
 import subprocess
 import threading
 import time
@@ -15,24 +14,24 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.faults.tiny import environment
+from benchmarks.faults.tiny import ROOT, environment
+from pkd_dist.errors import UserError
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-"""Of the environment of a process that is to use the CPU alone."""
 _STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file", "RssShmem": "shared"}
 
 
 @dataclass
 class Memory:
-    """The most that was seen of one process, bytes.
+    """The maximum seen of one process, in bytes.
 
     Attributes:
-        command: its argument vector, joined.
-        peak: of its resident set, as the kernel counted it (pages of mapped files included).
-        anonymous: its own memory, that cannot be dropped.
-        file: resident pages of mapped files, which the kernel drops where it needs the room.
+        command: its arguments, joined.
+        peak: resident set as the kernel counts it, pages of mapped files included.
+        anonymous: its own memory, which the kernel cannot drop.
+        file: resident pages of mapped files, which the kernel drops when it needs memory.
         shared: shared memory.
-        proportional: the resident set, each page divided by the processes that share it (PSS); 0 where not asked for.
+        proportional: resident set with each page divided among the processes that share it (PSS); 0 if not measured.
     """
 
     command: str
@@ -45,101 +44,129 @@ class Memory:
 
 @dataclass
 class Watched:
-    """seconds: wall. status: of the command. memory: by process id. waiting_share: see `waited_seconds`."""
+    """A finished command.
+
+    Attributes:
+        seconds: wall time.
+        waiting_share: share of that time in which some task waited for a core.
+        started: time of the start, seconds since 1970.
+        memory: by process id.
+        stopped: whether `stop_when` ended it.
+    """
 
     seconds: float
     status: int
     waiting_share: float
     started: float
     memory: dict[int, Memory] = field(default_factory=dict)
+    stopped: bool = False
 
     @property
     def peak_bytes(self) -> int:
-        """Of all processes of the command together, launchers included; each at its own peak."""
+        """Sum over all processes, launchers included, each at its own peak."""
         return sum(process.peak for process in self.memory.values())
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def waited_seconds() -> float:
-    """Seconds in which some task waited for a core, since the start of the machine (pressure stall information)."""
+    """Return the seconds since boot in which some task waited for a core (pressure stall information)."""
     pressure = Path("/proc/pressure/cpu")
     return int(pressure.read_text().split("total=")[1].split()[0]) / 1e6 if pressure.exists() else float("nan")
 
 
-def processor() -> str:
-    """What the machine calls its processor."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
+def is_rank(argv: str) -> bool:
+    """Return whether a process runs launcher/train.py itself, rather than starting processes that do."""
+    before, found, _ = argv.partition("launcher/train.py")
+    return bool(found) and "deepspeed" not in before and "torch.distributed" not in before
+
+
+def _stop_a_rank(family: Sequence[psutil.Process]) -> bool:
+    """Send SIGTERM to one rank, which makes all stop; False if there is none."""
+    ranks = [each for each in family if is_rank(" ".join(each.cmdline()))]
+    if ranks:
+        os.kill(ranks[0].pid, signal.SIGTERM)
+    return bool(ranks)
 
 
 def run(
-    command: Sequence[str | Path],
+    argv: Sequence[str | Path],
     log: Path,
-    threads: int,
-    seconds_between: float = 0.5,
-    proportional: bool = False,
-    tick: Callable[[subprocess.Popen[bytes]], None] = lambda process: None,
+    threads: int = 1,
     extra: Mapping[str, str] | None = None,
+    interval_seconds: float = 0.5,
+    proportional: bool = False,
+    stop_when: Callable[[], bool] | None = None,
 ) -> Watched:
-    """Runs a command in the project's folder; its output goes to `log`.
+    """Run a command in the project's folder, with its output in `log`.
 
     Args:
         threads: of each of its processes.
-        seconds_between: looks at its memory.
-        proportional: also read PSS, which takes the kernel milliseconds a look.
-        tick: called at each look.
-        extra: more environment.
+        extra: additions to the environment.
+        interval_seconds: between two looks at its memory.
+        proportional: also read PSS, which costs milliseconds each time.
+        stop_when: asked at each look; once true, one rank gets SIGTERM.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(__file__).parents[1]
     chosen = environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore", **(extra or {}))
-    waited, started, clock = waited_seconds(), time.time(), time.perf_counter()
+    waited, clock = waited_seconds(), time.perf_counter()
+    watched = Watched(0.0, 0, 0.0, time.time())
     with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=root, env=chosen, stdout=output, stderr=subprocess.STDOUT
-        )
-    memory: dict[int, Memory] = {}
+        process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=chosen, stdout=output, stderr=subprocess.STDOUT)
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(seconds_between):
+        while not ended.wait(interval_seconds):
             with contextlib.suppress(psutil.Error):
-                for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                    _look_at(each, memory, proportional)
-            tick(process)
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                for each in family:
+                    _look_at(each, watched.memory, proportional)
+                if stop_when and not watched.stopped and stop_when():
+                    watched.stopped = _stop_a_rank(family)
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
     try:
-        status = process.wait()
+        watched.status = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
     finally:
-        seconds = time.perf_counter() - clock
+        watched.seconds = time.perf_counter() - clock
         ended.set()
         looking.join()
-    return Watched(seconds, status, (waited_seconds() - waited) / seconds, started, memory)
+    watched.waiting_share = (waited_seconds() - waited) / watched.seconds
+    return watched
+
+
+def run_checked(
+    program: str,
+    argv: Sequence[str | Path],
+    log: Path,
+    ranks: int = 1,
+    gpu: bool = False,
+    interval_seconds: float = 0.5,
+    proportional: bool = False,
+    stop_when: Callable[[], bool] | None = None,
+) -> Watched:
+    """Run a command whose `ranks` processes share the cores. Raises UserError, which names the log, if it fails."""
+    threads, extra = max(1, cores() // max(1, ranks)), {} if gpu else WITHOUT_GPU
+    watched = run(argv, log, threads, extra, interval_seconds, proportional, stop_when)
+    if watched.status and not watched.stopped:
+        raise UserError(f"{program}: {log.stem} ended with status {watched.status}; see {log}")
+    return watched
 
 
 def _look_at(process: psutil.Process, memory: dict[int, Memory], proportional: bool) -> None:
     with contextlib.suppress(psutil.Error, OSError):
         known = memory.setdefault(process.pid, Memory(" ".join(process.cmdline())))
-        lines = dict(
-            line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if ":" in line
-        )
-        for name, kept in _STATUS_FIELDS.items():
-            if name in lines:
-                setattr(known, kept, max(getattr(known, kept), int(lines[name].split()[0]) * 1024))
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if kept := _STATUS_FIELDS.get(name):
+                setattr(known, kept, max(getattr(known, kept), int(value.split()[0]) * 1024))
         if proportional:
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            found = int(text.split("\nPss:")[1].split()[0]) * 1024
-            known.proportional = max(known.proportional, found)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+            known.proportional = max(known.proportional, int(text.split("\nPss:")[1].split()[0]) * 1024)

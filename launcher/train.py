@@ -1,4 +1,4 @@
-"""Starts a run under any launcher: argv -> config -> pipeline.
+"""Run a whole distillation under any launcher: argv -> config -> pipeline.
 
 deepspeed [launcher flags] launcher/train.py --config FILE [section.key=value ...]
 python | torchrun | mpirun -np N python | srun python   launcher/train.py --config FILE ...

@@ -1,4 +1,4 @@
-"""A tiny model of random weights of each family that is known to work, with its tokenizer; nothing is fetched."""
+"""A tiny random model of each tested family, with its tokenizer; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[type[hf.PreTrainedConfig], dict[str, Any]]] = {
     ),
     "modernbert": (hf.ModernBertConfig, BERT | {"local_attention": 4, "classifier_pooling": "mean"}),
 }
-"""Per family: its configuration and the fields that make it tiny, those that set it apart among them."""
+"""Family -> its configuration class and the fields of a tiny model, including those that only this family has."""
 
 
 def shape_of(family: str, **fields: Any) -> hf.PreTrainedConfig:
@@ -46,7 +46,11 @@ def shape_of(family: str, **fields: Any) -> hf.PreTrainedConfig:
 
 
 def make_tokenizer(special: list[str]) -> hf.PreTrainedTokenizerFast:
-    """Whole words; [CLS] first, [SEP] after each text, types 0 and 1: as BERT's or, by its special tokens, RoBERTa's."""
+    """Return a tokenizer of words, with [CLS] first, [SEP] after each text, and token types 0 and 1.
+
+    Args:
+        special: BERT_SPECIAL or ROBERTA_SPECIAL.
+    """
     pad, unknown, start, end = (special[i] for i in ((0, 1, 2, 3) if special[0] == "[PAD]" else (1, 3, 0, 2)))
     ids = {word: i for i, word in enumerate([*special, *WORDS])}
     made = Tokenizer(models.WordLevel(ids, unk_token=unknown))
@@ -69,8 +73,14 @@ def tokenizer_of(family: str) -> hf.PreTrainedTokenizerFast:
 def make_folder(
     folder: Path, family: str, classifier: bool = False, names: tuple[str, ...] = ("no", "yes"), **fields: Any
 ) -> str:
-    """A Hugging Face folder: a body, or a classifier of classes `names`. Its tokenizer gives token types, whatever the
-    family."""
+    """Write a Hugging Face folder and return its path.
+
+    Its tokenizer returns token types for every family.
+
+    Args:
+        classifier: A classifier of the classes `names`, not a body alone.
+        fields: Of the model's configuration.
+    """
     torch.manual_seed(3)
     config = shape_of(family, **fields)
     if classifier:

@@ -1,4 +1,4 @@
-"""Run folders as the pipeline leaves them before the report, made in a moment."""
+"""Run folders as the pipeline leaves them before the report stage, without running it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import yaml
 from safetensors.numpy import save_file
 
 from pkd_dist.config.schema import Config
-from pkd_dist.evaluation import predictions as answers
+from pkd_dist.evaluation import predictions
+from pkd_dist.export import manifest
 
 EXAMPLES = 200
 
@@ -26,7 +27,7 @@ def make_run(
     seed: int = 0,
     **settings: Any,
 ) -> Path:
-    """`settings` are sections of the configuration. The dev data stand beside the folder, in `data/`."""
+    """Write a run folder, and its dev data next to it in `data/`. `settings` are sections of the configuration."""
     data = folder.parent / "data"
     task = {"name": "custom", "data": str(data), "text": ["text"], "label": "label", "max_length": 128}
     task |= {"kind": "regression"} if regression else {}
@@ -39,9 +40,10 @@ def make_run(
     }  # fmt: skip
     (folder / "stages").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resolved": resolved}))
-    labels, logits = _said(list(names), regression, seed)
+    labels, logits = _labels_and_logits(list(names), regression, seed)
     ids = _write_dev(data, list(names), labels, regression)
-    write_answers(folder, ids, labels, logits)
+    write_predictions(folder, ids, labels, logits)
+    _write_export(folder / "export")
     for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
         marker = {"done": True, "inputs": {}, "outputs": outputs, "seconds": 12.5, "starts": 1, "stopped": 0}
         (folder / "stages" / f"{name}.json").write_text(json.dumps(marker))
@@ -50,16 +52,16 @@ def make_run(
     return folder
 
 
-def write_answers(folder: Path, ids: np.ndarray, labels: np.ndarray, logits: dict[str, np.ndarray]) -> None:
+def write_predictions(folder: Path, ids: np.ndarray, labels: np.ndarray, logits: dict[str, np.ndarray]) -> None:
     tensors = {
         "dev.ids": ids,
         "dev.labels": labels,
         **{f"dev.{side}": x.astype(np.float32) for side, x in logits.items()},
     }
-    save_file(tensors, folder / answers.FILE)
+    save_file(tensors, folder / predictions.FILE)
 
 
-def _said(names: list[str], regression: bool, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _labels_and_logits(names: list[str], regression: bool, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     if regression:
         labels = rng.uniform(0, 5, EXAMPLES).astype(np.float32)
@@ -75,7 +77,7 @@ def _said(names: list[str], regression: bool, seed: int) -> tuple[np.ndarray, di
 
 
 def _write_dev(data: Path, names: list[str], labels: np.ndarray, regression: bool) -> np.ndarray:
-    """Writes dev.tsv; returns the ids of its examples."""
+    """Write dev.tsv and return the ids of its examples."""
     from pkd_dist.data import text
     from pkd_dist.data.tasks import Task
 
@@ -105,11 +107,19 @@ def _outputs(
         split["per_class"] = [50] * len(names)
     sides = {side: figures(value, regression) for side, value in (("teacher", 0.82), ("student", 0.8))}
     sides["teacher"] |= {"parameters": 22_713_986, "reasoningTime": 180.0}
-    kept = {"parameters": 2.0, "size": 2.0, "throughput": 2.06, "retention": 0.976, "agreement": 0.915}
+    compression = {"parameters": 2.0, "size": 2.0, "throughput": 2.06, "retention": 0.976, "agreement": 0.915}
     of_student = {k: v for k, v in sides["student"].items() if k != "accuracy_interval_95"}
-    results = {"task": "t", "split": "dev", "n": EXAMPLES, **of_student, **sides, "compression": kept, "splits": {}}
+    results = {
+        "task": "t",
+        "split": "dev",
+        "n": EXAMPLES,
+        **of_student,
+        **sides,
+        "compression": compression,
+        "splits": {},
+    }
     rng = np.random.default_rng(0)
-    evaluated = {
+    evaluation = {
         "results": results,
         "latencies_ms": {side: (scale * rng.lognormal(0, 0.2, 100)).tolist() for side, scale in (("teacher", 10), ("student", 5))},
         "rates": {"teacher": [178.0, 180.0, 181.0], "student": [366.0, 371.0, 380.0]},
@@ -122,15 +132,22 @@ def _outputs(
         },
         "teacher": {"folder": str(folder / "teacher")} | ({"best_epoch": epochs, "history": dev} if history else {}),
         "cache": {"rows": 800, "built": 1},
-        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "parameters": 11_000_000},
+        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "layers": [1, 3, 5], "parameters": 11_000_000},
         "distill": {"best_epoch": epochs, "best_metric": 0.8, "history": dev, "steps": steps, "samples": 7680, "tokens": 90000},
-        "evaluate": evaluated,
+        "evaluate": evaluation,
         "export": {"weights": "x", "largest_difference": 2e-7},
     }  # fmt: skip
 
 
+def _write_export(folder: Path) -> None:
+    speed = {"latency_ms_p50": 5.1, "latency_ms_p99": 9.2, "reasoningTime": 371.0}
+    file = {"largest_difference": 2e-7, "agreement": 1.0, "bytes": 44_000_000, "main_metric": 0.8, **speed}
+    folder.mkdir()
+    manifest.write(folder, {"files_on_dev": {"model.safetensors": file}, "measured_on": {"processor": "a processor"}})
+
+
 def figures(value: float, regression: bool) -> dict[str, Any]:
-    """One side's of results_eval.json."""
+    """Return the results of one model in results_eval.json."""
     out: dict[str, Any] = {
         "parameters": 11_000_000,
         "modelSize": 44.0,
@@ -159,7 +176,7 @@ def _write_metrics(path: Path, steps: int, epochs: int, seed: int) -> None:
 
 
 def change(run: Path, stage: str, edit: Any) -> None:
-    """Lets `edit` change what a stage remembers."""
+    """Edit the outputs in the marker of a stage."""
     path = run / "stages" / f"{stage}.json"
     marker = json.loads(path.read_text())
     edit(marker["outputs"])

@@ -1,6 +1,1 @@
-"""A seeded fault campaign: the whole job at small size, disturbed again and again, must end with the undisturbed result.
-
-plan (seed, trial) -> fault, moment, picks
-    trial: site (folder | small disk | two network namespaces) -> start -> strike -> starts again -> comparison
-        campaign: reference, trials.jsonl, summary
-"""
+"""Fault campaign: run the whole job small, disturb it, rerun the same command, and compare the results; see README.md."""

@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.faults.campaign import Campaign, Refused
+from benchmarks.common import RESULTS, ROOT, choices
+from benchmarks.faults.campaign import COUNTED, Campaign, Refused
 from benchmarks.faults.job import Interrupted, Watch
 from benchmarks.faults.plan import WEIGHTS
-from benchmarks.faults.tiny import ROOT
 from benchmarks.faults.trial import Row
 from pkd_dist.files import write_json
 
@@ -25,49 +25,41 @@ NEEDS_ROOT = {"cut-link": ("ip", "taskset"), "fill-disk": ("mount", "umount")}
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.faults",
-        description="Runs the whole job at small size, disturbs it, and compares what comes out with the undisturbed run. "
-        "The same command goes on after a stop.",
-        epilog="example: python -m benchmarks.faults --trials 200 --seed 1; one trial again: --seed 1 --trial 17",
+        description="Run the whole job at a small size, disturb it, rerun the same command, and compare the results with "
+        "an undisturbed run. Rerun the same command to resume a campaign.",
+        epilog="example: python -m benchmarks.faults --trials 200 --seed 1; repeat one trial: --seed 1 --trial 17",
     )
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="trials of the campaign (50)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="a trial follows from (seed, number) (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(seed, number) determines a trial (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of the job, at least 2 (2)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (1)")
     parser.add_argument(
-        "--faults", type=lambda text: text.split(","), default=list(WEIGHTS), metavar="a,b",
-        help="draw from these alone: " + ", ".join(WEIGHTS),
-    )  # fmt: skip
-    parser.add_argument("--trial", type=int, metavar="K", help="repeat this one trial and keep its folder")
+        "--faults", default=",".join(WEIGHTS), metavar="a,b", help="draw only from: " + ", ".join(WEIGHTS)
+    )
+    parser.add_argument("--trial", type=int, metavar="K", help="repeat this trial only, and keep its folder")
     parser.add_argument("--work", type=Path, metavar="DIR", help="work folder (runs/faults-seed-S)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/faults.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json", metavar="FILE")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.faults if name not in WEIGHTS]
-    if unknown:
-        parser.error(f"--faults: {unknown[0]!r} is not a fault; allowed: {', '.join(WEIGHTS)}")
+    options.faults = choices(options.faults, WEIGHTS, "--faults", parser)
     for fault, tools in NEEDS_ROOT.items():
         if fault in options.faults and (os.geteuid() or not all(map(shutil.which, tools))):
-            parser.error(f"{fault} needs root and {', '.join(tools)}; leave it out with --faults")
+            parser.error(f"{fault} needs root and {', '.join(tools)}; choose other faults with --faults")
     if options.ranks < 2:
         parser.error("--ranks: at least 2")
     return options
 
 
 def show(row: Row) -> str:
-    """One line: what was done, how it went, and what was not as it must be."""
-    wrong = [name for name in ("recovered", "identical") if not getattr(row, name)]
+    """Return one line: what was done, how it went, and what failed."""
     out = f"{row.fault} at {row.moment}{f', {row.detail}' if row.detail else ''}; "
     out += f"statuses {' '.join(map(str, row.statuses))}, {row.seconds:.0f} s"
-    if wrong:
-        out += f"; NOT {', NOT '.join(wrong)}"
-    if row.hung:
-        out += "; HUNG"
-    if row.left_behind:
-        out += f"; LEFT BEHIND {', '.join(row.left_behind)}"
-    return out + "".join(f"; PROMISE: {text}" for text in row.broken_promises)
+    wrong = [f"NOT {name}" for name in ("recovered", "identical") if not getattr(row, name)]
+    wrong += ["HUNG"] * row.hung + [f"LEFT BEHIND {', '.join(row.left_behind)}"] * bool(row.left_behind)
+    return "; ".join([out, *wrong, *(f"PROMISE: {text}" for text in row.broken_promises)])
 
 
 def main(argv: list[str]) -> int:
-    """Status 0: every trial is good; 1: some are not; 2: cannot be run as asked; 130: stopped."""
+    """Return 0: every trial is good; 1: some are not; 2: cannot run as requested; 130: stopped."""
     options = parse(argv)
     watch = Watch()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -79,8 +71,7 @@ def main(argv: list[str]) -> int:
         print(f"undisturbed: {campaign.reference.seconds:.1f} s", flush=True)
         if options.trial is not None:
             row, folder = campaign.run_trial(options.trial, keep=True)
-            print(json.dumps(dataclasses.asdict(row), indent=2))
-            print(f"kept in {folder}")
+            print(f"{json.dumps(dataclasses.asdict(row), indent=2)}\nkept in {folder}")
             return 0 if row.good else 1
         began = time.monotonic()
         for here, row in enumerate(campaign.run(options.trials, options.jobs), start=1):
@@ -92,12 +83,11 @@ def main(argv: list[str]) -> int:
         print(f"faults: {error}", file=sys.stderr)
         return 2
     except Interrupted:
-        print(f"faults: stopped; the same command goes on from {work}", file=sys.stderr)
+        print(f"faults: stopped; rerun the same command to resume from {work}", file=sys.stderr)
         return 130
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, summary)
-    counts = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in
-                       ("recovered", "identical", "hung", "left_behind", "broken_promises"))  # fmt: skip
+    counts = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in COUNTED[:5])
     print(f"{summary['trials']} trials: {counts}; {options.output}")
     return 0 if summary["good"] == summary["trials"] else 1
 

@@ -1,13 +1,11 @@
-"""Many trials with one seed: the reference, one line for each trial as it ends, the summary."""
+"""Run many trials of one seed: the reference, a row for each trial as it ends, the summary."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import json
-import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -24,22 +22,25 @@ from benchmarks.faults.site import release
 from benchmarks.faults.tiny import ROOT, make_body, make_data
 from benchmarks.faults.trial import DEV_EXAMPLES, Outcome, Reference, Row, Trial, settings, undisturbed
 from pkd_dist import __version__
+from pkd_dist.evaluation.speed import machine
 from pkd_dist.files import digest_of, write_json
+
+COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "good", "struck")
 
 
 class Refused(Exception):  # noqa: N818 - one line for the user
-    """The campaign cannot be run as asked."""
+    """The campaign cannot run as requested."""
 
 
 class Campaign:
     """The trials of one seed in one work folder.
 
     Args:
-        work: holds the reference, `trials.jsonl`, and the folders of the trials that run or went wrong.
-        references: how many undisturbed runs are made; they must agree.
+        work: holds the reference, `trials.jsonl`, and the folders of running and failed trials.
+        references: number of undisturbed runs, which must agree.
 
     Raises:
-        Refused: the folder holds a campaign of another seed, code, or choice of faults.
+        Refused: the folder holds a campaign with another seed, code, or choice of faults.
     """
 
     def __init__(self, work: Path, seed: int, ranks: int, faults: Sequence[str], watch: Watch, references: int = 2):
@@ -48,16 +49,12 @@ class Campaign:
         self.log = self.work / "trials.jsonl"
         job = digest_of(settings(Path("bert"), Path("data"), Path("run"), 0))
         self.identity = {
-            "seed": seed,
-            "ranks": ranks,
-            "faults": list(faults),
-            "job": job,
-            "git_revision": git_revision(),
-        }
+            "seed": seed, "ranks": ranks, "faults": list(faults), "job": job, "git_revision": git_revision(),
+        }  # fmt: skip
         self.reference = self._open(references)
 
     def _open(self, references: int) -> Reference:
-        """The reference of an earlier start of this campaign, or a new one."""
+        """Return the reference of an earlier start of this campaign, or make one."""
         self.work.mkdir(parents=True, exist_ok=True)
         kept = self.work / "reference.json"
         if kept.exists():
@@ -65,7 +62,7 @@ class Campaign:
             for key, value in self.identity.items():
                 if known.get(key) != value:
                     raise Refused(
-                        f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}; give another --work"
+                        f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}; choose another --work"
                     )
             return Reference(Outcome(**known["outcome"]), known["seconds"], known["best_epoch"])
         if not self.body.exists():
@@ -78,15 +75,13 @@ class Campaign:
         return found
 
     def rows(self) -> list[Row]:
-        """What is known so far, by trial; a line torn by a kill is left out."""
-        if not self.log.exists():
-            return []
-        lines = self.log.read_text().splitlines(keepends=True)
+        """Return the rows so far, by trial, without a line torn by a kill."""
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
         rows = [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
         return sorted({row.trial: row for row in rows}.values(), key=lambda row: row.trial)
 
     def run_trial(self, number: int, keep: bool = False) -> tuple[Row, Path]:
-        """Runs one trial; its folder stays where it went wrong, or `keep` is given."""
+        """Run one trial; its folder is kept if it failed or with `keep`."""
         return self.run_plan(plan(self.seed, number, self.ranks, self.faults), keep)
 
     def run_plan(self, drawn: Plan, keep: bool = False) -> tuple[Row, Path]:
@@ -97,7 +92,7 @@ class Campaign:
         return row, folder
 
     def run(self, trials: int, jobs: int) -> Iterator[Row]:
-        """Runs those of the first `trials` trials that have no row yet; yields rows as they come.
+        """Run those of the first `trials` trials that have no row yet; yield rows as they come.
 
         Raises:
             Interrupted: the campaign was told to stop; the rows so far are on disk.
@@ -108,42 +103,34 @@ class Campaign:
             try:
                 for future in as_completed([pool.submit(self.run_trial, number) for number in waiting]):
                     row, _ = future.result()
-                    self._append(row)
+                    with open(self.log, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(dataclasses.asdict(row)) + "\n")
                     yield row
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _append(self, row: Row) -> None:
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-
     def summary(self, trials: int) -> dict[str, Any]:
-        """What the result file holds."""
+        """Return the content of the result file."""
         rows = [row for row in self.rows() if row.trial < trials]
-        names = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+        names, found = ("torch", "deepspeed", "transformers", "safetensors", "numpy"), machine()
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **self.identity,
-            **_counts(rows),
-            "seconds": round(sum(row.seconds for row in rows), 1),
-            "machine": machine(),
+            **self.identity, **_counts(rows), "seconds": round(sum(row.seconds for row in rows), 1),
+            "machine": {"cpu": found["processor"], "cores": found["cores"],
+                        "memory_bytes": psutil.virtual_memory().total, "kernel": platform.release()},
             "versions": {"pkd_dist": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
             "reference": dataclasses.asdict(self.reference),
             "by_fault": {fault: _counts([row for row in rows if row.fault == fault]) for fault in self.faults},
             "rows": [dataclasses.asdict(row) for row in rows],
-        }
-
-
-_COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "good", "struck")
+        }  # fmt: skip
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
-    """How many trials, and of how many each thing is true."""
-    return {"trials": len(rows)} | {name: sum(bool(getattr(row, name)) for row in rows) for name in _COUNTED}
+    return {"trials": len(rows)} | {name: sum(bool(getattr(row, name)) for row in rows) for name in COUNTED}
 
 
 def _empty(folder: Path) -> Path:
-    """A folder with nothing in it, whatever a campaign that was killed left there."""
+    """Make an empty folder; a killed campaign may have left a full one, with a mounted disk."""
     release(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -151,20 +138,10 @@ def _empty(folder: Path) -> Path:
 
 
 def git_revision() -> str:
-    """The commit of the code that is tried, with `-dirty` where it was changed since."""
+    """Return the commit of the tested code, with `-dirty` if it has changes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "pkd_dist", "launcher", "ds_configs")
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-
-
-def machine() -> dict[str, Any]:
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "kernel": platform.release(),
-    }

@@ -1,45 +1,40 @@
-"""What happens to files on a bad disk: a flipped bit, a lost end, a lost file, a torn line."""
+"""Damage files as a bad disk does: a flipped bit, a lost end, a lost file, a torn line."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-
-
-def newest_checkpoint(run: Path) -> list[Path]:
-    """The files of the checkpoint that was committed last; none where there is no checkpoint."""
-    markers = _by_age(run, "*checkpoints/step-*/commit.json")
-    return sorted(p for p in markers[-1].parent.rglob("*") if p.is_file()) if markers else []
-
-
-def newest_best(run: Path) -> list[Path]:
-    """The best weights that were written last."""
-    return _by_age(run, "*checkpoints/best-*")[-1:]
-
-
-def shards(run: Path) -> list[Path]:
-    return sorted(run.glob("cache/shard-*"))
-
-
-def newest_records(run: Path) -> list[Path]:
-    return _by_age(run, "*metrics.jsonl")[-1:]
-
-
-def stage_markers(run: Path) -> list[Path]:
-    return sorted(run.glob("stages/*.json"))
 
 
 def _by_age(run: Path, pattern: str) -> list[Path]:
     return sorted(run.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
 
 
-def pick(files: list[Path], which: float) -> Path | None:
+def newest_checkpoint(run: Path) -> list[Path]:
+    """Return the files of the last committed checkpoint; an empty list if there is none."""
+    markers = _by_age(run, "*checkpoints/step-*/commit.json")
+    return sorted(p for p in markers[-1].parent.rglob("*") if p.is_file()) if markers else []
+
+
+CANDIDATES: dict[str, Callable[[Path], list[Path]]] = {
+    "damage-checkpoint": newest_checkpoint,
+    "damage-best": lambda run: _by_age(run, "*checkpoints/best-*")[-1:],
+    "damage-cache": lambda run: sorted(run.glob("cache/shard-*")),
+    "tear-metrics": lambda run: _by_age(run, "*metrics.jsonl")[-1:],
+    "tear-marker": lambda run: sorted(run.glob("stages/*.json")),
+}
+"""Fault -> run folder -> the files that it can hit."""
+
+
+def pick(fault: str, run: Path, which: float) -> Path | None:
+    files = CANDIDATES[fault](run)
     return files[int(which * len(files))] if files else None
 
 
 def apply(kind: str, path: Path, where: float) -> str:
-    """Damages a file in place, as a running reader would see it; returns what was done, in words."""
+    """Damage a file in place, as a running reader would see it; return a description."""
     size = path.stat().st_size
     place = int(where * size)
     if kind == "delete":
@@ -57,7 +52,7 @@ def apply(kind: str, path: Path, where: float) -> str:
 
 
 def tear(path: Path, where: float) -> str:
-    """Leaves at a file's end what a write that was cut short leaves: the first part of a line."""
+    """Append the first part of a line, as an interrupted write leaves it; return a description."""
     line = path.read_bytes().splitlines()[-1]
     torn = line[: 1 + int(where * (len(line) - 1))]
     with open(path, "ab") as file:
@@ -66,7 +61,7 @@ def tear(path: Path, where: float) -> str:
 
 
 def needed(run: Path, path: Path) -> bool:
-    """Whether a run still needs this file: one that a checkpoint's commit marker lists, best weights, a shard."""
+    """Return whether a run still needs a file: a shard, best weights, or a file that a commit marker lists."""
     if path.parent.name == "cache":
         return True
     folder = next(parent for parent in path.parents if parent.name.endswith("checkpoints"))

@@ -1,4 +1,4 @@
-"""One start of the job: its processes, what they said, how they ended."""
+"""One start of the job: its processes, their output, and how they ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,21 +21,17 @@ _SLOW_SECONDS = 0.05  # between two looks at processes
 
 
 class Interrupted(Exception):  # noqa: N818 - the campaign was told to stop
-    """The campaign is to end; what a trial holds is cleaned up on the way out."""
+    """The campaign must end; trials clean up on the way out."""
 
 
 class Watch:
-    """Waiting that a stop of the campaign ends."""
+    """Waits that end when the campaign is stopped."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
 
     def until(self, condition: Callable[[], bool], seconds: float, pause_seconds: float = _PAUSE_SECONDS) -> bool:
-        """Whether the condition came true in time.
-
-        Raises:
-            Interrupted: the campaign is to end.
-        """
+        """Return whether the condition became true in time. Raises Interrupted if the campaign must end."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -45,21 +42,20 @@ class Watch:
 
 
 def arrived(run: Path, moment: str) -> bool:
-    """Whether a file of the pattern exists; `pattern:n` waits for its n-th line."""
+    """Return whether a file matches the pattern; `pattern:n`: one with n lines."""
     pattern, _, lines = moment.partition(":")
     try:
         found = list(run.glob(pattern))
         return any(path.read_bytes().count(b"\n") >= int(lines) for path in found) if lines else bool(found)
-    except OSError:  # it went while we looked
+    except OSError:  # it was removed meanwhile
         return False
 
 
 class Start:
-    """The processes of one start: one launcher, or one on each node.
+    """The processes of one start.
 
     Args:
-        commands: one for each node.
-        environment: of all.
+        commands: one launcher for each node.
         log: stdout and stderr of node k go to `LOG.k.out` and `LOG.k.err`.
     """
 
@@ -69,43 +65,35 @@ class Start:
         self.launchers = []
         for argv, path in zip(commands, self._logs, strict=True):
             with open(f"{path}.out", "wb") as out, open(f"{path}.err", "wb") as err:
-                self.launchers.append(
-                    subprocess.Popen(
-                        argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                        start_new_session=True,
-                    )
-                )  # fmt: skip
+                self.launchers.append(subprocess.Popen(
+                    argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                    start_new_session=True,
+                ))  # fmt: skip
 
     def members(self) -> list[psutil.Process]:
-        """All living processes of this start, those included whose launcher is gone."""
+        """Return all living processes of this start, even if their launcher is gone."""
         groups = {launcher.pid for launcher in self.launchers}
         for launcher in self.launchers:
             launcher.poll()  # reaps
         out = []
         for pid in psutil.pids():
-            try:
-                if os.getpgid(pid) in groups:
-                    process = psutil.Process(pid)
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        out.append(process)
-            except (ProcessLookupError, psutil.Error):  # it is just ending
-                continue
+            with suppress(ProcessLookupError, psutil.Error):  # it is ending
+                if os.getpgid(pid) in groups and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                    out.append(process)
         return out
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The training processes that are alive, by rank."""
+        """Return the living training processes by rank."""
         out: dict[int, psutil.Process] = {}
         for process in self.members():
-            try:
+            with suppress(psutil.Error):  # it is ending
                 rank = process.environ().get("RANK")
                 if rank is not None and any(part.endswith("launcher/train.py") for part in process.cmdline()):
                     out.setdefault(int(rank), process)
-            except psutil.Error:  # it is just ending
-                continue
         return out
 
     def child(self) -> psutil.Process | None:
-        """The process that the launcher's command starts, and that starts the ranks of its node."""
+        """Return the child of the launcher's command, which starts the ranks of its node."""
         try:
             return next(iter(psutil.Process(self.launchers[0].pid).children()), None)
         except psutil.NoSuchProcess:
@@ -115,60 +103,56 @@ class Start:
         return not self.members()
 
     def await_end(self, watch: Watch, seconds: float) -> bool:
-        """Whether all processes end by themselves in time."""
+        """Return whether all processes end by themselves in time."""
         return watch.until(self.ended, seconds, _SLOW_SECONDS)
 
     def await_rank(self, watch: Watch, rank: int, seconds: float) -> psutil.Process | None:
-        """A rank's process, once there is one; None where the job ends without."""
+        """Wait for the process of a rank; None if the job ends first."""
         watch.until(lambda: rank in self.ranks() or self.ended(), seconds, _SLOW_SECONDS)
         return self.ranks().get(rank)
 
     def await_ranks_end(self, watch: Watch, seconds: float, but: int | None = None) -> bool:
-        """Whether all ranks, but one where it is given, end by themselves in time."""
+        """Return whether all ranks (except `but`) end by themselves in time."""
         return watch.until(lambda: self.ranks().keys() <= {but}, seconds, _SLOW_SECONDS)
 
     def kill(self) -> None:
-        """Kills every process and waits until none is left, so that the next start meets none of them."""
+        """Kill every process and wait until none is left."""
         while members := self.members():
             for process in members:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
-                except psutil.NoSuchProcess:
-                    continue
             time.sleep(_SLOW_SECONDS)
 
     @property
     def status(self) -> int:
-        """The exit status of the first launcher that did not end with 0, as a shell sees it; 0 where all did."""
+        """Return the first exit status that is not 0, as a shell sees it; 0 if all launchers ended with 0."""
         statuses = [launcher.wait() for launcher in self.launchers]
         return next((128 - status if status < 0 else status for status in statuses if status), 0)
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to all processes, as a terminal does."""
+        """Send a signal to all processes, as a terminal does."""
         for launcher in self.launchers:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, number)
-            except ProcessLookupError:
-                continue
 
     def _text(self, suffix: str) -> str:
         return "\n".join(Path(f"{path}{suffix}").read_text(errors="replace") for path in self._logs)
-
-    @property
-    def output(self) -> str:
-        return self._text(".out") + self._text(".err")
 
     @property
     def errors(self) -> str:
         return self._text(".err")
 
     @property
+    def output(self) -> str:
+        return self._text(".out") + self.errors
+
+    @property
     def messages(self) -> list[str]:
-        """The lines that the package addressed to the user on stderr."""
+        """Return the lines `pkd: ...` on stderr."""
         return re.findall(r"^pkd: .*$", self.errors, re.MULTILINE)
 
     @property
     def last_message(self) -> str:
-        """The last of `messages`, else the last line on stderr."""
+        """Return the last of `messages`, or the last line on stderr."""
         lines = self.messages or [line for line in self.errors.splitlines() if line.strip()] or [""]
         return lines[-1].strip()

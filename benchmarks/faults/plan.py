@@ -1,4 +1,4 @@
-"""What is done to a trial: a pure function of (seed, trial number)."""
+"""Draw what happens in a trial, as a pure function of (seed, trial number)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ EPOCHS = 3
 SAVE_STEPS = (5, 10, 13, 15, 20, 25, 26, 30, 35, 39)  # every 5 steps, and at the end of an epoch
 SHARDS = 5
 
-# fault: how often it is drawn, relative to the others
 WEIGHTS = {
-    "kill-rank": 3,
-    "kill-job": 3,
-    "signal-rank": 3,
-    "signal-launcher": 2,
-    "stop-rank": 1,
-    "cut-link": 2,
-    "fill-disk": 3,
-    "damage-checkpoint": 3,
-    "damage-best": 2,
-    "damage-cache": 2,
-    "tear-metrics": 1,
-    "tear-marker": 1,
-}
+    "kill-rank": 3, "kill-job": 3, "signal-rank": 3, "signal-launcher": 2, "stop-rank": 1, "cut-link": 2, "fill-disk": 3,
+    "damage-checkpoint": 3, "damage-best": 2, "damage-cache": 2, "tear-metrics": 1, "tear-marker": 1,
+}  # fmt: skip
+"""Fault -> how often it is drawn, relative to the others."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +25,15 @@ class Plan:
     Attributes:
         moment: share of the undisturbed duration, or files that the job makes: `pattern`, or `pattern:n` for n lines.
         delay_seconds: from the moment to the strike.
-        rank: who is struck.
-        stop_signal: which one is sent.
-        target: of a signal to the launcher: the command, the process that it starts, or the whole group.
+        rank: the rank that is struck.
+        stop_signal: the signal that is sent.
+        target: of a signal to the launcher: the command, its child process, or the whole group.
         damage: flip | truncate | delete.
-        running: whether files are damaged under the running job, and not after it was killed.
-        kill_after_seconds: from damage under a running job to its end; None leaves it alone.
-        free_bytes: what a full disk still has.
-        cut_seconds: how long the link is down; None until the job has ended.
-        which, where: shares that choose the file, and the place in it.
+        running: damage files under the running job instead of after killing it.
+        kill_after_seconds: from damage under a running job to killing it; None lets it run.
+        free_bytes: left on a full disk.
+        cut_seconds: how long the link is down; None: until the job has ended.
+        which, where: shares that choose the file and the place in it.
     """
 
     seed: int
@@ -75,10 +65,6 @@ def _commit(rng: random.Random, folder: str) -> str:
     return f"{folder}/step-{rng.choice(SAVE_STEPS):08d}/commit.json"
 
 
-def _best(rng: random.Random, folder: str) -> str:
-    return f"{folder}/*best-*"
-
-
 _TRAINING: tuple[Callable[[random.Random], str], ...] = (
     lambda rng: _step(rng, "teacher_metrics.jsonl"),
     lambda rng: _step(rng, "metrics.jsonl"),
@@ -104,7 +90,7 @@ _CACHE: tuple[Callable[[random.Random], str], ...] = (
 )
 _ELSEWHERE: tuple[Callable[[random.Random], str], ...] = (
     lambda rng: rng.choice(("data/*/*", "stages/data.json")),
-    lambda rng: _best(rng, rng.choice(("teacher_checkpoints", "checkpoints"))),
+    lambda rng: f"{rng.choice(('teacher_checkpoints', 'checkpoints'))}/*best-*",
     lambda rng: rng.choice((".teacher*", "teacher/*", "stages/cache.json")),
     lambda rng: f"cache/*shard-{rng.randrange(SHARDS):05d}*",
     lambda rng: rng.choice((".student_init*", "student_init/*", "stages/init.json")),
@@ -112,27 +98,22 @@ _ELSEWHERE: tuple[Callable[[random.Random], str], ...] = (
     lambda rng: rng.choice((".export*", "export/*", "stages/report.json", "report.html")),
 )
 _MOMENTS = {
-    "damage-checkpoint": _COMMITTED,
-    "damage-best": _BEST,
-    "damage-cache": _CACHE,
-    "tear-metrics": _TRAINING[:2],
+    "damage-checkpoint": _COMMITTED, "damage-best": _BEST, "damage-cache": _CACHE, "tear-metrics": _TRAINING[:2],
     "tear-marker": _TRAINING + _ELSEWHERE,
-}
+}  # fmt: skip
 _ANYWHERE = _TRAINING + _TRAINING + _ELSEWHERE
 _UNIFORM = 0.3  # of the trials of a fault that can strike anywhere
 
 
 def plan(seed: int, trial: int, ranks: int, faults: Sequence[str] = tuple(WEIGHTS)) -> Plan:
-    """Draws one trial; everything is drawn for each, used or not."""
+    """Draw one trial. Every value is drawn for every trial, used or not."""
     rng = random.Random(f"{seed}/{trial}")
     fault = rng.choices(faults, [WEIGHTS[name] for name in faults])[0]
     event = rng.choice(_MOMENTS.get(fault, _ANYWHERE))(rng)
     at_any_time = rng.random() < _UNIFORM and fault not in _MOMENTS
     share = rng.random()
     return Plan(
-        seed=seed,
-        trial=trial,
-        fault=fault,
+        seed, trial, fault,
         moment=round(share, 3) if at_any_time else event,
         delay_seconds=round(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.1))), 4),
         rank=rng.randrange(ranks),
@@ -142,7 +123,5 @@ def plan(seed: int, trial: int, ranks: int, faults: Sequence[str] = tuple(WEIGHT
         running=rng.random() < 0.3 and fault.startswith("damage"),
         kill_after_seconds=rng.choice((None, round(rng.uniform(0.1, 2.0), 2))),
         free_bytes=rng.choice((0, 4096, 16384, 65536, 262144)),
-        cut_seconds=rng.choice((None, None, 2.0)),
-        which=rng.random(),
-        where=rng.random(),
-    )
+        cut_seconds=rng.choice((None, None, 2.0)), which=rng.random(), where=rng.random(),
+    )  # fmt: skip

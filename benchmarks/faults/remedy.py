@@ -1,4 +1,4 @@
-"""What an operator does who reads the job's last message and follows it."""
+"""Act as an operator who follows the last message of the job."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from pathlib import Path
 
 
 def follow(message: str, aside: Path) -> str | None:
-    """Does what the message asks for, the mildest of what it offers; returns that in words.
+    """Do what the message asks for, choosing the mildest of its remedies; return a description.
 
     Args:
-        aside: folder that takes what is to be moved away.
+        aside: folder for files that are moved away.
 
     Returns:
-        None where it asks for nothing; `--fresh` where the next start must have this flag.
+        None if it asks for nothing; `--fresh` if the next start needs this flag.
     """
     named = re.search(r"(/[^\s:,;]+)", message)
     path = Path(named[1]) if named else None
-    if path and path.exists() and re.search(r"remove (the file|it)\b", message):
-        path.unlink()
-        return f"removed {path.name}"
-    if path and path.exists() and re.search(r"remove the folder\b", message):
-        folder = path.parent if path.is_file() else path
-        shutil.rmtree(folder)
-        return f"removed {folder.name}/"
-    if path and path.exists() and re.search(r"move it away\b", message):
-        aside.mkdir(exist_ok=True)
-        os.replace(path, aside / f"{len(list(aside.iterdir()))}-{path.name}")
-        return f"moved {path.name} away"
+    if path and path.exists():
+        if re.search(r"remove (the file|it)\b", message):
+            path.unlink()
+            return f"removed {path.name}"
+        if re.search(r"remove the folder\b", message):
+            folder = path.parent if path.is_file() else path
+            shutil.rmtree(folder)
+            return f"removed {folder.name}/"
+        if re.search(r"move it away\b", message):
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / f"{len(list(aside.iterdir()))}-{path.name}")
+            return f"moved {path.name} away"
     return "--fresh" if "--fresh" in message else None

@@ -1,4 +1,4 @@
-"""Where a trial runs: a plain folder, a small disk that can be filled, two nodes with a link that can be cut."""
+"""Where a trial runs: a folder, a small disk that can be filled, or two nodes with a link that can be cut."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import zlib
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.faults.tiny import command, environment
 
 _DISK_BYTES = 64 << 20
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
-_PORT = "29500"  # a network namespace has all ports for itself
+_PORT = "29500"  # free, because a network namespace has its own ports
 _LINK = "link0"
 
 
@@ -26,26 +25,24 @@ class Site:
         self.environment = environment(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
 
     def commands(self, *arguments: str | Path) -> list[list[str]]:
-        """One command for each node."""
+        """Return one command for each node."""
         return [command(*arguments, ranks=self.ranks)]
 
     def __enter__(self) -> Site:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
 
 def release(folder: Path) -> None:
-    """Unmounts the disk that a trial in this folder left, where the campaign was killed."""
+    """Unmount the disk that a trial in this folder left mounted when the campaign was killed."""
     if (folder / "disk").is_mount():
         _call("umount", "--lazy", str(folder / "disk"))
 
 
 class SmallDisk(Site):
-    """The run folder lies on a file system of its own, a tmpfs."""
+    """The run folder is on its own file system, a tmpfs."""
 
     def __init__(self, folder: Path, ranks: int):
         super().__init__(folder, ranks)
@@ -59,7 +56,7 @@ class SmallDisk(Site):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Keeps what is on the disk in a plain folder of the same name."""
+        """Move the content of the disk to a plain folder of the same name."""
         kept = self.folder / "disk.kept"
         self.empty()
         shutil.copytree(self.disk, kept, symlinks=True)
@@ -68,7 +65,7 @@ class SmallDisk(Site):
         os.replace(kept, self.disk)
 
     def fill(self, free_bytes: int) -> None:
-        """Leaves so many bytes, whatever the job writes meanwhile."""
+        """Fill the disk up to `free_bytes`, whatever the job writes meanwhile."""
         with open(self._ballast, "wb", buffering=0) as file:
             try:
                 while True:
@@ -81,7 +78,7 @@ class SmallDisk(Site):
 
 
 class TwoNodes(Site):
-    """Two network namespaces joined by a link: each node has its own launcher and its own network, the disk is shared."""
+    """Two network namespaces joined by a link, with a launcher each; the disk is shared."""
 
     def __init__(self, folder: Path, ranks: int):
         super().__init__(folder, ranks)
@@ -92,7 +89,7 @@ class TwoNodes(Site):
     def __enter__(self) -> TwoNodes:
         first = self.ranks - self.ranks // 2
         self._hosts.write_text(f"node0 slots={first}\nnode1 slots={self.ranks - first}\n")
-        self.remove()  # what a campaign left that was killed
+        self.remove()  # left by a campaign that was killed
         for space in self._spaces:
             _call("ip", "netns", "add", space)
         here, there = self._spaces
@@ -115,7 +112,7 @@ class TwoNodes(Site):
         cores = sorted(os.sched_getaffinity(0))
         out = []
         for node, space in enumerate(self._spaces):
-            # half of the cores each, so that a rank runs with as many threads as in the undisturbed run
+            # half of the cores each, so that a rank has as many threads as in the undisturbed run
             own = ",".join(map(str, cores[node::2] or cores))
             launcher = (*flags, "--node_rank", str(node))
             inside = command(*arguments, ranks=self.ranks, launcher=launcher)
@@ -125,7 +122,7 @@ class TwoNodes(Site):
     def cut(self) -> None:
         _call("ip", "-n", self._spaces[0], "link", "set", _LINK, "down")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         _call("ip", "-n", self._spaces[0], "link", "set", _LINK, "up")
 
 

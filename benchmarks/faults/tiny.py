@@ -1,6 +1,6 @@
-"""A whole run that takes seconds: a tiny teacher, tiny data, and the command of the real launcher.
+"""A complete run that takes seconds: a tiny teacher, tiny data, and the command of the real launcher.
 
-Everything is made here, from fixed seeds; nothing is fetched.
+Everything is generated from fixed seeds; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """(sentence, label) pairs that a tiny model can learn: the label is which kind of word prevails."""
+    """Return (sentence, label) pairs that a tiny model can learn; the label is the kind of its good or bad words."""
     rng = random.Random(seed)
     out = []
     for _ in range(count):
@@ -42,14 +42,14 @@ def write_tsv(path: Path, rows: list[tuple[str, int]]) -> None:
 
 
 def make_data(folder: Path, dev: int = 41) -> Path:
-    """203 training sentences and some of dev, 41 by default: neither divides by ranks or batch."""
+    """Write 203 training sentences and `dev` dev sentences; neither number is a multiple of the ranks or the batch."""
     write_tsv(folder / "train.tsv", sentences(203, 1))
     write_tsv(folder / "dev.tsv", sentences(dev, 2))
     return folder
 
 
 def make_body(folder: Path, layers: int = 4, hidden: int = 32, heads: int = 4, **fields: Any) -> Path:
-    """A BERT of random weights with a word-piece tokenizer, as a Hugging Face folder without a classifier."""
+    """Write a BERT with random weights and a word-piece tokenizer, as a Hugging Face folder without a classifier."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -75,7 +75,7 @@ def write_config(settings: dict[str, Any], folder: Path) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: this Python's tools and packages, one thread, no variables of a launcher."""
+    """Return the environment of a child: this Python's tools and packages, one thread, no variables of a launcher."""
     clean = {k: v for k, v in os.environ.items() if k not in _OF_A_LAUNCHER}
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
     packages = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
@@ -83,10 +83,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*arguments: str | Path, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:
-    """The command of a run: under plain python, or under the real `deepspeed` where `ranks` is given.
+    """Return the command of a run: under plain python, or under `deepspeed` if `ranks` is given.
 
     Args:
-        launcher: flags of `deepspeed` in place of the number of ranks and a free port.
+        launcher: flags of `deepspeed` instead of the number of ranks and a free port.
     """
     program = [sys.executable]
     if ranks:

@@ -1,4 +1,4 @@
-"""One trial: the job is started, struck, started again until it ends, and what it made is compared."""
+"""One trial: start the job, strike it, rerun it until it ends well, and compare its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,9 @@ from benchmarks.faults.site import Site, SmallDisk, TwoNodes
 from benchmarks.faults.tiny import write_config
 
 MAX_STARTS = 5
-STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank does not answer
+STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank hangs
 TIMEOUT_SECONDS = 60  # of all others
-MARGIN_SECONDS = 20  # from the timeout to the end of all ranks, and from the loss of a rank; longer on a slow machine
+MARGIN_SECONDS = 20  # from the timeout, or the loss of a rank, to the end of all ranks; longer on a slow machine
 DEV_EXAMPLES = 1603
 _TIMES = ("time", "seconds", "samples_per_second")
 _BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
@@ -32,7 +31,7 @@ _BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
 
 @dataclass(frozen=True)
 class Outcome:
-    """sha256 of what two runs must have in common: the exported weights, the metrics without time fields."""
+    """sha256 of the results that must be equal: the exported weights, and the metrics without time fields."""
 
     export: str | None
     metrics: str | None
@@ -49,7 +48,7 @@ class Reference:
 
 @dataclass
 class Row:
-    """What came of a trial; see README.md for the fields."""
+    """The result of a trial; README.md describes the fields."""
 
     trial: int
     fault: str
@@ -74,9 +73,9 @@ class Row:
 
 
 def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[str, Any]:
-    """The job: all stages, dropout on, many shards and checkpoints.
+    """Return the settings of the job: all stages, dropout on, many shards and checkpoints.
 
-    Rates and `DEV_EXAMPLES` are such that each epoch is better than the one before: the export depends on every step.
+    Learning rates and `DEV_EXAMPLES` make each epoch better than the previous one, so the export depends on every step.
     """
     return {
         "run": {"dir": str(run), "timeout_seconds": timeout_seconds},
@@ -110,7 +109,7 @@ def _metrics(run: Path) -> str | None:
 
 
 def left_behind(run: Path) -> list[str]:
-    """Locks and temporary files in a run folder; there must be none once it has ended."""
+    """Return the locks and temporary files in a run folder; a run that has ended must leave none."""
     return sorted(
         str(p.relative_to(run))
         for p in run.rglob("*")
@@ -123,10 +122,10 @@ def complete(run: Path) -> bool:
 
 
 def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
-    """Runs the job to its end, several times: they must agree, or no comparison means anything. The shortest time counts.
+    """Run the job several times without faults; return the fastest run.
 
     Raises:
-        RuntimeError: it does not end well even undisturbed, or differs from itself.
+        RuntimeError: a run failed, or their results differ.
     """
     found: list[Reference] = []
     for number in range(1, times + 1):
@@ -139,17 +138,19 @@ def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, 
         finally:
             start.kill()
         if not ended or start.status or not complete(site.run):
-            raise RuntimeError(f"undisturbed, it ends with status {start.status}: {start.last_message}; see {folder}")
+            raise RuntimeError(
+                f"the undisturbed run ended with status {start.status}: {start.last_message}; see {folder}"
+            )
         seconds = round(time.monotonic() - start.began, 2)
         best_epoch = json.loads((site.run / "stages/distill.json").read_text())["outputs"]["best_epoch"]
         found.append(Reference(outcome(site.run), seconds, best_epoch))
     if len({reference.outcome for reference in found}) > 1:
-        raise RuntimeError(f"undisturbed runs differ among themselves; see {folder}")
+        raise RuntimeError(f"undisturbed runs differ; see {folder}")
     return min(found, key=lambda reference: reference.seconds)
 
 
 class Trial:
-    """Runs one plan in a folder of its own."""
+    """One plan, run in its own folder."""
 
     def __init__(
         self, plan: Plan, folder: Path, body: Path, data: Path, ranks: int, reference: Reference, watch: Watch
@@ -188,7 +189,7 @@ class Trial:
         return row
 
     def _start(self, flags: list[str]) -> Start:
-        """One start of the same command, the first one disturbed; it has ended on return."""
+        """Start the command and wait for its end; the first start is disturbed."""
         self.row.starts += 1
         commands = self.site.commands("--config", self.config, *flags)
         with ExitStack() as stack:
@@ -200,10 +201,8 @@ class Trial:
                 self.row.hung = True
         return start
 
-    # ------------------------------------------------------------------------------------------------- the fault
-
     def _disturb(self, start: Start) -> None:
-        """Waits for the moment, strikes, and waits for the end that must come."""
+        """Wait for the moment, strike, and wait for the end."""
         plan, row = self.plan, self.row
         self._await_moment(start)
         if start.ended():
@@ -215,7 +214,7 @@ class Trial:
             self._strike(start, after)
             row.hung = not self._await_end(start)
             row.ended_after_seconds = round(time.monotonic() - struck_at, 1)
-            if plan.fault != "stop-rank":  # there a rank is still stopped, and its launcher waits for it
+            if plan.fault != "stop-rank":  # the launcher still waits for the stopped rank
                 start.await_end(self.watch, self.margin_seconds)
             start.kill()
         self._check_promises(start)
@@ -235,7 +234,7 @@ class Trial:
         self.watch.until(lambda: False, self.plan.delay_seconds)
 
     def _strike(self, start: Start, after: ExitStack) -> None:
-        """Acts once; what must be undone when the job has ended goes to `after`."""
+        """Strike once; `after` undoes it when the job has ended."""
         plan, site = self.plan, self.site
         if plan.fault == "kill-rank":
             self._signal_rank(start, signal.SIGKILL)
@@ -247,11 +246,11 @@ class Trial:
             self._signal_launcher(start, signal.Signals[plan.stop_signal])
         elif isinstance(site, TwoNodes):
             site.cut()
-            after.callback(site.mend)
+            after.callback(site.restore)
             self.row.detail = "until the end" if plan.cut_seconds is None else f"for {plan.cut_seconds:.0f} s"
             if plan.cut_seconds is not None:
                 start.await_end(self.watch, plan.cut_seconds)
-                site.mend()
+                site.restore()
         elif isinstance(site, SmallDisk):
             site.fill(plan.free_bytes)
             after.callback(site.empty)
@@ -282,20 +281,13 @@ class Trial:
             start.launchers[0].send_signal(number)
 
     def _damage(self) -> None:
-        """Damages one file, where the plan's fault is of that kind and there is such a file."""
+        """Damage one file, if the fault is of that kind and there is such a file."""
         plan = self.plan
-        candidates: dict[str, Callable[[Path], list[Path]]] = {
-            "damage-checkpoint": damage.newest_checkpoint,
-            "damage-best": damage.newest_best,
-            "damage-cache": damage.shards,
-            "tear-metrics": damage.newest_records,
-            "tear-marker": damage.stage_markers,
-        }
-        if plan.fault not in candidates:
+        if plan.fault not in damage.CANDIDATES:
             return
         self.row.detail = "nothing there to damage"
-        with suppress(FileNotFoundError):  # a running job removes files, too
-            path = damage.pick(candidates[plan.fault](self.site.run), plan.which)
+        with suppress(FileNotFoundError):  # a running job also removes files
+            path = damage.pick(plan.fault, self.site.run, plan.which)
             if path is not None and path.stat().st_size:
                 self._damage_file(path)
 
@@ -307,10 +299,8 @@ class Trial:
         self.damaged = path.name if owed else None
         self.row.detail = f"{path.relative_to(self.site.run)}: {what}, {'running' if plan.running else 'after kill -9'}"
 
-    # ----------------------------------------------------------------------------------------------- what is owed
-
     def _await_end(self, start: Start) -> bool:
-        """Whether the struck job ends by itself, as soon as it must."""
+        """Return whether the struck job ends by itself in the time it has."""
         plan = self.plan
         if plan.fault == "stop-rank":
             return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds, but=plan.rank)
@@ -321,7 +311,7 @@ class Trial:
         return start.await_end(self.watch, self.deadline_seconds)
 
     def _check_promises(self, start: Start) -> None:
-        """What the disturbed start owed its user: a status, one line, nothing lying about."""
+        """Check what the disturbed start owes its user: exit status, one line, no temporary files."""
         plan, row, broken = self.plan, self.row, self.row.broken_promises
         if plan.fault == "fill-disk" and (lying := left_behind(self.site.run)):
             broken.append(f"left on the full disk: {', '.join(lying)}")
@@ -332,7 +322,7 @@ class Trial:
         if statuses and start.status not in statuses:
             broken.append(f"status {start.status}, not {statuses[0]}")
         if plan.fault == "signal-launcher":
-            return  # who of the group heard of it is the launcher's affair
+            return  # which processes get the signal depends on the launcher
         spoken = start.messages
         if not spoken or (len(spoken) > 1 and plan.fault != "cut-link"):
             broken.append(f"{len(spoken)} lines `pkd: ...` on stderr, not one")
@@ -344,9 +334,9 @@ class Trial:
             broken.append("the line names no rank")
 
     def _check_named(self, start: Start) -> None:
-        """A start after the damage must name what was damaged, where it still needed that."""
+        """Check that the start after the damage names the damaged file, if it still needed that."""
         if self.damaged is None or self.row.starts == 1:
             return
         name, self.damaged = self.damaged, None
         if name not in start.output:
-            self.row.broken_promises.append(f"{name} was damaged, and the next start does not say so")
+            self.row.broken_promises.append(f"{name} was damaged, and the next start does not name it")

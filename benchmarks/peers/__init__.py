@@ -1,1 +1,1 @@
-"""Ours against the other implementations, on one machine in one run; see README.md."""
+"""Our training against other implementations of the same distillation."""

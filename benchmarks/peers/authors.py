@@ -1,8 +1,8 @@
 """The computation of the authors' code (github.com/intersun/PKD-for-BERT), as a plain loop in float32.
 
-Every text is padded to the longest input. First the teacher answers the whole training set, with the states of all its
-layers for all tokens, of which the [CLS] states of the paired layers and the logits are kept in memory; then the student
-is trained from them. Today's torch and transformers, fused AdamW and attention are used, which their code did not have.
+Every text is padded to the maximum length. First the teacher runs over the training set and computes the states of all
+layers and tokens; the logits and the [CLS] states of the paired layers are kept in memory. Then the student is trained
+from them. Unlike their code, it uses today's torch and transformers, fused AdamW and fused attention.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
 
 WARMUP = 2
-"""Steps that are done before the clock starts, where only some are timed."""
+"""Steps before the clock starts, if only some steps are timed."""
 
 
 def measure(subject: Subject, steps: int | None = None) -> Measured:
-    """Trains whole epochs, or `steps` steps alone (and the teacher's pass over as many examples)."""
+    """Train all epochs, or `steps` steps (with the teacher's pass over as many examples)."""
     config, batch_size, collate = subject.config, subject.config.train.batch_size, subject.collator(padded=True)
     teacher, clock, tally = subject.teacher(), Clock(), Tally()
     ours, theirs = zip(*subject.pairs, strict=True)
@@ -29,7 +29,7 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
             out = teacher(**inputs, output_hidden_states=True)
             logits.append(out.logits)
             states.append(subject.first_states(out.hidden_states, theirs))
-            teacher_flops += shape_of(teacher.config).forward_flops(*inputs["input_ids"].shape, lean=False)
+            teacher_flops += shape_of(teacher.config).forward_flops(*inputs["input_ids"].shape, cls_only=False)
     teacher_logits_NC, teacher_states_NMH = torch.cat(logits), torch.cat(states)
     measured = Measured(0.0, tally, clock.seconds, len(rows), teacher_flops)
 

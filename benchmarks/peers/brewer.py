@@ -1,14 +1,14 @@
-"""TextBrewer 0.2.1 (Yang et al. 2020), the package itself: its `GeneralDistiller` with its own losses, in float32.
+"""TextBrewer 0.2.1 (Yang et al. 2020): its `GeneralDistiller` with its own losses, in float32.
 
-It is from 2022. What today's torch and transformers ask for in its use, all through its public interface:
+The package dates from 2022. To run it with today's torch and transformers, through its public interface:
 
-- batches are plain dictionaries (its test is `type(batch) is dict`, and a collator of transformers makes another type);
-- its half precision needs NVIDIA's apex, which has been given up: float32 is all that it has;
-- on several CPU processes it asks DistributedDataParallel for devices, which that refuses: one process is all that it has;
-- the optimizer is torch's, since transformers has none any more.
+- batches are plain dictionaries (it tests `type(batch) is dict`, and transformers' collators return another type);
+- training is in float32, because its half precision needs NVIDIA's apex, which is no longer maintained;
+- training uses one process, because on several CPU processes it passes devices to DistributedDataParallel, an error;
+- the optimizer is torch's, because transformers no longer has one.
 
-Weights of its terms are such that their sum is the loss of the others: its KL has neither T^2 nor a mean over classes,
-and its patience term is summed over width.
+The weights of its terms make their sum equal to the loss of the other contestants: its KL has neither T^2 nor a mean
+over classes, and its patience term is summed over the width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks.peers.authors import WARMUP
 from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
 
-with warnings.catch_warnings():  # `is` with a text, which today's Python warns of
+with warnings.catch_warnings():  # it compares strings with `is`
     warnings.simplefilter("ignore")
     from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 
@@ -43,12 +43,12 @@ def distillation(subject: Subject) -> DistillationConfig:
 
 
 def adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:
-    """A model's outputs by TextBrewer's names."""
+    """Return the outputs of a model under TextBrewer's names."""
     return {"logits": out.logits, "hidden": out.hidden_states, "losses": out.loss}
 
 
 def measure(subject: Subject, steps: int | None = None, padded: bool = True) -> Measured:
-    """Trains whole epochs, or `steps` steps alone."""
+    """Train all epochs, or `steps` steps."""
     teacher, student, tally, clock = subject.teacher(), subject.student(), Tally(), Clock()
     passes = ((shape_of(student.config), 3), (shape_of(teacher.config), 1))
     collate = subject.collator(padded)

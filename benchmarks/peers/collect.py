@@ -1,9 +1,8 @@
-"""The measurements of a comparison -> one table in JSON."""
+"""Combine the measurements of a comparison into one JSON table."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
 import platform
@@ -14,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import watch
-from benchmarks.peers.bench import CONFIG, CONTESTANTS, Bench
+from benchmarks import common
+from benchmarks.peers.bench import CONTESTANTS, Bench
 from benchmarks.peers.flops import executed_by_ours, useful
 from benchmarks.peers.subject import shape_of
 from benchmarks.scaling.model import Shape
@@ -29,32 +28,28 @@ VERSIONS = ("torch", "transformers", "deepspeed", "accelerate", "textbrewer", "n
 
 
 def collect(bench: Bench) -> dict[str, Any]:
-    """What is measured so far. Ratios and shares are absent where what they compare is not measured."""
-    config = load(CONFIG, bench.overrides(bench.seeds[0]))
-    tokens, shapes = _tokens(bench, config), _shapes(bench, config)
-    peaks = _peaks(bench)
-    work = {"tokens": len_tokens(tokens), "examples": len(tokens), "epochs": config.train.epochs}
+    """Return all results so far. Ratios and shares are absent if a side of them is not measured."""
+    config = load(common.CONFIG, bench.overrides(bench.seeds[0]))
+    tokens, shapes, peaks = _tokens(bench, config), _shapes(bench, config), _peaks(bench)
     needed = sum(useful(*shapes, tokens, config.train.epochs))
+    stamp = common.stamp()
+    device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
     out: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": watch.processor(), "cores": watch.cores(), "device": _device(bench),
-            "versions": {"python": platform.python_version()} | _versions(),
-        },
+        "date": stamp.pop("date"),
+        "machine": stamp | {"device": device, "versions": {"python": platform.python_version()} | _versions()},
         "settings": {
-            **work, "seeds": list(bench.seeds), "batch_size": config.train.batch_size,
-            "learning_rate": config.train.learning_rate, "student_layers": config.student.layers,
-            "teacher_layers": shapes[0].layers, "hidden_size": shapes[0].hidden, "slow_steps": bench.slow_steps,
-            "max_length": config.task.max_length, "data": config.task.data,
+            "tokens": _count(tokens), "examples": len(tokens), "epochs": config.train.epochs, "seeds": list(bench.seeds),
+            "batch_size": config.train.batch_size, "learning_rate": config.train.learning_rate,
+            "student_layers": config.student.layers, "teacher_layers": shapes[0].layers,
+            "hidden_size": shapes[0].hidden, "slow_steps": bench.slow_steps, "max_length": config.task.max_length,
+            "data": config.task.data,
         },
-        "peak_flops_per_second": peaks,
-        "useful_flops": needed,
-        "contestants": {},
+        "peak_flops_per_second": peaks, "useful_flops": needed, "contestants": {},
     }  # fmt: skip
     for name in CONTESTANTS:
         if found := _contestant(bench, name, config, tokens, shapes):
-            found["useful_share"] = _share(needed, found["seconds"], peaks, found["precision"])
-            found["executed_share"] = _share(found["executed_flops"], found["seconds"], peaks, found["precision"])
+            for key, flops in (("useful_share", needed), ("executed_share", found["executed_flops"])):
+                found[key] = _share(flops, found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
     return out | _engine(bench) | _teacher(bench) | _job(bench) | _ratios(out["contestants"], peaks)
 
@@ -67,11 +62,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device(bench: Bench) -> str:
-    return torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
-
-
-def len_tokens(tokens: TokenSet) -> int:
+def _count(tokens: TokenSet) -> int:
     return int(tokens.offsets_N1[-1])
 
 
@@ -82,22 +73,20 @@ def _tokens(bench: Bench, config: Config) -> TokenSet:
 
 
 def _shapes(bench: Bench, config: Config) -> tuple[Shape, Shape]:
-    """Of teacher and student."""
+    """Return the shapes of teacher and student."""
     teacher, student = load_config(str(bench.teacher)), load_config(str(bench.teacher))
     student.num_hidden_layers = len(config.student.layers or ())
     return shape_of(teacher), shape_of(student)
 
 
-def _read(bench: Bench, name: str, whole: bool) -> list[dict[str, Any]]:
-    files = (bench.file(name, seed, whole) for seed in bench.seeds)
+def _read(bench: Bench, name: str, full: bool = False) -> list[dict[str, Any]]:
+    files = (bench.file(name, seed, full) for seed in bench.seeds)
     return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
 def _peaks(bench: Bench) -> dict[str, float]:
-    rounds = _read(bench, "peaks", False)
-    return {
-        dtype: statistics.median(found[dtype] for found in rounds) for dtype in ("float32", "bfloat16") if rounds
-    }  # fmt: skip
+    rounds = _read(bench, "peaks")
+    return {name: statistics.median(found[name] for found in rounds) for name in ("float32", "bfloat16") if rounds}
 
 
 def _share(flops: float, seconds: float, peaks: dict[str, float], precision: str) -> float | None:
@@ -107,38 +96,33 @@ def _share(flops: float, seconds: float, peaks: dict[str, float], precision: str
 def _contestant(
     bench: Bench, name: str, config: Config, tokens: TokenSet, shapes: tuple[Shape, Shape]
 ) -> dict[str, Any] | None:
-    contestant = CONTESTANTS[name]
-    rounds = _read(bench, name, bench.whole(name))
+    contestant, full = CONTESTANTS[name], bench.full(name)
+    rounds = _read(bench, name, full)
     if not rounds:
         return None
-    total = len_tokens(tokens) * config.train.epochs
+    first, ranks = rounds[0], rounds[0]["ranks"]
     if contestant.role == "ours":
         each = [sum(found["seconds"].values()) for found in rounds]
         teacher = [found["seconds"]["cache"] for found in rounds]
         training = [found["training_seconds"] for found in rounds]
-        executed = executed_by_ours(*shapes, tokens, config, rounds[0]["ranks"])
+        executed = executed_by_ours(*shapes, tokens, config, ranks)
     else:
-        # of several ranks the first one counts, which has its share of every batch
+        # with several ranks the first one is measured, which gets its share of every batch
+        total = _count(tokens) * config.train.epochs
         scale = [total / (found["tally"]["tokens"] * found["ranks"]) for found in rounds]
-        teacher = [
-            found["teacher_seconds"] * len(tokens) / found["teacher_rows"] if found["teacher_rows"] else 0.0
-            for found in rounds
-        ]
+        teacher = [_of_all(found, "teacher_seconds", tokens) for found in rounds]
         training = [found["training_seconds"] * s for found, s in zip(rounds, scale, strict=True)]
         each = [a + b for a, b in zip(teacher, training, strict=True)]
-        first, ranks = rounds[0], rounds[0]["ranks"]
-        pass_flops = first["teacher_flops"] * len(tokens) / first["teacher_rows"] if first["teacher_rows"] else 0.0
-        executed = (pass_flops, first["tally"]["flops"] * ranks * scale[0])
+        executed = _of_all(first, "teacher_flops", tokens), first["tally"]["flops"] * ranks * scale[0]
     seconds = statistics.median(each)
     return {
         "title": contestant.title, "role": contestant.role,
-        "precision": rounds[0].get("precision", contestant.precision),
-        "ranks": rounds[0]["ranks"],
-        "threads": rounds[0]["threads"], "measured": "whole" if bench.whole(name) else f"{bench.slow_steps} steps",
+        "precision": first.get("precision", contestant.precision), "ranks": ranks, "threads": first["threads"],
+        "measured": "whole" if full else f"{bench.slow_steps} steps",
         "seconds": seconds, "seconds_each": each, "teacher_seconds": statistics.median(teacher),
         "training_seconds": statistics.median(training),
         "samples_per_second": len(tokens) * config.train.epochs / seconds,
-        "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if bench.whole(name) else None,
+        "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if full else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
         "largest_process_bytes": max(found["largest_process_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],
@@ -147,9 +131,14 @@ def _contestant(
     }  # fmt: skip
 
 
-def _accuracy(wholes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each seed's best epoch: mean and its standard error over seeds (None for one seed)."""
-    best = [max(found["accuracies"]) for found in wholes]
+def _of_all(found: dict[str, Any], key: str, tokens: TokenSet) -> float:
+    """Scale a figure of the teacher's separate pass to all examples; 0 if there was none."""
+    return found[key] * len(tokens) / found["teacher_rows"] if found["teacher_rows"] else 0.0
+
+
+def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and standard error, over seeds, of the accuracy of the best epoch; the error is None for one seed."""
+    best = [max(found["accuracies"]) for found in runs]
     if not best:
         return {"accuracy": None, "accuracy_error": None, "accuracies": []}
     error = statistics.stdev(best) / math.sqrt(len(best)) if len(best) > 1 else None
@@ -157,25 +146,26 @@ def _accuracy(wholes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _engine(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "engine", False)
+    rounds = _read(bench, "engine")
     if not rounds:
         return {}
-    overhead = {way: statistics.median(found["overhead"][way] for found in rounds) for way in rounds[0]["overhead"]}
+    first = rounds[0]
+    overhead, steps = (
+        {way: statistics.median(found[key][way] for found in rounds) for way in first["overhead"]}
+        for key in ("overhead", "step_seconds")
+    )
     return {
         "engine_overhead": overhead["engine"],
         "engine": {
-            "overhead": overhead, "overhead_each": [found["overhead"] for found in rounds],
-            "step_seconds": {
-                way: statistics.median(found["step_seconds"][way] for found in rounds) for way in overhead
-            },
-            "precision": rounds[0]["precision"], "zero_stage": rounds[0]["zero_stage"],
-            "threads": rounds[0]["threads"], "waiting_share": [found["waiting_share"] for found in rounds],
+            "overhead": overhead, "overhead_each": [found["overhead"] for found in rounds], "step_seconds": steps,
+            **{key: first[key] for key in ("precision", "zero_stage", "threads")},
+            "waiting_share": [found["waiting_share"] for found in rounds],
         },
     }  # fmt: skip
 
 
 def _teacher(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "teacher", False)
+    rounds = _read(bench, "teacher")
     if not rounds:
         return {}
     seconds = statistics.median(second for found in rounds for second in found["seconds"])
@@ -185,47 +175,41 @@ def _teacher(bench: Bench) -> dict[str, Any]:
 
 
 def _job(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "job", False)
+    rounds = _read(bench, "job")
     if not rounds:
         return {}
     stages = {name: statistics.median(found["stages"][name] for found in rounds) for name in rounds[0]["stages"]}
     each = [sum(found["stages"].values()) for found in rounds]
-    command = statistics.median(found["command_seconds"] for found in rounds)
+    times = {"seconds": statistics.median(each), "seconds_each": each}
     return {
-        "job": {"stages": stages, "seconds": statistics.median(each), "seconds_each": each, "command_seconds": command}
+        "job": {"stages": stages, **times, "command_seconds": statistics.median(f["command_seconds"] for f in rounds)}
     }
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:
-    """Ours, at its best number of ranks, against the fastest peer and the authors' computation."""
-    by_role = {
-        role: {name: made for name, made in contestants.items() if made["role"] == role}
-        for role in ("ours", "peer", "authors")
-    }
-    if not by_role["ours"]:
-        return {}
+    """Compare ours, at its best number of ranks, with the fastest peer and the authors' computation."""
 
     def fastest(role: str) -> str | None:
-        return min(by_role[role], key=lambda name: by_role[role][name]["seconds"], default=None)
+        found = [name for name, made in contestants.items() if made["role"] == role]
+        return min(found, key=lambda name: contestants[name]["seconds"], default=None)
 
     best = fastest("ours")
-    assert best is not None
-    ours = by_role["ours"][best]
+    if best is None:
+        return {}
+    ours = contestants[best]
     out: dict[str, Any] = {"best_ours": best}
     share = _share(ours["executed_training_flops"], ours["training_seconds"], peaks, ours["precision"])
     if share is not None:
         out["gemm_share"] = share
-    for role, key in (("peer", "ratio_best_peer"), ("authors", "ratio_authors")):
-        if other := fastest(role):
-            out[key] = by_role[role][other]["seconds"] / ours["seconds"]
-            if role == "peer":
-                out["best_peer"] = other
-    behind = {
+    if peer := fastest("peer"):
+        out |= {"ratio_best_peer": contestants[peer]["seconds"] / ours["seconds"], "best_peer": peer}
+    if authors := fastest("authors"):
+        out["ratio_authors"] = contestants[authors]["seconds"] / ours["seconds"]
+    ahead = {
         name: made["accuracy"] - ours["accuracy"]
         for name, made in contestants.items()
         if made["role"] != "ours" and made["accuracy"] is not None and ours["accuracy"] is not None
     }
-    if behind and ours["accuracy_error"] is not None:
-        out["accuracy_holds"] = max(behind.values()) <= ours["accuracy_error"]
-        out["accuracy_ahead"] = behind
+    if ahead and ours["accuracy_error"] is not None:
+        out |= {"accuracy_holds": max(ahead.values()) <= ours["accuracy_error"], "accuracy_ahead": ahead}
     return out

@@ -1,10 +1,11 @@
-"""A step of ours without DeepSpeed, under its engine, and in the whole training loop: the same lean student, the same
-batches, in turn in blocks of some steps, on one rank.
+"""Compare a step of ours without DeepSpeed, through the engine, and in the training loop.
+
+The same student takes the same batches on one rank, in blocks of steps that alternate:
 
     plain     a hand-written loop: autocast, backward, clipping, torch's fused AdamW
-    engine    the same loop through the project's engine, so through DeepSpeed
-    loop      a step of the project's training loop: that, and metrics, records, agreement on stop signals; on a GPU
-              the whole step as one launch, in place of the engine's
+    engine    the same loop through the project's engine
+    loop      a step of the project's training loop: the engine, metrics, records, agreement on stop signals; on a GPU
+              the whole step is one CUDA graph
 """
 
 from __future__ import annotations
@@ -18,35 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.subject import Clock
-from benchmarks.probe import with_student_job
+from benchmarks.peers.subject import Clock, adamw
+from benchmarks.probe import Steps, with_student_job
 from pkd_dist.data.batches import Batch
 from pkd_dist.distributed.world import World
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.engine import linear_warmup, resolve_precision
-from pkd_dist.training.trainer import Job, Trainer
+from pkd_dist.training.trainer import Job
 
 WARMUP = 3
 
 
 class Plain:
-    """A student without DeepSpeed. Called as the engine is: inputs, layers, tokens -> logits and states."""
+    """A student without DeepSpeed. Called like the engine."""
 
     def __init__(self, job: Job, total_steps: int, device: torch.device):
-        self.job, self.module, self.device = job, job.module.to(device), device
-        config, _ = resolve_precision(job.deepspeed, device)
-        autocast = config.get("torch_autocast", {})
-        self._autocast = torch.autocast(
-            device.type, dtype=getattr(torch, autocast.get("dtype", "bfloat16")), enabled=bool(autocast.get("enabled"))
-        )
-        matrices = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim <= 1]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": job.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=job.learning_rate, eps=job.adam_epsilon, fused=True,
-        )  # fmt: skip
+        self.job, self.module, self.device = job, job.module.to(device).train(), device
+        settings = resolve_precision(job.deepspeed, device)[0].get("torch_autocast", {})
+        dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=bool(settings.get("enabled")))
+        self._optimizer = adamw(self.module, job.weight_decay, job.learning_rate, job.adam_epsilon)
         self._factor, self._done = linear_warmup(total_steps, job.warmup_ratio), 0
-        self.module.train()
 
     def __call__(self, *arguments: Any) -> Any:
         with self._autocast:
@@ -65,68 +58,39 @@ class Plain:
         self._done += 1
 
 
-def _batches(trainer: Trainer, order: np.ndarray, step: int) -> list[Batch]:
-    return [trainer.answered(batch) for batch in trainer.batches.step(order, step)]
-
-
-def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
-    engine = trainer.engine
-    for i, batch in enumerate(micro):
-        batch = batch.to(trainer.world.device)
-        terms = trainer.job.losses(engine, batch)
-        engine.backward((terms["total"] * batch.weight_B).sum())
-        if i + 1 < len(micro):
-            engine.micro_step()
-    engine.step(step)
-
-
 def measure(config_file: str | Path, overrides: list[str], block: int, blocks: int) -> dict[str, Any]:
-    """Seconds of each block of `block` steps, `blocks` of each kind, one after the other in turn."""
+    """Return the seconds of each block of `block` steps, `blocks` of each kind."""
 
     def use(job: Job, world: World, telemetry: Telemetry) -> dict[str, Any]:
         torch.manual_seed(job.seed)
-        # before an engine changes the module in place; a graph would not capture what another engine has trained
+        # copied before an engine changes the module in place; a graph cannot capture a module another engine trained
         modules = [copy.deepcopy(job.module) for _ in range(2)]
         apart = replace(job, module=modules[1], folder=job.folder / "engine", records=job.folder / "engine.jsonl")
-        through, trainer = Trainer(apart, world, telemetry), Trainer(job, world, telemetry)
-        plain = Plain(replace(job, module=modules[0]), trainer.total_steps, world.device)
-        through.engine.train()
-        trainer.engine.train()
-        order = trainer.batches.order(0)
-
-        def engine_step(step: int) -> None:
-            _through_the_engine(through, _batches(through, order, step), through.progress.step)
-            through.progress.step += 1
-
-        def loop_step(step: int) -> None:
-            trainer._step(order, step)
-
+        engine, loop = Steps(apart, world, telemetry), Steps(job, world, telemetry)
+        plain = Plain(replace(job, module=modules[0]), loop.trainer.total_steps, world.device)
         ways: dict[str, Callable[[int], None]] = {
-            "plain": lambda step: plain.step(_batches(trainer, order, step)),
-            "engine": engine_step,
-            "loop": loop_step,
+            "plain": lambda step: plain.step(loop.batches(step)),
+            "engine": engine.through_engine,
+            "loop": lambda step: loop.train_step(0, step),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for step in range(WARMUP):
             for way in ways.values():
-                way(step % trainer.batches.steps)
+                way(step % loop.of_epoch)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(blocks):
-            steps = [(number * block + i) % trainer.batches.steps for i in range(block)]
+            steps = [(number * block + i) % loop.of_epoch for i in range(block)]
             for name in [*ways][number % 3 :] + [*ways][: number % 3]:
                 clock = Clock()
                 with clock.running():
                     for step in steps:
                         ways[name](step)
                 seconds[name].append(clock.seconds)
+        plain_seconds = np.array(seconds["plain"])
         return {
-            "steps_of_a_block": block,
-            "seconds": seconds,
+            "steps_of_a_block": block, "seconds": seconds,
             "step_seconds": {name: float(np.median(values)) / block for name, values in seconds.items()},
-            "overhead": {
-                name: float(np.median(np.array(seconds[name]) / np.array(seconds["plain"]))) for name in seconds
-            },
-            "precision": trainer.precision,
-            "zero_stage": trainer.job.deepspeed["zero_optimization"]["stage"],
-        }
+            "overhead": {name: float(np.median(values / plain_seconds)) for name, values in seconds.items()},
+            "precision": loop.trainer.precision, "zero_stage": loop.trainer.job.deepspeed["zero_optimization"]["stage"],
+        }  # fmt: skip
 
     return with_student_job(config_file, overrides, use)

@@ -1,9 +1,9 @@
-"""What the machine can multiply, and what ours does.
+"""FLOPs: the peak of the machine, the work that the task needs, and the work that our run does.
 
-Products are counted, 2 per multiply-add, from shapes (`benchmarks.scaling.model.Shape.forward_flops`); a backward pass
-is worth two forward passes. *Executed* is what a contestant computes, padding included. *Useful* is what the task needs
-whoever does it: each sentence once through the teacher and in every epoch through the student, without padding, the last
-layer of both for [CLS] alone, since nothing else of it is used.
+FLOPs of matrix products are counted from shapes (`benchmarks.scaling.model.Shape.forward_flops`), 2 per multiply-add; a
+backward pass counts as two forward passes. *Executed* is what a contestant computes, padding included. *Useful* is what
+the task needs in any implementation: each sentence once through the teacher and once per epoch through the student,
+without padding, with the last layers for [CLS] only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet
 
 _SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768, 3072))
-_SECONDS = 0.4
 
 
-def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = _SECONDS) -> float:
-    """FLOP/s of matrix products on all threads (or a GPU): the best over some sizes, each tried for `seconds`."""
+def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = 0.4) -> float:
+    """Return the FLOP/s of matrix products on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
     device = device or torch.device("cpu")
     best = 0.0
     for m, k, n in _SIZES:
@@ -41,28 +40,32 @@ def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float 
     return best
 
 
-def _by_length(shape: Shape, lengths: Iterable[int], lean: bool = True) -> float:
+def peaks(device: torch.device) -> dict[str, float]:
+    """Return the peak by precision."""
+    return {name: peak(getattr(torch, name), device) for name in ("float32", "bfloat16")}
+
+
+def _by_length(shape: Shape, lengths: Iterable[int]) -> float:
     values, counts = np.unique(np.asarray(lengths), return_counts=True)
-    return sum(int(n) * shape.forward_flops(1, int(length), lean) for length, n in zip(values, counts, strict=True))
+    return sum(int(n) * shape.forward_flops(1, int(length)) for length, n in zip(values, counts, strict=True))
 
 
 def useful(teacher: Shape, student: Shape, tokens: TokenSet, epochs: int) -> tuple[float, float]:
-    """FLOPs of the teacher's pass and of `epochs` epochs of the student."""
-    lengths = tokens.lengths_N
-    return _by_length(teacher, lengths), 3 * epochs * _by_length(student, lengths)
+    """Return the FLOPs of the teacher's pass and of all epochs of the student."""
+    return _by_length(teacher, tokens.lengths_N), 3 * epochs * _by_length(student, tokens.lengths_N)
 
 
 def executed_by_ours(
     teacher: Shape, student: Shape, tokens: TokenSet, config: Config, ranks: int
 ) -> tuple[float, float]:
-    """FLOPs of the same parts as a run of ours executes them, from the batches that it makes."""
-    rounded = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # its batches are sorted
-    training = 0.0
+    """Return the FLOPs of the same parts as our run executes them, from its batches."""
+    rounded = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # the cache sorts its batches by length
+    settings, training = config.train, 0.0
     for rank in range(ranks):
         batches = TrainingBatches(
-            tokens, config.train.batch_size, config.train.micro_batch_size, config.run.seed, rank, ranks, 0
+            tokens, settings.batch_size, settings.micro_batch_size, config.run.seed, rank, ranks, 0
         )
-        for epoch in range(config.train.epochs):
+        for epoch in range(settings.epochs):
             order = batches.order(epoch)
             for step in range(batches.steps):
                 for batch in batches.step(order, step):

@@ -1,5 +1,7 @@
-"""A Hugging Face Trainer whose teacher answers in every step: how most users write it. Batches of similar length, fused
-AdamW; in bfloat16 the Trainer's autocast and a teacher whose weights are bfloat16. Evaluation and saving are not timed.
+"""A Hugging Face Trainer that runs the teacher in every step, as most users write it.
+
+Batches of similar length, fused AdamW; in bfloat16 the Trainer's autocast, and a teacher with bfloat16 weights.
+Evaluation and saving are not timed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
 
 
 class OnlineTeacher(Trainer):
-    """Trains with a teacher's answers to the same batch."""
+    """Trains with the teacher's outputs for the same batch."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype, tally: Tally, **arguments: Any):
         super().__init__(**arguments)
@@ -39,7 +41,7 @@ class OnlineTeacher(Trainer):
 
 
 class Timing(TrainerCallback):
-    """Starts the clock after the warm-up of a slice, and stops it while dev is scored."""
+    """Starts the clock after the warm-up steps, and stops it while dev is scored."""
 
     def __init__(self, subject: Subject, clock: Clock, tally: Tally, accuracies: list[float], sliced: bool):
         self.subject, self.clock, self.tally = subject, clock, tally
@@ -64,7 +66,7 @@ class Timing(TrainerCallback):
 
 
 def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> Measured:
-    """Trains whole epochs, or `steps` steps alone; on as many ranks as torchrun started."""
+    """Train all epochs, or `steps` steps, on as many ranks as torchrun started."""
     settings, clock, tally = subject.config.train, Clock(), Tally()
     measured = Measured(0.0, tally)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +80,7 @@ def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> M
         )  # fmt: skip
         share = settings.batch_size // arguments.world_size
         if share * arguments.world_size != settings.batch_size:
-            raise ValueError(f"batch {settings.batch_size} does not divide by {arguments.world_size} ranks")
+            raise ValueError(f"batch size {settings.batch_size} is not a multiple of {arguments.world_size} ranks")
         arguments.per_device_train_batch_size = share
         trainer = OnlineTeacher(
             subject, torch.bfloat16 if bf16 else torch.float32, tally, model=subject.student(), args=arguments,

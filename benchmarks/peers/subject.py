@@ -1,7 +1,6 @@
 """What every contestant trains with, in plain transformers and torch: data, teacher, student, loss, optimizer, scoring.
 
-The settings are those of a run's YAML (`movie-reviews.yaml`), which ours reads as well. Nothing here is timed but what a
-contestant brackets with its `Clock`.
+The settings come from `movie-reviews.yaml`, which our run reads as well. Each contestant times itself with a `Clock`.
 
 Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
 """
@@ -29,7 +28,7 @@ from pkd_dist.model.student import take_layers
 
 
 class Clock:
-    """Adds up seconds between `start` and `stop`."""
+    """A stopwatch that can be stopped and started again."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -55,7 +54,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count, where the clock is running."""
+        """Do not count the time inside."""
         was_running = self._since is not None
         self.stop()
         try:
@@ -72,7 +71,7 @@ def _wait_for_gpu() -> None:
 
 @dataclass
 class Tally:
-    """Counts what is computed in timed steps: steps, rows, real tokens, and products (2 per multiply-add)."""
+    """Counts of timed steps: steps, rows, real tokens, and FLOPs of matrix products (2 per multiply-add)."""
 
     steps: int = 0
     rows: int = 0
@@ -80,26 +79,26 @@ class Tally:
     flops: float = 0.0
 
     def add(self, mask_BL: torch.Tensor, *passes: tuple[Shape, int]) -> None:
-        """One batch through whole models, padding included.
+        """Add one batch, padding included.
 
         Args:
-            passes: (model's shape, forward passes that its arithmetic is worth: 1 to answer, 3 to learn).
+            passes: (shape of a model, number of forward passes its work equals: 1 for the teacher, 3 for the student).
         """
         rows, length = mask_BL.shape
         self.steps += 1
         self.rows += rows
         self.tokens += int(mask_BL.sum())
-        self.flops += sum(times * shape.forward_flops(rows, length, lean=False) for shape, times in passes)
+        self.flops += sum(times * shape.forward_flops(rows, length, cls_only=False) for shape, times in passes)
 
 
 @dataclass
 class Measured:
-    """What a contestant hands back.
+    """The result of a contestant.
 
     Attributes:
-        teacher_seconds: of a pass of its own over `teacher_rows` examples; 0 where the teacher answers in every step.
         training_seconds: of the steps in `tally`.
-        accuracies: on dev, after each epoch; empty where only some steps were done.
+        teacher_seconds: of a separate pass over `teacher_rows` examples; 0 if the teacher runs in every step.
+        accuracies: on dev, after each epoch; empty if only some steps were done.
     """
 
     training_seconds: float
@@ -111,20 +110,30 @@ class Measured:
 
 
 def shape_of(config: Any) -> Shape:
-    """Of a model's configuration."""
+    """Return the shape of a model from its configuration."""
     return Shape(
         config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
         config.vocab_size, config.max_position_embeddings, config.type_vocab_size, config.num_labels,
     )  # fmt: skip
 
 
+def adamw(model: torch.nn.Module, weight_decay: float, learning_rate: float, epsilon: float) -> torch.optim.AdamW:
+    """Return torch's fused AdamW, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=epsilon, fused=True)
+
+
 class Subject:
     """Data and models of one seed.
 
     Attributes:
-        train, dev: one dictionary an example, as a tokenizer makes them, with `labels`.
+        train, dev: one dictionary for each example, as the tokenizer returns it, with `labels`.
         pairs: (student layer, teacher layer) of the patience term, from 1.
-        device: the GPU where there is one (`CUDA_VISIBLE_DEVICES` hides it).
+        device: the GPU if there is one (`CUDA_VISIBLE_DEVICES` hides it).
     """
 
     def __init__(self, config: Config):
@@ -155,7 +164,7 @@ class Subject:
         return self.config.train.epochs * self.steps_per_epoch
 
     def collator(self, padded: bool) -> DataCollatorWithPadding:
-        """Pads to the longest of a batch, or to the longest input allowed."""
+        """Return a collator that pads to the maximum length if `padded`, else to the longest of a batch."""
         length = self.config.task.max_length if padded else None
         return DataCollatorWithPadding(self.tokenizer, padding="max_length" if padded else True, max_length=length)
 
@@ -163,7 +172,7 @@ class Subject:
         return self._teacher.to(self.device, dtype).requires_grad_(False).eval()
 
     def student(self) -> PreTrainedModel:
-        """Made of the teacher's layers, with its dropout; seeds whatever is drawn from here on."""
+        """Seed all generators; return a student made of the teacher's layers, with its dropout."""
         seed = self.config.run.seed
         random.seed(seed)
         np.random.seed(seed)
@@ -172,17 +181,12 @@ class Subject:
         return student.to(self.device).train()
 
     def moved(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch as a plain dictionary, on the device."""
+        """Return a batch as a plain dictionary on the device."""
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         settings = self.config.train
-        named = [(name, p, p.ndim > 1) for name, p in model.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for _, p, matrix in named if matrix], "weight_decay": settings.weight_decay},
-            {"params": [p for _, p, matrix in named if not matrix], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=settings.adam_epsilon, fused=True)
+        return adamw(model, settings.weight_decay, settings.learning_rate, settings.adam_epsilon)
 
     def schedule_arguments(self) -> dict[str, int]:
         return {
@@ -201,8 +205,8 @@ class Subject:
         teacher_states_BMH: torch.Tensor,
         labels_B: torch.Tensor,
     ) -> torch.Tensor:
-        """The loss of the authors' code: (1 - alpha) CE + alpha KL T^2, mean over examples and classes, + beta mean
-        squared distance of the normalised states."""
+        """Return the loss of the authors' code: (1 - alpha) CE + alpha T^2 KL (mean over examples and classes) + beta
+        times the mean squared error of the normalised states."""
         d = self.config.distill
         soft = F.kl_div(
             F.log_softmax(logits_BC.float() / d.temperature, dim=1),
@@ -217,12 +221,12 @@ class Subject:
 
     @staticmethod
     def first_states(hidden_states: Sequence[torch.Tensor], layers: Sequence[int]) -> torch.Tensor:
-        """[CLS] states of layers (0: the embeddings), (B, M, H)."""
+        """Return the [CLS] states of the given layers (0: the embeddings), (B, M, H)."""
         return torch.stack([hidden_states[layer][:, 0] for layer in layers], dim=1)
 
     @torch.inference_mode()
     def accuracy(self, model: PreTrainedModel) -> float:
-        """On dev; the model's mode is put back."""
+        """Return the accuracy on dev; the training mode of the model is restored."""
         mode, collate = model.training, self.collator(padded=False)
         model.eval()
         order = sorted(range(len(self.dev)), key=lambda i: len(self.dev[i]["input_ids"]))

@@ -1,4 +1,4 @@
-"""The teacher's pass over the training text, as the stage `cache` makes it, without reading models and writing files."""
+"""Time the teacher's pass over the training text as the stage `cache` does it, without loading models and writing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, resolve_t
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 
-AT_ONCE = {"cpu": 4096, "cuda": 65536}
-"""Rows, sorted by length together: those of a shard, or of many."""
+SORTED_ROWS = {"cpu": 4096, "cuda": 65536}
+"""Rows that are sorted by length together: those of one shard, or of many."""
 
 
-class Counted(TeacherBatches):
-    """Notes the shape of every batch."""
+class CountedBatches(TeacherBatches):
+    """Batches that record their shapes."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -37,11 +37,10 @@ class Counted(TeacherBatches):
 
 
 def measure(config: Config, passes: int = 4) -> dict[str, Any]:
-    """Seconds of each pass but the first, in which kernels are loaded; products that one executes; the bfloat16 peak."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the seconds of each pass except the first, which loads kernels; the FLOPs of a pass; the bfloat16 peak."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", 0)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as `dist.World` does
+        torch.backends.cuda.enable_cudnn_sdp(False)  # like distributed.world.World
     model, tokenizer = load_model(config.teacher.model), load_tokenizer(config.teacher.model)
     shape, precision = shape_of(model.config), resolve_teacher_precision(config.cache.precision, device)
     layers = paired_layers(config.distill.patience, shape.layers, len(config.student.layers or ()))
@@ -50,12 +49,12 @@ def measure(config: Config, passes: int = 4) -> dict[str, Any]:
         split = text.read(config.task.data, "train", task, task.classes)
         tokens = tokenize(split, tokenizer, config.task.max_length, Path(scratch) / "tokens")
         teacher = LiveTeacher(model, layers, precision, config.cache.dtype, False, device)
-        seconds = []
+        seconds, together = [], SORTED_ROWS[device.type]
         for _ in range(passes):
-            batches, clock = Counted(tokens, tokenizer.pad_token_id, device), Clock()
+            batches, clock = CountedBatches(tokens, tokenizer.pad_token_id, device), Clock()
             with clock.running():
-                for start in range(0, len(tokens), AT_ONCE[device.type]):
-                    run_teacher(np.arange(start, min(len(tokens), start + AT_ONCE[device.type])), batches, teacher)
+                for start in range(0, len(tokens), together):
+                    run_teacher(np.arange(start, min(len(tokens), start + together)), batches, teacher)
             seconds.append(clock.seconds)
     return {
         "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),

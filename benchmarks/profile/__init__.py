@@ -1,1 +1,1 @@
-"""Where the time of a training step goes; see README.md."""
+"""Profile of a training step."""

@@ -1,23 +1,17 @@
-"""Operations and kernels -> what they are done for."""
+"""Group operations and kernels by purpose."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-GEMM, ATTENTION, DROPOUT, CASTS, COPIES = "GEMM", "attention", "dropout", "casts", "copies"
-FILLS, OPTIMIZER, CLIPPING, COMMUNICATION, OTHER = (
-    "clearing and fills",
-    "optimizer",
-    "clipping",
-    "communication",
-    "other",
-)
-HOST, IDLE = "host, Python", "GPU idle"
-NORM, ACTIVATION = "layer norm", "activation"
 GROUPS = (
     GEMM, ATTENTION, DROPOUT, NORM, ACTIVATION, CASTS, COPIES, FILLS, OPTIMIZER, CLIPPING, COMMUNICATION, OTHER,
+) = (
+    "GEMM", "attention", "dropout", "layer norm", "activation", "casts", "copies", "clearing and fills", "optimizer",
+    "clipping", "communication", "other",
 )  # fmt: skip
+HOST, IDLE = "host, Python", "GPU idle"
 
 _OPERATIONS = (
     (COMMUNICATION, r"^(c10d::|gloo:|nccl:|record_param_comms|DistributedDataParallel)"),
@@ -48,10 +42,10 @@ _CASTS_IN_KERNELS = re.compile(r"bfloat16_copy|float16_copy|copy_kernel.*(bfloat
 
 
 def of_operation(name: str, parents: Sequence[str], phase: str) -> str:
-    """The group of an operation's own time.
+    """Return the group of an operation.
 
     Args:
-        parents: names of the operations that called it, the innermost first.
+        parents: names of the operations that called it, innermost first.
         phase: of the step, see `worker.PHASES`.
     """
     in_model = phase in ("forward", "backward", "")
@@ -59,7 +53,7 @@ def of_operation(name: str, parents: Sequence[str], phase: str) -> str:
         if re.search(pattern, name, re.I) and (in_model or group != ATTENTION):
             return group
     if in_model and any(re.search(_PATTERNS[ATTENTION], parent, re.I) for parent in parents[:3]):
-        return ATTENTION  # what an attention without a kernel of its own is made of
+        return ATTENTION  # part of an attention that has no kernel of its own
     if any("ropout" in parent for parent in parents[:2]):
         return DROPOUT
     if name in _CAST_PARENTS:
@@ -72,7 +66,7 @@ def of_operation(name: str, parents: Sequence[str], phase: str) -> str:
 
 
 def of_kernel(name: str) -> str:
-    """The group of a GPU kernel, copy or fill."""
+    """Return the group of a GPU kernel, copy or fill."""
     if _CASTS_IN_KERNELS.search(name):
         return CASTS
     return next((group for group, pattern in _KERNELS if re.search(pattern, name, re.I)), OTHER)

@@ -1,7 +1,7 @@
-"""One rank of a training that is looked at: the project's own pipeline, trainer and engine with a real student.
+"""One rank of a profiled training: the project's own pipeline, trainer and engine with a real student.
 
-First some steps without a profiler, for the true times of the phases; then some under `torch.profiler`, for what the
-operations inside them take and for the trace.
+First some steps without a profiler, for the true times of the phases; then some under `torch.profiler`, for the times of
+the operations and for the trace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ keep_freed_blocks()
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
-from benchmarks.probe import with_student_job  # noqa: E402
+from benchmarks.peers.flops import peaks  # noqa: E402
+from benchmarks.probe import Steps, with_student_job  # noqa: E402
 from benchmarks.profile import groups  # noqa: E402
 from benchmarks.spans import Spans  # noqa: E402
 from pkd_dist.cli.launch import leave  # noqa: E402
@@ -44,57 +45,47 @@ PHASES: dict[str, tuple[tuple[type, str], ...]] = {
     "engine step": ((Engine, "step"),),
     "whole step": ((GraphStep, "__call__"),),
 }
-"""Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
-metrics, records, and the agreement of the ranks."""
+"""Phase -> the functions whose time it is, without the phases they call. The remainder of a step is `rest`: metrics,
+records, and the agreement of the ranks."""
 WARMUP = {"cpu": 5, "cuda": 300}
-"""Steps before the first that counts; a GPU's graphs are made in them, one for each length."""
+"""Steps before the first that counts. On a GPU they capture the graphs, one for each length."""
 
 
-def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Path) -> dict[str, Any]:
-    """Trains 2 x `steps` steps; returns this rank's table."""
-    spans = Spans()
+def profiled(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Path) -> dict[str, Any]:
+    """Train 2 x `steps` steps, and return the table of this rank."""
+    spans, cuda = Spans(), world.device.type == "cuda"
     with contextlib.ExitStack() as stack:
         for phase, functions in PHASES.items():
             for owner, name in functions:
                 stack.enter_context(patch.object(owner, name, spans.wrapped(getattr(owner, name), phase)))
-        trainer = Trainer(job, world, telemetry)
-        trainer.engine.train()
-        orders: dict[int, Any] = {}
+        training = Steps(job, world, telemetry)
 
-        def do(count: int) -> None:
-            for _ in range(count):
-                epoch, step = divmod(trainer.progress.step, trainer.batches.steps)
-                if epoch not in orders:
-                    orders[epoch] = trainer.batches.order(epoch)
-                trainer._step(orders[epoch], step)
+        def timed() -> float:
+            begin = time.perf_counter()
+            training.train(steps)
+            _wait(world)
+            return time.perf_counter() - begin
 
-        do(WARMUP[world.device.type])
+        training.train(WARMUP[world.device.type])
         _wait(world)
         spans.clear()
-        begin, tokens = time.perf_counter(), trainer.progress.tokens
-        do(steps)
-        _wait(world)
-        wall = time.perf_counter() - begin
-        phases, tokens = spans.finished(), trainer.progress.tokens - tokens
+        tokens, wall = training.tokens, timed()
+        phases, tokens = spans.finished(), training.tokens - tokens
 
-        cuda = world.device.type == "cuda"
         spans.mark = record_function
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities, acc_events=True) as profiler:
-            begin = time.perf_counter()
-            do(steps)
-            _wait(world)
-            profiled = time.perf_counter() - begin
+            seconds = timed()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     phases["rest"] = phases.pop("step")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        "ranks": world.size, "threads": torch.get_num_threads(), "steps": steps, "precision": trainer.precision,
-        "batch_size": job.batch_size, "tokens_per_step": tokens / steps,
-        "step_seconds": wall / steps, "profiled_step_seconds": profiled / steps,
+        "ranks": world.size, "threads": torch.get_num_threads(), "steps": steps,
+        "precision": training.trainer.precision, "batch_size": job.batch_size, "tokens_per_step": tokens / steps,
+        "step_seconds": wall / steps, "profiled_step_seconds": seconds / steps,
         "phase_seconds": {phase: seconds / steps for phase, seconds in phases.items()},
-        **_tables(profiler, profiled, steps, cuda),
+        **_tables(profiler, seconds, steps, cuda),
     }  # fmt: skip
 
 
@@ -104,17 +95,16 @@ def _wait(world: World) -> None:
 
 
 def _tables(profiler: Any, seconds: float, steps: int, cuda: bool) -> dict[str, Any]:
-    """Seconds of a profiled step by group and by (phase, group), and the operations that take most."""
+    """Return the seconds of a profiled step by group, by phase and group, and the operations that take most."""
     by_group = dict.fromkeys(groups.GROUPS, 0.0)
     by_phase: dict[str, dict[str, float]] = {}
     by_name: dict[str, list[float]] = {}
-    on_device = 0.0
     for event in profiler.events():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
         if event.name in PHASES or (is_kernel and getattr(event, "is_user_annotation", False)):
             continue
         if cuda != is_kernel:
-            continue  # on a GPU what it does counts, and the host is seen in its idleness
+            continue  # on a GPU its kernels count; the host shows as idle time
         own = (event.device_time_total if is_kernel else event.self_cpu_time_total) / 1e6 / steps
         parents = _parents(event)
         phase = next((name for name in parents if name in PHASES), "backward")
@@ -125,8 +115,8 @@ def _tables(profiler: Any, seconds: float, steps: int, cuda: bool) -> dict[str, 
         known = by_name.setdefault(event.name, [0.0, 0.0])
         known[0] += own
         known[1] += 1 / steps
-        on_device += own
-    by_group[groups.IDLE if cuda else groups.HOST] = max(0.0, seconds / steps - on_device)
+    remainder = seconds / steps - sum(by_group.values())
+    by_group[groups.IDLE if cuda else groups.HOST] = max(0.0, remainder)
     most = sorted(by_name.items(), key=lambda item: -item[1][0])[:20]
     return {
         "group_seconds": by_group,
@@ -150,24 +140,15 @@ def _parents(event: Any) -> list[str]:
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    output = Path(given["output"])
 
     def use(job: Job, world: World, telemetry: Telemetry) -> None:
-        trace = Path(given["trace"].format(rank=world.rank))
-        found = look_at(job, world, telemetry, given["steps"], trace)
+        found = profiled(job, world, telemetry, given["steps"], Path(given["trace"].format(rank=world.rank)))
         if world.main:
-            write_json(output, found | {"peak_flops_per_second": _peaks(world)})
+            write_json(Path(given["output"]), found | {"peak_flops_per_second": peaks(world.device)})
         world.barrier()
 
     with_student_job(given["config"], given["overrides"], use)
     leave(0)
-
-
-def _peaks(world: World) -> dict[str, float]:
-    """FLOP/s of matrix products on this rank's threads, or its GPU."""
-    from benchmarks.peers.flops import peak
-
-    return {name: peak(getattr(torch, name), world.device) for name in ("float32", "bfloat16")}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What this design costs at sizes this machine does not have: a model, the measurements under it, and a simulation.
+"""Memory, start-up and arithmetic at sizes that were not run.
 
-model.py     memory, bytes and seconds of a step from a few constants; no I/O
-counting.py  what one step does, counted: operations, bytes they touch, bytes saved for backward, collectives
-measure.py   measures the constants of this machine          -> benchmarks/results/scaling_constants.json
-shuffle.py   shards and shuffling of a cache of 100 M rows   -> benchmarks/results/scaling_shuffle.json
-report.py    the tables and plots of docs/scaling.md from the two files and the model
+model.py     bytes of memory and of messages, from shapes and ZeRO stages
+memory.py    memory of a rank as the data grows     -> benchmarks/results/scaling.json, docs/performance.md
+startup.py   time to the first step of a resumed run -> the same
+shuffle.py   simulated shuffling of 100 M cache rows -> benchmarks/results/scaling_shuffle.json
+report.py    tables of docs/scaling.md
 """

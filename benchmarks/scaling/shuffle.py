@@ -1,18 +1,18 @@
-"""Reading a teacher cache of 100 M rows in shuffled order, simulated without the cache.
+"""Simulate reading a teacher cache of 100 M rows in shuffled order, without the cache.
 
     python -m benchmarks.scaling.shuffle [--rows 100000000] [--batch 4096] ...
 
-Two orders of an epoch, as positions in the cache (its rows stand in the order of their ids):
+Two orders of an epoch, as positions in the cache, whose rows are in the order of their ids:
 
-present   `pkd_dist.data.batches.epoch_order` itself: one permutation of all rows, held whole by every rank.
-sharded   whole shards. The shards are permuted anew in each epoch and dealt to `lanes` lanes, `window` shards to each
-          at a time; a lane shuffles the rows of its window, and position p of the epoch comes from lane p mod lanes.
-          A rank takes every n-th row of a batch, as it does now, so where n divides `lanes` it reads the shards of
-          lanes r, r+n, ... alone, and the order does not depend on n. Length buckets are made inside each lane. What
-          does not fill a batch at the end of a window is kept for the end of the epoch.
+present   `pkd_dist.data.batches.epoch_order`: one permutation of all rows, held in full by every rank.
+sharded   whole shards. The shards are permuted in each epoch and dealt to `lanes` lanes, `window` shards to each at a
+          time; a lane shuffles the rows of its window, and position p of the epoch comes from lane p mod lanes. A rank
+          takes every n-th row of a batch, as it does now, so if n divides `lanes` it alone reads the shards of lanes
+          r, r+n, ..., and the order does not depend on n. Length buckets are made in each lane. Rows that do not fill
+          a batch at the end of a window are kept for the end of the epoch.
 
-Of each: whether every row comes exactly once, how well it is mixed over two epochs, how rows and tokens fall on the
-ranks, what computing it takes, and what is read. Writes benchmarks/results/scaling_shuffle.json.
+For each order: is every row read exactly once, how well is it mixed over two epochs, how do rows and tokens fall on the
+ranks, what does computing it cost, and what is read. Writes benchmarks/results/scaling_shuffle.json.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import RESULTS, read_json
 from pkd_dist.data.batches import epoch_order
+from pkd_dist.files import write_json
 
-RESULTS = Path(__file__).parents[1] / "results"
 POOL_BATCHES, LENGTH_MULTIPLE = 50, 8
-"""As in `pkd_dist/data/batches.py`: batches sorted by length together, and what lengths are rounded up to."""
+"""As in `pkd_dist/data/batches.py`: batches sorted by length together, and the multiple that lengths are padded to."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """rows: of the cache. batch: global. window: shards that a lane holds at a time."""
+    """rows: in the cache. batch: global. window: shards that a lane holds at a time."""
 
     rows: int = 100_000_000
     shard_rows: int = 4096
@@ -60,7 +61,7 @@ class Settings:
 
 
 def make_lengths(rows: int, deciles: list[float], seed: int) -> np.ndarray:
-    """Token lengths, int64 as in the package, distributed as those of the embedded data."""
+    """Return token lengths, distributed as those of the embedded data."""
     out = np.empty(rows, dtype=np.int64)
     rng = np.random.default_rng([seed, 2])
     for start in range(0, rows, 1 << 22):
@@ -69,18 +70,15 @@ def make_lengths(rows: int, deciles: list[float], seed: int) -> np.ndarray:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- the orders
-
-
 def present_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
-    """The package's order, handed out in pieces of whole batches."""
+    """Yield the package's order in pieces of whole batches."""
     order = epoch_order(lengths_N, s.batch, s.seed, epoch)
     for start in range(0, s.rows, 1024 * s.batch):
         yield order[start : start + 1024 * s.batch]
 
 
 def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
-    """The order by whole shards, one window after the other; only the last piece holds a short batch."""
+    """Yield the order by whole shards, window by window; only the last piece has a short batch."""
     rng = np.random.default_rng([s.seed, epoch])
     shards = rng.permutation(s.shards)
     tail = []
@@ -96,7 +94,7 @@ def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np
 
 
 def _bucketed(lanes_KL: np.ndarray, s: Settings, lengths_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sorts each lane by length inside pools of batches, then shuffles the batches."""
+    """Sort each lane by length inside pools of batches, then shuffle the batches."""
     deep = s.batch // s.lanes
     out = np.empty(lanes_KL.shape, dtype=np.int64)
     for start in range(0, len(lanes_KL), POOL_BATCHES * deep):
@@ -110,23 +108,20 @@ def _bucketed(lanes_KL: np.ndarray, s: Settings, lengths_N: np.ndarray, rng: np.
 ORDERS = {"present": present_order, "sharded": sharded_order}
 
 
-# -------------------------------------------------------------------------------------------------------------- mixing
-
-
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
-    """Statistics of one epoch, each beside its value in a uniform shuffle in `UNIFORM`.
+    """Return statistics of one epoch; `expected_in_uniform` has their values for a uniform shuffle.
 
     Args:
-        first_N: int32; filled with every row's position in epoch 0, compared with that in the others.
+        first_N: int32; filled with the position of every row in epoch 0, compared with the positions in later epochs.
 
     Returns:
         every_row_once: 1 if so, else 0.
         rank_correlation_with_cache: Spearman's, of the position in the epoch and in the cache.
         rank_correlation_of_epochs: Spearman's, of the positions in this epoch and in epoch 0.
-        mean_distance: of neighbours in a batch, in the cache, as a share of it.
-        batch_mean_variance: of the batches' mean position in the cache, over that of independent draws: what a label
-            sorted along the cache would suffer. (Ids are hashes of the text, so no label is.)
-        met_again: neighbours in a batch that were in one batch in epoch 0, over the expected number.
+        mean_distance: between neighbours in a batch, in the cache, as a share of it.
+        batch_mean_variance: of the batches' mean position in the cache, over that of independent draws: the effect on
+            a label sorted along the cache. (Ids are hashes of the text, so no label is.)
+        met_again: neighbours in a batch that shared a batch in epoch 0, over the expected number.
         shards_of_batch: different shards in a batch, mean over some hundreds.
     """
     seen, position = np.zeros(s.rows, dtype=bool), 0
@@ -179,22 +174,19 @@ def expected_in_uniform(s: Settings) -> dict[str, float]:
 
 
 def expected_batch_mean_variance(s: Settings) -> float:
-    """Of the sharded order: a window holds a sample of all shards, a batch as many rows of each lane."""
+    """Return it for the sharded order: a window holds a sample of the shards, a batch equally many rows of each lane."""
     held = min(s.shards, s.lanes * s.window)
     return 1 - s.lanes / held + s.batch / held * (1 - held / s.shards)
 
 
-# ------------------------------------------------------------------------------------------------- ranks and reading
-
-
 def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ranks: int) -> dict[str, float]:
-    """How rows, tokens and shards fall on the ranks, each taking every `ranks`-th row of a batch.
+    """Return how rows, tokens and shards fall on the ranks, each of which takes every `ranks`-th row of a batch.
 
     Returns:
-        padding: tokens computed (longest of a rank's share, rounded up) over real ones.
+        padding: tokens computed (the longest of a rank's share, rounded up) over real ones.
         slowest_rank: computed tokens of the fullest rank over the mean, mean over steps.
         tokens_spread: largest over smallest number of real tokens of a rank in the epoch.
-        shard_reads: (window, rank, shard) triples: how often a rank opens a shard, if it kept all of a piece's.
+        shard_reads: how often a rank opens a shard if it keeps all shards of a piece: (window, rank, shard) triples.
     """
     tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
     for piece in pieces:
@@ -220,7 +212,7 @@ def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ra
 
 
 def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
-    """Whether each access misses a cache of `capacity` blocks that drops the least recently used: exact."""
+    """Yield whether each access misses an LRU cache of `capacity` blocks; exact."""
     held: OrderedDict[int, None] = OrderedDict()
     for block in accesses:
         hit = block in held
@@ -234,12 +226,12 @@ def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
 
 
 def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, seed: int) -> float:
-    """Blocks that a node reads in its third epoch, per row that it uses, under a global permutation: exact LRU.
+    """Return the blocks that a node reads in its third epoch, per row it uses, under a global permutation; exact LRU.
 
     Args:
-        rows: of a cache small enough to simulate: the outcome depends on ratios alone.
-        share_cached: page cache of a node over the whole teacher cache.
-        nodes: that share an epoch's rows.
+        rows: of a cache small enough to simulate: the result depends on ratios only.
+        share_cached: page cache of a node over the teacher cache.
+        nodes: that share the rows of an epoch.
     """
     rng = np.random.default_rng(seed)
     epochs = [rng.permutation(rows)[: rows // nodes] // rows_per_block for _ in range(3)]
@@ -248,24 +240,19 @@ def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, 
     return sum(missed[-(rows // nodes) :]) / (rows // nodes)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
-    """Two epochs of one order, in a process of its own, so that its memory is its own."""
+    """Simulate two epochs of one order; called in its own process so that its memory can be measured."""
     lengths_N, order = make_lengths(s.rows, deciles, s.seed), ORDERS[name]
     before, start = peak_bytes(), time.process_time()
     for _ in order(s, lengths_N, 0):
         pass
-    out: dict[str, Any] = {
-        "order_processor_seconds": time.process_time() - start,
-        "order_peak_bytes": peak_bytes() - before,
-    }
-    first_N, out["epochs"] = np.zeros(s.rows, dtype=np.int32), []
+    seconds = time.process_time() - start
+    out: dict[str, Any] = {"order_processor_seconds": seconds, "order_peak_bytes": peak_bytes() - before, "epochs": []}
+    first_N = np.zeros(s.rows, dtype=np.int32)
     for epoch in (0, 1):
         pieces = list(order(s, lengths_N, epoch))
         out["epochs"].append(mixing(pieces, s, first_N, epoch))
@@ -283,27 +270,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_shuffle.json")
     given = vars(parser.parse_args())
     output, s = given.pop("output"), Settings(**given)
-    deciles = json.loads((RESULTS / "scaling_constants.json").read_text())["teacher"]["length_deciles"]
+    deciles = read_json(RESULTS / "scaling_constants.json")["teacher"]["length_deciles"]
     start = time.perf_counter()
-    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards}}
-    result |= {"uniform": expected_in_uniform(s), "expected_batch_mean_variance": expected_batch_mean_variance(s)}
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards},
+        "uniform": expected_in_uniform(s), "expected_batch_mean_variance": expected_batch_mean_variance(s),
+    }  # fmt: skip
     for name in ORDERS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             result[name] = pool.submit(simulate, name, s, deciles).result()
         print(name, json.dumps(result[name]), flush=True)
     result["page_cache"] = [
-        {
-            "rows_per_block": k,
-            "nodes": nodes,
-            "share_cached": share,
-            "blocks_per_row": page_cache(240_000, k, share, nodes, 0),
-        }
-        for k in (1, 40)
-        for nodes in (1, 4)
-        for share in (0.1, 0.25, 0.5, 0.75, 1.0)
-    ]
+        {"rows_per_block": k, "nodes": nodes, "share_cached": share,
+         "blocks_per_row": page_cache(240_000, k, share, nodes, 0)}
+        for k in (1, 40) for nodes in (1, 4) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
+    ]  # fmt: skip
     result["wall_seconds"] = time.perf_counter() - start
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(output, result)
     print(f"{output}: {result['wall_seconds']:.0f} s")
 
 

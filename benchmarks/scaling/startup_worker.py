@@ -1,9 +1,9 @@
-"""launcher/train.py up to its first step, with the time of each part of the start; one rank.
+"""Run launcher/train.py on one rank up to its first step, and time each part of the start.
 
     python -m benchmarks.scaling.startup_worker FILE STARTED [arguments of launcher/train.py]
 
-STARTED is the time of the command, seconds since 1970. Functions are followed from when their module has been imported,
-so that imports happen where they happen in a run. Ends the process after the first step, and writes FILE.
+STARTED is the time of the command, in seconds since 1970. Functions are wrapped when their module has been imported, so
+that imports happen where they happen in a run. Ends the process after the first step and writes FILE.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from typing import Any  # noqa: E402
 
 from benchmarks.spans import Spans  # noqa: E402
 
+FIRST_STEP = "first step"
 FOLLOWED: dict[str, dict[str, str]] = {
     "pkd_dist.config.load": {"load": "configuration"},
-    "pkd_dist.distributed.world": {"World.__init__": "the ranks meet"},
+    "pkd_dist.distributed.world": {"World.__init__": "rendezvous of the ranks"},
     "pkd_dist.pipeline": {
         "Pipeline.__init__": "checks before the start",
         "Pipeline._open_folder": "run folder",
-        "Pipeline._run_stage": "stages that are done: checked",
+        "Pipeline._run_stage": "checks of finished stages",
     },
     "pkd_dist.telemetry.endpoint": {"serve": "metrics server"},
     "pkd_dist.data.tokens": {"problem": "data: checksums", "open_tokens": "data: opened"},
     "pkd_dist.distillation.cache": {"require_shard": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},
     "pkd_dist.training.engine": {"Engine.__init__": "engine"},
-    "pkd_dist.training.trainer": {"Trainer._resume": "checkpoint", "Trainer._step": "first step"},
+    "pkd_dist.training.trainer": {"Trainer._resume": "checkpoint", "Trainer._step": FIRST_STEP},
 }
-"""Module -> function -> the part of the start that it is."""
+"""Module -> function -> the part of the start it is."""
 IMPORTS, REST, INTERPRETER = "imports", "rest", "interpreter"
 
 
 class _Follower:
-    """Among the importers: wraps the functions of a module once it has been imported."""
+    """An importer that wraps the functions of a module after its import."""
 
     def __init__(self, spans: Spans, ended: Any):
         self.spans, self.ended = spans, ended
@@ -67,7 +68,7 @@ class _Follower:
                 for step in above:
                     owner = getattr(owner, step)
                 wrapped = self.spans.wrapped(getattr(owner, last), part)
-                setattr(owner, last, self.ended(wrapped) if part == "first step" else wrapped)
+                setattr(owner, last, self.ended(wrapped) if part == FIRST_STEP else wrapped)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -80,9 +81,8 @@ def main() -> None:
     def ended(step: Any) -> Any:
         def last(*args: Any, **kwargs: Any) -> None:
             step(*args, **kwargs)
-            now, parts = time.time(), spans.finished()
+            whole, parts = time.time() - float(started), spans.finished()
             parts[INTERPRETER] = BEGUN - float(started)
-            whole = now - float(started)
             parts[REST] = max(0.0, whole - sum(seconds for part, seconds in parts.items() if part != REST))
             Path(output).write_text(json.dumps({"seconds": whole, "parts": parts}))
             os._exit(0)

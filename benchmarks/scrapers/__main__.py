@@ -1,20 +1,18 @@
-"""What many and slow scrapers do to the steps of a run: segments with and without them, in turn, of one real run.
+"""Measure the effect of many and slow scrapers on the steps of a run: segments with and without them alternate.
 
     python -m benchmarks.scrapers [--pairs 6] [--seconds 5] ...
 
-A tiny teacher is distilled on sentences of one length, so that each step is the same work, with one thread: what the
-scrapers themselves take of the machine falls on another core, as it does where they are elsewhere. In a segment with
-scrapers 50 connections hang (half of them silent, half after a request whose answer they never read) and 20 scrapes a second
-are answered. The order of a pair alternates. Writes benchmarks/results/scrapers.json.
+A tiny teacher is distilled on sentences of one length, so that all steps are equal, with one thread: the scrapers' own
+work uses another core, as if they ran elsewhere. In a segment with scrapers 50 connections hang (half of them silent,
+half after a request whose response they never read) and 20 scrapes a second are answered. The order in a pair
+alternates. Writes benchmarks/results/scrapers.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import os
 import platform
 import random
 import signal
@@ -28,11 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.tiny import BAD, GOOD, PLAIN, ROOT, command, environment, make_body, write_config, write_tsv
+from benchmarks.common import RESULTS, ROOT, stamp
+from benchmarks.faults.tiny import BAD, GOOD, PLAIN, command, environment, make_body, write_config, write_tsv
+from pkd_dist.files import write_json
 from pkd_dist.network import free_port
 from pkd_dist.telemetry.records import read
 
-RESULTS = ROOT / "benchmarks" / "results" / "scrapers.json"
 REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
 WORDS, WARM_UP_STEPS, SETTLE_SECONDS = 24, 50, 0.5
 LIMIT_PERCENT = 2.0
@@ -46,7 +45,7 @@ def equal_sentences(count: int, seed: int) -> list[tuple[str, int]]:
 
 @contextlib.contextmanager
 def run(folder: Path, port: int, hidden: int) -> Iterator[Path]:
-    """A run that trains for ever -> its metrics.jsonl."""
+    """Start a run that trains without end; yield its metrics.jsonl after the warm-up."""
     body = make_body(folder / "body", layers=6, hidden=hidden)
     for split, count in (("train", 640), ("dev", 32)):
         write_tsv(folder / f"data/{split}.tsv", equal_sentences(count, len(split)))
@@ -76,18 +75,20 @@ def run(folder: Path, port: int, hidden: int) -> Iterator[Path]:
             process.wait(60)
 
 
-def scrape(port: int) -> None:
+def scrape(port: int) -> float:
+    """Read the metrics once; return the seconds it took."""
+    began, response = time.perf_counter(), b""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(REQUEST)
-        answer = b""
         while part := connection.recv(1 << 16):
-            answer += part
-    if not answer.startswith(b"HTTP/1.0 200") or b"pkd_step " not in answer:
-        raise SystemExit(f"not an answer: {answer[:200]!r}")
+            response += part
+    if not response.startswith(b"HTTP/1.0 200") or b"pkd_step " not in response:
+        raise SystemExit(f"unexpected response: {response[:200]!r}")
+    return time.perf_counter() - began
 
 
-def scrapers(port: int, seconds: float, hanging: int, per_second: float) -> tuple[int, list[float]]:
-    """Scrapes for so long, beside connections that hang -> how many were answered, and the seconds that each took."""
+def scrapers(port: int, seconds: float, hanging: int, per_second: float) -> list[float]:
+    """Scrape for some time beside connections that hang; return the seconds of each scrape."""
     took = []
     with contextlib.ExitStack() as stack:
         for number in range(hanging):
@@ -99,11 +100,9 @@ def scrapers(port: int, seconds: float, hanging: int, per_second: float) -> tupl
         start = time.monotonic()
         for number in range(round(seconds * per_second)):
             time.sleep(max(0.0, start + number / per_second - time.monotonic()))
-            began = time.perf_counter()
-            scrape(port)
-            took.append(time.perf_counter() - began)
+            took.append(scrape(port))
         time.sleep(max(0.0, start + seconds - time.monotonic()))
-    return len(took), took
+    return took
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 time.sleep(SETTLE_SECONDS)
                 start = time.time()
                 if on:
-                    took += scrapers(port, options.seconds, options.hanging, options.per_second)[1]
+                    took += scrapers(port, options.seconds, options.hanging, options.per_second)
                 else:
                     time.sleep(options.seconds)
                 segments.append((pair, on, start, time.time()))
@@ -129,9 +128,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         medians[pair, on] = statistics.median(here)
     changes = [100 * (medians[pair, True] / medians[pair, False] - 1) for pair in range(options.pairs)]
     without, beside = (percentiles(durations[on]) for on in (False, True))
+    machine = stamp()
     return {
-        "date": datetime.date.today().isoformat(),
-        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "date": machine.pop("date"),
+        "machine": machine | {"python": platform.python_version()},
         "settings": {name: value for name, value in vars(options).items() if name != "output"},
         "steps": {"without": len(durations[False]), "beside": len(durations[True])},
         "step_ms_without": without,
@@ -141,34 +141,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "median_change_percent_of_pairs": statistics.median(changes),
         "scrapes_answered": len(took),
         "scrape_ms": percentiles(took),
-    }  # fmt: skip
+    }
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """In milliseconds."""
+    """Return percentiles in milliseconds."""
     ordered = sorted(seconds)
     return {f"p{share}": 1e3 * ordered[round(share / 100 * (len(ordered) - 1))] for share in (10, 25, 50, 75, 90)}
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=6, help="of segments (default 6)")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of segments (default 6)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a segment (default 5)")
-    parser.add_argument("--hanging", type=int, default=50, help="connections (default 50)")
+    parser.add_argument("--hanging", type=int, default=50, help="connections that hang (default 50)")
     parser.add_argument("--per-second", type=float, default=20.0, help="scrapes (default 20)")
     parser.add_argument("--hidden", type=int, default=384, help="width of the model (default 384, as in the demo)")
-    parser.add_argument("--output", type=str, default=str(RESULTS), help=f"default {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scrapers.json")
     options = parser.parse_args()
     found = measure(options)
-    Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(options.output, found)
     print(json.dumps(found, indent=1))
     changed = found["median_change_percent_of_pairs"]
-    print(f"\nbeside scrapers a step takes {changed:+.2f}% (limit {LIMIT_PERCENT:g}%): {options.output}")
+    print(f"\nwith scrapers a step takes {changed:+.2f}% (limit {LIMIT_PERCENT:g}%): {options.output}")
     return int(changed >= LIMIT_PERCENT)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `launcher/train.py` (a whole run) and `pkd` (single steps).
+"""`launcher/train.py`: argv -> configuration -> ranks -> pipeline -> exit status.
 
 Whatever ends a run early ends here: one line on stderr from rank 0, the traceback in the rank's log file, and the exit
 status of `errors.py`.
@@ -7,60 +7,57 @@ status of `errors.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
-from pkd_dist.config import deepspeed as ds_config
-from pkd_dist.config import load as config_load
-from pkd_dist.distributed.ranks import Ranks, discover, first_of_node
+from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Config
+from pkd_dist.distributed.ranks import discover, first_of_node
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_full
-from pkd_dist.kernels.allocator import keep_freed_blocks
+from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log, to_terminal
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
 
 
-STAGE_NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
-
-
 def train(argv: Sequence[str]) -> int:
-    """`launcher/train.py`: runs the pipeline and returns the exit status."""
+    """Run the pipeline that a command line asks for, and return the exit status."""
     parser = _Parser(
         prog="launcher/train.py",
-        description="Distils a student from a teacher: "
-        + ", ".join(STAGE_NAMES)
-        + ". The same command goes on after a stop.",
+        description=f"Distil a student from a teacher, in the stages {', '.join(NAMES)}. Rerun the same command to resume.",
         epilog="example: deepspeed launcher/train.py --config configs/demo.yaml train.epochs=2 run.dir=runs/short",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
-    parser.add_argument("--stages", metavar="a,b", help="run only these stages; the others must be done")
+    parser.add_argument("--stages", metavar="a,b", help="run only these stages; those before them must be done")
     parser.add_argument(
         "--fresh", action="store_true", help="start over; an existing run folder is renamed, never deleted"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan; write nothing"
     )
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # the deepspeed launcher appends it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     try:
         options = parser.parse_intermixed_args(argv)
+        names = chosen_stages(options.stages)
     except UserError as error:
         if first_of_node():
-            print(f"pkd: {error}; --help lists the options", file=sys.stderr, flush=True)
+            print(f"pkd: {error}; see --help", file=sys.stderr, flush=True)
         return error.exit_status
-    return run(options.config, options.overrides, options.stages, options.fresh, options.dry_run)
+    return launch(options.config, options.overrides, names, options.fresh, options.dry_run)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,84 +65,141 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run(
-    config_file: str, overrides: Sequence[str], stages: str | None = None, fresh: bool = False, dry_run: bool = False
+def chosen_stages(stages: str | None) -> list[str]:
+    """Return the stages that `--stages a,b` names, in order; all where it is not given.
+
+    Raises:
+        UserError: an unknown stage, or none.
+    """
+    if stages is None:
+        return list(NAMES)
+    wanted = [name.strip() for name in stages.split(",") if name.strip()]
+    for name in wanted:
+        if name not in NAMES:
+            raise UserError(f"--stages: {name!r} is not a stage; allowed: {', '.join(NAMES)}")
+    if not wanted:
+        raise UserError(f"--stages: name at least one of {', '.join(NAMES)}")
+    return [name for name in NAMES if name in wanted]
+
+
+def launch(
+    config_file: str,
+    overrides: Sequence[str],
+    names: Sequence[str] = NAMES,
+    fresh: bool = False,
+    dry_run: bool = False,
 ) -> int:
-    """Runs a pipeline on this rank among the others and returns the exit status."""
-    keep_freed_blocks()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections come from every rank
-    signals = StopSignals().install()
-    ranks: Ranks | None = None
-    world: World | None = None
+    """Run the stages `names` on this rank among the others, and return the exit status."""
+    _keep_freed_blocks()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
+    process = _Process(StopSignals().install())
 
     def work() -> None:
-        nonlocal ranks, world
         ranks = discover()
         to_terminal(ranks.main)
-        config = config_load.load(config_file, overrides)
-        chosen = _chosen_stages(stages)
-        ds_config.load_deepspeed(config, config_file)
-        gc.disable()  # of the millions of objects that imports make none is garbage: a fifth of their time
+        config = load(config_file, overrides)
+        load_deepspeed(config, config_file)  # refused here, before torch is imported
+        gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
+        from pkd_dist import pipeline
         from pkd_dist.distributed.world import World
-        from pkd_dist.pipeline import Pipeline
 
         gc.enable()
-        world = World(ranks, config.run.timeout_seconds, signals)
-        pipeline = Pipeline(config, config_file, world)
+        process.world = world = World(ranks, config.run.timeout_seconds, process.signals)
         if dry_run:
+            plan = pipeline.plan(config, config_file, world)
             if world.main:
-                print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-                print("\n".join(["", "plan:", *(f"  {line}" for line in pipeline.plan())]))
+                _print_plan(config, plan)
             return
-        pipeline.run(chosen, fresh)
-        if chosen[-1] == "report" and world.main:
-            print("\n" + pipeline.summary(), flush=True)
+        context = pipeline.run(config, config_file, world, names, fresh)
+        if names[-1] == "report" and world.main:
+            print(f"\n{pipeline.summary(context)}", flush=True)
 
-    def end(error: Exception) -> tuple[str | None, int]:
-        signals.ending()
+    status = guarded(work, process.agree_on_end)
+    process.finish(status)
+    return status
+
+
+def _keep_freed_blocks() -> None:
+    try:
+        from pkd_dist.kernels.allocator import keep_freed_blocks
+    except ModuleNotFoundError:  # without kernels/ everything works, only slower
+        return
+    keep_freed_blocks()
+
+
+def _print_plan(config: Config, plan: Sequence[str]) -> None:
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    print("\n".join(["", "plan:", *(f"  {line}" for line in plan)]))
+
+
+@dataclass
+class _Process:
+    """This process as one rank: its stop signals and, once the ranks have met, the world."""
+
+    signals: StopSignals
+    world: World | None = field(default=None)
+
+    def agree_on_end(self, error: Exception) -> tuple[str | None, int]:
+        """Return what the user reads of an exception (None where another rank says it) and the exit status."""
+        self.signals.ending()
         if "torch" in sys.modules:
             from pkd_dist.distributed.world import is_lost
 
             error = LostRank(str(error)) if is_lost(error) else error
-        if world is not None:
-            return world.agree_on_end(error)
-        if first_of_node():  # not met yet: the first rank of each node where it fails
-            return _told(error)
+        if self.world is not None:
+            return self.world.agree_on_end(error)
+        if first_of_node():  # the ranks have not met: the first rank of each node speaks where it fails
+            return _explain(error)
         return None, getattr(error, "exit_status", 1)
 
-    status = guarded(work, end)
-    if world is not None:
-        world.linger() if status else world.close()
-    signals.uninstall()
-    return status
+    def finish(self, status: int) -> None:
+        if self.world is not None:
+            self.world.linger() if status else self.world.close()
+        self.signals.uninstall()
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once. At an ordinary exit gloo's threads now and then abort it, and the status is lost."""
+    """End the process at once: at an ordinary exit gloo's threads now and then abort it, and the status is lost."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _told(error: Exception) -> tuple[str | None, int]:
-    """What is said of an exception, and its exit status, where there are no other ranks to ask."""
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """Return the message and the exit status of an exception, without other ranks."""
     if hasattr(error, "exit_status"):
         return str(error), error.exit_status
     traceback.print_exception(error)
     return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
 
 
-def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str | None, int]] = _told) -> int:
-    """Runs `work`; whatever ends it early becomes one line on stderr, a traceback in the log file, and a status.
+@contextlib.contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Name the extra of pkd_dist that brings a package which the code inside cannot import.
 
-    Args:
-        end: exception -> the line (None where another rank speaks) and the status.
+    Raises:
+        UserError: a package is not installed.
     """
     try:
-        work()
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pkd_dist":
+            raise
+        raise UserError(f"the Python package {error.name} is not installed: pip install 'pkd_dist[{extra}]'") from error
+
+
+def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | None, int]] = _explain) -> int:
+    """Run `work` and return its exit status; an exception becomes one line on stderr and a traceback in the log file.
+
+    Args:
+        end: (exception) -> the line (None where another rank prints it) and the status.
+    """
+    try:
+        with requires_extra("train"):
+            work()
     except KeyboardInterrupt:
-        print("pkd: interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
+        print("pkd: interrupted; rerun the same command to resume", file=sys.stderr, flush=True)
         return Preempted.exit_status
     except Exception as error:
         log.debug("ended by an exception", exc_info=error)
@@ -159,18 +213,6 @@ def guarded(work: Callable[[], Any], end: Callable[[Exception], tuple[str | None
 def _full_disk(error: Exception) -> UserError:
     name = getattr(error, "filename", None)
     where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
-    told = UserError(f"{where}; free some and run the same command again")
-    told.__dict__.update(vars(error))  # whether all ranks raise it
-    return told
-
-
-def _chosen_stages(stages: str | None) -> list[str]:
-    if stages is None:
-        return list(STAGE_NAMES)
-    wanted = [name.strip() for name in stages.split(",") if name.strip()]
-    for name in wanted:
-        if name not in STAGE_NAMES:
-            raise UserError(f"--stages: {name!r} is not a stage; allowed: {', '.join(STAGE_NAMES)}")
-    if not wanted:
-        raise UserError(f"--stages: name at least one of {', '.join(STAGE_NAMES)}")
-    return [name for name in STAGE_NAMES if name in wanted]
+    full = UserError(f"{where}; free some and rerun the same command")
+    full.__dict__.update(vars(error))  # whether all ranks raise it
+    return full

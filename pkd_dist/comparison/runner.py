@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from pkd_dist.config.deepspeed import packaged_path
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import PRESETS, Config
 from pkd_dist.data import tasks, text
@@ -42,7 +43,7 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
 SIDES = ("teacher", "student")
-TRAIN = Path(__file__).resolve().parents[2] / "launcher" / "train.py"
+TRAIN = packaged_path("launcher/train.py")
 Overrides = dict[str, Any]
 """Dotted key -> value."""
 

@@ -40,11 +40,20 @@ DEEPSPEED_KEYS = (
 PRECISIONS = ("torch_autocast", "bf16", "fp16")
 
 
-def project_path(name: str) -> Path:
-    """`name` as it is where that exists, else inside the checkout this package was installed from."""
+def packaged_path(name: str | Path) -> Path:
+    """Return where a file or folder that ships with pkd_dist is: in `pkd_dist/defaults/` of a wheel, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "defaults" / name
+    return installed if installed.exists() else package.parent / name
+
+
+def project_path(name: str | Path) -> Path:
+    """Return `name` if it exists or is absolute, else the file of that name that ships with pkd_dist, if there is one."""
     path = Path(name).expanduser()
-    root = Path(__file__).resolve().parents[2]
-    return root / path if not path.exists() and not path.is_absolute() and (root / path).exists() else path
+    if path.exists() or path.is_absolute():
+        return path
+    packaged = packaged_path(path)
+    return packaged if packaged.exists() else path
 
 
 def load_deepspeed(config: Config, config_file: str | Path | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pkd_dist.config.deepspeed import project_path
 from pkd_dist.config.schema import PRESETS, Config, _all_keys, _fields
 from pkd_dist.errors import UserError
 
@@ -32,7 +33,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
-    data, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    data, lines = _read_yaml(project_path(path)) if path is not None else ({}, {})
     given = [(*_parse_override(override), override) for override in overrides]
     chosen = [value for key, value, _ in given if key == ["distill", "preset"]]
     if chosen and isinstance(data.get("distill"), dict):  # over the file's keys, as any setting of the command line

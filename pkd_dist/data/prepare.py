@@ -1,15 +1,20 @@
-"""The stage `data`: every split of a task, and more text for the teacher to label, as token sets in a folder each.
+"""Turn all text of a task into token sets.
 
-FOLDER/train, dev, test, ...   the task's splits that are there
-FOLDER/distill                 train, the unlabelled and the augmented text, where there is any
+Every split is read (`text.py`), more text for the teacher to label is added where the configuration asks for it, and each
+result is tokenized into a folder of its own (`tokens.py`):
+
+FOLDER/train, dev, test, ...   the splits that the data has
+FOLDER/distill                 train plus unlabeled and augmented text; only if there is any
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,54 +26,93 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.text import Split, is_labelled
 from pkd_dist.telemetry.log import log
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DISTILL = "distill"
+
+
+@dataclass(frozen=True)
+class TokenSetSummary:
+    """What a run records about one token set. `TokenSetSummary(**summary.as_dict())` is equal to `summary`.
+
+    Attributes:
+        source: file or hub split that the text comes from.
+        examples: number of examples.
+        labelled: number of examples with a label.
+        digest, input_digest, truncated: see `TokenSet`.
+        tokens: total number of tokens.
+        longest: tokens of the longest example.
+        notes: what was left out and why, for people.
+        per_class: labelled examples of each class, in class order; None for a regression.
+    """
+
+    source: str
+    examples: int
+    labelled: int
+    digest: str
+    input_digest: str
+    tokens: int
+    longest: int
+    truncated: int
+    notes: list[str]
+    per_class: list[int] | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields as JSON values, without `per_class` for a regression."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def prepare(
     config: TaskConfig,
     task: Task,
     classes: Sequence[str] | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     check: Callable[[], None],
-) -> tuple[dict[str, Split], dict[str, dict[str, Any]]]:
-    """Reads, tokenises and writes all of a task's text.
+) -> tuple[dict[str, Split], dict[str, TokenSetSummary]]:
+    """Read, tokenize and write all text of a task.
 
     Args:
-        classes: label values in class order; None: the task's own, else those of train.
-        check: called now and then; what it raises ends the work.
+        config: the `task` section.
+        task: the resolved task.
+        classes: label values in class order; None: the task's own, else those found in train.
+        tokenizer: the teacher's.
+        folder: receives one folder per token set.
+        check: called between chunks of work; an exception it raises stops the work.
 
     Returns:
-        The text, and of each token set `source`, `examples`, `labelled`, `digest`, `input_digest`, `tokens`,
-        `longest`, `truncated`, `notes` and, of a classification, `per_class`.
+        The text and the summary of each token set, by name.
 
     Raises:
-        UserError: whatever is wrong, with file and line.
+        UserError: invalid data; the message names the file and line.
     """
     splits = {"train": text.read(config.data, "train", task, classes)}
     known = splits["train"].classes or None
     for name in text.available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
-    if more := list(_more(config, task, splits, tokenizer.mask_token)):
-        splits[DISTILL] = _joined([splits["train"], *more])
+    if more := list(_unlabelled_splits(config, task, splits, tokenizer)):
+        splits[DISTILL] = _concatenate([splits["train"], *more])
     return splits, {
-        name: _tokenized(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
+        name: _tokenize(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
     }
 
 
-def _more(config: TaskConfig, task: Task, splits: dict[str, Split], mask_token: str | None) -> Iterator[Split]:
-    """Text without labels, none of which stands in a split or twice."""
+def _unlabelled_splits(
+    config: TaskConfig, task: Task, splits: dict[str, Split], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Split]:
+    """Yield the unlabeled and the augmented text, without repeats and without texts of the splits."""
     unlabeled = []
     if config.unlabeled:
         unlabeled = [text.without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
         yield from unlabeled
     if config.augment:
-        made = augment(splits["train"], config.augment, mask_token)
-        yield text.without(made, *splits.values(), *unlabeled)
+        augmented = augment(splits["train"], config.augment, tokenizer.mask_token)
+        yield text.without(augmented, *splits.values(), *unlabeled)
 
 
-def _joined(splits: Sequence[Split]) -> Split:
+def _concatenate(splits: Sequence[Split]) -> Split:
     return Split(
         np.concatenate([split.ids_N for split in splits]),
         tuple(TextColumn(itertools.chain(*columns)) for columns in zip(*(s.texts for s in splits), strict=True)),
@@ -79,27 +123,39 @@ def _joined(splits: Sequence[Split]) -> Split:
     )
 
 
-def _tokenized(
-    split: Split, tokenizer: Any, max_length: int, folder: Path, check: Callable[[], None]
-) -> dict[str, Any]:
-    made = tokens.tokenize(split, tokenizer, max_length, folder, check)
-    labelled = is_labelled(split.labels_N)
-    out: dict[str, Any] = {
-        "source": split.source,
-        "examples": len(made),
-        "labelled": int(labelled.sum()),
-        "digest": made.digest,
-        "input_digest": made.input_digest,
-        "tokens": int(made.lengths_N.sum()),
-        "longest": int(made.lengths_N.max()),
-        "truncated": made.truncated,
-        "notes": list(split.notes),
-    }
+def _tokenize(
+    split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path, check: Callable[[], None]
+) -> TokenSetSummary:
+    token_set = tokens.tokenize(split, tokenizer, max_length, folder, check)
+    labelled_N = is_labelled(split.labels_N)
+    per_class = None
     if split.classes:
-        out["per_class"] = np.bincount(split.labels_N[labelled], minlength=len(split.classes)).tolist()
-    without = "" if labelled.all() else f", {out['examples'] - out['labelled']} of them without a label"
-    cut = f", {made.truncated} cut to {max_length}" if made.truncated else ""
-    log.info("data: %s: %d examples%s, %d tokens%s", split.source, len(made), without, out["tokens"], cut)
-    for note in split.notes:
-        log.info("data: %s: %s", split.source, note)
-    return out
+        per_class = np.bincount(split.labels_N[labelled_N], minlength=len(split.classes)).tolist()
+    summary = TokenSetSummary(
+        source=split.source,
+        examples=len(token_set),
+        labelled=int(labelled_N.sum()),
+        digest=token_set.digest,
+        input_digest=token_set.input_digest,
+        tokens=int(token_set.lengths_N.sum()),
+        longest=int(token_set.lengths_N.max()),
+        truncated=token_set.truncated,
+        notes=list(split.notes),
+        per_class=per_class,
+    )
+    _log(summary, max_length)
+    return summary
+
+
+def _log(summary: TokenSetSummary, max_length: int) -> None:
+    unlabelled = summary.examples - summary.labelled
+    log.info(
+        "data: %s: %d examples%s, %d tokens%s",
+        summary.source,
+        summary.examples,
+        f" ({unlabelled} unlabelled)" if unlabelled else "",
+        summary.tokens,
+        f" ({summary.truncated} examples truncated to {max_length} tokens)" if summary.truncated else "",
+    )
+    for note in summary.notes:
+        log.info("data: %s: %s", summary.source, note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.answer import answer, is_empty
 from pkd_dist.model import encoder
 from pkd_dist.model.compatibility import longest_input
 
@@ -71,7 +71,7 @@ def predict(
             logits_BC = classifier(**encoder.accepted(classifier, inputs.to(device))).logits.float().cpu()
         for parts, logits_C in zip(batch, logits_BC, strict=True):
             given = dict(zip(("text", "text_pair"), parts, strict=False))
-            yield json.dumps(given | answer(logits_C, classifier.config.id2label), ensure_ascii=False)
+            yield json.dumps(given | answer(logits_C.numpy(), classifier.config.id2label), ensure_ascii=False)
 
 
 def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterator[list[Sequence[str]]]:
@@ -100,21 +100,3 @@ def _checked(where: str, text: str, pair: bool) -> Sequence[str]:
     if any("\ud800" <= letter <= "\udfff" for part in parts for letter in part):
         raise UserError(f"{where}: the text is not UTF-8")
     return parts
-
-
-def is_empty(text: str) -> bool:
-    """Whether a text is of spaces, control and format characters alone."""
-    return all(unicodedata.category(letter) in ("Cc", "Cf", "Zs", "Zl", "Zp") for letter in text)
-
-
-def answer(logits_C: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:
-    """`label`, `probability` and `probabilities` by class name, or `value` of a regression."""
-    if len(logits_C) == 1:
-        return {"value": float(logits_C)}
-    shares = torch.softmax(logits_C, dim=0).tolist()
-    best = int(logits_C.argmax())
-    return {
-        "label": names[best],
-        "probability": shares[best],
-        "probabilities": {names[i]: share for i, share in enumerate(shares)},
-    }

@@ -25,7 +25,7 @@ from pkd_dist.evaluation.metrics import agreement, scores
 from pkd_dist.evaluation.scoring import answers
 from pkd_dist.evaluation.speed import machine, speed
 from pkd_dist.export import hf, manifest, onnx, triton
-from pkd_dist.export.runtime import OnnxModel
+from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
 from pkd_dist.files import remove, require_space, write_atomically
 from pkd_dist.model.encoder import accepted, save_model
 from pkd_dist.telemetry.log import log
@@ -36,7 +36,6 @@ LOSS_ALLOWED = 0.005
 """Of the main metric, by a file of lower precision; or one example, where dev has fewer than 200."""
 CALIBRATION = (32, 8)
 """Batches of training text and the examples of each, from which static quantisation learns the ranges."""
-ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-fp16": "onnx/model.fp16.onnx", "onnx-int8": "onnx/model.int8.onnx"}
 TORCH_FILE = "torch_export/model.pt2"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pkd_dist.config.schema import Config
+from pkd_dist.metric_names import METRICS, TABLE_METRICS
 
 _TEMPLATE = """\
 ---
@@ -89,15 +90,9 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(label, teacher's, student's) rows that people compare."""
     teacher, student = results["teacher"], results["student"]
     rows = []
-    for key, label in (
-        ("accuracy", "accuracy"),
-        ("MCC", "MCC"),
-        ("f_1", "F1"),
-        ("pearson", "Pearson"),
-        ("spearman", "Spearman"),
-    ):
+    for key in TABLE_METRICS:
         if key in teacher:
-            rows.append((label, _with_interval(teacher, key), _with_interval(student, key)))
+            rows.append((METRICS[key], _with_interval(teacher, key), _with_interval(student, key)))
     for key, label, form in (
         ("parameters", "parameters", "{:,}"),
         ("modelSize", "size, MB", "{:.1f}"),

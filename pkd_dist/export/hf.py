@@ -18,7 +18,7 @@ from pkd_dist.evaluation.scoring import answers
 from pkd_dist.export import manifest
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, accepted, load_model, load_tokenizer, save_model, weights_digest
-from pkd_dist.model.vocabulary import put_back
+from pkd_dist.model.vocabulary import full_embedding
 from pkd_dist.training import checkpoint
 
 TOLERANCE = 1e-5
@@ -80,11 +80,11 @@ def from_checkpoint(path: Path, output: Path, dtype: str) -> dict[str, Any]:
         raise UserError(f"--from-checkpoint: {init} is not what this student was started from; put that folder back")
     shards, state = checkpoint.Shards(path), checkpoint.read_state(path)
     model = load_model(str(init), "student_init")
-    weights = {name: shards.whole(checkpoint.WEIGHT, name) for name in shards.names()}
+    weights = {name: shards.tensor(checkpoint.WEIGHT, name) for name in shards.names()}
     if USED_IDS in weights:
         table: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         name = next(f"model.{n}" for n, p in model.named_parameters() if p.data_ptr() == table.data_ptr())
-        weights[name] = put_back(table, weights.pop(USED_IDS), weights[name], state["decay"])
+        weights[name] = full_embedding(table, weights.pop(USED_IDS), weights[name], state["decay"])
     _filled(model, weights).to(getattr(torch, dtype))
     tokenizer = load_tokenizer(str(init), "student_init")
     temporary = output.with_name(f".{output.name}.tmp")

@@ -11,6 +11,9 @@ import numpy as np
 
 from pkd_dist.errors import UserError
 
+ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-fp16": "onnx/model.fp16.onnx", "onnx-int8": "onnx/model.int8.onnx"}
+"""Where an export holds the graph of each format."""
+
 
 class OnnxModel:
     """A tokenizer's outputs -> logits_BC, float32.

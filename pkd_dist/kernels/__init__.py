@@ -1,1 +1,1 @@
-"""What makes a CPU or a GPU faster without changing results; everything works without this folder."""
+"""Optional speed-ups that leave results unchanged up to rounding; without this folder PyTorch does the same work."""

@@ -1,7 +1,7 @@
-"""`kernels.c`, compiled on this machine for this machine: once, and kept in the user's cache.
+"""Build `kernels.c` for this machine on first use, keep the library in the user's cache, and call it with tensors.
 
-The C compiler is asked for code for this very processor. Its threads are those of PyTorch's own OpenMP, which the library
-finds in the process, so there are not two pools that take each other's cores. `PKD_KERNELS=0` leaves it all to PyTorch.
+The compiler targets this processor. The library uses PyTorch's own OpenMP threads, which it finds in the process, so that
+two thread pools do not compete for the cores. `PKD_KERNELS=0` turns the kernels off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,8 +24,10 @@ from pkd_dist.telemetry.log import log
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
-_ARGUMENTS = {  # h, f, t: a tensor in bfloat16, in float32, in either; r: rows (B, rows, heads, size) of one in bfloat16,
-    "attend": "rrrhdsdiiiiirf",  # heads and sizes dense; w: a tensor of int32; i, l: int, int64; d: double; s: a seed
+# One letter per argument. Tensors: h bfloat16, f float32, t either of them, w int32; r is a bfloat16 tensor (B, rows, heads,
+# size) whose heads and sizes are dense. Numbers: i int, l int64, d double, s seed.
+_SIGNATURES = {
+    "attend": "rrrhdsdiiiiirf",
     "attend_backward": "rrrhdsdiiiiifrfrrr",
     "add_norm": "tihdsffdiiffffh",
     "add_norm_backward": "fhdsffffiifhff",
@@ -52,11 +53,16 @@ _UNUSED_DAYS = 30
 
 
 class Kernels:
-    """The functions of `kernels.c`, called with tensors on the CPU, dense but for the rows of `rows`, None, and numbers."""
+    """The functions of `kernels.c`. Their arguments are CPU tensors, None, and numbers, as in `_SIGNATURES`.
+
+    Raises (each function):
+        TypeError: A tensor has another dtype, device, or layout than the function reads.
+        MemoryError: No memory is left for its working space.
+    """
 
     def __init__(self, library: Path):
         loaded = ctypes.CDLL(str(library))
-        for name, letters in _ARGUMENTS.items():
+        for name, letters in _SIGNATURES.items():
             function = getattr(loaded, name)
             function.argtypes = [_TYPES.get(letter, ctypes.c_void_p) for letter in letters]
             setattr(self, name, functools.partial(_call, function, letters))
@@ -68,12 +74,12 @@ class Kernels:
     look_up: Callable[..., None]
 
 
-def _call(function: Any, letters: str, *arguments: Any) -> None:
-    if function(*map(_address, letters, arguments)):
+def _call(function: Callable[..., int], letters: str, *arguments: torch.Tensor | float | None) -> None:
+    if function(*map(_c_argument, letters, arguments)):
         raise MemoryError(f"{function.__name__}: no memory is left for its working space")
 
 
-def _address(letter: str, given: Any) -> Any:
+def _c_argument(letter: str, given: torch.Tensor | float | None) -> _Rows | float | None:
     if not isinstance(given, torch.Tensor):
         return given
     if letter == "r":
@@ -88,37 +94,32 @@ def _address(letter: str, given: Any) -> Any:
 
 
 @functools.cache
-def kernels() -> Kernels | None:
-    """None, with a word in the log, where there is no C compiler or it cannot make them."""
+def load_kernels() -> Kernels | None:
+    """Return the compiled kernels, or None, with the reason in the log, if they cannot be built."""
     if os.environ.get("PKD_KERNELS") == "0":
         return None
-    problem = "there is no C compiler"
+    problem = "no C compiler found"
     for compiler in dict.fromkeys((os.environ.get("CC") or "cc", "cc", "gcc")):
         try:
-            return _made_by(shlex.split(compiler))
+            return _load_or_build(shlex.split(compiler))
         except FileNotFoundError:
             continue
         except subprocess.CalledProcessError as error:
-            said = (error.stderr or "").strip().splitlines() or ["without a word"]
-            problem = f"{compiler} failed: {next((line for line in said if 'error' in line), said[-1])}"
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            subprocess.SubprocessError,
-        ) as error:  # no home, a full disk, a hang, ...
-            problem = f"{compiler}: {error}"
-    log.info("the encoder's own CPU kernels are not used (%s): the same by PyTorch's operations, slower", problem)
+            output = (error.stderr or "").strip().splitlines() or ["no output"]
+            problem = f"{compiler} failed: {next((line for line in output if 'error' in line), output[-1])}"
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            problem = f"{compiler}: {error}"  # no home, a full disk, a hang, ...
+    log.info("CPU kernels are off (%s); the encoder uses PyTorch's operations, which are slower", problem)
     return None
 
 
-def _made_by(compiler: list[str]) -> Kernels:
-    """Loads the library, made where it is not there yet or cannot be read.
+def _load_or_build(compiler: list[str]) -> Kernels:
+    """Load the library from the cache; build it if it is absent or unreadable.
 
     Raises:
-        OSError, RuntimeError, ValueError, subprocess.SubprocessError: there can be none.
+        OSError, RuntimeError, ValueError, subprocess.SubprocessError: It cannot be built or loaded.
     """
-    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])  # compiler, processor, what it can do
+    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])  # the compiler and the processor's features
     name = hashlib.sha256("\0".join([SOURCE.read_text(), *_FLAGS, target]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkd_dist"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,19 +129,19 @@ def _made_by(compiler: list[str]) -> Kernels:
     if library.is_file():
         with suppress(OSError):
             return Kernels(library)
-        library.unlink(missing_ok=True)  # a lost power supply, a full disk
+        library.unlink(missing_ok=True)  # damaged by a power loss or a full disk
     for other in folder.glob("kernels-*.so"):
         if time.time() - other.stat().st_mtime > _UNUSED_DAYS * 86400:
             other.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        made, compiled = Path(place) / "kernels.o", Path(place) / library.name
-        _run([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(made)])
-        # without -fopenmp: its functions are found among PyTorch's
-        _run([*compiler, "-shared", str(made), "-o", str(compiled), "-lm"])
-        found = Kernels(compiled)
-        with suppress(FileExistsError):  # of another rank, which may have loaded it
-            os.link(compiled, library)
-    return found
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        objects, built = Path(temporary) / "kernels.o", Path(temporary) / library.name
+        _run([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(objects)])
+        # Linked without -fopenmp, so that the OpenMP functions resolve to PyTorch's.
+        _run([*compiler, "-shared", str(objects), "-o", str(built), "-lm"])
+        kernels = Kernels(built)
+        with suppress(FileExistsError):  # built by another rank, which may have loaded it
+            os.link(built, library)
+    return kernels
 
 
 def _run(command: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""Layer maps, the forward pass that distillation needs, and how a student comes into being."""
+"""Layer maps, the encoder that is trained or cached, and the creation of a student."""

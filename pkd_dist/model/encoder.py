@@ -1,6 +1,6 @@
-"""A Hugging Face classifier as distillation sees it: forward -> logits and the chosen layers' states.
+"""A Hugging Face classifier in distillation: find, load and save its folder; forward to logits and hidden states.
 
-Shapes: B rows, L tokens, C classes (1 for a regression), M chosen layers, H hidden size.
+Shapes: B rows, L tokens, C classes (1 for a regression), M selected layers, H hidden size, V token ids.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
-from pkd_dist.kernels.encoder_layer import fuse
+from pkd_dist.model.families import is_bert_like
 from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.specialize import specialize
 from pkd_dist.model.vocabulary import CompactVocabulary, has_plain_vocabulary
 
 WEIGHT_FILES = (
@@ -33,7 +41,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 USED_IDS = "vocabulary.used"
-"""Where an `Encoder`'s weights say which rows of the embedding they hold."""
+"""The entry of an `Encoder`'s weights that lists the token ids of its embedding rows."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -45,10 +53,16 @@ TOKENIZER_FILES = (
 
 
 def locate(model: str, key: str = "teacher.model") -> str:
-    """The folder (or hub name) that `model` means: a folder, `package:NAME` of an installed package, or a hub name.
+    """Resolve `model`: a folder, `package:NAME` of an installed package, or a hub name.
+
+    Args:
+        key: The setting that `model` comes from, for messages.
+
+    Returns:
+        The folder, or the hub name as given.
 
     Raises:
-        UserError: no such folder or package, or a folder without config, weights or tokenizer.
+        UserError: There is no such folder or package, or the folder lacks config, weights or tokenizer.
     """
     if model.startswith("package:"):
         name = model.removeprefix("package:")
@@ -78,14 +92,16 @@ def locate(model: str, key: str = "teacher.model") -> str:
     return str(folder)
 
 
-def load_tokenizer(folder: str, key: str = "teacher.model") -> Any:
+def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises UserError, which names the setting `key`."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
 
 
-def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> Any:
+def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> PretrainedConfig:
+    """Load a model configuration with some fields replaced. Raises UserError, which names the setting `key`."""
     try:
         return AutoConfig.from_pretrained(folder, **overrides)
     except Exception as error:
@@ -97,17 +113,19 @@ def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> An
 def load_model(
     folder: str, key: str = "teacher.model", new_head: bool = False, dropout: float | None = None, **overrides: Any
 ) -> PreTrainedModel:
-    """A sequence classifier in float32, in evaluation mode.
+    """Load a sequence classifier in float32, in evaluation mode.
 
     Args:
-        new_head: the classifier may be absent from the folder and is then drawn at random.
-        dropout: for all of its dropouts; None: its own.
-        overrides: fields of the model's configuration (`num_labels`, ...).
+        folder: A folder or hub name, from `locate`.
+        key: The setting that it comes from, for messages.
+        new_head: Draw the classifier at random if the folder has none.
+        dropout: Probability for all dropouts; None keeps the model's own.
+        overrides: Fields of the model's configuration (`num_labels`, ...).
 
     Raises:
-        UserError: it cannot be loaded, or weights other than a new head are missing.
+        UserError: The model cannot be loaded, or weights other than a new head are missing.
     """
-    disable_progress_bar()  # of loading, which takes a moment; a download keeps its own
+    disable_progress_bar()  # hides the bar of the short loading; a download keeps its own
     config = load_config(folder, key, **overrides)
     set_dropout(config, dropout)
     try:
@@ -120,13 +138,13 @@ def load_model(
     missing = sorted(info["missing_keys"])
     body = [name for name in missing if name.startswith(base) and "pooler" not in name]
     if body or (missing and not new_head):
-        hint = "" if body else "; it is not fine-tuned: give teacher.finetune, or a fine-tuned folder"
+        hint = "" if body else "; it is not fine-tuned: set teacher.finetune, or use a fine-tuned folder"
         raise UserError(f"{key}: {folder} lacks the weights of {(body or missing)[0]}{hint}")
     return model.eval()
 
 
 def is_fine_tuned(folder: str, key: str = "teacher.model") -> bool:
-    """Whether a folder holds a sequence classifier (by its `architectures`)."""
+    """Return whether a folder holds a sequence classifier, according to `architectures` in its config."""
     names = load_config(folder, key).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names)
 
@@ -135,27 +153,29 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def set_dropout(config: Any, dropout: float | None) -> None:
-    """Sets every dropout probability of a model configuration; None leaves it as it is."""
+def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
+    """Set every dropout probability of a model configuration, in place; None changes nothing."""
     if dropout is None:
         return
     for name, value in list(vars(config).items()):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if "dropout" in name and number and 0 <= value < 1:
             setattr(config, name, float(dropout))
-    if hasattr(config, "classifier_dropout"):  # may be None: that of the hidden layers
+    if hasattr(config, "classifier_dropout"):  # None means the hidden layers' probability
         config.classifier_dropout = float(dropout)
 
 
 class Encoder(nn.Module):
-    """A classifier as it is trained or cached: with its savings (see `lean.py`) and, where needed, the projection of its
-    states to the teacher's width.
+    """A classifier that returns logits and hidden states, with the savings that its family allows.
+
+    These are a last layer for [CLS] alone (`first_token.py`), an embedding of the used tokens (`vocabulary.py`), and fused
+    layers on a CPU (`kernels/`). None changes results beyond rounding.
 
     Args:
-        model: a Hugging Face sequence classifier; changed in place.
-        projection: Linear from its hidden size to the teacher's; trained with it, left out of the export.
-        used_V: the token ids that will occur; None: all.
-        all_tokens: states of every token will be asked for, not of [CLS] alone.
+        model: A Hugging Face sequence classifier; changed in place.
+        projection: Maps its hidden states to the teacher's width; trained with it, not exported.
+        used_V: The token ids that occur; None means all.
+        all_tokens: Allow hidden states of every token, not of [CLS] alone.
     """
 
     def __init__(
@@ -167,8 +187,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         layers = encoder_layers(model)[1]
-        self.lean_last_layer = not all_tokens and only_first_token(model, layers)
-        self.fused = fuse(model, layers, self.lean_last_layer)
+        self.first_token_only = not all_tokens and only_first_token(model, layers)
+        self.fused = use_cpu_kernels(model, layers, self.first_token_only)
         compact = used_V is not None and has_plain_vocabulary(model)
         self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model
@@ -177,8 +197,19 @@ class Encoder(nn.Module):
     def forward(
         self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns logits_BC and the states after encoder layers `layers` (from 1): (B, M, H), of [CLS] alone,
-        or (B, L, M, H) where `tokens`; None where no layer is asked for. Dtypes are those of the computation."""
+        """Return logits and hidden states, in the dtype of the computation.
+
+        Args:
+            inputs: Tensors (B, L) from the tokenizer, by name; those that the model does not take are ignored.
+            layers: Encoder layers whose output to return, from 1 (0: the embeddings).
+            tokens: Return the states of every token; needs `all_tokens`.
+
+        Returns:
+            logits_BC, and the states of [CLS] (B, M, H) or of every token (B, L, M, H); None if `layers` is empty.
+
+        Raises:
+            UserError: The model does not return one hidden state per layer.
+        """
         if self.vocabulary is not None:
             inputs = inputs | {"input_ids": self.vocabulary(inputs["input_ids"])}
         inputs = accepted(self.model, inputs)
@@ -187,76 +218,113 @@ class Encoder(nn.Module):
             return out.logits, None
         if len(out.hidden_states) != num_layers(self.model.config) + 1:
             raise UserError(
-                f"{type(self.model).__name__} gives {len(out.hidden_states)} hidden states for "
-                f"{num_layers(self.model.config)} layers, not one after each; use a model of another family"
+                f"{type(self.model).__name__} returns {len(out.hidden_states)} hidden states for "
+                f"{num_layers(self.model.config)} layers, not one per layer; use a model of another family"
             )
-        chosen = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
-        states = torch.stack(chosen, dim=-2)
+        selected = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
+        states = torch.stack(selected, dim=-2)
         return out.logits, states if self.projection is None else self.projection(states)
 
-    def whole(self, weights: dict[str, torch.Tensor], decay: float) -> dict[str, torch.Tensor]:
-        """Weights as the plain model has them: rows left out of the trained embedding put back.
+    def with_full_vocabulary(self, weights: dict[str, torch.Tensor], decay: float) -> dict[str, torch.Tensor]:
+        """Return this module's weights, by name, with the full embedding table.
 
         Args:
-            weights: of this module, by name.
-            decay: product of (1 - learning rate * weight decay) over the steps done.
+            weights: This module's weights, by name.
+            decay: Product of (1 - learning rate * weight decay) over the steps so far.
         """
         if self.vocabulary is None:
             return weights
         name = f"model.{self.vocabulary.name}"
         plain = {key: value for key, value in weights.items() if key != USED_IDS}
-        return plain | {name: self.vocabulary.whole(weights[name], decay)}
+        return plain | {name: self.vocabulary.full_table(weights[name], decay)}
 
 
-def accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a tokenizer's outputs those that this model takes: not every family has token types, or more than one."""
+def use_cpu_kernels(model: PreTrainedModel, layers: nn.ModuleList | None, first_token_only: bool = False) -> bool:
+    """Fuse the encoder layers and speed up all dropouts on a CPU, in place. Without `kernels/`, change nothing.
+
+    Args:
+        model: A classifier.
+        layers: From `encoder_layers`.
+        first_token_only: The last layer computes the first token alone.
+
+    Returns:
+        Whether the layers are fused: not if the family is not known to have BERT's layer, or it uses another activation.
+    """
+    try:
+        from pkd_dist.kernels.encoder_layer import CpuDropout, FusedBertLayer, FusedDistilBertLayer, FusedLayer
+    except ModuleNotFoundError as error:  # the folder is optional
+        if not (error.name or "").startswith("pkd_dist.kernels"):
+            raise
+        return False
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            specialize(module, CpuDropout)
+    activations = {getattr(model.config, name, "gelu") for name in ("hidden_act", "activation")}
+    if layers is None or not is_bert_like(model.config) or activations != {"gelu"}:
+        return False
+    mixin: type[FusedLayer] = FusedDistilBertLayer if model.config.model_type == "distilbert" else FusedBertLayer
+    for layer in layers:
+        specialize(layer, mixin).first_token_only = first_token_only and layer is layers[-1]
+    return True
+
+
+Value = TypeVar("Value")
+
+
+def accepted(model: PreTrainedModel, inputs: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the tokenizer outputs that this model takes; not every family has token types, or more than one."""
     names = _parameters(type(model).forward)
     typed = (getattr(model.config, "type_vocab_size", 0) or 0) > 1
     return {k: v for k, v in inputs.items() if k in names and (typed or k != "token_type_ids")}
 
 
 @cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
 def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:
-    """The name and the list of a model's encoder layers; None where they are not one list of their own."""
+    """Return the name and the list of a model's encoder layers; ("", None) if they are not one list of their own."""
     depth = num_layers(model.config)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return found[0] if len(found) == 1 and not shares_layers(model.config) else ("", None)
 
 
-def shares_layers(config: Any) -> bool:
-    """Whether one set of weights serves several layers (ALBERT)."""
+def shares_layers(config: PretrainedConfig) -> bool:
+    """Return whether several layers share one set of weights (ALBERT)."""
     return getattr(config, "num_hidden_groups", None) is not None
 
 
 def parameter_count(model: PreTrainedModel) -> int:
+    """Return the number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Writes a Hugging Face folder; the one above it exists. Its tokenizer gives what this model takes, and no more.
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder whose tokenizer returns only the inputs that this model takes.
+
+    Args:
+        folder: Its parent must exist.
 
     Raises:
-        UserError: the disk is full.
+        UserError: The disk is full.
     """
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
         model.save_pretrained(folder)
         own = copy.copy(tokenizer)
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
-        own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # else not written
+        own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved
         own.save_pretrained(folder)
 
 
-def num_layers(config: Any) -> int:
+def num_layers(config: PretrainedConfig) -> int:
+    """Return the number of encoder layers."""
     return int(config.num_hidden_layers)
 
 
 def weights_digest(folder: str) -> str:
-    """Identity of a model: its configuration's shape and its weights' bytes."""
+    """Return a digest of a model's configuration, without library versions, and of the bytes of its weights."""
     path = Path(folder)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
@@ -276,9 +344,9 @@ def weights_digest(folder: str) -> str:
 
 
 def tokenizer_digest(folder: str) -> str:
-    """Identity of a tokenizer: of its tokenizer.json, which says all, else of the files it is made from."""
+    """Return a digest of a tokenizer: of tokenizer.json, which is complete, or else of all its files."""
     path = Path(folder)
     if not path.is_dir():
         return digest_of(folder)
-    whole = (path / "tokenizer.json").is_file()
-    return folder_digest(path, ["tokenizer.json"] if whole else list(TOKENIZER_FILES))
+    complete = (path / "tokenizer.json").is_file()
+    return folder_digest(path, ["tokenizer.json"] if complete else list(TOKENIZER_FILES))

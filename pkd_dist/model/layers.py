@@ -1,29 +1,68 @@
-"""Which teacher layer each student layer learns from, and which layers a student is made of. Pure integer functions.
+"""The layer maps of a run: which layers are paired, which a cache keeps, which a student is made of. No model is needed.
 
-Encoder layers are counted from 1 where they are paired (layer 0 is the embedding output) and from 0 where they are
-copied (`encoder.layer.I`), as in the paper's code and in its users' commands.
+Layers are counted from 1 where they are paired or cached (0 is the embedding output), and from 0 where they are copied
+(`encoder.layer.I`), as in the code of the PKD authors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pkd_dist.config.schema import Cache, Distill
 from pkd_dist.errors import UserError
 
 
-def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """Teacher layers (from 1) for student layers 1..k-1; the student's last layer is never paired (paper, section 3.2).
+def patience_pairs(distill: Distill, teacher_layers: int, student_layers: int) -> tuple[tuple[int, int], ...]:
+    """Return the (student layer, teacher layer) pairs of the patience loss, counted from 1; (0, 0) pairs the embeddings.
+
+    Empty if `distill.beta` is 0.
+
+    Raises:
+        UserError: see `paired_layers`.
+    """
+    if not distill.beta:
+        return ()
+    pairs = enumerate(paired_layers(distill.patience, teacher_layers, student_layers), start=1)
+    return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
+
+
+def kept_layers(cache: Cache, pairs: Sequence[tuple[int, int]], teacher_layers: int) -> tuple[int, ...]:
+    """Return the teacher layers, ascending from 0 (the embeddings), whose states a new cache stores.
 
     Args:
-        patience: `skip` (student layer i learns from layer i * N / k, rounded), `last` (the last ones before the top),
-            or the list itself.
+        cache: The `cache` section of the run.
+        pairs: From `patience_pairs`.
+        teacher_layers: Number of teacher layers.
+
+    Raises:
+        UserError: `cache.layers` lacks a paired layer or names one that does not exist.
+    """
+    needed = {teacher for _, teacher in pairs}
+    given = cache.layers
+    kept = needed if given is None else set(range(teacher_layers + 1)) if given == "all" else set(given)
+    if needed - kept:
+        raise UserError(
+            f"cache.layers: {given} lacks teacher layer {min(needed - kept)}, which is paired; add it, or use 'all'"
+        )
+    if max(kept, default=0) > teacher_layers:
+        raise UserError(f"cache.layers: {max(kept)} is out of range; the teacher has {teacher_layers} layers")
+    return tuple(sorted(kept))
+
+
+def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_layers: int) -> tuple[int, ...]:
+    """Return the teacher layers (from 1) for student layers 1..k-1; the last one is never paired (PKD, section 3.2).
+
+    Args:
+        patience: `skip` (student layer i learns from layer i * N / k, rounded), `last` (the k-1 layers below the
+            teacher's last), or the list itself.
         teacher_layers: N.
         student_layers: k.
 
     Raises:
-        UserError: a list of the wrong length or out of range, or a student as deep as its teacher is shallow.
+        UserError: The list has the wrong length or a layer out of range, or `skip` or `last` is used with a student
+            deeper than its teacher.
     """
-    pairs = student_layers - 1
+    count = student_layers - 1
     if isinstance(patience, str):
         if student_layers > teacher_layers:
             raise UserError(
@@ -32,11 +71,11 @@ def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_la
             )
         if patience == "skip":
             return tuple(max(1, round(i * teacher_layers / student_layers)) for i in range(1, student_layers))
-        return tuple(range(teacher_layers - pairs, teacher_layers))
-    if len(patience) != pairs:
+        return tuple(range(teacher_layers - count, teacher_layers))
+    if len(patience) != count:
         raise UserError(
             f"distill.patience: {list(patience)} names {len(patience)} teacher layer(s), but a {student_layers}-layer student "
-            f"has {pairs} to pair (its last one is not paired); give {pairs}"
+            f"has {count} to pair (its last layer is not paired); give {count}"
         )
     for layer in patience:
         if not 1 <= layer <= teacher_layers:
@@ -47,20 +86,24 @@ def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_la
 
 
 def skip_is_rounded(teacher_layers: int, student_layers: int) -> bool:
+    """Return whether `skip` rounds: the student's depth does not divide the teacher's."""
     return teacher_layers % student_layers != 0
 
 
 def copied_layers(
     layers: Sequence[int] | None, teacher_layers: int, count: int | None = None, keep_first: bool = False
 ) -> tuple[int, ...]:
-    """Teacher layers (from 0) that a student is made of.
+    """Return the teacher layers (from 0) that a student is made of.
 
     Args:
-        layers: as chosen; None: `count` of them at even distance, by default every second one, the last included.
-        keep_first: the teacher's first layer must be the student's.
+        layers: The user's choice, already increasing; None takes `count` layers at even distance, by default every
+            second one, including the last.
+        teacher_layers: Number of teacher layers.
+        count: Number of student layers.
+        keep_first: The student must start with the teacher's first layer.
 
     Raises:
-        UserError: out of range, more than there are, or the first one left out. (The schema checks order and repeats.)
+        UserError: A layer is out of range, `count` exceeds the teacher's layers, or the first layer is missing.
     """
     if layers is None:
         if (count or 0) > teacher_layers:
@@ -79,7 +122,7 @@ def copied_layers(
             )
     if keep_first and layers[0] != 0:
         raise UserError(
-            f"student.layers: {list(layers)} must begin with 0: this family's first layer alone has no norm before its "
+            f"student.layers: {list(layers)} must begin with 0: only the first layer of this family has no norm before its "
             "attention, so no other layer can take its place"
         )
     return tuple(layers)

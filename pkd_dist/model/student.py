@@ -1,19 +1,26 @@
-"""How a student comes into being: layers of the teacher, the first layers of a pretrained model, random weights, or a
-folder of the user's own. Each way ends in a Hugging Face folder."""
+"""Create a student: from layers of the teacher, the first layers of a pretrained model, random weights, or a folder.
+
+planned_depth (checks, before anything is written) -> create -> a Hugging Face folder -> open_student (to train)
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pkd_dist.config.schema import Student as StudentConfig
 from pkd_dist.errors import UserError
@@ -30,62 +37,74 @@ from pkd_dist.model.encoder import (
 )
 from pkd_dist.model.layers import copied_layers
 
-WAYS = ("teacher_layers", "first_k", "random")
+INIT_METHODS = ("teacher_layers", "first_k", "random")
 """Values of `student.init` that are not a folder."""
 
 
-def planned_depth(config: StudentConfig, teacher: Any, tokenizer: Any, max_length: int) -> int:
-    """The number of layers that a student will have.
+def planned_depth(
+    config: StudentConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> int:
+    """Return the number of layers that the student will have.
 
     Args:
-        config: `student` of the run.
-        teacher: the teacher's configuration.
-        tokenizer: the run's (the teacher's).
-        max_length: of the run's inputs, tokens.
+        config: The `student` section of the run.
+        teacher: Configuration of the teacher's model.
+        tokenizer: Of the run (the teacher's).
+        max_length: Of the run's inputs, in tokens.
 
     Raises:
-        UserError: whatever can be known to be wrong before it is made.
+        UserError: The student cannot be created, as far as this can be checked in advance.
     """
-    if config.init in WAYS:
+    if config.init in INIT_METHODS:
         if config.hidden_size:
-            _resized(teacher, config.hidden_size)
-        return len(_chosen_layers(config, teacher))
-    near = difflib.get_close_matches(config.init, WAYS, n=1)
+            _with_hidden_size(teacher, config.hidden_size)
+        return len(_selected_layers(config, teacher))
+    near = difflib.get_close_matches(config.init, INIT_METHODS, n=1)
     if near and not Path(config.init).exists():
-        raise UserError(f"student.init: {config.init!r} is not known; did you mean {near[0]}?")
+        raise UserError(
+            f"student.init: {config.init!r} is neither a folder nor one of {', '.join(INIT_METHODS)}; "
+            f"did you mean {near[0]}?"
+        )
     folder = locate(config.init, "student.init")
     own = load_config(folder, "student.init")
     require_same_tokens(tokenizer, load_tokenizer(folder, "student.init"), config.init)
     require_compatible(own, tokenizer, max_length, config.init, "student.init")
-    return len(_chosen_layers(config, own))
+    return len(_selected_layers(config, own))
 
 
-def _chosen_layers(config: StudentConfig, source: Any) -> tuple[int, ...]:
-    """Layers (from 0) that a student has of a model of configuration `source`; of random ones only the number counts."""
+def copied_teacher_layers(config: StudentConfig, teacher: PretrainedConfig) -> tuple[int, ...] | None:
+    """Return the teacher layers (from 0) that the student starts from; None if it starts otherwise."""
+    return _selected_layers(config, teacher) if config.init == "teacher_layers" else None
+
+
+def _selected_layers(config: StudentConfig, source: PretrainedConfig) -> tuple[int, ...]:
+    """Return the layers (from 0) of a model of configuration `source` that the student gets; for `random`, their kinds."""
     total = num_layers(source)
     if config.init == "teacher_layers":
         chosen = copied_layers(config.layers, total, config.num_layers, source.model_type == "modernbert")
     else:
-        count = config.num_layers or (max(1, total // 2) if config.init in WAYS else total)
+        count = config.num_layers or (max(1, total // 2) if config.init in INIT_METHODS else total)
         if count > total and config.init != "random":
             whose = (
-                f"the {total} layers of {config.init}" if config.init not in WAYS else f"the teacher's {total} layers"
+                f"the {total} layers of {config.init}"
+                if config.init not in INIT_METHODS
+                else f"the teacher's {total} layers"
             )
             raise UserError(f"student.num_layers: {count} is more than {whose}")
         chosen = tuple(range(count))
     groups = getattr(source, "num_hidden_groups", None) or 1
     if groups > 1 and len(chosen) < total:
         raise UserError(
-            f"student.init: {config.init}: {total} layers share {groups} groups of weights, by their place in the whole, so "
-            "fewer layers would be others; use a teacher with one group, or a folder of your own as it is"
+            f"student.init: {config.init}: {total} layers share {groups} groups of weights by position, so fewer "
+            "layers would use other weights; use a teacher with one group, or a folder with all its layers"
         )
     return chosen
 
 
-def _cut(config: Any, layers: Sequence[int]) -> Any:
-    """A model configuration with these layers alone (from 0); of random layers beyond its own the kinds repeat."""
+def _with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """Return a model configuration with these layers alone (from 0); beyond its last layer, layer kinds repeat."""
     config = copy.deepcopy(config)
-    for name in ("layer_types", "attention_window"):  # ModernBERT's and Longformer's: a layer keeps its own
+    for name in ("layer_types", "attention_window"):  # of ModernBERT and Longformer, one for each layer
         values = getattr(config, name, None)
         if isinstance(values, list):
             setattr(config, name, [values[i % len(values)] for i in layers])
@@ -93,22 +112,22 @@ def _cut(config: Any, layers: Sequence[int]) -> Any:
     return config
 
 
-def _resized(config: Any, hidden: int) -> Any:
-    """A model configuration of another width: heads as wide as before, so more or fewer; all else in proportion.
+def _with_hidden_size(config: PretrainedConfig, hidden: int) -> PretrainedConfig:
+    """Return a model configuration of another hidden size: the same head size, all else in proportion.
 
     Raises:
-        UserError: it does not divide.
+        UserError: A size would not be an integer.
     """
     config = copy.deepcopy(config)
     before, head = int(config.hidden_size), int(config.hidden_size) // int(config.num_attention_heads)
-    inner = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # DistilBERT's name for it
+    inner = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # hidden_dim: DistilBERT
     scaled = getattr(config, inner) * hidden
     if hidden % head or scaled % before:
         raise UserError(
-            f"student.hidden_size: {hidden} does not fit: the teacher's heads are {head} wide and its {before} become "
-            f"{getattr(config, inner)} inside a layer; give a multiple of {head} that keeps this ratio whole"
+            f"student.hidden_size: {hidden} is not possible: the teacher has a head size of {head}, and a feed-forward size "
+            f"of {getattr(config, inner)} at hidden size {before}; use a multiple of {head} that scales both to integers"
         )
-    for name in ("embedding_size", "pooler_hidden_size"):  # where they were not a width of their own
+    for name in ("embedding_size", "pooler_hidden_size"):  # unless they differ from the hidden size
         if getattr(config, name, None) == before:
             setattr(config, name, hidden)
     config.hidden_size, config.num_attention_heads = hidden, hidden // head
@@ -117,18 +136,19 @@ def _resized(config: Any, hidden: int) -> Any:
 
 
 def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model made of the chosen encoder layers of `source` (from 0) and all that is not an encoder layer. Where one set
-    of weights serves all layers (ALBERT) only their number counts.
+    """Return a model with these encoder layers of `source` (from 0) and all its other weights.
+
+    If the layers share one set of weights (ALBERT), only their number matters.
 
     Raises:
-        UserError: its layers are not one list, or something else depends on their number.
+        UserError: The encoder layers are not one list, or other weights depend on their number.
     """
     weights = source.state_dict()
     if not shares_layers(source.config):
         prefix, found = encoder_layers(source)
         if found is None:
             raise UserError(
-                f"{type(source).__name__} has no list of encoder layers to copy from; use student.init random or a folder"
+                f"{type(source).__name__} has no list of encoder layers to copy from; use student.init=random or a folder"
             )
         pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.*)")
         for name in list(weights):
@@ -137,54 +157,55 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
                 value = weights.pop(name)
                 if int(match[1]) in layers:
                     weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
-    model = AutoModelForSequenceClassification.from_config(_cut(source.config, layers), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(_with_layers(source.config, layers), dtype=torch.float32)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()
         raise UserError(
-            f"{type(source).__name__} does not stay the same with fewer layers ({why}); use student.init random or a folder"
+            f"{type(source).__name__} has weights that depend on the number of layers ({why}); use student.init=random or "
+            "a folder"
         ) from None
     return model
 
 
 def create(
-    config: StudentConfig, teacher: str, pretrained: str, labels: dict[str, Any], seed: int
+    config: StudentConfig, teacher: str, pretrained: str, labels: Mapping[str, Any], seed: int
 ) -> tuple[PreTrainedModel, str]:
-    """Makes the student's starting weights.
+    """Create the student's initial weights.
 
     Args:
-        config: `student` of the run.
-        teacher: folder of the fine-tuned teacher.
-        pretrained: folder or hub name of the teacher before fine-tuning, for `first_k`.
-        labels: fields of a model configuration that describe the classes (`num_labels`, `id2label`, ...).
-        seed: of whatever is drawn at random.
+        config: The `student` section of the run.
+        teacher: Folder of the fine-tuned teacher.
+        pretrained: Folder or hub name of the teacher before fine-tuning, for `first_k`.
+        labels: Fields of a model configuration that describe the classes (`num_labels`, `id2label`, ...).
+        seed: For random weights.
 
     Returns:
-        The model and one line that says what it was made of.
+        The model, and a line for people that says what it was made of.
 
     Raises:
-        UserError: layers out of range, or a folder that cannot be used.
+        UserError: A layer is out of range, or a folder cannot be used.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if config.init == "teacher_layers":
-            layers = _chosen_layers(config, load_config(teacher))
+            layers = _selected_layers(config, load_config(teacher))
             return take_layers(load_model(teacher), layers), f"teacher layers {list(layers)} (from 0)"
         if config.init == "random":
             shape = load_config(teacher)
-            layers = _chosen_layers(config, shape)
-            shape = _cut(_resized(shape, config.hidden_size) if config.hidden_size else shape, layers)
+            layers = _selected_layers(config, shape)
+            shape = _with_layers(_with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape, layers)
             for name, value in labels.items():
                 setattr(shape, name, value)
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
             return model, f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
         if config.init == "first_k":
             source = load_model(pretrained, new_head=True, **labels)
-            layers = _chosen_layers(config, source.config)
+            layers = _selected_layers(config, source.config)
             return take_layers(source, layers), f"the first {len(layers)} layers of {pretrained}"
         source = load_model(locate(config.init, "student.init"), "student.init", new_head=True, **labels)
-        layers = _chosen_layers(config, source.config)
+        layers = _selected_layers(config, source.config)
         return take_layers(source, layers) if config.num_layers else source, f"the folder {config.init}"
 
 
@@ -197,16 +218,20 @@ def open_student(
     used_V: np.ndarray,
     all_tokens: bool,
 ) -> Encoder:
-    """The trainable student: the folder's model and, where it is wanted, a new projection to the teacher's width.
+    """Open the student for training, with a new projection to the teacher's width if one is needed.
 
     Args:
-        projection: `auto`: where the widths differ; `always`; `never`: no states are compared.
-        used_V, all_tokens: see `Encoder`.
+        folder: Hugging Face folder.
+        dropout: Probability for all dropouts; None keeps the model's own.
+        projection: `auto` (if the widths differ), `always`, or `never` (no states are compared).
+        teacher_hidden: The teacher's hidden size.
+        seed: Of the projection's weights.
+        used_V, all_tokens: See `Encoder`.
     """
     model = load_model(str(folder), "student_init", dropout=dropout)
     width = int(model.config.hidden_size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        wanted = projection == "always" or (projection == "auto" and width != teacher_hidden)
-        linear = nn.Linear(width, teacher_hidden) if wanted else None
+        needed = projection == "always" or (projection == "auto" and width != teacher_hidden)
+        linear = nn.Linear(width, teacher_hidden) if needed else None
     return Encoder(model, linear, used_V, all_tokens)

@@ -1,4 +1,5 @@
-"""Runs to look at: pages that need nothing else, one file each.
+"""The report of a run: report.html, one self-contained file.
 
-run folder -> runs.Run -> notices (words), charts (inline SVG) -> pages -> run.html, compare.html on base.html
+stage markers, config.yaml, metrics.jsonl, predictions, export manifest
+    -> run.from_markers -> Run -> notices (text), charts (inline SVG) -> pages.write -> report.html
 """

@@ -1,4 +1,4 @@
-"""What a careful reader would ask about a run, in words."""
+"""Remarks on a run that a careful reader would make."""
 
 from __future__ import annotations
 
@@ -6,100 +6,113 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkd_dist.report.runs import Run, duration, percent
+from pkd_dist.evaluation.predictions import SIDES
+from pkd_dist.report.format import duration, percent
+from pkd_dist.report.run import Run
 
 
 def notices(run: Run) -> Iterator[str]:
-    yield from _of_the_result(run)
-    yield from _of_the_data(run)
-    yield from _of_the_training(run)
+    """Yield the remarks, one or two sentences each."""
+    yield from _on_results(run)
+    yield from _on_classes(run)
+    yield from _on_data(run)
+    yield from _on_training(run)
+    yield from _on_stages(run)
 
 
-def _of_the_result(run: Run) -> Iterator[str]:
-    results, names = run.results, run.class_names
-    lost = 100 * (results["teacher"]["main_metric"] - results["student"]["main_metric"])
+def _on_results(run: Run) -> Iterator[str]:
+    results = run.results
+    lost = 100 * (results.teacher.scores.main_metric - results.student.scores.main_metric)
     if lost > 3:
         yield f"The student is {lost:.1f} points of {run.metric} below its teacher."
     if lost < -3:
-        yield f"The student is {-lost:.1f} points of {run.metric} above its teacher, which has not learned all it could."
-    if "accuracy_interval_95" in results["student"]:
-        low, high = results["student"]["accuracy_interval_95"]
+        yield f"The student is {-lost:.1f} points of {run.metric} above its teacher; the teacher may be undertrained."
+    if results.student.scores.accuracy_interval:
+        low, high = results.student.scores.accuracy_interval
         if high - low > 0.08:
             yield (
-                f"{results['n']:,} {results['split']} examples tell an accuracy only to within "
-                f"{50 * (high - low):.1f} points; smaller differences mean nothing."
+                f"{results.examples:,} {results.split} examples determine the accuracy only to within "
+                f"{50 * (high - low):.1f} points; smaller differences are not significant."
             )
-    if run.confusion:
-        support = run.confusion["teacher"].sum(axis=1)
-        usual = support.max() / max(1, support.sum())
-        for side in ("teacher", "student"):
-            if results[side]["accuracy"] <= usual:
-                yield (
-                    f"The {side}'s accuracy ({percent(results[side]['accuracy'])}) is not above that of always answering "
-                    f"{names[int(support.argmax())]} ({percent(usual)})."
-                )
-        matrix = run.confusion["student"]
-        never = [names[i] for i in range(len(names)) if matrix[i].any() and not matrix[:, i].any()]
-        if never:
-            shown = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
-            yield f"The student never predicts {shown}, though {results['split']} has examples of it."
 
 
-def _of_the_data(run: Run) -> Iterator[str]:
-    data = run.outputs["data"]
-    for split in data["sets"]:
-        if cut := data[split]["truncated"]:
-            share = cut / data[split]["examples"]
+def _on_classes(run: Run) -> Iterator[str]:
+    if not run.confusion:
+        return
+    results, names = run.results, run.class_names
+    support_C = run.confusion["teacher"].sum(axis=1)
+    most_frequent = int(support_C.argmax())
+    baseline = support_C.max() / max(1, support_C.sum())
+    for side in SIDES:
+        accuracy = results.models[side].scores.accuracy
+        if accuracy is not None and accuracy <= baseline:
             yield (
-                f"{cut:,} of {data[split]['examples']:,} {split} examples ({share:.1%}) were cut to "
-                f"{run.config.task.max_length} tokens; a larger task.max_length would keep their ends."
+                f"The {side}'s accuracy ({percent(accuracy)}) does not exceed that of always predicting "
+                f"{names[most_frequent]} ({percent(baseline)})."
             )
-    for split in data["sets"]:
-        for note in data[split]["notes"]:
-            yield f"{split.capitalize().replace('_', ' ')} data: {note}."
-    names, counts = run.class_names, data["train"].get("per_class") or [1]
-    if max(counts) > 10 * min(counts):
+    matrix_CC = run.confusion["student"]
+    never = [name for i, name in enumerate(names) if matrix_CC[i].any() and not matrix_CC[:, i].any()]
+    if never:
+        shown = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
+        yield f"The student never predicts {shown}, although {results.split} has examples of it."
+
+
+def _on_data(run: Run) -> Iterator[str]:
+    for data in run.data.values():
+        if data.truncated:
+            yield (
+                f"{data.truncated:,} of {data.examples:,} {data.name} examples ({data.truncated / data.examples:.1%}) were "
+                f"truncated to {run.config.task.max_length} tokens; increase task.max_length to keep their full text."
+            )
+    for data in run.data.values():
+        for note in data.notes:
+            yield f"{data.name.capitalize().replace('_', ' ')} data: {note}."
+    counts = run.data["train"].per_class
+    if counts and max(counts) > 10 * min(counts):
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         yield (
-            f"The classes are unbalanced: {counts[most]:,} training examples of {names[most]}, {counts[least]:,} of "
-            f"{names[least]}. Accuracy says little of rare classes; see the F1 of each."
+            f"The classes are imbalanced: {counts[most]:,} training examples of {run.class_names[most]}, {counts[least]:,} "
+            f"of {run.class_names[least]}. Accuracy says little about rare classes; see the F1 of each class."
         )
 
 
-def _of_the_training(run: Run) -> Iterator[str]:
-    made, epochs = run.outputs["distill"], run.config.train.epochs
-    best, last = made["best_epoch"], made["history"][-1]
+def _on_training(run: Run) -> Iterator[str]:
+    distillation, epochs = run.distillation, run.config.train.epochs
+    best, last = distillation.best_epoch, distillation.history[-1]
     if best == epochs:
         yield f"The best epoch is the last one ({best}); longer training may help."
-    elif last["main_metric"] < made["best_metric"]:
+    elif last.main_metric < distillation.best_metric:
         yield (
-            f"It overfitted: epoch {best} of {epochs} was the best ({run.shown(made['best_metric'])} on dev, kept) and the last "
-            f"one has {run.shown(last['main_metric'])}; fewer epochs or a lower learning rate would do."
+            f"The student overfitted: epoch {best} of {epochs} was the best ({run.metric_value(distillation.best_metric)} on "
+            f"dev, kept), and the last one reached {run.metric_value(last.main_metric)}. Train for fewer epochs or at a lower "
+            "learning rate."
         )
-    depth, layers = run.resolved["teacher_layers"], run.resolved["student_layers"]
-    if run.config.distill.patience == "skip" and run.resolved["patience_pairs"] and depth % layers:
-        pairs = ", ".join(str(teacher) for _, teacher in run.resolved["patience_pairs"])
+    pairs = run.environment.patience_pairs
+    depth, student_depth = run.environment.teacher_layers, run.environment.student_layers
+    if run.config.distill.patience == "skip" and pairs and depth % student_depth:
         yield (
-            f"The teacher's {depth} layers do not divide by the student's {layers}, so the patience map was rounded "
-            f"(teacher layers {pairs})."
+            f"The teacher's {depth} layers are not divisible by the student's {student_depth}, so the patience map was "
+            f"rounded (teacher layers {', '.join(str(teacher) for _, teacher in pairs)})."
         )
-    skipped = [line["step"] for line in run.steps if not np.isfinite(line.get("grad_norm", 0.0))]
-    if skipped:
+    skipped = run.steps.step_S[~np.isfinite(run.steps.grad_norm_S)]
+    if len(skipped):
         yield (
-            f"{len(skipped):,} of {len(run.steps):,} logged steps were skipped while the loss scale fell, the last one "
-            f"step {skipped[-1]:,}."
+            f"{len(skipped):,} of {len(run.steps.step_S):,} logged steps were skipped because of float16 overflow, most "
+            f"recently step {skipped[-1]:,}."
         )
-    waits = [line["seconds"]["data"] / line["seconds"]["step"] for line in run.steps if "seconds" in line]
+    waits = [seconds["data"] / seconds["step"] for seconds in run.steps.seconds]
     if waits and np.mean(waits) > 0.2:
-        yield f"{percent(float(np.mean(waits)))} of a step went into waiting for data."
-    for name, marker in run.markers.items():
-        stopped, starts = marker.get("stopped", 0), marker.get("starts", 1)
-        if stopped:
-            yield f"The stage {name} was stopped by a signal {_times(stopped)} and went on."
-        if ended := starts - 1 - stopped:
+        yield f"{percent(float(np.mean(waits)))} of the step time was spent waiting for data."
+
+
+def _on_stages(run: Run) -> Iterator[str]:
+    for stage in run.stages:
+        if stage.stopped:
+            yield f"The {stage.name} stage was stopped by a signal {_times(stage.stopped)} and resumed."
+        if failed := stage.starts - 1 - stage.stopped:
             yield (
-                f"The stage {name} ended early {_times(ended)}, killed or by an error, and went on; its time "
-                f"({duration(marker['seconds'])}) leaves those out."
+                f"The {stage.name} stage was killed or failed {_times(failed)} and resumed; its time "
+                f"({duration(stage.seconds)}) excludes those attempts."
             )
 
 

@@ -1,332 +1,205 @@
-"""The pages: RUN/report.html of one run, and one of several side by side."""
+"""Render report.html: tables and examples for the template, next to the charts and notices."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pkd_dist.data import text
-from pkd_dist.errors import UserError
-from pkd_dist.evaluation.predictions import SIDES, Predictions
-from pkd_dist.export import card
+from pkd_dist.evaluation.predictions import SIDES
 from pkd_dist.files import write_atomically
-from pkd_dist.report import charts
+from pkd_dist.report.charts import evaluation, models, timing, training
+from pkd_dist.report.format import duration, percent, size
 from pkd_dist.report.notices import notices
-from pkd_dist.report.runs import Run, duration, percent, read, size
+from pkd_dist.report.run import Run
 
-EXAMPLES = 12
-"""Examples shown on which student and teacher differ most."""
-MOST_ROWS = 20
-"""Rows of the table of classes that are always open."""
-MARK = '<meta name="generator" content="pkd_dist">'
-
-
-def write(folder: Path) -> dict[str, Any]:
-    """Writes `folder/report.html` from what the stages before left there. Returns its size in `bytes`."""
-    run = read(folder)
-    results = run.results
-    html = _render(
-        "run.html", run,
-        results=results, data=run.outputs["data"], most_classes=charts.MOST_CLASSES, most_rows=MOST_ROWS,
-        notices=list(notices(run)), rows=_comparison(run), classes=_per_class(run), right=_right(run), mistakes=_mistakes(run),
-        examples=_differing(run), layers=charts.layers(run), curves=list(charts.curves(run)),
-        matrices=list(charts.matrices(run)), scatters=list(charts.scatters(run)) if run.task.regression else [],
-        latency=charts.latency(run), latencies=_latencies(run), files=_files(run), throughput=charts.throughput(run),
-        times=[plot for plot in (charts.stages(run), charts.training_time(run), charts.step_time(run)) if plot],
-    )  # fmt: skip
-    _save(folder / "report.html", html)
-    return {"bytes": len(html.encode())}
+_MAX_EXAMPLES = 12
+_MAX_ROWS = 20
+"""Rows of the table of classes that are not folded."""
+_MIN_CLASSES_FOR_ERRORS = 9
+"""With fewer classes the confusion matrix shows all errors legibly."""
+_MAX_ERRORS = 10
 
 
-def write_comparison(folders: Sequence[Path], output: Path) -> None:
-    """Writes a page of several runs side by side.
+def write(run: Run, output: Path) -> int:
+    """Write the report of a run.
+
+    Returns:
+        Size of the file in bytes.
 
     Raises:
-        UserError: one is no run or not finished, they cannot be compared, or `output` is something else.
+        UserError: the dev data are unreadable, or the disk is full.
     """
-    if len(folders) < 2:
-        raise UserError("pkd report --compare: give at least two run folders")
-    if len(folders) > charts.MOST_RUNS:
-        raise UserError(
-            f"pkd report --compare: {len(folders)} runs are more than the {charts.MOST_RUNS} that a page can tell apart; "
-            "`pkd compare` makes a table of many"
-        )
-    whole = [folder.resolve() for folder in folders]
-    for folder, path in zip(folders, whole, strict=True):
-        if whole.count(path) > 1:
-            raise UserError(f"pkd report --compare: {folder} is named twice; name each run once")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output: no such folder: {output.absolute().parent}")
-    if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:2000]):
-        raise UserError(f"--output: {output} is there, and is not a report; choose another name")
-    runs = [read(folder) for folder in folders]
-    for other in runs[1:]:
-        _require_comparable(runs[0], other)
-    common = Path(os.path.commonpath(whole))
-    names = [str(path.relative_to(common)) for path in whole]
-    html = _render(
-        "compare.html", runs[0],
-        runs=runs, names=names, settings=_settings(runs), results=list(_results(runs)),
-        curves=list(charts.curves_of(runs, names)), plots=list(_scores(runs, names)),
-    )  # fmt: skip
-    _save(output, html)
+    html = _render(run)
+    write_atomically(output, lambda tmp: tmp.write_text(html, encoding="utf-8"), len(html))
+    return len(html.encode())
 
 
-def _save(path: Path, html: str) -> None:
-    write_atomically(path, lambda tmp: tmp.write_text(html, encoding="utf-8"), len(html))
-
-
-def _render(template: str, run: Run, **words: Any) -> str:
+def _render(run: Run) -> str:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"count": "{:,.0f}".format, "percent": percent, "number": "{:.4g}".format}
-    environment.filters |= {"shown": run.shown, "size": size, "duration": duration}
-    return environment.get_template(template).render(run=run, metric=run.metric, **words)
+    environment.filters |= {"main_metric": run.metric_value, "size": size, "duration": duration}
+    return environment.get_template("report.html").render(
+        run=run,
+        notices=list(notices(run)),
+        table=_table(run),
+        latencies=_latencies(run),
+        classes=_class_rows(run),
+        max_matrix_classes=evaluation.MAX_CLASSES,
+        max_rows=_MAX_ROWS,
+        correct=_correct(run),
+        errors=_frequent_errors(run),
+        examples=_disagreements(run),
+        layers=models.layers(run),
+        curves=list(training.curves(run)),
+        latency=evaluation.latency(run),
+        throughput=evaluation.throughput(run),
+        matrices=list(evaluation.matrices(run)),
+        scatters=list(evaluation.scatters(run)) if run.task.regression else [],
+        times=list(timing.times(run)),
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- one run
-
-
-def _comparison(run: Run) -> list[tuple[str, str, str]]:
-    """(label, teacher's, student's): the card's rows, with what else tells the two apart after the scores."""
-    rows = card.figures(run.results)
-    teacher, student = run.results["teacher"], run.results["student"]
-    more = [(key, f"{teacher[key]:.3f}", f"{student[key]:.3f}") for key in ("precision", "recall") if key in teacher]
+def _table(run: Run) -> list[tuple[str, str, str]]:
+    """Return rows (label, teacher, student): those of the model card, and more scores before its `parameters`."""
+    teacher, student = run.results.teacher.scores, run.results.student.scores
+    more = []
     if run.task.regression:
-        dev = run.answers["dev"]
-        errors = [float(np.abs(dev.said[side] - dev.labels_N).mean()) for side in SIDES]
-        more = [("mean absolute error", f"{errors[0]:.3f}", f"{errors[1]:.3f}")]
-    place = [label for label, *_ in rows].index("parameters")
-    return rows[:place] + more + rows[place:]
+        errors = [f"{np.abs(run.predicted(side) - run.dev.labels_N).mean():.3f}" for side in SIDES]
+        more.append(("mean absolute error", errors[0], errors[1]))
+    for name, both in (
+        ("precision", (teacher.precision, student.precision)),
+        ("recall", (teacher.recall, student.recall)),
+    ):
+        if both[0] is not None and both[1] is not None:
+            more.append((name, f"{both[0]:.3f}", f"{both[1]:.3f}"))
+    rows = list(run.results.table)
+    at = [label for label, *_ in rows].index("parameters")
+    return rows[:at] + more + rows[at:]
 
 
 def _latencies(run: Run) -> list[tuple[str, list[str]]]:
-    """(percentile, teacher's and student's ms)."""
-    taken = [run.outputs["evaluate"]["latencies_ms"][side] for side in SIDES]
-    marks = {"mean": None, "p50": 50, "p90": 90, "p95": 95, "p99": 99}
-    return [
-        (name, [f"{np.mean(values) if mark is None else np.percentile(values, mark):.2f}" for values in taken])
-        for name, mark in marks.items()
-    ]
+    """Return rows (statistic, [teacher, student] in ms)."""
+    latencies = [run.results.models[side].latencies_ms for side in SIDES]
+    rows = [("mean", [f"{np.mean(values):.2f}" for values in latencies])]
+    return rows + [(f"p{p}", [f"{np.percentile(values, p):.2f}" for values in latencies]) for p in (50, 90, 95, 99)]
 
 
-def _files(run: Run) -> list[tuple[str, list[str]]]:
-    """(file to serve, what the export found of it); nothing where there is no export yet."""
-    return [
-        (
-            name,
-            [
-                f"{file['bytes'] / 1e6:.1f}", run.shown(file["main_metric"]), f"{file['agreement']:.1%}",
-                f"{file['latency_ms_p50']:.2f}", f"{file['latency_ms_p99']:.2f}", f"{file['reasoningTime']:,.0f}",
-            ],
-        )
-        for name, file in run.export.get("files_on_dev", {}).items()
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class ClassRow:
+    """A row of the table of classes; each score is (teacher, student)."""
+
+    name: str
+    support: int
+    precision: Sequence[float]
+    recall: Sequence[float]
+    f1: Sequence[float]
 
 
-def _per_class(run: Run) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class as (teacher's, student's), and its examples; nothing for a regression.
-    Many classes: those first whose F1 lost most."""
+def _class_rows(run: Run) -> list[ClassRow]:
+    """Return a row for each class, those with the largest drop of F1 first if there are many; none for a regression."""
     if not run.confusion:
         return []
     sides = []
-    for matrix in run.confusion.values():
-        hits, predicted, true = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
+    for matrix_CC in run.confusion.values():
+        hits, predicted, true = matrix_CC.diagonal(), matrix_CC.sum(axis=0), matrix_CC.sum(axis=1)
         ratios = ((hits, predicted), (hits, true), (2 * hits, predicted + true))
-        sides.append([top / np.maximum(bottom, 1) for top, bottom in ratios])
-    scores = np.asarray(sides).transpose(2, 1, 0)  # class, measure, side
-    support = run.confusion["teacher"].sum(axis=1)
+        sides.append([numerator / np.maximum(denominator, 1) for numerator, denominator in ratios])
+    scores = np.asarray(sides).transpose(2, 1, 0)  # class, score, side
+    support_C = run.confusion["teacher"].sum(axis=1)
     order = np.arange(len(scores))
-    if len(order) > MOST_ROWS:
+    if len(order) > _MAX_ROWS:
         order = np.argsort(scores[:, 2, 1] - scores[:, 2, 0], kind="stable")
-    return [{"name": run.class_names[i], "support": int(support[i]), "scores": scores[i].tolist()} for i in order]
+    return [ClassRow(run.class_names[i], int(support_C[i]), *scores[i].tolist()) for i in order]
 
 
-def _right(run: Run) -> list[tuple[str, int]]:
-    """Who is right on how many dev examples; nothing for a regression."""
+def _correct(run: Run) -> list[tuple[str, int]]:
+    """Return by how many dev examples both, one or none of the models are correct; empty for a regression."""
     if run.task.regression:
         return []
-    dev = run.answers["dev"]
-    teacher, student = (dev.said[side] == dev.labels_N for side in SIDES)
-    same = int((~teacher & ~student & (dev.said["teacher"] == dev.said["student"])).sum())
+    predicted = {side: run.predicted(side) for side in SIDES}
+    teacher, student = (predicted[side] == run.dev.labels_N for side in SIDES)
+    both_wrong = ~teacher & ~student
+    same = int((both_wrong & (predicted["teacher"] == predicted["student"])).sum())
+    rows = [
+        ("both correct", int((teacher & student).sum())),
+        ("only teacher correct", int((teacher & ~student).sum())),
+        ("only student correct", int((~teacher & student).sum())),
+        ("both wrong, same class", same),
+    ]
+    if len(run.class_names) > 2:
+        rows.append(("both wrong, different classes", int(both_wrong.sum()) - same))
+    return rows
+
+
+def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:
+    """Return rows (true class, predicted class, student's count, teacher's count); empty with few classes."""
+    count = len(run.class_names)
+    if count < _MIN_CLASSES_FOR_ERRORS:
+        return []
+    student_CC = run.confusion["student"] * (1 - np.eye(count, dtype=int))
+    most = np.argsort(-student_CC, axis=None, kind="stable")[:_MAX_ERRORS]
     return [
-        ("both right", int((teacher & student).sum())),
-        ("teacher alone", int((teacher & ~student).sum())),
-        ("student alone", int((~teacher & student).sum())),
-        ("both wrong, same answer", same),
-        *([("both wrong, two answers", int((~teacher & ~student).sum()) - same)] if len(run.class_names) > 2 else []),
+        (run.class_names[i], run.class_names[j], int(student_CC[i, j]), int(run.confusion["teacher"][i, j]))
+        for i, j in (divmod(int(place), count) for place in most)
+        if student_CC[i, j] > 1
     ]
 
 
-def _mistakes(run: Run) -> list[tuple[str, str, int, int]]:
-    """(true, predicted, student's count, teacher's) of the student's most frequent mistakes, where there are many classes."""
-    if len(run.class_names) < 9:
-        return []
-    student = run.confusion["student"] * (1 - np.eye(len(run.class_names), dtype=int))
-    most = np.argsort(-student, axis=None, kind="stable")[:10]
-    places = [divmod(int(place), len(student)) for place in most]
-    names = run.class_names
-    return [
-        (names[i], names[j], int(student[i, j]), int(run.confusion["teacher"][i, j]))
-        for i, j in places
-        if student[i, j] > 1
-    ]
+@dataclass(frozen=True)
+class Answer:
+    """Prediction of one model for an example; of a regression only its value."""
+
+    text: str
+    probability: float = 0.0
+    label_probability: float = 0.0
+    correct: bool = False
 
 
-def _differing(run: Run) -> list[dict[str, Any]]:
-    """The dev examples on which student and teacher differ most: by half the sum of the differences of their
-    probabilities, or the difference of their values."""
-    dev = run.answers["dev"]
+@dataclass(frozen=True)
+class Example:
+    """A dev example with its text columns, its label and the prediction of each model by side."""
+
+    texts: list[str]
+    label: str
+    answers: dict[str, Answer]
+
+
+def _disagreements(run: Run) -> list[Example]:
+    """Return the dev examples with the largest total variation distance between the probabilities of both models.
+
+    For a regression, those with the largest difference of the predicted values.
+    """
+    dev = run.dev
     if run.task.regression:
-        distance_N = np.abs(dev.said["teacher"] - dev.said["student"])
+        distance_N = np.abs(run.predicted("teacher") - run.predicted("student"))
     else:
         distance_N = np.abs(dev.probabilities["teacher"] - dev.probabilities["student"]).sum(axis=1) / 2
-    split = text.read(run.config.task.data, "dev", run.task, run.outputs["data"]["classes"] or None)
-    place = {int(example): row for row, example in enumerate(split.ids_N)}
-    out = []
-    for row in np.argsort(-distance_N, kind="stable")[:EXAMPLES]:
-        words = [column[place[int(dev.ids_N[row])]] for column in split.texts]
-        out.append({"texts": words, "distance": float(distance_N[row]), **_said(run, dev, int(row))})
-    return out
-
-
-def _said(run: Run, dev: Predictions, row: int) -> dict[str, Any]:
-    """The label and what each side says of it: its answer, that answer's probability, and the label's."""
-    if run.task.regression:
-        return {
-            "label": f"{dev.labels_N[row]:.2f}",
-            **{side: {"answer": f"{dev.said[side][row]:.2f}"} for side in SIDES},
-        }
-    names, true = run.class_names, int(dev.labels_N[row])
-    out: dict[str, Any] = {"label": names[true]}
-    for side in SIDES:
-        probabilities, said = dev.probabilities[side][row], int(dev.said[side][row])
-        out[side] = {
-            "answer": names[said], "share": float(probabilities[said]), "true": float(probabilities[true]), "right": said == true,
-        }  # fmt: skip
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------- several runs
-
-
-def _require_comparable(first: Run, other: Run) -> None:
-    def refuse(what: str, theirs: Any, ours: Any) -> UserError:
-        return UserError(
-            f"pkd report --compare: {first.folder} and {other.folder} cannot be compared: {what} ({theirs} and {ours})"
-        )
-
-    if first.config.task.name != other.config.task.name:
-        raise refuse("they are of different tasks", first.config.task.name, other.config.task.name)
-    if first.metric != other.metric:
-        raise refuse("different metrics chose their epochs", first.metric, other.metric)
-    if sorted(first.class_names) != sorted(other.class_names):
-        raise refuse("their classes differ", len(first.class_names), len(other.class_names))
-    labels = [_labels_by_id(run) for run in (first, other)]
-    if labels[0] != labels[1]:
-        raise refuse("they were scored on different dev data", *map(len, labels))
-
-
-def _labels_by_id(run: Run) -> dict[int, Any]:
-    dev, names = run.answers["dev"], run.class_names
-    labels = [names[i] for i in dev.labels_N] if names else dev.labels_N.tolist()
-    return dict(zip(dev.ids_N.tolist(), labels, strict=True))
-
-
-def _right_by_id(run: Run) -> np.ndarray:
-    """(N,) whether the student is right, 1.0 or 0.0, in the order of the example ids."""
-    dev = run.answers["dev"]
-    return (dev.said["student"] == dev.labels_N)[np.argsort(dev.ids_N)].astype(float)
-
-
-def _minus_first(first: Run, run: Run) -> tuple[float, float]:
-    """The difference of two students' accuracies on the same examples, and half of its 95% interval."""
-    differences = _right_by_id(run) - _right_by_id(first)
-    return float(differences.mean()), float(1.959964 * differences.std(ddof=1) / np.sqrt(len(differences)))
-
-
-def _results(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
-    """(measure, each run's)."""
-    first, results = runs[0], [run.results for run in runs]
-    regression = first.task.regression
-
-    def shown(key: str, form: str, of: str = "student") -> list[str]:
-        return [form.format(result[of][key]) for result in results]
-
-    if not regression:
-        low_high = [result["student"]["accuracy_interval_95"] for result in results]
-        each = zip(results, low_high, strict=True)
-        yield "accuracy (95% interval)", [f"{r['accuracy']:.1%} ({a:.1%} to {b:.1%})" for r, (a, b) in each]
-        apart = [_minus_first(first, run) for run in runs[1:]]
-        yield "minus the first (95%)", ["", *(f"{100 * mean:+.1f} ± {100 * half:.1f} points" for mean, half in apart)]
-    for key, label in (("MCC", "MCC"), ("f_1", "F1"), ("pearson", "Pearson"), ("spearman", "Spearman")):
-        if key in results[0]["student"]:
-            yield label, shown(key, "{:.3f}")
-    for split in dict.fromkeys(name for result in results for name in result["splits"]):
-        there = [result["splits"].get(split) for result in results]
-        yield (
-            f"{split.replace('_', ' ')} {first.metric}",
-            [run.shown(part["student"]["main_metric"]) if part else "" for run, part in zip(runs, there, strict=True)],
-        )
-    kept = [result["compression"] for result in results]
-    agreement = "correlation with its teacher" if regression else "agreement with its teacher"
-    yield agreement, [f"{k['agreement']:.3f}" if regression else percent(k["agreement"]) for k in kept]
-    yield f"its teacher's {first.metric}", [first.shown(result["teacher"]["main_metric"]) for result in results]
-    yield "kept of that", [percent(k["retention"]) for k in kept]
-    yield "layers", [str(run.resolved["student_layers"]) for run in runs]
-    yield "parameters", shown("parameters", "{:,}")
-    yield "size, MB", shown("modelSize", "{:.1f}")
-    yield "sentences per second", shown("reasoningTime", "{:,.0f}")
-    yield "times its teacher's", [f"{k['throughput']:.2f}×" for k in kept]
-    yield "latency at batch 1, p50, ms", shown("latency_ms_p50", "{:.2f}")
-    yield "latency at batch 1, p99, ms", shown("latency_ms_p99", "{:.2f}")
-    yield "best epoch", [f"{run.outputs['distill']['best_epoch']} of {run.config.train.epochs}" for run in runs]
-    yield "time to distil", [duration(run.markers["distill"]["seconds"]) for run in runs]
-
-
-def _scores(runs: Sequence[Run], names: Sequence[str]) -> Iterator[charts.Plot]:
-    first, results = runs[0], [run.results for run in runs]
-    intervals = [
-        result["student"].get("accuracy_interval_95") if first.metric == "accuracy" else None for result in results
-    ]
-    rows = [(name, r["main_metric"], i) for name, r, i in zip(names, results, intervals, strict=True)]
-    note = "with 95% intervals of each by itself (Wilson)" if intervals[0] else ""
-    yield charts.scores(rows, f"Dev {first.metric}", note, first)
-
-
-def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, each run's value) of what is not the same in all runs."""
-    flat = []
-    for run in runs:
-        settings = run.config.model_dump(mode="json", exclude={"run": {"dir"}, "metrics": True, "trackers": True})
-        known = ("beta_mean", "beta_sum", "launcher")
-        resolved = {key: value for key, value in run.resolved.items() if key not in known}
-        resolved["git_revision"] = (resolved["git_revision"] or "none")[:12]
-        flat.append(dict(_flattened(settings)) | dict(_flattened(resolved)))
-    keys = dict.fromkeys(key for values in flat for key in values)
+    split = text.read(run.config.task.data, "dev", run.task, run.classes or None)
+    place = {int(example): i for i, example in enumerate(split.ids_N)}
     return [
-        (key, values)
-        for key in keys
-        if len(set(values := [_value(each.get(key)) for each in flat])) > 1
-    ]  # fmt: skip
+        _example(run, int(row), [column[place[int(dev.ids_N[row])]] for column in split.texts])
+        for row in np.argsort(-distance_N, kind="stable")[:_MAX_EXAMPLES]
+    ]
 
 
-def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+def _example(run: Run, row: int, texts: list[str]) -> Example:
+    dev = run.dev
+    if run.task.regression:
+        answers = {side: Answer(f"{run.predicted(side)[row]:.2f}") for side in SIDES}
+        return Example(texts, f"{dev.labels_N[row]:.2f}", answers)
+    label = int(dev.labels_N[row])
+    answers = {}
+    for side in SIDES:
+        probability_C, predicted = dev.probabilities[side][row], int(run.predicted(side)[row])
+        answers[side] = Answer(
+            run.class_names[predicted], float(probability_C[predicted]), float(probability_C[label]), predicted == label
+        )
+    return Example(texts, run.class_names[label], answers)

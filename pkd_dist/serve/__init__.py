@@ -1,1 +1,1 @@
-"""A small server of an export, to try it and to smoke-test it."""
+"""`pkd serve`: an export over HTTP, for trying it out and for smoke tests. Needs neither PyTorch nor transformers."""

@@ -1,4 +1,4 @@
-"""Requests into batches: a bounded queue, and one worker that takes what has come within a few milliseconds."""
+"""Batches of texts from many requests: a bounded queue, and one worker that takes whatever arrives within milliseconds."""
 
 from __future__ import annotations
 
@@ -6,55 +6,55 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-Texts = tuple[str, ...]
-"""The one or two texts of a request."""
+from pkd_dist.evaluation.answer import Answer
+from pkd_dist.serve.tokenizer import Texts
 
 
-class Full(Exception):  # noqa: N818 - an answer to the client
-    """The queue has no room; the request is to come again later."""
+class QueueFull(Exception):  # noqa: N818 - a response to the client, not an error
+    """The queue has no room for the texts of a request."""
 
 
 class Batcher:
-    """Answers texts in batches, in the order they came.
+    """Answer texts in batches, in the order of their arrival.
 
     Args:
-        answer: texts -> their answers, in order; runs in one thread of its own, one batch at a time.
-        max_batch: texts of one batch.
-        max_delay_seconds: a batch waits so long for more.
-        max_queue: texts that wait at most.
-        seen: told the size of each batch.
+        answer: Texts -> their answers, in order; runs in one thread, one batch at a time.
+        max_batch: Texts per batch.
+        max_delay_seconds: How long a batch waits for more texts.
+        max_queue: Texts that may wait.
+        on_batch: Called with the size of each batch.
     """
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Texts]], list[Any]],
+        answer: Callable[[Sequence[Texts]], list[Answer]],
         max_batch: int,
         max_delay_seconds: float,
         max_queue: int,
-        seen: Callable[[int], None] = lambda size: None,
+        on_batch: Callable[[int], None],
     ):
-        self._answer, self._seen = answer, seen
-        self._max_batch, self._max_delay = max_batch, max_delay_seconds
-        self._queue: asyncio.Queue[tuple[Texts, asyncio.Future[Any]]] = asyncio.Queue(max_queue)
+        self._answer, self._on_batch = answer, on_batch
+        self._max_batch, self._max_delay_seconds = max_batch, max_delay_seconds
+        self._queue: asyncio.Queue[tuple[Texts, asyncio.Future[Answer]]] = asyncio.Queue(max_queue)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pkd-serve")
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
+        """The number of texts in the queue."""
         return self._queue.qsize()
 
-    async def ask(self, texts: Sequence[Texts]) -> list[Any]:
-        """The answers of one request's texts.
+    async def ask(self, texts: Sequence[Texts]) -> list[Answer]:
+        """Return the answers to the texts of one request.
 
         Raises:
-            Full: there is no room for them; none is answered.
+            QueueFull: There is no room for all of them; none is answered.
         """
         if self._queue.qsize() + len(texts) > self._queue.maxsize:
-            raise Full
+            raise QueueFull
         loop = asyncio.get_running_loop()
-        answers: list[asyncio.Future[Any]] = [loop.create_future() for _ in texts]
+        answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in texts]
         for text, answer in zip(texts, answers, strict=True):
             self._queue.put_nowait((text, answer))
         return await asyncio.gather(*answers)
@@ -64,7 +64,7 @@ class Batcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Answers what waits, then ends."""
+        """Answer everything in the queue, then stop."""
         await self._queue.join()
         assert self._worker is not None
         self._worker.cancel()
@@ -77,19 +77,19 @@ class Batcher:
         while True:
             batch = [await self._queue.get()]
             if self._queue.qsize() + 1 < self._max_batch:
-                await asyncio.sleep(self._max_delay)
+                await asyncio.sleep(self._max_delay_seconds)
             while len(batch) < self._max_batch and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            self._seen(len(batch))
+            self._on_batch(len(batch))
             try:
-                found = await loop.run_in_executor(self._thread, self._answer, [text for text, _ in batch])
-                for (_, answer), value in zip(batch, found, strict=True):
-                    if not answer.done():  # its client has gone
-                        answer.set_result(value)
+                answers = await loop.run_in_executor(self._thread, self._answer, [text for text, _ in batch])
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():  # done: the client has disconnected
+                        future.set_result(answer)
             except Exception as error:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
             finally:
                 for _ in batch:
                     self._queue.task_done()

@@ -1,4 +1,4 @@
-"""`pkd serve`: uvicorn around the application, until a signal; what is in the works is answered first."""
+"""`pkd serve`: run uvicorn around the application until a signal; requests in progress are answered first."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 import uvicorn
 
 from pkd_dist.errors import UserError
-from pkd_dist.serve.app import Limits, make_app
+from pkd_dist.serve.app import make_app
 from pkd_dist.serve.model import ServedModel
+from pkd_dist.serve.requests import Limits
 from pkd_dist.telemetry.log import log
 
 GRACE_SECONDS = 30
-"""After a signal, requests in the works have so long to end."""
+"""Time that requests in progress have to finish after a signal."""
 
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises the signal again at the end, and the status would be the signal's."""
+        """Handle signals without raising them again at the end, as uvicorn does: the exit status would not be 0."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -32,13 +33,13 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket of the address, not listening yet.
+    """Return a socket that is bound to an address but does not listen yet.
 
     Raises:
-        UserError: there is no such address here, or it is taken.
+        UserError: This machine has no such address, or the port is in use.
     """
     if not host:
-        raise UserError("--host: is empty; give 127.0.0.1 for this machine alone, or 0.0.0.0 for all that reach it")
+        raise UserError("--host: is empty; give 127.0.0.1 for this machine alone, or 0.0.0.0 for all interfaces")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family)
@@ -47,24 +48,27 @@ def bound(host: str, port: int) -> socket.socket:
         return made
     except socket.gaierror as error:
         raise UserError(
-            f"--host: {host} is not known here ({error.strerror}); give a name or address of this machine"
+            f"--host: {host} cannot be resolved ({error.strerror}); give a name or address of this machine"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"--port: {host}:{port} cannot be listened on ({error.strerror}); choose another, or 0"
-        ) from None
+        raise UserError(f"--port: cannot listen on {host}:{port} ({error.strerror}); choose another, or 0") from None
 
 
 def serve(
     folder: Path, host: str, port: int, limits: Limits, format: str | None = None, threads: int | None = None
 ) -> None:
-    """Verifies an export and serves it until SIGTERM or SIGINT.
+    """Verify an export and serve it until SIGTERM or SIGINT.
 
     Args:
-        port: 0: any that is free; it is said which.
+        folder: The export.
+        host: Address to listen on.
+        port: Port to listen on; 0: any free one, which is printed.
+        limits: Limits of requests.
+        format: See `ServedModel`.
+        threads: See `ServedModel`.
 
     Raises:
-        UserError: the export is damaged, or the port is taken.
+        UserError: The export is damaged, or the address cannot be used.
     """
     with bound(host, port) as listening:
         app = make_app(ServedModel(folder, format, threads), limits)
@@ -72,7 +76,7 @@ def serve(
             app, log_level="warning", access_log=False, http="h11", ws="none", lifespan="on",
             timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
-        listening.listen(config.backlog)  # who reads the line may connect
+        listening.listen(config.backlog)  # before the line below: a script connects as soon as it reads it
         log.info("serving %s on http://%s:%d/predict", folder, *listening.getsockname()[:2])
         _Server(config).run(sockets=[listening])
-    log.info("serve: stopped; what was in the works is answered")
+    log.info("serve: stopped; all accepted requests were answered")

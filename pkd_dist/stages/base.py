@@ -1,133 +1,333 @@
-"""What a run remembers of its stages, so that each is done once.
+"""What a stage is, and what a run remembers of it. Imports no torch.
 
-A stage writes RUN/stages/NAME.json when it starts (with the digest of all that decides its outcome) and again, with
-`"done": true`, when it has ended; it counts its starts, and how many of them a signal stopped. Found done with the same
-inputs, it is not run again; found with other inputs, it says what changed, moves what it made to RUN/previous/N, and runs.
-Found started and not done, it goes on. Found unreadable, or spoiled by what it was made of, it is moved aside as well.
+A stage writes RUN/stages/NAME.json, its marker, when it starts, and again when it is done. The marker holds the inputs that
+decide the stage's outcome, so a stage is run once for each set of inputs:
+
+    no marker                            new      it runs
+    the same inputs, not done            started  it resumes
+    other inputs, or a damaged marker    stale    what it made moves to RUN/previous/N, and it reruns
+    done, but its outcome is gone        broken   it reruns; a resumable stage completes what is left
+    done                                 done     it is skipped
+
+Inputs have stable dotted keys; `LABELS` names them for people.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import enum
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import remove, write_json
+from pkd_dist.files import digest_of, remove, write_json
 from pkd_dist.telemetry.log import log
+
+if TYPE_CHECKING:
+    from pkd_dist.stages.context import Context
+
+NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
+"""The stages in the order in which they run. Each is a module of this package with the same name."""
+
+LABELS = {
+    "teacher.model.weights": "the weights of teacher.model",
+    "teacher.tokenizer": "the teacher's tokenizer",
+    "teacher.weights": "the teacher",
+    "student.init.weights": "the weights of student.init",
+    "data.class_names": "the class names",
+    "data.training": "the training data",
+    "data.tokens": "the training tokens",
+    "init.weights": "the student's initial weights",
+    "cache.fingerprint": "the teacher's outputs",
+    "distill.weights": "the student",
+    "evaluate.results": "the results",
+    "export.weights": "the exported weights",
+    "precision": "the training precision",
+}
+"""Input key -> what people call it; a key that is not here is a configuration key and is shown as it is."""
+
+FORMAT = 2
+Output = TypeVar("Output")
+Inputs = dict[str, object]
+"""What decides a stage's outcome: dotted key -> a value that JSON can hold."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage.
+class Artifacts:
+    """The files and folders that a stage makes.
 
     Attributes:
-        inputs: -> what decides the outcome, by the name that a change is reported under.
-        run: does the work on all ranks and returns what the marker remembers (rank 0's counts).
-        made: files and folders it makes, moved aside when it must run again.
-        leftovers: what it needs only until it is done.
-        completes: where a part of its outcome is gone, it keeps the rest and makes that part again.
-        missing: -> why its outcome cannot be used as it stands; None where it can. May raise a UserError.
+        kept: moved to RUN/previous/N before the stage reruns.
+        temporary: removed once the stage is done.
+        resumable: where a part of the outcome is gone, the stage keeps the rest and makes that part again.
+    """
+
+    kept: tuple[Path, ...] = ()
+    temporary: tuple[Path, ...] = ()
+    resumable: bool = False
+
+
+def _nothing(context: Context, output: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Output]):
+    """One stage, as its module declares it.
+
+    Attributes:
+        version: raised when the code changes what comes out; it and the versions of the stages before are inputs.
+        output: the frozen dataclass that the stage hands on.
+        inputs: (context) -> what decides the outcome.
+        run: (context) -> the output; collective, rank 0's output counts.
+        missing: (context, output) -> why the outcome cannot be used, or None. May raise UserError.
+        artifacts: (context) -> see `Artifacts`.
+        require_rerunnable: (context, reason) raises UserError where the stage cannot run again.
+        republish: (context, output) sets the metrics as the stage left them, in a process that skips it.
     """
 
     name: str
-    inputs: Callable[[], dict[str, Any]]
-    run: Callable[[], dict[str, Any]]
-    made: tuple[Path, ...]
-    missing: Callable[[dict[str, Any]], str | None]
-    leftovers: tuple[Path, ...] = ()
-    completes: bool = False
+    version: int
+    output: type[Output]
+    inputs: Callable[[Context], Inputs]
+    run: Callable[[Context], Output]
+    missing: Callable[[Context, Output], str | None]
+    artifacts: Callable[[Context], Artifacts]
+    require_rerunnable: Callable[[Context, str], None] = _nothing  # type: ignore[assignment]
+    republish: Callable[[Context, Output], None] = _nothing  # type: ignore[assignment]
+
+
+class SpoiledError(UserError):
+    """What a stage has made so far must not be used: it starts over the next time it runs.
+
+    Attributes:
+        reason: shown when the stage reruns.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SpoiledError], tuple[str, str]]:
+        return type(self), (str(self), self.reason)
+
+
+# --------------------------------------------------------------------------------------------------------- markers
+
+
+class _DamagedMarkerError(UserError):
+    def __init__(self, path: Path):
+        super().__init__(f"{path}: is damaged; remove it to have the stage run again")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[_DamagedMarkerError], tuple[Path]]:
+        return type(self), (self.path,)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """RUN/stages/NAME.json.
+
+    Attributes:
+        fingerprint: digest of the inputs; checkpoints of the stage carry it.
+        outputs: fields of the stage's output, once done.
+        seconds: time spent, without starts that ended by a kill or an error.
+        starts: number of starts with these inputs.
+        stopped: how many of them a signal stopped.
+        spoiled: why the stage must start over, if it must.
+    """
+
+    done: bool
+    inputs: Inputs
+    fingerprint: str
+    outputs: dict[str, object] | None = None
+    seconds: float = 0.0
+    starts: int = 0
+    stopped: int = 0
+    spoiled: str | None = None
+    format: int = FORMAT
+
+
+class State(enum.Enum):
+    """How a run finds a stage; see the head of this module."""
+
+    NEW = "new"
+    STARTED = "started"
+    STALE = "stale"
+    BROKEN = "broken"
+    DONE = "done"
+
+
+Translation = Callable[[str, dict[str, object]], dict[str, object]]
+"""(stage name, marker of format 1) -> the same as format 2."""
 
 
 class Markers:
-    """The markers in a run folder; use on one rank."""
+    """The markers of a run folder; use on one rank.
 
-    def __init__(self, run: Path):
-        self._run = run
+    Args:
+        run: the run folder.
+        translate: reads markers of earlier versions of this project.
+    """
 
-    def _path(self, stage: Stage) -> Path:
-        return self._run / "stages" / f"{stage.name}.json"
+    def __init__(self, run: Path, translate: Translation):
+        self._run, self._translate = run, translate
 
-    def _read(self, stage: Stage) -> dict[str, Any]:
-        return json.loads(self._path(stage).read_text())
+    def path(self, name: str) -> Path:
+        return self._run / "stages" / f"{name}.json"
 
-    def state(self, stage: Stage) -> tuple[str, str]:
-        """(new | started | stale: other inputs | broken: its outcome is not there any more | done, in words)."""
-        path = self._path(stage)
+    def read(self, name: str) -> Marker | None:
+        """Return a stage's marker; None where it has none.
+
+        Raises:
+            UserError: the marker is damaged, or a later version wrote it.
+        """
+        path = self.path(name)
         if not path.exists():
-            return "new", "it has not run yet"
+            return None
         try:
-            marker = json.loads(path.read_text())
-        except ValueError:
-            return "stale", f"{path} cannot be read"
-        if marker.get("spoiled"):
-            return "stale", marker["spoiled"]
-        inputs = json.loads(json.dumps(stage.inputs()))
-        before = marker["inputs"]
-        changed = [k for k in {**inputs, **before} if inputs.get(k) != before.get(k)]
-        if changed:
-            parts = [f"{k} changed ({_short(before.get(k))} -> {_short(inputs.get(k))})" for k in changed[:3]]
-            return "stale", "; ".join(parts) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        if not marker["done"]:
-            return "started", "it was interrupted"
-        missing = stage.missing(marker["outputs"])
-        return ("broken", missing) if missing else ("done", "")
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw.get("format", 1) == 1:
+                raw = self._translate(name, raw)
+            if raw["format"] > FORMAT:
+                raise UserError(f"{path}: written by a later version of pkd_dist; use that version, or another run.dir")
+            return TypeAdapter(Marker).validate_python(raw, strict=False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _DamagedMarkerError(path) from None
 
-    def outputs(self, stage: Stage) -> dict[str, Any]:
-        """What a stage that is done remembers."""
-        return self._read(stage)["outputs"]
+    def upgrade(self) -> None:
+        """Rewrite the markers of earlier versions in today's format."""
+        for name in NAMES:
+            with contextlib.suppress(_DamagedMarkerError):  # reported when the stage's turn comes
+                if (marker := self.read(name)) and '"format"' not in self.path(name).read_text(encoding="utf-8"):
+                    self._write(name, marker)
 
-    def begin(self, stage: Stage, state: str, inputs: dict[str, Any]) -> None:
-        """Marks a stage started; what an outcome of other inputs left is moved aside first."""
-        there = next((path for path in stage.made if path.exists()), None)
-        if state == "new" and there and not stage.completes:
-            raise UserError(f"{there}: is there, but this run did not make it; choose another run.dir, or move it away")
-        if state == "stale" or (state == "broken" and not stage.completes):
-            self._set_aside(stage)
-        history = self._read(stage) if state == "started" else {}
-        history = {key: history.get(key, 0) for key in ("starts", "stopped", "seconds")}
-        marker = {"done": False, "inputs": inputs, **history, "starts": history["starts"] + 1}
-        write_json(self._path(stage), marker)
+    def state(self, stage: Stage[Output], context: Context) -> tuple[State, str]:
+        """Return how the stage is found and, unless it is done, why it runs."""
+        try:
+            marker = self.read(stage.name)
+        except _DamagedMarkerError as damaged:
+            return State.STALE, f"{damaged.path} is damaged"
+        if marker is None:
+            return State.NEW, "it has not run yet"
+        if marker.spoiled:
+            return State.STALE, marker.spoiled
+        if changes := _changes(marker.inputs, json.loads(json.dumps(inputs_of(stage, context)))):
+            return State.STALE, changes
+        if not marker.done:
+            return State.STARTED, "it was interrupted"
+        try:
+            output = self.output(stage)
+        except _DamagedMarkerError as damaged:
+            return State.STALE, f"{damaged.path} is damaged"
+        missing = stage.missing(context, output)
+        return (State.BROKEN, missing) if missing else (State.DONE, "")
 
-    def stop(self, stage: Stage, seconds: float) -> None:
-        """A signal stopped the stage, after so many seconds; at its next start it goes on."""
-        marker = self._read(stage)
-        more = {"stopped": marker["stopped"] + 1, "seconds": round(marker["seconds"] + seconds, 1)}
-        write_json(self._path(stage), marker | more)
+    def output(self, stage: Stage[Output]) -> Output:
+        """Return what a stage that is done handed on.
 
-    def spoil(self, stage: Stage, why: str) -> None:
-        """What the stage has made so far does not count: at its next start it is set aside."""
-        write_json(self._path(stage), self._read(stage) | {"done": False, "spoiled": why})
+        Raises:
+            UserError: its marker is damaged.
+        """
+        marker = self.read(stage.name)
+        try:
+            return TypeAdapter(stage.output).validate_python(marker and marker.outputs)
+        except ValidationError:
+            raise _DamagedMarkerError(self.path(stage.name)) from None
 
-    def end(self, stage: Stage, inputs: dict[str, Any], outputs: dict[str, Any], seconds: float) -> None:
-        """Marks a stage done and removes what it needed only until then. `seconds`: since its last start."""
-        marker = self._read(stage)
-        marker |= {"done": True, "inputs": inputs, "outputs": outputs, "seconds": round(marker["seconds"] + seconds, 1)}
-        write_json(self._path(stage), marker)
-        for path in stage.leftovers:
+    def begin(self, stage: Stage[Output], context: Context, state: State, inputs: Inputs) -> Marker:
+        """Mark a stage as started, and move an outcome of other inputs aside first.
+
+        Raises:
+            UserError: something this run did not make is in the way.
+        """
+        artifacts = stage.artifacts(context)
+        found = next((path for path in artifacts.kept if path.exists()), None)
+        if state is State.NEW and found and not artifacts.resumable:
+            raise UserError(f"{found}: exists, but this run did not make it; choose another run.dir, or move it away")
+        if state is State.STALE or (state is State.BROKEN and not artifacts.resumable):
+            self._set_aside(stage.name, artifacts.kept)
+        marker = self.read(stage.name) if state is State.STARTED else None
+        if marker is None:
+            marker = Marker(done=False, inputs=inputs, fingerprint=digest_of(inputs))
+        return self._write(stage.name, dataclasses.replace(marker, starts=marker.starts + 1))
+
+    def stop(self, name: str, seconds: float) -> None:
+        """Note that a signal stopped the stage after `seconds`."""
+        marker = self._require(name)
+        changed = dataclasses.replace(marker, stopped=marker.stopped + 1, seconds=round(marker.seconds + seconds, 1))
+        self._write(name, changed)
+
+    def spoil(self, name: str, reason: str) -> None:
+        """Have the stage start over the next time it runs."""
+        self._write(name, dataclasses.replace(self._require(name), done=False, spoiled=reason))
+
+    def end(self, stage: Stage[Output], context: Context, output: Output, seconds: float) -> None:
+        """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start."""
+        marker = self._require(stage.name)
+        fields = TypeAdapter(stage.output).dump_python(output, mode="json")
+        seconds = round(marker.seconds + seconds, 1)
+        self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds))
+        for path in stage.artifacts(context).temporary:
             remove(path)
 
-    def _set_aside(self, stage: Stage) -> None:
-        there = [path for path in stage.made if path.exists()]
-        if not there:
+    def _require(self, name: str) -> Marker:
+        marker = self.read(name)
+        assert marker is not None, f"the stage {name} was not begun"
+        return marker
+
+    def _write(self, name: str, marker: Marker) -> Marker:
+        write_json(self.path(name), dataclasses.asdict(marker))
+        return marker
+
+    def _set_aside(self, name: str, paths: tuple[Path, ...]) -> None:
+        existing = [path for path in paths if path.exists()]
+        if not existing:
             return
         previous = self._run / "previous"
         numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
         target = previous / str(max(numbers, default=0) + 1)
         target.mkdir(parents=True)
-        for path in there:
+        for path in existing:
             os.replace(path, target / path.name)
-        log.info("%s: what it made before is kept in %s", stage.name, target)
+        log.info("%s: its earlier outcome is kept in %s", name, target)
+
+
+def inputs_of(stage: Stage[Output], context: Context) -> Inputs:
+    """Return all that decides a stage's outcome: its inputs, its version and those of the stages before it."""
+    reached = NAMES[: NAMES.index(stage.name) + 1]
+    return {f"version.{name}": context.versions[name] for name in reached} | stage.inputs(context)
+
+
+def label(key: str) -> str:
+    """Return what people call an input."""
+    if key.startswith("version."):
+        return f"the code of the stage {key.removeprefix('version.')}"
+    if key.startswith("data.") and key not in LABELS:
+        return f"the {key.removeprefix('data.')} data"
+    source, _, file = key.partition(":")
+    return f"{source} ({file})" if file else LABELS.get(key, key)
+
+
+def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Say which inputs changed, at most three of them; empty where none did."""
+    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+    shown = [f"{label(key)} changed ({_short(before.get(key))} -> {_short(now.get(key))})" for key in changed[:3]]
+    return "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:40] + "..."
 
 
 def absent(path: Path) -> str | None:
-    """That a path is not there, in words; None where it is."""
+    """Say that a path is missing; None where it exists."""
     return None if path.exists() else f"{path} is missing"
-
-
-def _short(value: Any) -> str:
-    shown = str(value)
-    return shown if len(shown) <= 60 else shown[:40] + "..."

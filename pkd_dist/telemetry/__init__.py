@@ -1,4 +1,4 @@
-"""What people and machines see of a run: messages, progress bars, metrics.jsonl, Prometheus, other trackers."""
+"""What people and machines see of a run: log messages, progress bars, metrics.jsonl, Prometheus, other trackers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pkd_dist.telemetry.trackers import Trackers
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What a stage reports to. On ranks other than 0 the metrics are kept but nothing is shown."""
+    """Where a stage reports to.
+
+    Attributes:
+        metrics: Prometheus metrics; every rank updates its own.
+        show: whether this rank shows progress bars.
+        trackers: TensorBoard and Weights & Biases.
+    """
 
     metrics: RunMetrics
     show: bool

@@ -1,8 +1,17 @@
-"""The HTTP server of a run's metrics. Whoever asks, and however slowly, training does not wait.
+"""HTTP server for the metrics of a run. Slow or hanging clients never delay training.
 
-What answers is prometheus_client's application. Around it stand: a bounded number of connections, of which the oldest gives
-way to the next; a limit on how long each may be silent; answers that are made anew once a second at most; TLS, whose
-handshakes are each connection's own affair; and passwords.
+    request -> _Server (bounded connections, TLS) -> _Application (password, 1 s cache) -> prometheus_client.make_wsgi_app
+
+`prometheus_client.start_http_server` is not used because it lacks:
+
+- basic authentication: it serves a fixed application that ignores the Authorization header;
+- connection limits and timeouts: every client gets a thread for as long as it keeps its connection open;
+- TLS handshakes outside the accept loop: it wraps the listening socket, so one client that sends nothing blocks all others;
+- a cache: every scrape renders the registry again;
+- startup without DNS: `HTTPServer.server_bind` resolves the host name, which takes seconds on some clusters.
+
+It creates its server class itself, so none of these can be added by subclassing. This module therefore builds on the parts it
+exports, `make_wsgi_app` and `ThreadingWSGIServer`.
 """
 
 from __future__ import annotations
@@ -19,10 +28,10 @@ import socketserver
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, cast
 from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -32,29 +41,32 @@ from pkd_dist.config.schema import Metrics
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.log import log
 
-CONNECTIONS = 16
-_SILENT_SECONDS = 5.0
-_FRESH_SECONDS = 1.0
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+MAX_CONNECTIONS = 16
+_IDLE_TIMEOUT_SECONDS = 5.0
+_CACHE_SECONDS = 1.0
 _PORTS_TRIED = 50
 
 
-# ------------------------------------------------------------------------------------------------------- who may ask
+# -------------------------------------------------------------------------------------------------- TLS and passwords
 
 
 @dataclass(frozen=True)
 class Access:
-    """How the endpoint is guarded.
+    """TLS and authentication of the endpoint.
 
     Attributes:
-        tls: None: plain HTTP.
-        logins: sha256 of each `user:password`; none: everybody may ask.
+        tls: server context; None for plain HTTP.
+        logins: SHA-256 digest of each `user:password`; empty if no password is needed.
     """
 
     tls: ssl.SSLContext | None = None
     logins: tuple[bytes, ...] = ()
 
     def allows(self, authorization: str) -> bool:
-        """Whether an Authorization header is of a known user; takes as long for a wrong one as for a right one."""
+        """Return whether an Authorization header holds a valid login. Takes constant time."""
         if not self.logins:
             return True
         scheme, _, credentials = authorization.partition(" ")
@@ -67,48 +79,48 @@ class Access:
 
 
 def load_access(config: Metrics) -> Access:
-    """Reads the files that the configuration names.
+    """Load the certificate, key and password file of the configuration.
 
     Raises:
-        UserError: a file cannot be read or used, may be read by every user of the host, or the key is not the certificate's.
+        UserError: a file is unreadable or invalid, a secret is world-readable, or key and certificate do not match.
     """
     tls = None
     if config.tls_cert and config.tls_key:
-        tls = _tls(Path(config.tls_cert), Path(config.tls_key))
-    return Access(tls, _logins(Path(config.password_file)) if config.password_file else ())
+        tls = _load_tls(Path(config.tls_cert), Path(config.tls_key))
+    return Access(tls, _load_logins(Path(config.password_file)) if config.password_file else ())
 
 
-def _tls(certificate: Path, key: Path) -> ssl.SSLContext:
+def _load_tls(certificate: Path, key: Path) -> ssl.SSLContext:
     _read_bytes(certificate, "metrics.tls_cert")
     _read_bytes(key, "metrics.tls_key", secret=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(certificate, key, password=lambda: "")  # never asks at the terminal
+        context.load_cert_chain(certificate, key, password=lambda: "")  # otherwise OpenSSL prompts on the terminal
     except (ssl.SSLError, ValueError) as error:
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
             raise UserError(
-                f"metrics.tls_key: {key} is not the key of metrics.tls_cert {certificate}; give the two of one certificate"
+                f"metrics.tls_key: {key} is not the key of metrics.tls_cert {certificate}; give a matching pair"
             ) from None
         raise UserError(
-            f"metrics.tls_cert and metrics.tls_key: {certificate} and {key} cannot be used "
+            f"metrics.tls_cert and metrics.tls_key: cannot use {certificate} and {key} "
             f"({getattr(error, 'reason', None) or error}); give a certificate and its key in PEM, without a passphrase"
         ) from None
     return context
 
 
-def _logins(file: Path) -> tuple[bytes, ...]:
-    out = []
+def _load_logins(file: Path) -> tuple[bytes, ...]:
+    logins = []
     for number, line in enumerate(_read_bytes(file, "metrics.password_file", secret=True).splitlines(), start=1):
         if not line.strip():
             continue
         user, colon, password = line.strip().partition(b":")
         if not (user and colon and password):
             raise UserError(f"metrics.password_file: {file}:{number}: not of the form user:password")
-        out.append(hashlib.sha256(line.strip()).digest())
-    if not out:
-        raise UserError(f"metrics.password_file: {file} is empty; give a line user:password for each user")
-    return tuple(out)
+        logins.append(hashlib.sha256(line.strip()).digest())
+    if not logins:
+        raise UserError(f"metrics.password_file: {file} is empty; add one line user:password for each user")
+    return tuple(logins)
 
 
 def _read_bytes(file: Path, key: str, secret: bool = False) -> bytes:
@@ -118,107 +130,121 @@ def _read_bytes(file: Path, key: str, secret: bool = False) -> bytes:
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read ({error.strerror})") from None
     if secret and mode & 0o004:
-        raise UserError(f"{key}: {file} may be read by every user of this host; chmod 600 {file}")
+        raise UserError(f"{key}: {file} is readable by every user of this host; run chmod 600 {file}")
     return content
 
 
-# ------------------------------------------------------------------------------------------------------- the answers
+# ------------------------------------------------------------------------------------------------------------ server
 
-_StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+
+@dataclass(frozen=True)
+class _Response:
+    created: float
+    headers: list[tuple[str, str]]
+    body: list[bytes]
 
 
 class _Application:
-    """prometheus_client's application for those who may ask; one answer serves all who ask at about the same time."""
+    """The WSGI application of prometheus_client behind a password check and a cache."""
 
     def __init__(self, registry: CollectorRegistry, access: Access):
         self._metrics = make_wsgi_app(registry, disable_compression=True)  # compressing takes longer than sending
-        self._access, self._making = access, threading.Lock()
-        self._answers: dict[str, tuple[float, str, list[tuple[str, str]], Iterable[bytes]]] = {}
+        self._access, self._lock = access, threading.Lock()
+        self._cache: dict[str, _Response] = {}
 
-    def __call__(self, environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not self._access.allows(environ.get("HTTP_AUTHORIZATION", "")):
             start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="pkd"')])
-            return [b"a user and password are needed\n"]
+            return [b"user and password required\n"]
         if environ["REQUEST_METHOD"] != "GET":
-            return self._metrics(environ, start_response)
+            response: Iterable[bytes] = self._metrics(environ, start_response)
+            return response
         if environ.get("PATH_INFO") not in ("/", "/metrics"):
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"metrics are at /metrics\n"]
-        form = choose_encoder(environ.get("HTTP_ACCEPT", ""))[1]
-        environ |= {"QUERY_STRING": ""}
-        with self._making:
-            made = self._answers.get(form)
-            if made is None or time.monotonic() - made[0] > _FRESH_SECONDS:
-                head: list[Any] = []
-                body = self._metrics(environ, lambda *given: head.extend(given))
-                made = self._answers[form] = (time.monotonic(), *head, body)  # type: ignore[assignment]
-        _, status, headers, body = made
-        start_response(status, list(headers))
-        return body
+        content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))[1]
+        with self._lock:
+            cached = self._cache.get(content_type)
+            if cached is None or time.monotonic() - cached.created > _CACHE_SECONDS:
+                cached = self._cache[content_type] = self._render(environ | {"QUERY_STRING": ""})
+        start_response("200 OK", list(cached.headers))
+        return cached.body
+
+    def _render(self, environ: WSGIEnvironment) -> _Response:
+        created, headers = time.monotonic(), list[tuple[str, str]]()
+        body = self._metrics(environ, lambda _, given: headers.extend(given))
+        return _Response(created, headers, body)
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _SILENT_SECONDS
+    timeout = _IDLE_TIMEOUT_SECONDS
 
-    def log_message(self, *_: Any) -> None:
-        """Says nothing: the terminal is the run's."""
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing: the terminal belongs to the run."""
+
+
+_Address: TypeAlias = tuple[str, int]
+_Request: TypeAlias = socket.socket | tuple[bytes, socket.socket]
 
 
 class _Server(ThreadingWSGIServer):
+    """One thread per connection, at most `MAX_CONNECTIONS`; a new connection closes the oldest."""
+
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, application: _Application, tls: ssl.SSLContext | None):
-        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family, *_, address = found
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = family
         self._tls, self._lock = tls, threading.Lock()
-        self._open: dict[Any, None] = {}
-        super().__init__(address, _Handler)
+        self._connections: dict[socket.socket, None] = {}  # ordered by age
+        super().__init__(cast(_Address, address), _Handler)  # of IPv6 also the scope
         self.set_app(application)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the name service for this host's name
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        socketserver.TCPServer.server_bind(self)  # HTTPServer.server_bind would query DNS for the name of this host
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
-    def get_request(self) -> tuple[Any, Any]:
-        request, address = self.socket.accept()
-        request.settimeout(_SILENT_SECONDS)
+    def get_request(self) -> tuple[socket.socket, _Address]:
+        connection, address = self.socket.accept()
+        connection.settimeout(_IDLE_TIMEOUT_SECONDS)
         if self._tls:
-            request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        return request, address
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: _Request, client_address: _Address) -> None:
+        assert isinstance(request, socket.socket)
         with self._lock:
-            self._open[request] = None
-            oldest = next(iter(self._open)) if len(self._open) > CONNECTIONS else None
+            self._connections[request] = None
+            oldest = next(iter(self._connections)) if len(self._connections) > MAX_CONNECTIONS else None
             if oldest is not None:
-                del self._open[oldest]
+                del self._connections[oldest]
         if oldest is not None:
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
+                oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread, which closes it
         super().process_request(request, client_address)
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        if self._tls:
-            request.do_handshake()
+    def finish_request(self, request: _Request, client_address: _Address) -> None:
+        if isinstance(request, ssl.SSLSocket):
+            request.do_handshake()  # here in the thread of the connection, not in the accept loop
         super().finish_request(request, client_address)
 
-    def shutdown_request(self, request: Any) -> None:
+    def shutdown_request(self, request: _Request) -> None:
+        assert isinstance(request, socket.socket)
         with self._lock:
-            self._open.pop(request, None)
+            self._connections.pop(request, None)
         super().shutdown_request(request)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("metrics: a connection from %s ended early", client_address, exc_info=True)
+    def handle_error(self, request: _Request, client_address: _Address) -> None:
+        log.debug("metrics: connection from %s failed", client_address, exc_info=True)
 
 
 class Endpoint:
-    """A server at work; `port` is the one it got."""
+    """A running server; `port` is the port it listens on."""
 
     def __init__(self, server: _Server):
-        self._server, self.port = server, int(server.server_port)
-        self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        self._server, self.port = server, server.server_port
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -226,10 +252,10 @@ class Endpoint:
 
 
 def serve(registry: CollectorRegistry, host: str, port: int, access: Access) -> Endpoint | None:
-    """Serves a registry at http://host:port/metrics, on the next free port where that one is taken.
+    """Serve a registry at http://host:port/metrics, or on the next free port if `port` is in use.
 
     Returns:
-        None where no port could be had (the run goes on).
+        The server; None, after a warning, if no port is available.
     """
     application = _Application(registry, access)
     candidates = range(port, min(port + _PORTS_TRIED, 65536)) if port else range(1)
@@ -238,12 +264,12 @@ def serve(registry: CollectorRegistry, host: str, port: int, access: Access) -> 
             endpoint = Endpoint(_Server(host, candidate, application, access.tls))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                why = error.strerror or os.strerror(error.errno or 0)
-                log.warning("metrics: cannot listen on %s:%d (%s); going on without them", host, candidate, why)
+                reason = error.strerror or os.strerror(error.errno or 0)
+                log.warning("metrics: cannot listen on %s:%d (%s); continuing without metrics", host, candidate, reason)
                 return None
             continue
         if port and endpoint.port != port:
             log.info("metrics: port %d is in use; serving on %d instead", port, endpoint.port)
         return endpoint
-    log.warning("metrics: ports %d to %d are all in use; going on without them", port, candidates[-1])
+    log.warning("metrics: ports %d to %d are in use; continuing without metrics", port, candidates[-1])
     return None

@@ -1,4 +1,4 @@
-"""Messages: on the terminal from rank 0 alone; in RUN/logs/rank-N.log from every rank, with times and tracebacks."""
+"""Log messages: on the terminal from rank 0 only; in RUN/logs/rank-N.log from every rank, with times and tracebacks."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from pathlib import Path
 log = logging.getLogger("pkd")
 
 
-class _ToTerminal(logging.Handler):
-    """Prints through whatever `sys.stdout` is now, so that progress bars and tests can redirect it."""
+class _StdoutHandler(logging.Handler):
+    """Print to the current `sys.stdout`, which progress bars and tests redirect."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), file=sys.stdout, flush=True)
 
 
-def _errors_alone(record: logging.LogRecord) -> bool:
+def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
 def to_terminal(show: bool) -> None:
-    """Lets messages through to the terminal where `show`; quiets the libraries, whose news is not the user's."""
+    """Configure logging for this process.
+
+    Args:
+        show: print messages of level INFO and above to the terminal. Libraries are quiet either way.
+    """
     log.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # a log file on a full disk must not fill the terminal
+    logging.raiseExceptions = False  # a log file on a full disk must not flood the terminal
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
     if show:
-        handler = _ToTerminal()
+        handler = _StdoutHandler()
         handler.setLevel(logging.INFO)
         log.addHandler(handler)
     for name in ("transformers", "datasets", "DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(_errors_alone)  # it sets its own level when it is imported
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):  # read when those are imported, which comes later
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # DeepSpeed resets its level when it is imported
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):  # read when the libraries are imported, later
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
@@ -44,6 +48,7 @@ def to_terminal(show: bool) -> None:
 
 
 def to_file(folder: Path, rank: int) -> None:
+    """Also log to `folder/rank-N.log`."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -51,5 +56,5 @@ def to_file(folder: Path, rank: int) -> None:
 
 
 def log_file() -> Path | None:
-    """This rank's log file, where it is open."""
+    """Return the log file of this rank; None before `to_file`."""
     return next((Path(h.baseFilename) for h in log.handlers if isinstance(h, logging.FileHandler)), None)

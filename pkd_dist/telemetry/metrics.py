@@ -1,10 +1,10 @@
-"""The metrics of a run, as Prometheus wants them, and the counters that outlive a process.
+"""The Prometheus metrics of a run, and counters that survive its processes.
 
-Each metric is declared once, in `RunMetrics`; docs/metrics.md, the alert rules' tests and the dashboard are made from or
-held against that. Every value is of one process: the first rank of a node.
+`RunMetrics` declares each metric once. docs/metrics.md and the dashboard are generated from it, and the alert rules are tested
+against it. All values are those of one process, the first rank of a node.
 
-A counter that falls is taken for a process that started from nothing, and all it counts from then on for new. So whatever a
-scraper is told, and whatever a checkpoint holds, is first written to a file, and the next process counts on from there.
+Prometheus takes a counter that falls for a reset and counts its whole new value as an increase. So that none falls, counters are
+written to a file before a scrape or a checkpoint makes their values visible, and the next process continues from there.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from pkd_dist.metric_names import MAIN_METRIC, METRICS
+from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
 
+if TYPE_CHECKING:
+    import torch
+
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-
-
-EVAL_METRICS = (
-    "main_metric", "accuracy", "MCC", "precision", "recall", "f_1", "pearson", "spearman", "pearson_spearman",
-)  # fmt: skip
+EVAL_METRICS = (MAIN_METRIC, *METRICS)
 
 
 @dataclass(frozen=True)
-class Described:
-    """A metric as documented: `labels` says of each label which values it takes."""
+class MetricDoc:
+    """Documentation of a metric; `labels` maps each label to a description of its values."""
 
     name: str
     kind: str
@@ -44,103 +45,110 @@ class Described:
 
 
 class RunMetrics:
-    """Every metric of a run, in a registry of its own.
+    """All metrics of a run, in a registry of their own.
 
     Args:
-        counters: file in which counters outlive the process; None: they start from 0.
+        counters: file that keeps counters across processes; None to start at 0.
     """
 
     def __init__(self, counters: Path | None = None) -> None:
-        self.described: list[Described] = []
+        self.documented: list[MetricDoc] = []
         self._own = CollectorRegistry()
-        self.info = self._gauge(
-            "pkd_info",
-            "Constant 1; its labels say what runs",
-            version="of pkd_dist",
-            run="the run folder's absolute path",
-            task="`task.name`",
-            world_size="number of ranks",
-            precision="of the training, such as `autocast bfloat16`",
-            slurm_job="the job's id; empty outside SLURM",
-        )
-        self.stage = self._gauge(
-            "pkd_stage",
-            "1 for the stage that runs now, 0 for the others",
-            stage="`data`, `teacher`, `cache`, `init`, `distill`, `evaluate`, `export`, `report`",
-        )
-        self.step = self._gauge("pkd_step", "Optimizer steps done in the training that runs now, or ran last")
-        self.epoch = self._gauge("pkd_epoch", "Epochs done in that training, fractional")
-        self.samples = self._counter("pkd_samples_total", "Training examples seen by all ranks; alike on every node")
-        self.tokens = self._counter(
-            "pkd_tokens_total", "Training tokens seen by all ranks, padding left out; alike on every node"
-        )
-        self.step_seconds = Histogram(
-            "pkd_step_seconds", "Seconds of one optimizer step", buckets=STEP_SECONDS_BUCKETS, registry=self._own
-        )
-        self._describe("pkd_step_seconds", "histogram", "Seconds of one optimizer step", {})
-        self.loss = self._gauge(
-            "pkd_loss", "Loss of the last step over the global batch", term="`total`, `ce`, `ds`, `pt`"
-        )
-        self.learning_rate = self._gauge("pkd_learning_rate", "Learning rate of the last step")
-        self.grad_norm = self._gauge(
-            "pkd_grad_norm", "Global gradient norm of the last step, before clipping; +Inf where float16 overflowed"
-        )
-        self.loss_scale = self._gauge("pkd_loss_scale", "Loss scale; 1 where none is used")
-        self.cache_rows = self._counter("pkd_cache_rows_total", "Rows written to the teacher's cache by this process")
-        self.cache_expected = self._gauge(
-            "pkd_cache_rows_expected", "What pkd_cache_rows_total will be once this process has written its part"
-        )
-        self.checkpoint_time = self._gauge(
-            "pkd_checkpoint_last_success_timestamp_seconds",
-            "When the last checkpoint was committed, Unix time; 0: none yet",
-        )
-        self.checkpoint_seconds = self._gauge("pkd_checkpoint_seconds", "Seconds that the last checkpoint took")
-        self.eval_metric = self._gauge(
-            "pkd_eval_metric",
-            "Metrics of the last evaluation: of the training that runs, or after it of the finished student",
-            split="`dev`; after the stage evaluate also every other split with labels",
-            metric=f"those that the task has of {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
-        )
-        self.nonfinite = self._counter(
-            "pkd_nonfinite_total", "Times that a loss or gradient was not finite, which ends the run with status 3"
-        )
-        self.preemptions = self._counter(
-            "pkd_preemptions_total", "Times that a stop signal ended the run with status 75, to be gone on with"
-        )
-        self.gpu_memory = self._gauge(
-            "pkd_gpu_memory_bytes",
-            "Memory of this process's GPU, read at the scrape; no sample without a GPU",
-            kind="torch's: `allocated` (in tensors), `peak` (the most of that so far), `reserved` (its pool); the "
-            "device's: `used` (by all processes), `total`",
-        )
-        self.data_wait = self._counter("pkd_data_wait_seconds_total", "Seconds in which training waited for its batch")
+        self._declare_run()
+        self._declare_training()
+        self._declare_resources()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.registry.register(_CountingOn(self._own, counters))
-        self.cache_expected.set(self.value("pkd_cache_rows_total"))  # no more, until a build says so
+        self.registry.register(_PersistentCounters(self._own, counters))
+        self.cache_expected.set(self.value("pkd_cache_rows_total"))  # until a build sets the target
 
-    def _describe(self, name: str, kind: str, text: str, labels: dict[str, str]) -> tuple[str, str, list[str]]:
-        self.described.append(Described(name, kind, text, labels))
+    def _declare_run(self) -> None:
+        self.info = self._gauge(
+            "pkd_info",
+            "Always 1; the labels describe the run",
+            version="version of pkd_dist",
+            run="absolute path of the run folder",
+            task="`task.name`",
+            world_size="number of ranks",
+            precision="training precision, such as `autocast bfloat16`",
+            slurm_job="SLURM job id; empty outside SLURM",
+        )
+        self.stage = self._gauge("pkd_stage", "1 for the running stage, 0 for the others", stage="stage of the run")
+        self.cache_rows = self._counter(
+            "pkd_cache_rows_total", "Rows that this process has written to the teacher's cache"
+        )
+        self.cache_expected = self._gauge(
+            "pkd_cache_rows_expected", "Value of pkd_cache_rows_total when this process has written its share"
+        )
+        self.eval_metric = self._gauge(
+            "pkd_eval_metric",
+            "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
+            split="`dev`; after the evaluate stage also every other labeled split",
+            metric=f"those of the task among {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
+        )
+        self.nonfinite = self._counter(
+            "pkd_nonfinite_total", "Non-finite losses or gradients, each of which ended the run with status 3"
+        )
+        self.preemptions = self._counter(
+            "pkd_preemptions_total", "Stop signals that ended the run with status 75, ready to resume"
+        )
+
+    def _declare_training(self) -> None:
+        self.step = self._gauge("pkd_step", "Optimizer steps of the current or last training")
+        self.epoch = self._gauge("pkd_epoch", "Epochs of the current or last training, fractional")
+        self.samples = self._counter(
+            "pkd_samples_total", "Training examples processed by all ranks; the same on every node"
+        )
+        self.tokens = self._counter(
+            "pkd_tokens_total", "Training tokens processed by all ranks, without padding; the same on every node"
+        )
+        text = "Duration of an optimizer step in seconds"
+        self.step_seconds = Histogram("pkd_step_seconds", text, buckets=STEP_SECONDS_BUCKETS, registry=self._own)
+        self._document("pkd_step_seconds", "histogram", text, {})
+        self.loss = self._gauge(
+            "pkd_loss", "Loss of the last step, mean over the global batch", term="total loss or term of it"
+        )
+        self.learning_rate = self._gauge("pkd_learning_rate", "Learning rate of the last step")
+        self.grad_norm = self._gauge(
+            "pkd_grad_norm", "Global gradient norm of the last step before clipping; +Inf after a float16 overflow"
+        )
+        self.loss_scale = self._gauge("pkd_loss_scale", "Loss scale; 1 without loss scaling")
+        self.checkpoint_time = self._gauge(
+            "pkd_checkpoint_last_success_timestamp_seconds", "Unix time of the last committed checkpoint; 0 if none"
+        )
+        self.checkpoint_seconds = self._gauge("pkd_checkpoint_seconds", "Duration of the last checkpoint in seconds")
+        self.data_wait = self._counter("pkd_data_wait_seconds_total", "Seconds that training waited for batches")
+
+    def _declare_resources(self) -> None:
+        self.gpu_memory = self._gauge(
+            "pkd_gpu_memory_bytes",
+            "GPU memory, read at each scrape; absent without a GPU",
+            kind="of PyTorch: `allocated` (tensors), `peak` (maximum of `allocated`), `reserved` (memory pool); of the "
+            "device: `used` (by all processes), `total`",
+        )
+
+    def _document(self, name: str, kind: str, text: str, labels: dict[str, str]) -> tuple[str, str, list[str]]:
+        self.documented.append(MetricDoc(name, kind, text, labels))
         return name, text, list(labels)
 
     def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
-        return Gauge(*self._describe(name, "gauge", text, labels), registry=self._own)
+        return Gauge(*self._document(name, "gauge", text, labels), registry=self._own)
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(*self._describe(name, "counter", text, {}), registry=self._own)
+        return Counter(*self._document(name, "counter", text, {}), registry=self._own)
 
-    def show_evaluation(self, split: str, figures: Mapping[str, Any]) -> None:
-        """Sets `pkd_eval_metric` of a split to those of `figures` that are `EVAL_METRICS`."""
+    def show_evaluation(self, split: str, scores: Mapping[str, float]) -> None:
+        """Set `pkd_eval_metric` of a split to the `EVAL_METRICS` among `scores`."""
         for name in EVAL_METRICS:
-            if name in figures:
-                self.eval_metric.labels(split=split, metric=name).set(figures[name])
+            if name in scores:
+                self.eval_metric.labels(split=split, metric=name).set(scores[name])
 
-    def show_past(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Sets the gauges to where a training that is over left them.
+    def show_past(self, lines: Iterable[records.Record]) -> None:
+        """Set the gauges to the final values of a finished training.
 
         Args:
-            lines: of its metrics file.
+            lines: its metrics.jsonl.
         """
         for line in lines:
             if "split" in line:
@@ -148,27 +156,26 @@ class RunMetrics:
                 continue
             self.step.set(line["step"])
             self.epoch.set(line["epoch"])
-            for key, value in line.items():
-                if key.startswith("loss") and key != "loss_scale":
-                    self.loss.labels(term=key.removeprefix("loss_") if key != "loss" else "total").set(value)
+            for term, value in records.losses(line).items():
+                self.loss.labels(term=term).set(value)
             self.learning_rate.set(line["learning_rate"])
             self.grad_norm.set(line["grad_norm"])
             self.loss_scale.set(line.get("loss_scale", 1.0))
 
     def value(self, name: str) -> float:
-        """The value that a scrape gives for a metric without labels, earlier processes counted in."""
+        """Return the exported value of a metric without labels, including earlier processes."""
         value = self.registry.get_sample_value(name)
         assert value is not None, name
         return value
 
-    def note(self) -> None:
-        """Writes the counters to their file, as a scrape does: the next process counts on from here."""
-        with contextlib.suppress(Exception):  # such as a GPU that answers no more
+    def save_counters(self) -> None:
+        """Write the counters to their file, from which the next process continues."""
+        with contextlib.suppress(Exception):  # for example of a GPU that has failed
             for _ in self.registry.collect():
-                pass
+                pass  # collecting saves
 
-    def watch_gpu(self, device: Any) -> None:
-        """Reads the memory of a CUDA device at each scrape."""
+    def watch_gpu(self, device: torch.device | str) -> None:
+        """Export the memory of a CUDA device, read at each scrape."""
         import torch
 
         def used() -> int:
@@ -185,63 +192,67 @@ class RunMetrics:
             self.gpu_memory.labels(kind=kind).set_function(read)
 
 
-class _CountingOn(Collector):
-    """Hands out a registry's metrics, to counters and histograms what earlier processes counted added; and notes them.
+class _PersistentCounters(Collector):
+    """Collector that adds the counts of earlier processes to the counters and histograms of a registry.
 
     Args:
-        file: written before a value is handed out that it does not hold; None: nothing is added or noted. One that
-            cannot be read, or is of other metrics, counts for nothing.
+        file: holds the counts; written before larger ones are exported. A file that is unreadable or has other metrics is
+            ignored. None to keep nothing.
     """
 
     def __init__(self, registry: CollectorRegistry, file: Path | None) -> None:
-        self._registry, self._file, self._one = registry, file, threading.RLock()
-        now = {_key(sample): 0.0 for sample in self._counted(registry.collect())}
-        before: Any = None
-        if file is not None:
-            with contextlib.suppress(OSError, ValueError):
-                before = json.loads(file.read_text())
-        usable = isinstance(before, dict) and before.keys() == now.keys()
-        self._before: dict[str, float] = before if usable else now
-        self._noted: dict[str, float] = dict(self._before)
-
-    @staticmethod
-    def _counted(metrics: Iterable[Metric]) -> Iterator[Sample]:
-        for metric in metrics:
-            if metric.type in ("counter", "histogram"):
-                yield from (sample for sample in metric.samples if not sample.name.endswith("_created"))
+        self._registry, self._file, self._lock = registry, file, threading.RLock()
+        zeros = {_key(sample): 0.0 for sample in _counted(registry.collect())}
+        self._before: dict[str, float] = (_load_counts(file) if file else {}) or zeros
+        if self._before.keys() != zeros.keys():
+            self._before = zeros
+        self._saved = dict(self._before)
 
     def describe(self) -> Iterable[Metric]:
         return self._registry.collect()
 
     def collect(self) -> Iterable[Metric]:
-        with self._one:  # scrapes and pushes come from threads of their own
+        with self._lock:  # scrapes and pushes run in threads of their own
             return self._collect()
 
     def _collect(self) -> list[Metric]:
         metrics = list(self._registry.collect())
-        total: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for metric in metrics:
             if metric.type in ("counter", "histogram"):
-                # without `_created`, which would be when this process began
                 metric.samples = [
-                    sample._replace(value=sample.value + self._before[_key(sample)])
-                    for sample in self._counted([metric])
+                    sample._replace(value=sample.value + self._before[_key(sample)]) for sample in _counted([metric])
                 ]
-                total |= {_key(sample): sample.value for sample in metric.samples}
-        if self._file is not None and total != self._noted:
-            self._note(self._file, total)
+                totals |= {_key(sample): sample.value for sample in metric.samples}
+        if self._file is not None and totals != self._saved:
+            self._save(self._file, totals)
         return metrics
 
-    def _note(self, file: Path, total: dict[str, float]) -> None:
-        """Without a sync: what ends a process does not end what the kernel holds for the disk."""
+    def _save(self, file: Path, totals: dict[str, float]) -> None:
+        """Write the file without fsync: the page cache survives the end of the process."""
         temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(total, indent=1) + "\n")
+            temporary.write_text(json.dumps(totals, indent=1) + "\n")
             os.replace(temporary, file)
-            self._noted = total
+            self._saved = totals
         except OSError as error:
-            log.debug("metrics: the counters could not be written: %s", error)
+            log.debug("metrics: cannot write the counters: %s", error)
+
+
+def _load_counts(file: Path) -> dict[str, float]:
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _counted(metrics: Iterable[Metric]) -> Iterator[Sample]:
+    """Yield the samples of counters and histograms, without `_created`, which is the start of this process."""
+    for metric in metrics:
+        if metric.type in ("counter", "histogram"):
+            yield from (sample for sample in metric.samples if not sample.name.endswith("_created"))
 
 
 def _key(sample: Sample) -> str:
@@ -250,25 +261,24 @@ def _key(sample: Sample) -> str:
 
 _REFERENCE = """# Metrics
 
-Generated by `make docs` from `pkd_dist/telemetry/metrics.py`. [monitoring/](../monitoring/README.md) has what reads them:
-alert and recording rules, a dashboard, and how Prometheus finds a run.
+Generated by `make docs` from `pkd_dist/telemetry/metrics.py`. Alert rules, recording rules, a dashboard and the discovery of
+runs by Prometheus are described in [monitoring/](../monitoring/README.md).
 
-The first rank of each node serves them at `http://{host}:{port}/metrics` (`metrics.host`, `metrics.port`). Every value is of
-that process; losses, samples, tokens and evaluations are over all ranks and alike on every node: take one, or `max`, not a
-`sum`.
+The first rank of each node serves its metrics at `http://{host}:{port}/metrics` (`metrics.host`, `metrics.port`). All values are
+those of that process. Losses, samples, tokens and evaluations cover all ranks and are the same on every node: use the value of
+one node, or `max`, not `sum`.
 
-Counters and histograms never fall: a run that is stopped or killed and goes on, here or on another host, counts on from
-what was last scraped or, where that is later, from its checkpoint (`RUN/counters/`). Steps that it does again, because they
-came after its checkpoint, are work and may count again. `pkd_step`, `pkd_epoch` and the other gauges say where the run
-stands, and may fall.
+Counters and histograms never fall. A resumed run, on any host, continues from the last scrape or the last checkpoint, whichever
+is later (`RUN/counters/`). Steps repeated after a resume may count again. Gauges such as `pkd_step` and `pkd_epoch` show the
+current position and may fall.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |
 {rows}
 
-`pkd_step_seconds` has the buckets {buckets} s.
+Buckets of `pkd_step_seconds`: {buckets} s.
 
-## Of the process
+## Process metrics
 
 | metric | type | meaning |
 | --- | --- | --- |
@@ -276,18 +286,30 @@ stands, and may fall.
 """
 
 
-def reference(host: str, port: int) -> str:
-    """The metrics as Markdown: what `docs/metrics.md` holds."""
+def reference(host: str, port: int, stages: Sequence[str], loss_terms: Sequence[str]) -> str:
+    """Return docs/metrics.md: all metrics as Markdown.
+
+    Args:
+        host, port: defaults of `metrics.host` and `metrics.port`.
+        stages: values of the label `stage`.
+        loss_terms: values of the label `term`.
+    """
+    values = {"stage": stages, "term": loss_terms}
+
+    def described(label: str, text: str) -> str:
+        listed = ", ".join(f"`{value}`" for value in values.get(label, ()))
+        return f"`{label}`: {text}" + (f": {listed}" if listed else "")
+
     metrics = RunMetrics()
     rows = [
-        f"| `{m.name}` | {m.kind} | {'; '.join(f'`{name}`: {values}' for name, values in m.labels.items())} | {m.help} |"
-        for m in metrics.described
+        f"| `{m.name}` | {m.kind} | {'; '.join(described(*label) for label in m.labels.items())} | {m.help} |"
+        for m in metrics.documented
     ]
-    documented = {m.name for m in metrics.described}
+    names = {m.name for m in metrics.documented}
     process = [
         f"| `{m.name}{'_total' * (m.type == 'counter')}` | {m.type} | {m.documentation.rstrip('.')} |"
         for m in metrics.registry.collect()
-        if m.name not in documented and f"{m.name}_total" not in documented
+        if m.name not in names and f"{m.name}_total" not in names
     ]
     return _REFERENCE.format(
         host=host,

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines elsewhere."""
+"""Progress bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from rich.progress import (
 
 from pkd_dist.telemetry.log import log
 
-_LINE_SECONDS = 10.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Bar:
-    """Progress of one piece of work.
+    """Progress of one task; use as a context manager.
 
     Args:
-        label: what is being done.
+        label: name of the task.
         total: units of work.
-        done: units already done (after a resume).
-        show: False keeps it silent.
+        done: units already done, after a resume.
+        show: False for silence.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, show: bool = True):
         self._label, self._total, self._done = label, total, done
         self._rich: Progress | None = None
-        self._last_line = self._start = time.monotonic()
+        self._last_line = time.monotonic()
         self._show = show
         if show and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
             self._rich = Progress(
-                *columns,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TaskProgressColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -62,29 +64,24 @@ class Bar:
             self._rich.stop()
 
     def advance(self, units: int = 1, note: str = "") -> None:
+        """Add finished units; `note` is shown after the bar."""
         self._done += units
         if self._rich:
             self._rich.update(self._task, advance=units, note=note)
         elif self._show:
             now = time.monotonic()
-            if now - self._last_line >= _LINE_SECONDS:
+            if now - self._last_line >= _SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                log.info(
-                    "%s: %d/%d (%d%%) %s",
-                    self._label,
-                    self._done,
-                    self._total,
-                    100 * self._done // max(1, self._total),
-                    note,
-                )
+                percent = 100 * self._done // max(1, self._total)
+                log.info("%s: %d/%d (%d%%) %s", self._label, self._done, self._total, percent, note)
 
 
 @contextmanager
 def timed() -> Iterator[list[float]]:
-    """Yields a list that holds the block's seconds once it ends."""
-    out: list[float] = []
+    """Yield a list to which the duration of the block, in seconds, is appended when it ends."""
+    seconds: list[float] = []
     start = time.perf_counter()
     try:
-        yield out
+        yield seconds
     finally:
-        out.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)

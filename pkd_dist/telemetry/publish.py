@@ -1,4 +1,4 @@
-"""What the first rank of a node does with its metrics: serves them, says where, and pushes the last ones."""
+"""Publish the metrics of a node: serve them, announce the address to Prometheus, push the last values to a Pushgateway."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 
 PUSHED_JOB = "pkd_last"
-"""The label `job` of what is pushed: not that of what is scraped, which it would collide with."""
-_PUSH_SECONDS = 5.0
+"""Label `job` of pushed values. It differs from that of scraped values, which would collide otherwise."""
+_PUSH_TIMEOUT_SECONDS = 5.0
 
 
-class Publication:
-    """A run's metrics of one node while they are public; `push` and `close` never raise."""
+class Publisher:
+    """Publishes the metrics of a node until `close`. `push` and `close` never raise."""
 
     def __init__(self, metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int):
         self._metrics, self._config, self._run, self._node = metrics, config, run, node
-        self._told = False
+        self._push_failed = False
         self._target: discovery.Target | None = None
         self._endpoint = serve(metrics.registry, config.host, config.port, access)
         if self._endpoint is None:
@@ -40,20 +40,20 @@ class Publication:
                 raise
 
     def push(self) -> None:
-        """Hands the values of now to the Pushgateway, where there is one; says it once where that fails."""
+        """Push the current values to the Pushgateway, if one is configured; warn once if it fails."""
         if not self._config.pushgateway:
             return
         group = {"run": str(self._run.absolute()), "node": str(self._node)}
         group["instance"] = discovery.instance(self._run, self._node)
         try:
-            push_to_gateway(self._config.pushgateway, PUSHED_JOB, self._metrics.registry, group, _PUSH_SECONDS)
-        except Exception as error:  # whatever it is, it must not end a run
-            say = log.debug if self._told else log.warning
-            say("metrics: nothing could be pushed to %s (%s); going on", self._config.pushgateway, error)
-            self._told = True
+            push_to_gateway(self._config.pushgateway, PUSHED_JOB, self._metrics.registry, group, _PUSH_TIMEOUT_SECONDS)
+        except Exception as error:  # no failure of a gateway may end a run
+            report = log.debug if self._push_failed else log.warning
+            report("metrics: cannot push to %s (%s); the run continues", self._config.pushgateway, error)
+            self._push_failed = True
 
     def close(self) -> None:
-        self._metrics.note()
+        self._metrics.save_counters()
         self.push()
         if self._target:
             self._target.close()
@@ -62,24 +62,24 @@ class Publication:
 
 
 @contextlib.contextmanager
-def published(
+def publishing(
     metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int | None
-) -> Iterator[Publication | None]:
-    """Makes the metrics public for the block.
+) -> Iterator[Publisher | None]:
+    """Publish the metrics for the duration of the block.
 
     Args:
-        access: of the endpoint.
+        access: TLS and authentication of the endpoint.
         run: run folder.
-        node: counted from 0, on its first rank; None: this rank publishes nothing.
+        node: index of this node on its first rank; None on other ranks, which publish nothing.
 
     Raises:
-        UserError: `metrics.discovery_dir` cannot be written.
+        UserError: `metrics.discovery_dir` is not writable.
     """
     if node is None or not config.enabled:
         yield None
         return
-    publication = Publication(metrics, config, access, run, node)
+    publisher = Publisher(metrics, config, access, run, node)
     try:
-        yield publication
+        yield publisher
     finally:
-        publication.close()
+        publisher.close()

@@ -1,7 +1,10 @@
-"""metrics.jsonl: one JSON object a line, append-only, without gaps or doubles across kills and resumes.
+"""metrics.jsonl: one JSON object per line, append-only, without gaps or duplicates across kills and resumes.
 
-A resumed run does again the steps since its checkpoint. Their lines are already there, so they are not written twice: a
-line is known by its step and, for an evaluation, its split. A line torn by a kill is cut off first.
+A resumed run repeats the steps since its checkpoint, whose lines are already in the file. They are identified by step and, for
+evaluations, split, and are not written again. A line torn by a kill is cut off before the first write.
+
+A step has `step`, `epoch`, `loss`, `loss_TERM`, `learning_rate`, `grad_norm`, `time` and more numbers; an evaluation has
+`split` and its metrics. In both, `seconds` is an object: the seconds of each part of the step, or of the evaluation.
 """
 
 from __future__ import annotations
@@ -10,52 +13,63 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import require_space
 
-_WORDS = {"split", "seconds"}  # what is no number in a record
+Record: TypeAlias = dict[str, Any]
+"""One line of the file."""
+_NOT_NUMBERS = {"split", "seconds"}
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; nothing where there is none.
+def read(path: Path) -> Iterator[Record]:
+    """Yield the complete lines of a metrics file; none if it does not exist.
 
     Raises:
-        UserError: a line is not one that a run has written.
+        UserError: a line was not written by a run.
     """
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                yield _parsed(line, f"{path}, line {number}")
+                yield _parse(line, f"{path}, line {number}")
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _parse(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
         if isinstance(record["step"], int) and all(
-            isinstance(record[key], int | float) for key in record.keys() - _WORDS
+            isinstance(record[key], int | float) for key in record.keys() - _NOT_NUMBERS
         ):
-            return record  # type: ignore[no-any-return]
+            return dict(record)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{where}: is not a record of a step or an evaluation; remove the line")
 
 
-def _key(record: dict[str, Any]) -> tuple[int, str | None]:
+def losses(record: Record) -> dict[str, float]:
+    """Return the losses of a step by term; the sum is `total`."""
+    return {
+        "total" if key == "loss" else key.removeprefix("loss_"): value
+        for key, value in record.items()
+        if key == "loss" or (key.startswith("loss_") and key != "loss_scale")
+    }
+
+
+def _key(record: Record) -> tuple[int, str | None]:
     return record["step"], record.get("split")
 
 
 class Records:
-    """The writer; use on one rank alone."""
+    """Writer of a metrics file; use on one rank only."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._known = {_key(record) for record in read(path)}
+        self._written = {_key(record) for record in read(path)}
         self._path = path
-        self._file = open(path, "ab+")  # noqa: SIM115 - lives as long as the run
+        self._file = open(path, "ab+")  # noqa: SIM115 - open as long as the run
         self._cut_torn_line()
 
     def _cut_torn_line(self) -> None:
@@ -66,11 +80,11 @@ class Records:
         if tail and not tail.endswith(b"\n"):
             self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
-    def write(self, record: dict[str, Any]) -> bool:
-        """Writes a line that is not there yet; says whether it was not."""
-        if _key(record) in self._known:
+    def write(self, record: Record) -> bool:
+        """Append a record and return True; return False if the file already has it."""
+        if _key(record) in self._written:
             return False
-        self._known.add(_key(record))
+        self._written.add(_key(record))
         line = (json.dumps(record) + "\n").encode()
         with require_space(self._path.parent, len(line), self._path.name):
             self._file.write(line)

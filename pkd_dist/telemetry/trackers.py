@@ -1,10 +1,10 @@
-"""The lines of metrics.jsonl in other programs' formats: TensorBoard event files, Weights & Biases.
+"""Trackers: the records of metrics.jsonl as TensorBoard event files and Weights & Biases runs.
 
     RUN/tensorboard, RUN/teacher_tensorboard    `tensorboard --logdir RUN`
-    RUN/wandb, RUN/teacher_wandb                `wandb sync RUN/wandb/wandb/offline-run-*`; `id` names the run for ever
+    RUN/wandb, RUN/teacher_wandb                `wandb sync RUN/wandb/wandb/offline-run-*`; file `id`: the id of the W&B run
 
-A resumed run does again the steps since its checkpoint. TensorBoard is told to forget them. Weights & Biases cannot, and
-loses what it has not written yet when it is killed: it gets the lines that it lacks from metrics.jsonl, and then the new.
+A resumed run repeats the steps since its checkpoint. TensorBoard purges them. Weights & Biases cannot, and a kill loses what it
+has not written yet: on resume it first gets the records it lacks from metrics.jsonl, then only new ones.
 """
 
 from __future__ import annotations
@@ -12,42 +12,44 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pkd_dist.config.schema import Trackers as Settings
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_atomically
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.records import Record
 
 
 def require(settings: Settings) -> None:
-    """Raises UserError where a tracker's library is not installed."""
-    for key, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb)):
-        if wanted and getattr(importlib.util.find_spec(key), "origin", None) is None:  # a folder of that name is none
+    """Raise UserError if the library of a selected tracker is not installed."""
+    for package, selected in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb)):
+        # A folder of that name is found as a namespace package, without an origin.
+        if selected and getattr(importlib.util.find_spec(package), "origin", None) is None:
             raise UserError(
-                f"trackers.{key}: the package {key} is not installed; install the extra: pip install -e '.[{key}]'"
+                f"trackers.{package}: the package {package} is not installed; install the extra: "
+                f"pip install -e '.[{package}]'"
             )
 
 
-def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The names and values under which a line of metrics.jsonl is shown: `train/loss`, `train/seconds/step`,
-    `dev/accuracy`."""
-    place = record.get("split", "train")
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """Yield the names and values that trackers show for a record: `train/loss`, `train/seconds/step`, `dev/accuracy`."""
+    prefix = record.get("split", "train")
     for key, value in record.items():
         if key == "seconds":
-            yield from ((f"{place}/seconds/{part}", took) for part, took in value.items())
+            yield from ((f"{prefix}/seconds/{part}", seconds) for part, seconds in value.items())
         elif key not in ("step", "split", "time"):
-            yield f"{place}/{key}", value
+            yield f"{prefix}/{key}", value
 
 
 class Tracker(Protocol):
     name: str
 
-    def write(self, record: dict[str, Any], new: bool) -> None: ...
+    def write(self, record: Record, new: bool) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -55,25 +57,26 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files.
+    """Event files in a folder.
 
     Args:
-        lines: a metrics file.
-        step: the last one that is not done again.
+        folder: for the event files.
+        metrics_file: metrics.jsonl of the training, which provides the past steps if the tracker was enabled later.
+        step: last step that is not repeated; later ones are purged.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, lines: Path, step: int):
+    def __init__(self, folder: Path, metrics_file: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        asked_late = not any(folder.glob("events.*"))
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-        for record in records.read(lines) if asked_late else ():
+        enabled_later = not any(folder.glob("events.*"))
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        for record in records.read(metrics_file) if enabled_later else ():
             if record["step"] <= step:
                 self.write(record, True)
 
-    def write(self, record: dict[str, Any], new: bool) -> None:
+    def write(self, record: Record, new: bool) -> None:
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
@@ -85,78 +88,84 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run that keeps its identity across resumes. Offline, its newest folder holds all of it, and is the only one.
+    """A Weights & Biases run that keeps its id across resumes. Offline, it is one folder that holds all records.
 
     Args:
-        lines: a metrics file.
+        folder: for its files.
+        metrics_file: metrics.jsonl of the training.
+        name: of the run.
+        config: settings to show.
 
     Raises:
-        UserError: it cannot be begun, such as `online` without a key.
+        UserError: the run cannot be started, for example `online` without an API key.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: Path, lines: Path, settings: Settings, title: str, about: dict[str, Any]):
+    def __init__(self, folder: Path, metrics_file: Path, settings: Settings, name: str, config: Mapping[str, object]):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        identity = folder / "id"
-        if not identity.exists():
-            write_atomically(identity, lambda tmp: tmp.write_text(secrets.token_hex(8)))
+        id_file = folder / "id"
+        if not id_file.exists():
+            write_atomically(id_file, lambda tmp: tmp.write_text(secrets.token_hex(8)))
         if settings.wandb == "offline":
             remove(folder / "wandb")
         quiet = wandb.Settings(console="off", silent=True)
         try:
             self._run = wandb.init(
-                dir=folder, mode=settings.wandb, project=settings.wandb_project, id=identity.read_text(), name=title,
-                config=about, resume="allow", settings=quiet,
+                dir=folder, mode=settings.wandb, project=settings.wandb_project, id=id_file.read_text(), name=name,
+                config=dict(config), resume="allow", settings=quiet,
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
+            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"trackers.wandb: {settings.wandb}: {why[0]}; `offline` needs neither key nor network"
+                f"trackers.wandb: {settings.wandb}: {reason[0]}; `offline` needs neither key nor network"
             ) from None
-        for record in records.read(lines):
+        for record in records.read(metrics_file):
             if record["step"] >= self._run.step:
                 self.write(record, True)
 
-    def write(self, record: dict[str, Any], new: bool) -> None:
+    def write(self, record: Record, new: bool) -> None:
         if new:
             self._run.log(dict(scalars(record)), step=record["step"])
 
     def flush(self) -> None:
-        """What is logged is with another process already."""
+        """Do nothing: logged values are already in another process."""
 
     def close(self, done: bool) -> None:
         self._run.finish(exit_code=0 if done else 1)
 
 
 class Tracking:
-    """The trackers of one training. One that fails is left out from then on: it must not end a run."""
+    """The trackers of one training. A tracker that fails is dropped with a warning; it must not end a run."""
 
     def __init__(self, trackers: list[Tracker]):
         self._trackers = trackers
 
-    def _each(self, what: str, *arguments: Any) -> None:
+    def _call_each(self, method: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                getattr(tracker, what)(*arguments)
+                method(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
-                log.warning("%s: goes on without it (%s: %s)", tracker.name, type(error).__name__, error)
+                log.warning(
+                    "%s failed and is disabled for the rest of the run (%s: %s)",
+                    tracker.name, type(error).__name__, error,
+                )  # fmt: skip
                 log.debug("a tracker failed", exc_info=error)
 
-    def write(self, record: dict[str, Any], new: bool) -> None:
-        """A line of metrics.jsonl; `new`: it was not in it yet."""
-        self._each("write", record, new)
+    def write(self, record: Record, new: bool) -> None:
+        """Write a record; `new`: whether metrics.jsonl did not have it yet."""
+        self._call_each(lambda tracker: tracker.write(record, new))
 
     def flush(self) -> None:
-        """Before a checkpoint counts: what came before it is not written again."""
-        self._each("flush")
+        """Write out all records. Call before a checkpoint is committed: earlier records are not written again."""
+        self._call_each(lambda tracker: tracker.flush())
 
     def close(self, done: bool) -> None:
-        self._each("close", done)
+        self._call_each(lambda tracker: tracker.close(done))
 
 
 def folders(run: Path, prefix: str = "") -> tuple[Path, Path]:
@@ -165,29 +174,37 @@ def folders(run: Path, prefix: str = "") -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Trackers:
-    """What a run is also shown with.
+    """The trackers that a run has selected.
 
     Attributes:
-        run: its folder.
-        about: its settings.
+        run: run folder.
+        settings: section `trackers` of the configuration.
+        config: whole configuration, shown by Weights & Biases.
     """
 
     run: Path = Path()
     settings: Settings = field(default_factory=Settings)
-    about: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
 
-    def open(self, job: str, lines: Path, step: int) -> Tracking:
-        """For a training, `teacher` or `distill`, that has a metrics file and stands at a step.
+    def open(self, job: str, metrics_file: Path, step: int) -> Tracking:
+        """Open the trackers of a training.
+
+        Args:
+            job: `teacher` or `distill`.
+            metrics_file: metrics.jsonl of the training.
+            step: step from which it resumes; 0 at the start.
 
         Raises:
             UserError: see `WeightsAndBiases`.
         """
-        events, wandb = folders(self.run, "teacher_" if job == "teacher" else "")
+        tensorboard, wandb = folders(self.run, "teacher_" if job == "teacher" else "")
         trackers: list[Tracker] = []
         if self.settings.tensorboard:
-            trackers.append(TensorBoard(events, lines, step))
+            trackers.append(TensorBoard(tensorboard, metrics_file, step))
             log.info("%s: tensorboard --logdir %s", job, self.run)
         if self.settings.wandb:
-            trackers.append(WeightsAndBiases(wandb, lines, self.settings, f"{self.run.name}, {job}", self.about))
+            trackers.append(
+                WeightsAndBiases(wandb, metrics_file, self.settings, f"{self.run.name}, {job}", self.config)
+            )
             log.info("%s: %s Weights & Biases run in %s", job, self.settings.wandb, wandb)
         return Tracking(trackers)

@@ -1,1 +1,1 @@
-"""The DeepSpeed engine and the one training loop that fine-tunes teachers and distils students."""
+"""One training loop for teachers and students, on a plain PyTorch engine or on DeepSpeed."""

@@ -1,15 +1,14 @@
-"""Checkpoints that are whole or absent, and that any number of ranks at any ZeRO stage can go on from.
+"""Checkpoints: complete or absent, and independent of the number of ranks and the ZeRO stage.
 
     FOLDER/step-00000200/
-        rank-0000.safetensors        what this rank's optimizer owns: of each parameter a slice of the float32 weight and of
-                                     Adam's two moments, flat, and where the slice starts
-        state.json                   position, history, best so far, counters: the same for all ranks
+        rank-0000.safetensors        what this rank's optimizer owns: for each parameter a flat slice of the float32 weight
+                                     and of Adam's two moments, and where the slice starts
+        state.json                   position, history, best epoch so far, counters: equal on all ranks
         commit.json                  size and sha256 of every file; written last, atomically
     FOLDER/best-00000530.safetensors consolidated float32 weights of the best evaluation so far
 
-A folder without `commit.json` does not exist as far as a resume is concerned. Slices are named by parameter and place, not
-by rank or stage, so a reader puts together what it needs (`Shards`). No random state is kept: a step draws from
-(seed, step, rank). No pickle anywhere.
+A folder without `commit.json` is ignored on resume. Slices name a parameter and a position, not a rank or a stage, so a
+reader assembles what it needs (`Shards`). No random state is saved: a step draws from (seed, step, rank). No pickle is used.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -29,8 +28,38 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, require_space, sha256, sync, write_json
 
-COMMIT = "commit.json"
+COMMIT, STATE = "commit.json", "state.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+FileSums = dict[str, tuple[int, str]]
+"""File name -> size and sha256."""
+
+
+class Counters(TypedDict):
+    """What an optimizer counts: updates applied, and fp16's loss scale (empty in other precisions)."""
+
+    updates: int
+    loss_scale: dict[str, float]
+
+
+class State(TypedDict, total=False):
+    """`state.json`."""
+
+    fingerprint: str
+    best_file: str | None
+    best_sha256: str | None
+    progress: dict[str, Any]
+    counters: Counters
+    decay: float
+
+
+class Marker(TypedDict):
+    """`commit.json`."""
+
+    step: int
+    world_size: int
+    fingerprint: str
+    files: FileSums
 
 
 @dataclass(frozen=True)
@@ -40,9 +69,9 @@ class Slice:
     Attributes:
         kind: `weight` or one of `MOMENTS`.
         name: of the parameter or buffer.
-        start: first element, in the flat tensor.
-        values: (n,) flat; float32 for all that is trained.
-        shape: of the whole tensor.
+        start: index of the first element in the flattened tensor.
+        values: (n,); float32 for trained parameters.
+        shape: of the complete tensor.
     """
 
     kind: str
@@ -50,6 +79,10 @@ class Slice:
     start: int
     values: torch.Tensor
     shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
 
 
 def step_name(step: int) -> str:
@@ -63,62 +96,52 @@ def best_name(step: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def save(world: World, folder: Path, step: int, slices: list[Slice], state: dict[str, Any], keep: int) -> int:
-    """Writes and commits one checkpoint; collective.
+def save(world: World, folder: Path, step: int, slices: list[Slice], state: State, keep: int) -> int:
+    """Write and commit one checkpoint; collective.
 
     Args:
-        folder: where checkpoints live.
+        folder: of all checkpoints.
         step: optimizer steps done.
-        slices: what this rank owns; over all ranks every element of every tensor once.
-        state: what every rank needs to go on; must hold `fingerprint` and `best_file` (or None).
-        keep: committed checkpoints to keep, this one included.
+        slices: what this rank owns: over all ranks every element of every tensor exactly once.
+        state: equal on all ranks; needs `fingerprint` and `best_file`.
+        keep: number of committed checkpoints to keep, including this one.
 
     Returns:
         Bytes written.
 
     Raises:
-        UserError: no space left; the earlier checkpoints are as they were.
+        UserError: no space left. Earlier checkpoints are unchanged.
     """
-    final, temporary = folder / step_name(step), folder / f".{step_name(step)}.tmp"
+    temporary, label = folder / f".{step_name(step)}.tmp", f"the checkpoint of step {step}"
     needed = sum(world.gather(sum(s.values.nbytes for s in slices)))
 
-    def start() -> None:
+    def create() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         remove(temporary)
-        with require_space(folder, needed, f"the checkpoint of step {step}"):
+        with require_space(folder, needed, label):
             temporary.mkdir()
 
-    def write() -> dict[str, list[Any]]:
-        with require_space(folder, 0, f"the checkpoint of step {step}"):
-            path = temporary / f"rank-{world.rank:04d}.safetensors"
-            places = {f"{s.kind}/{s.name}": [s.start, list(s.shape)] for s in slices}
-            values = {f"{s.kind}/{s.name}": s.values.detach().cpu() for s in slices}
-            save_file(values, path, metadata={"places": json.dumps(places)})
-            sync(path)
-            return {path.name: [path.stat().st_size, sha256(path)]}
+    def write() -> FileSums:
+        with require_space(folder, 0, label):
+            return _write_slices(temporary / f"rank-{world.rank:04d}.safetensors", slices)
 
     def commit() -> int:
-        with require_space(folder, 0, f"the checkpoint of step {step}"):
-            path = temporary / "state.json"
-            path.write_text(json.dumps(state))
-            sync(path)
-            files = {name: value for part in parts for name, value in part.items()}
-            files["state.json"] = [path.stat().st_size, sha256(path)]
-            marker = {"step": step, "world_size": world.size, "fingerprint": state["fingerprint"], "files": files}
+        with require_space(folder, 0, label):
+            files = {name: sums for rank_files in written for name, sums in rank_files.items()}
+            files |= _write_state(temporary / STATE, state)
+            marker: Marker = {
+                "step": step, "world_size": world.size, "fingerprint": state["fingerprint"], "files": files,
+            }  # fmt: skip
             write_json(temporary / COMMIT, marker)
-            earlier = final.with_name(f"{final.name}.earlier")  # of the same step, before its evaluation
-            if final.exists():
-                os.replace(final, earlier)
-            os.replace(temporary, final)
-            sync(folder)
+            earlier = _move_into_place(temporary, folder / step_name(step))
         if earlier.exists():
             _discard(earlier)
         _retain(folder, keep)
         return sum(size for size, _ in files.values())
 
-    world.on_main(start)
+    world.on_main(create)
     try:
-        parts = world.everywhere(write)
+        written = world.everywhere(write)
         return world.on_main(commit)
     except UserError:
         if world.main:
@@ -126,25 +149,56 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: dict
         raise
 
 
+def _write_slices(path: Path, slices: list[Slice]) -> FileSums:
+    places = {s.key: [s.start, list(s.shape)] for s in slices}
+    values = {s.key: s.values.detach().cpu() for s in slices}
+    save_file(values, path, metadata={"places": json.dumps(places)})
+    return _synced(path)
+
+
+def _write_state(path: Path, state: State) -> FileSums:
+    path.write_text(json.dumps(state))
+    return _synced(path)
+
+
+def _synced(path: Path) -> FileSums:
+    sync(path)
+    return {path.name: (path.stat().st_size, sha256(path))}
+
+
+def _move_into_place(temporary: Path, final: Path) -> Path:
+    """Rename a complete checkpoint to its final name.
+
+    Returns:
+        The folder to which a checkpoint of the same step, saved before its evaluation, was moved; it may not exist.
+    """
+    earlier = final.with_name(f"{final.name}.earlier")
+    if final.exists():
+        os.replace(final, earlier)
+    os.replace(temporary, final)
+    sync(final.parent)
+    return earlier
+
+
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
+    """Return the committed checkpoints, oldest first."""
     return sorted(p.parent for p in folder.glob(f"step-*/{COMMIT}"))
 
 
 def _retain(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and best weights that none of these refers to."""
+    """Remove all but the newest `keep` checkpoints, the best weights only they refer to, and what a kill left behind."""
     checkpoints = committed(folder)
     for old in checkpoints[:-keep]:
         _discard(old)
     retain_best(folder)
-    for folder_of_step in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
-        if folder_of_step not in checkpoints:  # a kill left it
-            remove(folder_of_step)
+    for leftover in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
+        if leftover not in checkpoints:
+            remove(leftover)
 
 
 def retain_best(folder: Path, newest: str | None = None) -> None:
-    """Removes best weights that neither a committed checkpoint refers to nor are the newest."""
-    wanted = {newest, *(read_state(kept)["best_file"] for kept in committed(folder))}
+    """Remove all best weights but `newest` and those that a committed checkpoint refers to."""
+    wanted = {newest, *(read_state(path)["best_file"] for path in committed(folder))}
     for best in folder.glob("best-*.safetensors"):
         if best.name not in wanted:
             remove(best)
@@ -158,64 +212,66 @@ def _discard(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+def read_state(checkpoint: Path) -> State:
+    return json.loads((checkpoint / STATE).read_text())  # type: ignore[no-any-return]
 
 
-def find(
-    world: World, folder: Path, fingerprint: str, say: Callable[[str], None]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The newest committed checkpoint that is intact, and its state; None where there is none. Collective.
+def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], None]) -> tuple[Path, State] | None:
+    """Return the newest intact checkpoint and its state, or None if there is no checkpoint; collective.
+
+    Args:
+        report: called with a message if damaged checkpoints are skipped.
 
     Raises:
-        UserError: checkpoints exist, but of another run, or none of them is intact.
+        UserError: there are checkpoints, but of another run, or none is intact.
     """
 
-    def choose() -> tuple[Path, dict[str, Any]] | None:
-        damaged: list[str] = []
+    def choose() -> tuple[Path, State] | None:
+        damaged: list[tuple[Path, str]] = []
         for path in reversed(committed(folder)):
             problem, marker = damage(path)
-            if problem:
-                damaged.append(problem)
+            if problem or marker is None:
+                damaged.append((path, str(problem)))
                 continue
             if marker["fingerprint"] != fingerprint:
                 raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
             if damaged:
-                say(f"going on from {path.name}: {damaged[0]}")
-            for passed_over in reversed(committed(folder)):
-                if passed_over == path:
-                    break
-                (passed_over / COMMIT).unlink()  # the next save clears it away
+                report(f"resuming from {path.name}: {damaged[0][1]}")
+            for skipped, _ in damaged:
+                (skipped / COMMIT).unlink(missing_ok=True)  # the next save removes it
             return path, read_state(path)
         if damaged:
-            raise UserError(f"{damaged[0]}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
+            raise UserError(f"{damaged[0][1]}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
         return None
 
     return world.on_main(choose)
 
 
-def damage(checkpoint: Path, best: bool = True) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint, in words (None: nothing), and its commit marker. Reads every byte.
+def damage(checkpoint: Path, best: bool = True) -> tuple[str | None, Marker | None]:
+    """Verify a checkpoint by reading every byte.
 
     Args:
-        best: the best weights that it refers to count too.
+        best: also verify the best weights that it refers to.
+
+    Returns:
+        What is wrong (None: nothing), and the commit marker (None: it cannot be read).
     """
     try:
-        marker = json.loads((checkpoint / COMMIT).read_text())
+        marker: Marker = json.loads((checkpoint / COMMIT).read_text())
         files = marker["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint / COMMIT} cannot be read", {}
+        return f"{checkpoint / COMMIT} cannot be read", None
     for name, (size, digest) in files:
-        problem = _damaged_file(checkpoint / name, size, digest)
+        problem = _file_damage(checkpoint / name, size, digest)
         if problem:
             return problem, marker
     state = read_state(checkpoint)
     if best and state["best_file"]:
-        return _damaged_file(checkpoint.parent / state["best_file"], None, state["best_sha256"]), marker
+        return _file_damage(checkpoint.parent / state["best_file"], None, str(state["best_sha256"])), marker
     return None, marker
 
 
-def _damaged_file(file: Path, size: int | None, digest: str) -> str | None:
+def _file_damage(file: Path, size: int | None, digest: str) -> str | None:
     if not file.is_file():
         return f"{file} is missing"
     if size is not None and file.stat().st_size != size:
@@ -226,7 +282,7 @@ def _damaged_file(file: Path, size: int | None, digest: str) -> str | None:
 
 
 class Shards:
-    """Reads a committed checkpoint, written by whatever number of ranks at whatever stage, through a memory map."""
+    """A committed checkpoint, memory-mapped, whatever number of ranks and ZeRO stage wrote it."""
 
     def __init__(self, checkpoint: Path):
         self._where: dict[str, list[tuple[int, int, Any]]] = {}  # key -> (start, stop, file), ascending
@@ -241,13 +297,14 @@ class Shards:
             parts.sort(key=lambda part: part[0])
 
     def names(self, kind: str = WEIGHT) -> Iterator[str]:
+        """Yield the names of all tensors of a kind."""
         return (key.removeprefix(f"{kind}/") for key in self._where if key.startswith(f"{kind}/"))
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
     def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> torch.Tensor:
-        """Elements start..start+count of a flat tensor (all by default), as (count,)."""
+        """Return elements start..start+count of a flattened tensor (default: all), as (count,)."""
         key = f"{kind}/{name}"
         stop = start + count if count is not None else self._where[key][-1][1]
         found = [
@@ -259,6 +316,6 @@ class Shards:
         assert len(out) == stop - start, f"{key}: {len(out)} of {stop - start} elements are in the checkpoint"
         return out
 
-    def whole(self, kind: str, name: str) -> torch.Tensor:
-        """A whole tensor, in its own shape."""
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """Return a complete tensor in its own shape."""
         return self.read(kind, name).view(self.shapes[f"{kind}/{name}"])

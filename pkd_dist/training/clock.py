@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, without a wait for the device that the step does not do anyway."""
+"""Where the time of a training step goes, without waits for the device that the step would not do anyway."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import time
 import torch
 
 PARTS = ("data", "forward", "backward", "ranks", "optimizer", "device")
+"""Parts of a step, in the records' order.
+
+`data` makes the batch; `forward` includes reading the teacher outputs; `backward` includes averaging gradients over ranks;
+`ranks` sums over all ranks, with the wait for slower ones. `device` is the whole step in a CUDA graph (`graph_step.py`).
+"""
 
 
 class StepClock:
-    """Stands beside one step and is told when each of its parts has ended.
+    """Measures the parts of one step on this rank.
 
-    A GPU works behind the host's back, but the loss of a micro-batch is read on the host, which waits for its forward and
-    backward pass. How those two shared the time, an event on the device says; it is read only after that wait. What is
-    left of an optimizer's update runs under the next step.
+    A GPU runs asynchronously, but the host reads the loss of every micro-batch, which waits for its forward and backward
+    pass. An event on the device, read only after that wait, splits the time between the two. The end of the optimizer's
+    update runs during the next step.
 
     Attributes:
-        start: `time.perf_counter()` at its beginning.
-        seconds: of this rank, by part: `data` (the batch made), `forward` (and the teacher's answers fetched), `backward`
-            (and gradients averaged over ranks), `ranks` (sums over all ranks, and the wait for slower ones), `optimizer`.
-            `device` is for a step that is launched whole (`whole.py`), and stays 0 here.
+        start: `time.perf_counter()` at the start of the step.
+        seconds: by part. `device` stays 0 here.
     """
 
     def __init__(self, device: torch.device):
@@ -37,8 +40,10 @@ class StepClock:
         return event
 
     def ended(self, part: str) -> None:
-        """What was done since the last call, or since the start, was this part. Forward and backward are told in turn, the
-        latter when the host has read the loss."""
+        """Add the time since the last call (or the start) to a part.
+
+        Forward and backward alternate. Call it for `backward` after the host has read the loss.
+        """
         before, self._event = self._event, self._now() if part != "backward" else self._event
         now = time.perf_counter()
         took, self._last = now - self._last, now

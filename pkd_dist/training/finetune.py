@@ -1,9 +1,8 @@
-"""Fine-tunes a teacher with the same loop as the student's, on the gold labels alone."""
+"""Fine-tunes a teacher on the gold labels alone, with the student's training loop."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 from pkd_dist.config.schema import Config
 from pkd_dist.data.batches import Batch
@@ -21,7 +21,8 @@ from pkd_dist.distributed.world import World
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_model, save_model
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.trainer import Job, Progress, Trainer
+from pkd_dist.training.job import Forward, Job, Progress
+from pkd_dist.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -30,81 +31,90 @@ class GoldLoss:
 
     class_weights_C: torch.Tensor | None
 
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, model: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         ce_B = hard_loss(model(batch.inputs)[0], batch.labels_B, self.class_weights_C)
         return {"total": ce_B, "ce": ce_B}
 
 
-def finetune(
-    config: Config,
-    base: str,
-    tokenizer: Any,
-    labels: dict[str, Any],
-    task: Task,
-    train: TokenSet,
-    dev: TokenSet,
-    class_weights_C: torch.Tensor | None,
-    used_V: np.ndarray,
-    deepspeed: dict[str, Any],
-    output: Path,
-    fingerprint: str,
-    world: World,
-    telemetry: Telemetry,
-) -> Progress:
-    """Trains `base` on the gold labels and writes its best epoch to `output`, a Hugging Face folder; collective.
+@dataclass(frozen=True)
+class TeacherJob:
+    """One fine-tuning. `config.teacher.finetune` is given.
 
-    Args:
-        base: folder or hub name to start from.
-        labels: configuration fields of the classes.
+    Attributes:
+        base: folder or hub name of the model to start from.
+        labels: fields of the model configuration about the classes (`num_labels`, `id2label`, ...).
         class_weights_C: see `hard_loss`.
-        used_V: token ids that occur in train or dev.
-        output: made whole at the end, or not at all. Checkpoints live beside it until then.
+        used_V: token ids that occur in `train` or `dev`.
+        deepspeed: the DeepSpeed JSON.
+        output: the Hugging Face folder to write. Checkpoints and metrics are beside it.
+        fingerprint: see `Job`.
     """
-    settings = config.teacher.finetune
+
+    config: Config
+    base: str
+    tokenizer: PreTrainedTokenizerBase
+    labels: dict[str, Any]
+    task: Task
+    train: TokenSet
+    dev: TokenSet
+    class_weights_C: torch.Tensor | None
+    used_V: np.ndarray
+    deepspeed: dict[str, Any]
+    output: Path
+    fingerprint: str
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output.with_name(f"{self.output.name}_checkpoints")
+
+
+def finetune(teacher: TeacherJob, world: World, telemetry: Telemetry) -> Progress:
+    """Train a teacher and write the weights of its best epoch as a Hugging Face folder; collective.
+
+    The folder appears complete or not at all.
+
+    Raises:
+        DivergedError, Preempted, UserError: see `trainer.train`.
+    """
+    progress = train(training_job(teacher), world, telemetry)
+    world.on_main(lambda: _write(teacher, progress))
+    return progress
+
+
+def training_job(teacher: TeacherJob) -> Job:
+    """Return the training of a teacher, with its model loaded."""
+    config, settings = teacher.config, teacher.config.teacher.finetune
     assert settings is not None
     torch.manual_seed(config.run.seed)  # the new head is the same on every rank
-    model = load_model(base, new_head=True, dropout=settings.dropout, **labels)
-    checkpoints = output.with_name(f"{output.name}_checkpoints")
-    job = Job(
+    model = load_model(teacher.base, new_head=True, dropout=settings.dropout, **teacher.labels)
+    own = settings.model_dump(include={"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"})
+    return Job(
         name="teacher",
-        module=Encoder(model, used_V=used_V),
-        losses=GoldLoss(class_weights_C),
-        train=train,
-        dev=dev,
-        task=task,
-        pad_id=tokenizer.pad_token_id,
+        module=Encoder(model, used_V=teacher.used_V),
+        losses=GoldLoss(teacher.class_weights_C),
+        train=teacher.train,
+        dev=teacher.dev,
+        task=teacher.task,
+        pad_id=teacher.tokenizer.pad_token_id,
         seed=config.run.seed,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_ratio=settings.warmup_ratio,
-        max_grad_norm=config.train.max_grad_norm,
-        adam_epsilon=config.train.adam_epsilon,
-        eval_batch_size=config.evaluate.batch_size,
-        eval_every_epochs=1,
-        log_every_steps=config.train.log_every_steps,
+        settings=config.train.model_copy(update=own),
+        evaluate=config.evaluate.model_copy(update={"every_epochs": 1}),
         checkpoint=config.checkpoint,
-        deepspeed=deepspeed,
-        folder=checkpoints,
-        records=output.with_name(f"{output.name}_metrics.jsonl"),
-        fingerprint=fingerprint,
+        deepspeed=teacher.deepspeed,
+        folder=teacher.checkpoints,
+        records=teacher.output.with_name(f"{teacher.output.name}_metrics.jsonl"),
+        fingerprint=teacher.fingerprint,
     )
-    progress = Trainer(job, world, telemetry).run()
 
-    def write() -> None:
-        assert progress.best_file is not None and progress.best_sha256 is not None
-        require_unaltered(checkpoints / progress.best_file, progress.best_sha256)
-        best = load_model(base, new_head=True, **labels)
-        best.load_state_dict(
-            {k.removeprefix("model."): v for k, v in load_file(checkpoints / progress.best_file).items()}
-        )
-        temporary = output.with_name(f".{output.name}.tmp")
-        remove(temporary)
-        save_model(best, tokenizer, temporary)
-        remove(output)
-        os.replace(temporary, output)
 
-    world.on_main(write)
-    return progress
+def _write(teacher: TeacherJob, progress: Progress) -> None:
+    assert progress.best_file is not None and progress.best_sha256 is not None
+    best = teacher.checkpoints / progress.best_file
+    require_unaltered(best, progress.best_sha256)
+    model = load_model(teacher.base, new_head=True, **teacher.labels)
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in load_file(best).items()})
+    temporary = teacher.output.with_name(f".{teacher.output.name}.tmp")
+    remove(temporary)
+    save_model(model, teacher.tokenizer, temporary)
+    remove(teacher.output)
+    os.replace(temporary, teacher.output)

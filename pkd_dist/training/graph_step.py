@@ -1,17 +1,19 @@
-"""A whole optimizer step that never waits for the host, and that a GPU is told of in one launch.
+"""A step that one GPU does in one launch, without waiting for the host.
 
-A small student's step is a thousand kernels of some microseconds each: launched one by one, they leave a GPU idle for most
-of the time. Here forward and backward pass, clipping and AdamW's update are captured once for each shape of batch as a
-CUDA graph, and replayed. The step's values are read when the next one is under way.
+A small student's step is a thousand kernels of a few microseconds: launched one by one, they leave the GPU idle most of the
+time. Here forward and backward pass, clipping and AdamW's update are captured once per batch shape as a CUDA graph, then
+replayed (`GraphUpdate`). The host prepares and launches the next step, and only then reads the results of this one
+(`GraphStep`).
 
-For a lone rank with float32 master weights, where DeepSpeed's engine has nothing to average or shard. The update is the
-engine's own; a step whose loss or gradient is not finite changes no weight, which AdamW is told on the device.
+For one rank on the plain engine, without accumulation. A step whose loss or gradient is not finite changes no weight, nor
+do the steps launched after it: AdamW is told on the device (`found_inf`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,28 +21,126 @@ import numpy as np
 import torch
 from torch import nn
 
-from pkd_dist.data.batches import Batch
-from pkd_dist.data.on_device import Rows
+from pkd_dist.data.batches import Batch, collate
+from pkd_dist.data.on_device import DeviceTokens, Rows, open_device_tokens
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
+from pkd_dist.training.clock import PARTS
+from pkd_dist.training.job import LossTerms
+from pkd_dist.training.optimization import autocast, set_learning_rate
+from pkd_dist.training.plain_engine import PlainEngine
+from pkd_dist.training.step import StepInputs, StepResult
 
 _WARM_UP = 2
-"""Passes before a capture, in which libraries choose their kernels and take their memory."""
+"""Passes before a capture, in which libraries choose their kernels and allocate their memory."""
+
+Captured = tuple[Any, torch.cuda.CUDAGraph]
+"""The static batch that a graph reads (`Batch` or `Rows`), and the graph."""
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What the host knows of a step that the device may still be doing."""
+
+    values: Values
+    step: int
+    learning_rate: float
+    examples: int
+    tokens: int
+    data_seconds: float
+    teacher_seconds: float
+
+
+class GraphStep:
+    """See `step.TrainStep`. A call returns the result of the step before, and None the first time.
+
+    Args:
+        update: of the engine in `inputs`.
+        resident: the training set in the device's memory; None: the host makes the batches.
+    """
+
+    def __init__(self, inputs: StepInputs, update: GraphUpdate, resident: DeviceTokens | None):
+        self._inputs, self._update, self._resident = inputs, update, resident
+        self._launched: _Launched | None = None
+        self._landed = 0.0
+
+    def __call__(self, step: int) -> StepResult | None:
+        began = time.perf_counter()
+        if self._launched is None:
+            self._landed = began
+        inputs, job = self._inputs, self._inputs.job
+        ((rows, weight),) = inputs.batches.rows(*inputs.position(step))
+        batch: Batch | Rows
+        if self._resident:
+            batch = self._resident.rows(rows, weight)
+            made = time.perf_counter()
+        else:
+            batch = collate(job.train, rows, weight, job.pad_id)
+            made = time.perf_counter()
+            batch = inputs.with_teacher(batch)
+        completed = time.perf_counter()
+        rate = inputs.engine.schedule.learning_rate(step)
+        values = self._update(batch, rate, inputs.seed(step))
+        result = self.flush()
+        self._launched = _Launched(
+            values, step + 1, rate, inputs.examples(step), batch.tokens, made - began, completed - made
+        )
+        return result
+
+    def flush(self) -> StepResult | None:
+        if self._launched is None:
+            return None
+        done, self._launched = self._launched, None
+        values, on_device = done.values.read()
+        terms, norm = values[: len(LOSS_TERMS)], float(values[-1])
+        if not np.isfinite(values).all():
+            finite = bool(np.isfinite(terms).all())
+            self._inputs.diverged("the gradient" if finite else "the loss", done.step, terms, finite, terms)
+        before, self._landed = self._landed, time.perf_counter()
+        took = self._landed - before
+        idle = max(0.0, took - on_device)  # the device works while the host makes a batch
+        data = min(done.data_seconds, idle)
+        parts = {"data": data, "forward": min(done.teacher_seconds, idle - data), "device": on_device}
+        return StepResult(
+            step=done.step,
+            terms=dict(zip(LOSS_TERMS, terms.tolist(), strict=True)),
+            grad_norm=norm,
+            learning_rate=done.learning_rate,
+            examples=done.examples,
+            tokens=done.tokens,
+            seconds={"step": took, **dict.fromkeys(PARTS, 0.0), **parts},
+        )
+
+    def stop_signal(self) -> int:
+        return self._inputs.world.stop_signal()
+
+
+def open_graph_step(inputs: StepInputs, engine: PlainEngine, capture: bool = True) -> GraphStep:
+    """Return a graph step on the plain engine.
+
+    Args:
+        capture: False: run the same operations without a CUDA graph, on any device.
+    """
+    job = inputs.job
+    engine.state.allocate()
+    resident = open_device_tokens(job.train, job.teacher_outputs, job.pad_id, engine.device)
+    return GraphStep(inputs, GraphUpdate(engine, job.losses, capture), resident)
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a step was, once the device has done it.
+    """What a step computed, once the device has done it.
 
     Attributes:
-        host: float32 (terms + 1,): the loss terms, and the gradient's norm before clipping.
-        events: around the step, of a GPU.
+        host: float32 (terms + 1,): the loss terms, then the gradient norm before clipping.
+        events: recorded on the GPU before and after the step; None on a CPU.
     """
 
     host: torch.Tensor
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None
 
     def read(self) -> tuple[np.ndarray, float]:
-        """The values as float64, and the seconds that the device took; waits for it."""
+        """Wait for the step; return its values as float64 and the seconds that the device took."""
         seconds = 0.0
         if self.events:
             self.events[1].synchronize()
@@ -48,34 +148,36 @@ class Values:
         return self.host.double().numpy(), seconds
 
 
-class Lowered:
-    """A module under autocast whose weights are cast at once, and so are their gradients: autocast does the same one by
-    one, in more than a hundred kernels of a small student's step. Called as the module is. (`lean.attend_first` reads two
-    biases itself, in float32: here they are rounded, as autocast rounds those of all other layers.)
+class _CastModule:
+    """A module under autocast whose weights, and whose gradients, are cast all at once.
+
+    Autocast casts one by one, in more than a hundred kernels of a small student's step. (`first_token.py` reads two biases
+    itself, in float32; here they are rounded, as autocast rounds those of all other layers.)
 
     Args:
-        low: autocast's dtype.
+        dtype: autocast's.
     """
 
-    def __init__(self, module: nn.Module, low: torch.dtype):
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype):
         cast = {id(p) for layer in module.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in cast]
-        self._module = module
+        self._module, self._autocast = module, autocast(device, dtype)
         self._masters: list[torch.Tensor] = [p for _, p in named]
-        self._copies = {name: torch.empty_like(p, dtype=low).requires_grad_() for name, p in named}
+        self._copies = {name: torch.empty_like(p, dtype=dtype).requires_grad_() for name, p in named}
         self._gradients = [torch.empty_like(p) for p in self._masters]
 
     def __call__(self, *arguments: Any) -> Any:
         with torch.no_grad():
             torch._foreach_copy_(list(self._copies.values()), self._masters)
-        return torch.func.functional_call(self._module, self._copies, arguments)
+        with self._autocast:
+            return torch.func.functional_call(self._module, self._copies, arguments)
 
     def zero_grad(self) -> None:
         for copy in self._copies.values():
             copy.grad = None
 
-    def raise_gradients(self) -> None:
-        """Gives the module's own weights the gradients of the copies."""
+    def cast_gradients(self) -> None:
+        """Give the module's own weights the gradients of their copies, in float32."""
         wides, narrows = [], []
         for master, wide, copy in zip(self._masters, self._gradients, self._copies.values(), strict=True):
             if copy.grad is not None:
@@ -86,48 +188,36 @@ class Lowered:
         self.zero_grad()
 
 
-class GraphStep:
-    """One optimizer step of one module.
+class GraphUpdate:
+    """One optimizer step of one module, captured as a CUDA graph per batch shape.
 
     Args:
-        module: on its device, in training mode when called.
-        adam: AdamW of its parameters, fused, its state allocated.
-        losses: (module, batch) -> per-example terms (B,), `total` among them.
-        terms: those whose sums over the batch are handed out, in this order.
-        max_grad_norm: 0: no clipping.
-        low: the dtype of the module's autocast; None: it has none.
-        capture: replay CUDA graphs. Where a model cannot be captured its steps run operation by operation, which is said.
+        engine: its module is in training mode when called, and Adam's moments are allocated.
+        losses: see `Job`.
+        capture: replay CUDA graphs. If the model cannot be captured, its steps run kernel by kernel, with a log line.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        adam: torch.optim.AdamW,
-        losses: Callable[[Any, Batch], dict[str, torch.Tensor]],
-        terms: Sequence[str],
-        max_grad_norm: float,
-        device: torch.device,
-        low: torch.dtype | None,
-        capture: bool,
-    ):
-        self._module, self._adam, self._losses, self._terms = module, adam, losses, tuple(terms)
-        self._limit, self._device = max_grad_norm, device
+    def __init__(self, engine: PlainEngine, losses: LossTerms, capture: bool):
+        device, dtype = engine.device, engine.autocast_dtype
+        self._adam, self._losses, self._device = engine.optimizer, losses, device
+        self._max_norm = engine.schedule.settings.max_grad_norm
         self._rate = torch.zeros((), device=device)
-        for group in adam.param_groups:
+        for group in self._adam.param_groups:
             group["capturable"] = device.type == "cuda"
-        self._parameters = [p for group in adam.param_groups for p in group["params"]]
-        self._lowered = Lowered(module, low) if low else None
-        self._values = torch.zeros(len(self._terms) + 1, device=device)
-        self._graphs: dict[tuple[int, ...], tuple[Any, torch.cuda.CUDAGraph] | None] | None = {} if capture else None
+        self._parameters = [p for group in self._adam.param_groups for p in group["params"]]
+        self._cast = _CastModule(engine.module, device, dtype) if dtype else None
+        self._module: Callable[..., Any] = self._cast or engine.module
+        self._values = torch.zeros(len(LOSS_TERMS) + 1, device=device)
+        self._graphs: dict[tuple[int, ...], Captured | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
     def __call__(self, batch: Batch | Rows, rate: float, seed: int) -> Values:
-        """Does a step, or has the device do it.
+        """Launch a step.
 
         Args:
-            batch: with the teacher's answers where the losses need them, on the host or the device; or the rows of one.
+            batch: with the teacher's outputs if the losses need them, on the host or the device; or the rows of one.
             rate: learning rate.
-            seed: of whatever is drawn at random in this step.
+            seed: of everything drawn at random in this step.
         """
         captured = self._captured(batch)
         self._rate.fill_(rate)
@@ -162,11 +252,10 @@ class GraphStep:
         sums = self._backward(batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         torch.stack([*sums, norm], out=self._values)
+        set_learning_rate(self._adam, self._rate)
         adam: Any = self._adam
-        for group in adam.param_groups:
-            group["lr"] = self._rate
-        # the optimizer divides by it in its own pass over the gradients
-        adam.grad_scale = ((norm + 1e-6) / self._limit).clamp(min=1.0) if self._limit > 0 else None
+        # fused AdamW divides gradients by `grad_scale` in its own pass, and skips the update if `found_inf`
+        adam.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0) if self._max_norm > 0 else None
         adam.found_inf = (~torch.isfinite(self._values).all()).float()
         adam.step()
         adam.grad_scale = adam.found_inf = None
@@ -174,14 +263,14 @@ class GraphStep:
 
     def _backward(self, given: Batch | Rows) -> list[torch.Tensor]:
         batch = given.batch()
-        terms = self._losses(self._lowered or self._module, batch)
+        terms = self._losses(self._module, batch)
         sums = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
         sums["total"].backward()
-        if self._lowered:
-            self._lowered.raise_gradients()
-        return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in self._terms]
+        if self._cast:
+            self._cast.cast_gradients()
+        return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in LOSS_TERMS]
 
-    def _captured(self, batch: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph] | None:
+    def _captured(self, batch: Batch | Rows) -> Captured | None:
         if self._graphs is None:
             return None
         if batch.key not in self._graphs:
@@ -189,7 +278,7 @@ class GraphStep:
             try:
                 self._graphs[batch.key] = self._capture(batch.to(self._device))
             except torch.OutOfMemoryError:
-                log.info("no room for the CUDA graph of batches of %s: they run kernel by kernel", batch.key)
+                log.info("no memory for the CUDA graph of batches of shape %s: they run kernel by kernel", batch.key)
                 self._recover(stream)
                 self._graphs[batch.key] = None
             except RuntimeError as error:
@@ -201,28 +290,28 @@ class GraphStep:
         return self._graphs[batch.key]
 
     def _recover(self, stream: torch.cuda.Stream) -> None:
-        """Undoes what a capture that failed leaves behind; torch ends one that succeeds alone."""
+        """Undo what a failed capture leaves behind; torch cleans up only after a successful one."""
         torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
         with contextlib.suppress(AttributeError, RuntimeError):
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)  # type: ignore[arg-type]
         self._adam.zero_grad(set_to_none=True)
-        if self._lowered:
-            self._lowered.zero_grad()
+        if self._cast:
+            self._cast.zero_grad()
         generator = self._generator
-        generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
+        generator.graphsafe_set_state(generator.clone_state())  # the old state still believes it is captured
 
-    def _capture(self, static: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph]:
-        """The step as a graph that reads `static`; changes nothing but `.grad`, which it empties."""
-        aside, now = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(now)
-        with torch.random.fork_rng([self._device]), torch.cuda.stream(aside):
+    def _capture(self, static: Batch | Rows) -> Captured:
+        """Return the step as a graph that reads `static`. Changes nothing but `.grad`, which it clears."""
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.random.fork_rng([self._device]), torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 self._backward(static)
                 self._adam.zero_grad(set_to_none=True)
-        now.wait_stream(aside)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # not "global": another thread may ask the device for its memory meanwhile, for the metrics
+        # not "global": the metrics thread may ask the device for its memory meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step(static)
         return static, graph

@@ -1,169 +1,254 @@
-"""Where DeepSpeed keeps weights and Adam's moments, at each stage; the one place that knows.
+"""Where weights and Adam's moments are kept: the only module that knows the memory layout of each ZeRO stage.
 
-Out of it come slices that name no rank and no stage (see `checkpoint.py`), and any rank of any run takes from them what it
-owns. Float32 master weights count; what the forward pass reads is set from them.
+    ReplicatedState    the plain engine and stage 0: every rank has everything; ranks take turns in writing
+    FlatState          stages 1 and 2: a group's parameters are consecutive in one flat tensor, split evenly over ranks
+    ShardedState       stage 3: every parameter is split evenly over ranks, with padding at the end
 
-    stage 0     every rank has all of it; the ranks take turns in writing. In half precision the masters are copies
-    stage 1, 2  the parameters of a group lie end to end in one flat tensor, of which each rank owns an equal part
-    stage 3     each rank owns an equal share of every parameter, the last shares padded
+Each yields slices that name neither rank nor stage (see `checkpoint.py`), and each restores what it owns from the slices
+of any run. Float32 master weights are what counts; the weights that the forward pass reads are set from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pkd_dist.training.checkpoint import MOMENTS, WEIGHT, Shards, Slice
+from pkd_dist.training.checkpoint import MOMENTS, WEIGHT, Counters, Shards, Slice
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A rank's part of one parameter: `count` elements from `start`, found at `at` in a flat tensor with Adam's state."""
+class _Owned:
+    """A rank's part of one parameter.
+
+    Attributes:
+        start, count: elements of the flattened parameter.
+        flat: the float32 tensor that Adam updates.
+        offset: of the first element in `flat`.
+    """
 
     start: int
     count: int
     flat: torch.Tensor
-    at: int
+    offset: int
 
 
-class OptimizerState:
-    """The state of one engine's optimizer, on one rank.
+class OptimizerState(ABC):
+    """The state of one engine's optimizer on one rank.
 
     Args:
-        module: as DeepSpeed has wrapped it.
-        optimizer: DeepSpeed's.
-        adam: torch's, inside of it.
-        stage: of ZeRO.
+        module: as the engine has it.
+        adam: torch's AdamW.
+        rank, world_size: of this process.
+        optimizer: DeepSpeed's wrapper of `adam`, which may hold fp16 loss scalers; None on the plain engine.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any, adam: torch.optim.AdamW, stage: int, rank: int, size: int):
-        self._module, self._optimizer, self._adam = module, optimizer, adam
-        self._stage, self._rank, self._size = stage, rank, size
-        self._named: list[tuple[str, Any]] = list(module.named_parameters())
-        halves, fulls = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
-        pairs = [pair for half, full in zip(halves, fulls, strict=False) for pair in zip(half, full, strict=True)]
-        self._copies = dict(pairs) if stage == 0 else {}
+    def __init__(
+        self, module: nn.Module, adam: torch.optim.AdamW, rank: int = 0, world_size: int = 1, optimizer: Any = None
+    ):
+        self.module, self.adam, self.rank, self.world_size = module, adam, rank, world_size
+        self._scalers = _loss_scalers(optimizer)
 
-    def master(self, parameter: Any) -> torch.Tensor:
-        """Stage 0: a parameter's float32 master weight."""
-        return self._copies.get(parameter, parameter)
+    # what a stage defines
 
-    def _part(self, parameter: Any) -> _Part | None:
-        """What of a trained parameter lies on this rank; None where nothing does."""
-        if self._stage == 0:
-            return _Part(0, parameter.numel(), self.master(parameter), 0)
-        if self._stage == 3:
-            start, count = self._share(parameter)
-            group, at, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            return _Part(start, count, self._optimizer.fp32_partitioned_groups_flat[group], at)
-        here = parameter._hp_mapping
-        if here is None:
-            return None
-        flat = self._adam.param_groups[here.param_group_index]["params"][0]
-        return _Part(
-            here.lp_fragment_address.start, here.lp_fragment_address.numel, flat, here.hp_fragment_address.start
-        )
+    @abstractmethod
+    def _owned(self, parameter: Any) -> _Owned | None:
+        """Return this rank's part of a trained parameter, or None."""
 
-    def _share(self, parameter: Any) -> tuple[int, int]:
-        """Stage 3: first element and number of elements of this rank's share, padding left out."""
-        share = parameter.ds_tensor.ds_numel
-        return self._rank * share, max(0, min(share, parameter.ds_numel - self._rank * share))
+    def _writes(self, index: int) -> bool:
+        """Return whether this rank writes what it owns of the parameter with this index."""
+        return True
 
-    def _view(self, part: _Part, kind: str) -> torch.Tensor:
-        flat = part.flat.detach() if kind == WEIGHT else self._adam.state[part.flat][kind]
-        return flat.view(-1).narrow(0, part.at, part.count)
+    def _shape(self, parameter: Any) -> tuple[int, ...]:
+        """Return a parameter's unsharded shape."""
+        return tuple(parameter.shape)
+
+    def _frozen(self, name: str, parameter: Any) -> list[Slice]:
+        """Return this rank's slices of a parameter that is not trained."""
+        return [_complete(name, parameter)] if self.rank == 0 else []
+
+    def _fill(self, name: str, parameter: Any, shards: Shards) -> None:
+        """Set what the forward pass reads of a parameter, in its own precision."""
+        parameter.copy_(shards.tensor(WEIGHT, name))
+
+    # the same at every stage
 
     def slices(self) -> list[Slice]:
-        """What this rank writes into a checkpoint: over all ranks every value once. Parameters that are not trained and
-        buffers are among them."""
+        """Return what this rank writes into a checkpoint: over all ranks every value exactly once.
+
+        Includes buffers and parameters that are not trained.
+        """
         out: list[Slice] = []
-        for turn, (name, parameter) in enumerate(self._named):
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            mine = self._stage > 0 or turn % self._size == self._rank
-            part = self._part(parameter) if parameter.requires_grad and mine else None
-            if part and part.count:
-                kinds = (WEIGHT, *MOMENTS) if MOMENTS[0] in self._adam.state[part.flat] else (WEIGHT,)
-                out += [Slice(kind, name, part.start, self._view(part, kind), shape) for kind in kinds]
-            elif not parameter.requires_grad and hasattr(parameter, "ds_id"):
-                start, count = self._share(parameter)
-                out += [Slice(WEIGHT, name, start, parameter.ds_tensor.detach()[:count], shape)] if count else []
-            elif not parameter.requires_grad and self._rank == 0:
-                out.append(Slice(WEIGHT, name, 0, parameter.detach().reshape(-1), shape))
-        if self._rank == 0:
-            buffers = persistent_buffers(self._module)
-            out += [Slice(WEIGHT, name, 0, b.detach().reshape(-1), tuple(b.shape)) for name, b in buffers]
+        for index, (name, parameter) in enumerate(self.module.named_parameters()):
+            if not parameter.requires_grad:
+                out += self._frozen(name, parameter)
+            elif self._writes(index):
+                out += self._trained(name, parameter)
+        if self.rank == 0:
+            out += [_complete(name, buffer) for name, buffer in persistent_buffers(self.module)]
         return out
 
-    def counters(self) -> dict[str, Any]:
-        """What the optimizer counts, the same on all ranks: updates applied, and fp16's loss scale."""
-        updates = [int(state["step"]) for state in self._adam.state.values() if "step" in state]
-        scale = {key: getattr(scaler, key) for scaler in self._scalers() for key in _SCALER if hasattr(scaler, key)}
+    def _trained(self, name: str, parameter: nn.Parameter) -> list[Slice]:
+        owned, shape = self._owned(parameter), self._shape(parameter)
+        if owned is None or not owned.count:
+            return []
+        kinds = (WEIGHT, *MOMENTS) if MOMENTS[0] in self.adam.state[owned.flat] else (WEIGHT,)
+        return [Slice(kind, name, owned.start, self._view(owned, kind), shape) for kind in kinds]
+
+    def _view(self, owned: _Owned, kind: str) -> torch.Tensor:
+        flat = owned.flat.detach() if kind == WEIGHT else self.adam.state[owned.flat][kind]
+        return flat.view(-1).narrow(0, owned.offset, owned.count)
+
+    def counters(self) -> Counters:
+        """Return the number of updates applied and fp16's loss scale: the same on all ranks."""
+        updates = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
+        scale = {key: getattr(scaler, key) for scaler in self._scalers for key in _SCALER if hasattr(scaler, key)}
         return {"updates": max(updates, default=0), "loss_scale": scale}
 
     @torch.no_grad()
-    def restore(self, shards: Shards, counters: dict[str, Any]) -> None:
-        """Takes weights and optimizer state from a checkpoint of any world size and stage. Not collective."""
-        for name, parameter in self._named:
-            part = self._part(parameter) if parameter.requires_grad else None
-            if part:
-                self._allocate(part.flat, counters["updates"])
+    def restore(self, shards: Shards, counters: Counters) -> None:
+        """Load weights and optimizer state from a checkpoint of any world size and stage. Not collective."""
+        for name, parameter in self.module.named_parameters():
+            owned = self._owned(parameter) if parameter.requires_grad else None
+            if owned:
+                self._allocate(owned.flat, counters["updates"])
                 for kind in (WEIGHT, *MOMENTS):
-                    if part.count and f"{kind}/{name}" in shards:
-                        self._view(part, kind).copy_(shards.read(kind, name, part.start, part.count))
-        for name, tensor in (*self._named, *persistent_buffers(self._module)):
-            self._fill(tensor, shards, name)
-        for scaler in self._scalers():
+                    if owned.count and f"{kind}/{name}" in shards:
+                        self._view(owned, kind).copy_(shards.read(kind, name, owned.start, owned.count))
+        for name, parameter in self.module.named_parameters():
+            self._fill(name, parameter, shards)
+        for name, buffer in persistent_buffers(self.module):
+            buffer.copy_(shards.tensor(WEIGHT, name))
+        for scaler in self._scalers:
             for key, value in counters["loss_scale"].items():
                 setattr(scaler, key, value)
 
     def allocate(self) -> None:
-        """Makes what Adam's first step would make, where it is not there yet."""
-        for _, parameter in self._named:
-            part = self._part(parameter) if parameter.requires_grad else None
-            if part and MOMENTS[0] not in self._adam.state[part.flat]:
-                self._allocate(part.flat, 0)
+        """Allocate the moments that Adam's first step would allocate."""
+        for parameter in self.module.parameters():
+            owned = self._owned(parameter) if parameter.requires_grad else None
+            if owned and MOMENTS[0] not in self.adam.state[owned.flat]:
+                self._allocate(owned.flat, 0)
 
     def _allocate(self, flat: torch.Tensor, updates: int) -> None:
-        """Adam's state as its first step would make it."""
-        state = self._adam.state[flat]
+        state = self.adam.state[flat]
         for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
-        # torch keeps the count where its kernel wants it: beside the values when fused, else on the CPU
-        state["step"] = torch.tensor(float(updates), device=flat.device if self._adam.defaults["fused"] else "cpu")
-
-    def _fill(self, tensor: Any, shards: Shards, name: str) -> None:
-        """Sets what the forward pass reads, in its own precision."""
-        if not hasattr(tensor, "ds_id"):
-            tensor.copy_(shards.whole(WEIGHT, name))
-            return
-        start, count = self._share(tensor)
-        if count:
-            tensor.ds_tensor[:count].copy_(shards.read(WEIGHT, name, start, count))
-        if tensor.numel() == tensor.ds_numel:  # small ones are kept whole beside their shares
-            tensor.copy_(shards.whole(WEIGHT, name))
+        # torch keeps the step count beside the values if AdamW is fused, else on the CPU
+        state["step"] = torch.tensor(float(updates), device=flat.device if self.adam.defaults["fused"] else "cpu")
 
     @property
     def loss_scale_can_fall(self) -> bool:
-        """fp16: whether a step that overflowed may do better at the next lower loss scale."""
+        """Whether a step that overflowed in fp16 may succeed at a lower loss scale."""
         return any(
             scaler.cur_scale > max(1.0, getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None)) or 1.0)
-            for scaler in self._scalers()
+            for scaler in self._scalers
         )
 
-    def _scalers(self) -> list[Any]:
-        """fp16's loss scaler, where there is one; it goes by two names."""
-        found = (getattr(self._optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
-        return [scaler for scaler in found if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))]
+
+class ReplicatedState(OptimizerState):
+    """The plain engine and ZeRO 0. In half precision the float32 masters are copies, else the parameters themselves."""
+
+    def __init__(
+        self, module: nn.Module, adam: torch.optim.AdamW, rank: int = 0, world_size: int = 1, optimizer: Any = None
+    ):
+        super().__init__(module, adam, rank, world_size, optimizer)
+        halves, fulls = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
+        pairs = [pair for half, full in zip(halves, fulls, strict=False) for pair in zip(half, full, strict=True)]
+        self._masters: Mapping[nn.Parameter, torch.Tensor] = dict(pairs)
+
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter's float32 master weight."""
+        return self._masters.get(parameter, parameter)
+
+    def _owned(self, parameter: nn.Parameter) -> _Owned:
+        return _Owned(0, parameter.numel(), self.master(parameter), 0)
+
+    def _writes(self, index: int) -> bool:
+        return index % self.world_size == self.rank
+
+
+class FlatState(OptimizerState):
+    """ZeRO 1 and 2. DeepSpeed notes on each parameter where its fragment is (`_hp_mapping`)."""
+
+    def _owned(self, parameter: Any) -> _Owned | None:
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return None
+        flat = self.adam.param_groups[fragment.param_group_index]["params"][0]
+        return _Owned(
+            fragment.lp_fragment_address.start,
+            fragment.lp_fragment_address.numel,
+            flat,
+            fragment.hp_fragment_address.start,
+        )
+
+
+class ShardedState(OptimizerState):
+    """ZeRO 3. DeepSpeed gives each parameter its shard (`ds_tensor`), its numel and its shape."""
+
+    def __init__(self, module: nn.Module, adam: torch.optim.AdamW, rank: int, world_size: int, optimizer: Any):
+        super().__init__(module, adam, rank, world_size, optimizer)
+        self._optimizer = optimizer
+
+    def _shard(self, parameter: Any) -> tuple[int, int]:
+        """Return the first element and the number of elements of this rank's shard, without padding."""
+        size = parameter.ds_tensor.ds_numel
+        return self.rank * size, max(0, min(size, parameter.ds_numel - self.rank * size))
+
+    def _owned(self, parameter: Any) -> _Owned:
+        start, count = self._shard(parameter)
+        group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        return _Owned(start, count, self._optimizer.fp32_partitioned_groups_flat[group], offset)
+
+    def _shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def _frozen(self, name: str, parameter: Any) -> list[Slice]:
+        start, count = self._shard(parameter)
+        values = parameter.ds_tensor.detach()[:count]
+        return [Slice(WEIGHT, name, start, values, self._shape(parameter))] if count else []
+
+    def _fill(self, name: str, parameter: Any, shards: Shards) -> None:
+        start, count = self._shard(parameter)
+        if count:
+            parameter.ds_tensor[:count].copy_(shards.read(WEIGHT, name, start, count))
+        if parameter.numel() == parameter.ds_numel:  # DeepSpeed keeps small parameters complete beside their shards
+            parameter.copy_(shards.tensor(WEIGHT, name))
+
+
+def _complete(name: str, tensor: torch.Tensor) -> Slice:
+    return Slice(WEIGHT, name, 0, tensor.detach().reshape(-1), tuple(tensor.shape))
+
+
+def _loss_scalers(optimizer: Any) -> list[Any]:
+    """Return the dynamic fp16 loss scalers of a DeepSpeed optimizer, which has them under two names."""
+    found = (getattr(optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
+    return [scaler for scaler in found if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))]
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to a module's state, by name."""
-    kept = {name for name, _ in module.named_buffers()} & module.state_dict(keep_vars=True).keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+    """Yield the names and values of the buffers in a module's state dict."""
+    saved = {name for name, _ in module.named_buffers()} & module.state_dict(keep_vars=True).keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def full_weights(module: nn.Module, full: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of a module's parameters in float32 and its persistent buffers, on the CPU.
+
+    Args:
+        full: parameter -> its unsharded value.
+    """
+    weights = {name: _copy(full(parameter).detach().float()) for name, parameter in module.named_parameters()}
+    return weights | {name: _copy(buffer.detach()) for name, buffer in persistent_buffers(module)}
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().clone()

@@ -1,27 +1,28 @@
-"""Training whose gradient, not its loss, is not finite on one rank at one step; run by test_nonfinite.py on two ranks, by
-test_whole.py on one, with the step that a GPU does whole."""
+"""A training whose gradient, but not its loss, is not finite on one rank at one step.
+
+test_nonfinite.py runs it on two ranks, test_graph_step.py on one, with the step that a GPU does in one launch."""
 
 import signal
 import sys
 from pathlib import Path
 
 import torch
-from plain import BATCH, PLAN, make_model, make_tokens
+from plain import SETTINGS, make_model, make_tokens
 
 from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import Checkpoint, Task
+from pkd_dist.config.schema import Checkpoint, Evaluate, Task, Train
 from pkd_dist.data import tasks
+from pkd_dist.distillation.losses import hard_loss
+from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
 from pkd_dist.model.encoder import Encoder
-from pkd_dist.distributed.ranks import discover
-from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.training.engine import Engine
-from pkd_dist.training.trainer import Job, Trainer
-from pkd_dist.training.graph_step import GraphStep
+from pkd_dist.training import trainer as training
+from pkd_dist.training.graph_step import open_graph_step
+from pkd_dist.training.job import Job
 
 
 class NoGradient(torch.autograd.Function):
@@ -34,13 +35,6 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * float("nan")
-
-
-def made_whole(engine, losses, terms):
-    """As on a GPU, but without its graphs."""
-    engine.state.allocate()
-    limit = engine._plan.max_grad_norm
-    return GraphStep(engine.module, engine._adam, losses, terms, limit, engine._device, engine._low, capture=False)
 
 
 def main(deepspeed, output, micro, bad_rank, bad_step, *more):
@@ -60,15 +54,15 @@ def main(deepspeed, output, micro, bad_rank, bad_step, *more):
     tokens = make_tokens()
     job = Job(
         name="distill", module=Encoder(make_model()), losses=losses, train=tokens, dev=tokens, task=tasks.resolve(Task()),
-        pad_id=0, seed=7, epochs=2, batch_size=BATCH, micro_batch_size=int(micro), eval_batch_size=64, eval_every_epochs=1,
-        log_every_steps=1, checkpoint=Checkpoint(every_steps=3 if more else 1, min_seconds=1000 if "seldom" in more else 0), folder=folder / "checkpoints", fingerprint="",
-        deepspeed=load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), records=folder / "metrics.jsonl",
-        **{key: value for key, value in PLAN.items() if key != "total_steps"},
+        pad_id=0, seed=7, settings=Train(**SETTINGS, epochs=2, micro_batch_size=int(micro)), evaluate=Evaluate(),
+        checkpoint=Checkpoint(every_steps=3 if more else 1, min_seconds=1000 if "seldom" in more else 0),
+        deepspeed=load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])),
+        folder=folder / "checkpoints", records=folder / "metrics.jsonl", fingerprint="",
     )  # fmt: skip
-    if "whole" in more:
-        Engine.graph_step = made_whole
+    if "graph" in more:  # as on a GPU, but without its graphs
+        training.open_step = lambda inputs: open_graph_step(inputs, inputs.engine, capture=False)
         torch.cuda.mem_get_info = lambda device: (1 << 30, 1 << 30)
-    trainer = Trainer(job, world, Telemetry(RunMetrics(), False))
+    trainer = training.open_trainer(job, world, Telemetry(RunMetrics(), False))
     leave(guarded(trainer.run, world.agree_on_end))
 
 

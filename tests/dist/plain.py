@@ -1,4 +1,4 @@
-"""What the engine is held against: one process, torch's own AdamW, written without any of the package's training code."""
+"""The reference for the engines: one process and torch's AdamW, without any of the package's training code."""
 
 import math
 
@@ -10,9 +10,9 @@ from pkd_dist.data.batches import epoch_order
 from pkd_dist.data.tokens import TokenSet
 
 BATCH, STEPS, EXAMPLES = 12, 20, 101
-PLAN = {
-    "learning_rate": 5e-3, "weight_decay": 0.1, "warmup_ratio": 0.25, "max_grad_norm": 0.5, "adam_epsilon": 1e-6,
-    "total_steps": STEPS,
+SETTINGS = {
+    "batch_size": BATCH, "learning_rate": 5e-3, "weight_decay": 0.1, "warmup_ratio": 0.25, "max_grad_norm": 0.5,
+    "adam_epsilon": 1e-6,
 }  # fmt: skip
 
 
@@ -35,17 +35,17 @@ def make_tokens() -> TokenSet:
 
 
 def train(total: int = STEPS) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms before clipping, and final weights of the plain loop of so many steps."""
+    """Return the losses, gradient norms before clipping, and final weights of a plain loop of `total` steps."""
     model, tokens = make_model().train(), make_tokens()
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for n, p in named if p.ndim >= 2], "weight_decay": PLAN["weight_decay"]},
+            {"params": [p for n, p in named if p.ndim >= 2], "weight_decay": SETTINGS["weight_decay"]},
             {"params": [p for n, p in named if p.ndim < 2], "weight_decay": 0.0},
         ],
-        eps=PLAN["adam_epsilon"],
+        eps=SETTINGS["adam_epsilon"],
     )
-    warmup = int(total * PLAN["warmup_ratio"])
+    warmup = int(total * SETTINGS["warmup_ratio"])
     losses, norms = [], []
     steps = math.ceil(EXAMPLES / BATCH)
     for step in range(total):
@@ -53,15 +53,17 @@ def train(total: int = STEPS) -> tuple[list[float], list[float], dict[str, torch
         rows = epoch_order(tokens.lengths_N, BATCH, 7, epoch)[within * BATCH : (within + 1) * BATCH]
         loss = 0
         for row in rows:  # one example at a time: no padding, no collation
-            ids = torch.from_numpy(tokens.input_ids_T[tokens.offsets_N1[row] : tokens.offsets_N1[row + 1]].astype(np.int64))
+            ids = torch.from_numpy(
+                tokens.input_ids_T[tokens.offsets_N1[row] : tokens.offsets_N1[row + 1]].astype(np.int64)
+            )
             logits = model(input_ids=ids[None]).logits
             loss = loss - torch.log_softmax(logits, -1)[0, int(tokens.labels_N[row])] / len(rows)
         rate = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = PLAN["learning_rate"] * rate
+            group["lr"] = SETTINGS["learning_rate"] * rate
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), PLAN["max_grad_norm"])))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["max_grad_norm"])))
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, {f"model.{n}": p.detach() for n, p in named}

@@ -37,7 +37,7 @@ def assert_checkpoint_is_live(output, path):
     live, shards = load_file(output / "live.safetensors"), Shards(path)
     assert sorted(shards.names()) == sorted(live)
     for name, value in live.items():
-        whole = shards.whole(WEIGHT, name)
+        whole = shards.tensor(WEIGHT, name)
         assert whole.dtype == torch.float32 and torch.equal(whole.to(value.dtype), value), name
 
 

@@ -1,7 +1,7 @@
-"""Run on some ranks by test_zero.py: trains a tiny encoder through the engine and writes what came of it.
+"""One rank of test_zero.py: trains a tiny encoder through an engine and writes the outcome.
 
-At step HALF it saves a checkpoint, and after the end it goes on from there once more with a fresh engine: the second end must
-be the first, bit for bit. Or it goes on from a checkpoint that is given, which may be of other ranks and another stage.
+It saves a checkpoint at step HALF. After the last step it resumes from there with a new engine: both ends must be equal bit
+for bit. Or it resumes from a given checkpoint, possibly of another number of ranks and another ZeRO stage.
 """
 
 import json
@@ -11,22 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain import BATCH, PLAN, STEPS, make_model, make_tokens
+from plain import SETTINGS, STEPS, make_model, make_tokens
 from safetensors.torch import save_file
 
-from pkd_dist.training import checkpoint
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
+from pkd_dist.config.schema import Train
 from pkd_dist.data.batches import TrainingBatches, micro_batches
-from pkd_dist.distributed.world import World
-from pkd_dist.model.encoder import Encoder
-from pkd_dist.distributed.ranks import discover
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed import shared_memory as shared
-from pkd_dist.training.engine import Engine, Optimization, resolve_precision
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distributed.world import World
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.training import checkpoint
+from pkd_dist.training.engine import open_engine
+from pkd_dist.training.optimization import Schedule
 
 HALF = 10
-shared.LEAST, shared.CHUNK = 1, 777  # as if the tensors were large
+shared.MIN_NUMEL, shared.CHUNK_NUMEL = 1, 777  # as if the tensors were large
 exchanges = Counter()
 
 
@@ -35,22 +37,22 @@ class Counted(shared.SharedMemory):
         exchanges["sums"] += 1
         super().sum(tensor)
 
-    def gather(self, output, mine):
+    def gather(self, output, own):
         exchanges["gathers"] += 1
-        super().gather(output, mine)
+        super().gather(output, own)
 
 
 class Run:
-    """One engine on the plain loop's model and data."""
+    """One engine with the plain loop's model and data."""
 
     def __init__(self, world, deepspeed, micro):
         self.world, self.losses, self.norms = world, [], []
         tokens = make_tokens()
-        config, _ = resolve_precision(load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), world.device)
-        size, count = micro_batches(BATCH, world.size, micro)
-        plan = Optimization(**PLAN, batch_size=BATCH, micro_batch_size=size, accumulation=count)
-        self.engine = Engine(Encoder(make_model()), config, plan, world)
-        self.batches = TrainingBatches(tokens, BATCH, micro, 7, world.rank, world.size, 0)
+        config = load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"]))
+        settings = Train(**SETTINGS, micro_batch_size=micro)
+        schedule = Schedule(settings, STEPS, *micro_batches(settings.batch_size, world.size, micro))
+        self.engine = open_engine(Encoder(make_model()), config, schedule, world)
+        self.batches = TrainingBatches(tokens, settings.batch_size, micro, 7, world.rank, world.size, 0)
         self.engine.train()
 
     def train(self, start, stop):
@@ -63,9 +65,9 @@ class Run:
                 self.engine.backward(loss)
                 total += float(loss)
                 if i + 1 < len(parts):
-                    self.engine.micro_step()
+                    self.engine.end_micro_batch()
             self.losses.append(float(self.world.sum(np.array([total]))[0]))
-            self.norms.append(self.engine.step(step)[0])
+            self.norms.append(self.engine.step(step))
 
     def save(self, folder, step):
         state = {"fingerprint": "", "best_file": None, "best_sha256": None, "counters": self.engine.state.counters()}
@@ -75,11 +77,13 @@ class Run:
         self.engine.state.restore(checkpoint.Shards(path), checkpoint.read_state(path)["counters"])
 
     def live(self):
-        """What the forward pass reads, whole, in its own precision."""
-        import deepspeed
-
+        """The unsharded weights that the forward pass reads, in its own precision."""
         named = dict(self.engine.module.named_parameters())
-        with deepspeed.zero.GatheredParameters(list(named.values()), enabled=self.engine.stage == 3):
+        if getattr(self.engine, "stage", 0) < 3:
+            return {name: p.detach().clone() for name, p in named.items()}
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(named.values())):
             return {name: p.detach().clone() for name, p in named.items()}
 
 
@@ -108,7 +112,17 @@ def main(deepspeed, micro, output, start, stop):
             same = again.losses == run.losses[HALF:] and all(torch.equal(first[n], second[n]) for n in first)
     weights = run.engine.full_weights()
     if world.main:
-        (output / "out.json").write_text(json.dumps({"losses": run.losses, "norms": run.norms, "same": same, **exchanges}))
+        (output / "out.json").write_text(
+            json.dumps(
+                {
+                    "losses": run.losses,
+                    "norms": run.norms,
+                    "same": same,
+                    "deepspeed": "deepspeed" in sys.modules,
+                    **exchanges,
+                }
+            )
+        )
         save_file(weights, output / "weights.safetensors")
     world.barrier()
     world.close()

@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(settings, tmp_path):
     assert kill_at(run, "metrics.jsonl:60", "--config", config, *TO_DISTILL, ranks=2)
     assert kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL, ranks=0)
     end = launch("--config", config, "train.deepspeed=ds_configs/zero3_fp32.json", *TO_DISTILL, bare=4)
-    assert end.returncode == 0 and "distill: going on from step" in end.stdout, end.stdout + end.stderr
+    assert end.returncode == 0 and "distill: resuming from step" in end.stdout, end.stdout + end.stderr
     assert losses(run) == pytest.approx(losses(tmp_path / "calm"), rel=1e-3)
 
 

@@ -118,8 +118,8 @@ def test_a_stop_signal_commits_a_checkpoint(settings, tmp_path):
     job.send_signal(signal.SIGUSR1)
     _, error = job.communicate(timeout=120)
     assert job.returncode == 75, error
-    assert "stopped by SIGUSR1; a checkpoint of step" in error and "the same command goes on" in error
+    assert "stopped by SIGUSR1; a checkpoint of step" in error and "rerun the same command to resume" in error
     step = len(losses(run))
     assert (run / f"checkpoints/step-{step:08d}/commit.json").exists()
     again = launch("--config", config, "train.epochs=50", "--stages", "distill")
-    assert f"going on from step {step} of 650" in again.stdout, again.stdout + again.stderr
+    assert f"resuming from step {step} of 650" in again.stdout, again.stdout + again.stderr

@@ -170,7 +170,7 @@ def test_prometheus_finds_a_run_while_it_lives(run, prometheus):
 def test_what_is_served_is_clean(run):
     checked = subprocess.run(["promtool", "check", "metrics"], input=run[3], capture_output=True, text=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
-    assert all(f"# TYPE {metric.name} " in run[3] for metric in RunMetrics().described)
+    assert all(f"# TYPE {metric.name} " in run[3] for metric in RunMetrics().documented)
 
 
 def test_what_prometheus_knows_is_what_the_run_wrote(run, prometheus):
@@ -273,7 +273,7 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     times = prometheus.samples(f"pkd_checkpoint_last_success_timestamp_seconds{{{live}}}")
     known = [time for time in times.values() if time]
     assert known and all(b > a - 1 for a, b in itertools.pairwise(known)), "of the checkpoint that it goes on from"
-    assert out.count("nothing could be pushed to http://127.0.0.1:1 (") == 1 and "going on" in out
+    assert out.count("metrics: cannot push to http://127.0.0.1:1 (") == 1 and "the run continues" in out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_fires_the_alert(prometheus, gateway, body, data, tmp_path):

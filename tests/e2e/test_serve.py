@@ -1,4 +1,4 @@
-"""`pkd serve` as it is used: a real server, good and bad requests, many clients, a signal."""
+"""`pkd serve` end to end: a real server, valid and invalid requests, many clients, a signal."""
 
 import asyncio
 import signal
@@ -34,7 +34,7 @@ def port(folder):
 
 @pytest.fixture(scope="module")
 def check(folder):
-    """Compares an answer with plain transformers'."""
+    """Compare an answer with that of plain transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     given = AutoTokenizer.from_pretrained(folder)(
         TEXTS, truncation=True, max_length=32, padding=True, return_tensors="pt"
@@ -65,7 +65,7 @@ def test_one_text_and_several(port, check):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_refused(name, port):
+def test_invalid_requests_are_rejected(name, port):
     content, kind, status = BAD[name]
     found, body = once(port, content, kind)
     assert found == status and isinstance(body["error"], str), body
@@ -89,7 +89,7 @@ def test_64_clients_at_once(port, check):
     assert status == 200
 
 
-def test_more_than_it_takes_is_refused_until_there_is_room(folder):
+def test_requests_over_a_limit_are_rejected_until_there_is_room(folder):
     options = ("--max-queue", "8", "--max-delay-ms", "1000", "--max-concurrency", "6")
     with server(folder, *options) as (_, port):
 
@@ -102,7 +102,7 @@ def test_more_than_it_takes_is_refused_until_there_is_room(folder):
         assert once(port, {"text": "a good film"})[0] == 200
 
 
-def test_a_signal_lets_what_is_in_the_works_end(folder):
+def test_requests_in_progress_are_answered_after_a_signal(folder):
     with server(folder, "--max-delay-ms", "1000") as (process, port):
 
         async def ask():
@@ -120,33 +120,33 @@ def test_a_signal_lets_what_is_in_the_works_end(folder):
         assert process.wait(30) == 0
 
 
-def test_a_port_that_is_taken(folder, port):
+def test_a_port_in_use(folder, port):
     argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(folder), "--port", str(port)]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"--port: 127.0.0.1:{port} cannot be listened on (Address already in use)" in done.stderr
+    assert f"--port: cannot listen on 127.0.0.1:{port} (Address already in use)" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [("", "--host: is empty; give 127.0.0.1"), ("nowhere.invalid", "--host: nowhere.invalid is not known")],
+    [("", "--host: is empty; give 127.0.0.1"), ("nowhere.invalid", "--host: nowhere.invalid cannot be resolved")],
 )
-def test_a_host_that_is_none(host, message):
+def test_an_invalid_host(host, message):
     with pytest.raises(UserError, match=message):
         bound(host, 0)
 
 
 def test_without_the_extra(folder):
-    code = "import sys; sys.modules['uvicorn'] = None; from pkd_dist.cli import main; main()"
+    code = "import sys; sys.modules['uvicorn'] = None; from pkd_dist.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "serve", str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "pkd: pkd serve needs uvicorn: pip install -e '.[serve]'\n"
+    assert done.stderr == "pkd: the Python package uvicorn is not installed: pip install 'pkd_dist[serve]'\n"
 
 
 def test_an_export_without_onnx(tmp_path):
     export(subject(tmp_path), tmp_path / "export")
     argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(tmp_path / "export")]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "holds no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "has no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1

@@ -70,7 +70,7 @@ def test_a_run_that_was_killed_and_went_on(settings, tmp_path):
     assert kill_at(run, "metrics.jsonl:18", "--config", config, *stages, ranks=0)
     done = launch("--config", config, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"tensorboard --logdir {run}" in done.stdout and "goes on without" not in done.stdout
+    assert f"tensorboard --logdir {run}" in done.stdout and "is disabled for the rest of the run" not in done.stdout
     for prefix, steps in (("", 26), ("teacher_", 26)):
         wanted = expected(run / f"{prefix}metrics.jsonl")
         assert ("train/loss", steps) in wanted and ("dev/accuracy", steps) in wanted

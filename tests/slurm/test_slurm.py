@@ -87,7 +87,7 @@ def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, 
     assert cluster.job(job)["JobState"] == "COMPLETED", log.read_text()
     assert log.read_text().endswith("pkd: done\n")
     ranks = [(folder / f"logs/{job}-rank{rank}.log").read_text() for rank in range(2)]
-    assert ranks[0].count("2 rank(s) started by srun") == 2 and "going on from step" in ranks[0]
+    assert ranks[0].count("2 rank(s) started by srun") == 2 and "resuming from step" in ranks[0]
     assert "Traceback" not in "".join(ranks)
     calm = on_two_nodes(cluster, config, undisturbed)
     assert losses(run) == losses(calm), "without gaps or doubles"
@@ -140,5 +140,5 @@ def test_what_is_asked_for_reaches_slurm(cluster, config, tmp_path):
 def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(cluster, config, tmp_path):
     argv = [ROOT / "slurm/pkd-submit", "--config", config, "--partition=nowhere"]
     line = cluster(*argv, cwd=tmp_path, check=False)
-    assert re.fullmatch(r"pkd-submit: sbatch refused the job: .*invalid partition.*\n", line)
+    assert re.fullmatch(r"pkd-submit: sbatch rejected the job: .*invalid partition.*\n", line)
     assert not list((tmp_path / "run/slurm").iterdir())

@@ -1,4 +1,4 @@
-"""`slurm/pkd-submit` without SLURM: what it refuses, and `--dry-run`."""
+"""`pkd-submit` without SLURM: invalid input and `--dry-run`."""
 
 import re
 import shlex
@@ -32,23 +32,23 @@ REFUSED = {
     "no JSON": (["train.deepspeed=no.json"], r"run\.yaml: train\.deepspeed: no such file: no\.json"),
     "no data": (["task.data=nowhere"], r"task\.data: no such folder: nowhere"),
     "unknown option": (["--node=2"], r"unrecognized arguments: --node=2"),
-    "nodes": (["--nodes=two"], r"argument --nodes: 'two' is refused; allowed: N, or MIN-MAX"),
-    "no nodes": (["--nodes=0"], r"argument --nodes: '0' is refused"),
-    "nodes reversed": (["--nodes=4-2"], r"argument --nodes: '4-2' is refused"),
-    "gpus": (["--gpus-per-node=a100"], r"argument --gpus-per-node: 'a100' is refused; allowed: .* or TYPE:N"),
-    "no gpus": (["--gpus-per-node=a100:0"], r"argument --gpus-per-node: 'a100:0' is refused"),
-    "tasks": (["--tasks-per-node=0"], r"argument --tasks-per-node: '0' is refused; allowed: an integer of at least 1"),
+    "nodes": (["--nodes=two"], r"argument --nodes: 'two' is invalid; allowed: N, or MIN-MAX"),
+    "no nodes": (["--nodes=0"], r"argument --nodes: '0' is invalid"),
+    "nodes reversed": (["--nodes=4-2"], r"argument --nodes: '4-2' is invalid"),
+    "gpus": (["--gpus-per-node=a100"], r"argument --gpus-per-node: 'a100' is invalid; allowed: .* or TYPE:N"),
+    "no gpus": (["--gpus-per-node=a100:0"], r"argument --gpus-per-node: 'a100:0' is invalid"),
+    "tasks": (["--tasks-per-node=0"], r"argument --tasks-per-node: '0' is invalid; allowed: an integer of at least 1"),
     "both": (["--gpus-per-node=2", "--tasks-per-node=2"], r"--tasks-per-node is for nodes without GPUs"),
-    "time": (["--time=soon"], r"argument --time: 'soon' is refused; allowed: minutes, minutes:seconds"),
-    "no time": (["--time=0"], r"argument --time: '0' is refused"),
+    "time": (["--time=soon"], r"argument --time: 'soon' is invalid; allowed: minutes, minutes:seconds"),
+    "no time": (["--time=0"], r"argument --time: '0' is invalid"),
     "signal": (
         ["--signal-seconds=70000"],
-        r"--signal-seconds: '70000' is refused; allowed: an integer from 1 to 65535",
+        r"--signal-seconds: '70000' is invalid; allowed: an integer from 1 to 65535",
     ),
     "signal at once": (["--time=1:30"], r"--signal-seconds 120 is not less than --time 1:30 \(90 s\)"),
-    "restarts": (["--max-restarts=-1"], r"argument --max-restarts: '-1' is refused; .*at least 0"),
-    "quotes": (["--sbatch=--comment='a"], r"--sbatch: \"--comment='a\" cannot be read: No closing quotation"),
-    "per cent": (["run.dir=100%"], r"run\.dir: 100%: SLURM reads % in the path of a log"),
+    "restarts": (["--max-restarts=-1"], r"argument --max-restarts: '-1' is invalid; .*at least 0"),
+    "quotes": (["--sbatch=--comment='a"], r"--sbatch: \"--comment='a\" cannot be parsed: No closing quotation"),
+    "per cent": (["run.dir=100%"], r"run\.dir: 100%: SLURM expands % in the path of a log"),
 }
 
 

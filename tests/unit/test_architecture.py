@@ -1,22 +1,22 @@
-"""The house: imports point one way, and heavy or special packages have one user."""
+"""Imports point one way, stages know only earlier stages, and heavy or special packages have one user."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
+from pkd_dist.stages.base import NAMES
+
 PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
-    "errors", "files", "network", "config", "telemetry", "kernels", "lock", "distributed", "data", "model", "evaluation", "distillation",
-    "training", "export", "report", "stages", "pipeline", "serve", "comparison", "cli",
+    "errors", "files", "network", "metric_names", "config", "telemetry", "kernels", "lock", "distributed", "data", "model",
+    "evaluation", "distillation", "training", "export", "report", "stages", "pipeline", "serve", "comparison", "cli", "train",
 ]  # fmt: skip
-"""Each imports only what stands before it (or in its own folder)."""
+"""Modules and folders of the package; each imports only from those before it, and from its own folder."""
 
-ONLY_USER = {
-    "deepspeed": {"training.engine"},
-    "mpi4py": {"distributed.ranks"},
-    "torch.distributed": {"distributed.world"},
-}
+ONLY_USER = {"deepspeed": {"training"}, "mpi4py": {"distributed"}, "torch.distributed": {"distributed"}}
+"""Package -> the folders that may import it."""
+SHARED_BY_STAGES = {"base", "context", "run_folder", "progress", "translation"}
 
 
 def modules():
@@ -35,28 +35,71 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def place(module):
-    return next((i for i, room in enumerate(ORDER) if module == room or module.startswith(room + ".")), None)
+def own(tree):
+    """The modules of this package that a module imports, without the package's name."""
+    return {target.removeprefix("pkd_dist.") for target in imported(tree) if target.startswith("pkd_dist.")}
 
 
-@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
-def test_imports_point_upwards(name, tree):
-    assert place(name) is not None, f"{name} has no place in the house; give it one here and in docs/architecture.md"
-    for target in imported(tree):
-        if target.startswith("pkd_dist."):
-            where = place(target.removeprefix("pkd_dist."))
-            if where is not None:
-                assert where <= place(name), f"{name} imports {target}, which stands below it"
+def folder(module):
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
-def test_special_packages_have_one_user(name, tree):
+MODULES = dict(modules())
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+@every_module
+def test_imports_point_one_way(name):
+    assert folder(name) in ORDER, f"{name} has no place in ORDER; add it here and in docs/architecture.md"
+    for target in own(MODULES[name]):
+        if folder(target) in ORDER:
+            assert ORDER.index(folder(target)) <= ORDER.index(folder(name)), f"{name} imports {target}, which comes later"
+
+
+def later_stages(name, tree):
+    """The stages that a stage imports although they run after it."""
+    reached = NAMES[: NAMES.index(name) + 1]
+    stages = {target.split(".")[1] for target in own(tree) if target.startswith("stages.")}
+    return stages & set(NAMES) - set(reached)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_imports_only_earlier_stages(name):
+    assert not later_stages(name, MODULES[f"stages.{name}"])
+
+
+def test_the_check_of_stages_finds_a_later_one():
+    assert later_stages("init", ast.parse("from pkd_dist.stages.export import ExportOutput")) == {"export"}
+
+
+def test_every_stage_is_a_module_and_every_module_is_known():
+    found = {name.split(".")[1] for name in MODULES if name.startswith("stages.")}
+    assert found == {*NAMES, *SHARED_BY_STAGES}
+    for shared in SHARED_BY_STAGES:
+        stages = {target.split(".")[1] for target in own(MODULES[f"stages.{shared}"]) if target.startswith("stages.")}
+        assert not stages & set(NAMES), f"stages/{shared}.py imports a stage"
+
+
+@every_module
+def test_special_packages_have_one_user(name):
     for package, users in ONLY_USER.items():
-        if any(target == package or target.startswith(package + ".") for target in imported(tree)):
-            assert name in users
+        if any(target == package or target.startswith(package + ".") for target in imported(MODULES[name])):
+            assert folder(name) in users
 
 
-def test_every_room_stands_in_the_document():
+@pytest.mark.parametrize("name", ["stages.base", "cli.launch", "cli.main"])
+def test_what_refuses_early_imports_no_torch(name):
+    """Followed through the package's own modules, leaving out imports inside functions."""
+    seen, todo = set(), {name}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        top = ast.Module([node for node in MODULES[module].body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        assert not {target for target in imported(top) if folder(target) in ("torch", "transformers", "deepspeed")}, module
+        todo |= {target for target in own(top) if target in MODULES} - seen
+
+
+def test_every_folder_is_in_the_document():
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-    for room in ORDER:
-        assert room.split(".")[0] in text
+    for place in ORDER:
+        assert f"`{place}" in text, place

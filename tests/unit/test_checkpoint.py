@@ -158,7 +158,7 @@ def test_any_damaged_file_sends_back_to_the_one_before(tmp_path, world, name, da
     damage(tmp_path / "step-00000010" / name)
     step, [said] = look(world, tmp_path)
     assert step == 5
-    assert said.startswith(f"going on from step-00000005: {tmp_path}/step-00000010/{name} ")
+    assert said.startswith(f"resuming from step-00000005: {tmp_path}/step-00000010/{name} ")
     damage(tmp_path / "step-00000005" / name)
     with pytest.raises(
         UserError, match=rf"{name} {words}; no intact checkpoint is left in .*; restore one, or use --fr"
@@ -172,7 +172,7 @@ def test_best_weights_that_are_not_there_or_not_the_same_send_back_too(tmp_path,
     write(world, tmp_path, 10, best=10)
     damage(tmp_path / best_name(10))
     step, [said] = look(world, tmp_path)
-    assert step == 5 and said.startswith(f"going on from step-00000005: {tmp_path / best_name(10)} {words}")
+    assert step == 5 and said.startswith(f"resuming from step-00000005: {tmp_path / best_name(10)} {words}")
 
 
 def test_a_torn_marker_sends_back_too(tmp_path, world):
@@ -182,7 +182,7 @@ def test_a_torn_marker_sends_back_too(tmp_path, world):
     marker.write_text(marker.read_text()[:50])
     assert look(world, tmp_path) == (
         5,
-        [f"going on from step-00000005: {tmp_path / 'step-00000010/commit.json'} cannot be read"],
+        [f"resuming from step-00000005: {tmp_path / 'step-00000010/commit.json'} cannot be read"],
     )
 
 
@@ -203,10 +203,10 @@ def test_slices_of_several_ranks_become_one_tensor(tmp_path):
         checkpoint.save_file(values, tmp_path / f"rank-{rank:04d}.safetensors", metadata={"places": json.dumps(places)})
     shards = Shards(tmp_path)
     assert sorted(shards.names()) == ["b", "w"] and f"{WEIGHT}/w" in shards and "exp_avg/w" not in shards
-    assert torch.equal(shards.whole(WEIGHT, "w"), whole.view(5, 2)) and shards.whole(WEIGHT, "b").shape == ()
+    assert torch.equal(shards.tensor(WEIGHT, "w"), whole.view(5, 2)) and shards.tensor(WEIGHT, "b").shape == ()
     for start in range(11):
         for count in range(11 - start):
             assert torch.equal(shards.read(WEIGHT, "w", start, count), whole[start : start + count])
     (tmp_path / "rank-0000.safetensors").unlink()
     with pytest.raises(AssertionError, match="5 of 10 elements"):
-        Shards(tmp_path).whole(WEIGHT, "w")
+        Shards(tmp_path).tensor(WEIGHT, "w")

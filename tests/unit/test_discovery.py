@@ -1,4 +1,4 @@
-"""Where Prometheus finds a run: files that go with it, and those of runs that could not take theirs away."""
+"""Target files: removed when their run ends, and swept if the run could not remove them."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from pkd_dist.cli.main import app
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry import discovery
-from pkd_dist.telemetry.discovery import STALE_SECONDS, Target, address, target_file, targets
+from pkd_dist.telemetry.discovery import STALE_SECONDS, Target, reachable_address, target_file, targets
 
-LIVES = """
+RUN_TARGET = """
 import sys, time
 from pathlib import Path
 from pkd_dist.telemetry.discovery import Target
@@ -38,7 +38,7 @@ def age(file, seconds):
     os.utime(file, (then, then))
 
 
-def test_a_target_is_there_from_its_making_to_its_end(tmp_path):
+def test_file_exists_until_close(tmp_path):
     folder, run = tmp_path / "new/targets", tmp_path / "run"
     first, second = (Target(folder, run, node, "10.0.0.1", 9400 + node, https=bool(node)) for node in (0, 1))
     [group] = json.loads(first.file.read_text())
@@ -56,23 +56,23 @@ def test_a_target_is_there_from_its_making_to_its_end(tmp_path):
 
 def living(folder, run):
     process = subprocess.Popen(
-        [sys.executable, "-c", LIVES, folder, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT
+        [sys.executable, "-c", RUN_TARGET, folder, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT
     )  # fmt: skip
     assert process.stdout.readline().strip()
     return process
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "terminated", "without a word"])
-def test_however_a_process_ends_its_file_goes(tmp_path, end):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "terminated", "normal exit"])
+def test_file_is_removed_however_the_process_ends(tmp_path, end):
     process = living(tmp_path / "targets", tmp_path / "run")
     [file] = (tmp_path / "targets").glob("*")
     process.send_signal(end) if end else process.communicate(b"")
     process.wait(30)
-    until(lambda: not file.exists(), "the file goes")
+    until(lambda: not file.exists(), "the file is removed")
 
 
-def test_a_run_that_went_on_elsewhere_keeps_its_file(tmp_path):
-    """The helper of the start before wakes up late, and must not remove what is not its own."""
+def test_run_resumed_elsewhere_keeps_its_file(tmp_path):
+    """The helper of the earlier process must not remove the new file."""
     folder, run = tmp_path / "targets", tmp_path / "run"
     process = living(folder, run)
     again = Target(folder, run, 0, "10.0.0.2", 9400, False)
@@ -89,7 +89,7 @@ def children(pid):
     return (line for line in open(f"/proc/{pid}/task/{pid}/children").read().split())
 
 
-def test_the_helper_outlives_what_a_launcher_sends_to_all(tmp_path):
+def test_helper_survives_signals_to_the_process_group(tmp_path):
     process = living(tmp_path / "targets", tmp_path / "run")
     [file] = (tmp_path / "targets").glob("*")
     [helper] = [int(pid) for pid in children(process.pid)]
@@ -100,16 +100,16 @@ def test_the_helper_outlives_what_a_launcher_sends_to_all(tmp_path):
     assert file.exists()
     process.kill()
     process.wait()
-    until(lambda: not file.exists(), "the file goes")
+    until(lambda: not file.exists(), "the file is removed")
 
 
 def ignored(pid):
-    """The signals that a process ignores, a bit each."""
+    """Return the mask of ignored signals of a process."""
     return next(int(line.split()[1], 16) for line in open(f"/proc/{pid}/status") if line.startswith("SigIgn"))
 
 
 def left_behind(folder, name, silent_seconds):
-    """As after the death of a node."""
+    """Write a target file as a failed node leaves it."""
     folder.mkdir(exist_ok=True)
     file = target_file(folder, folder / name, 0)
     file.write_text(json.dumps([{"targets": ["10.0.0.9:9400"], "labels": {"run": name}}]))
@@ -117,7 +117,7 @@ def left_behind(folder, name, silent_seconds):
     return file
 
 
-def test_the_next_start_of_any_run_removes_stale_files(tmp_path):
+def test_start_of_any_run_removes_stale_files(tmp_path):
     folder = tmp_path / "targets"
     stale = left_behind(folder, "dead", STALE_SECONDS + 5)
     alive = left_behind(folder, "alive", STALE_SECONDS - 60)
@@ -130,11 +130,11 @@ def test_the_next_start_of_any_run_removes_stale_files(tmp_path):
     mine.close()
 
 
-def test_a_sign_of_life_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(discovery, "_RENEW_SECONDS", 0.05)
+def test_file_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "_TOUCH_SECONDS", 0.05)
     target = Target(tmp_path, tmp_path / "run", 0, "10.0.0.1", 9400, False)
     age(target.file, 10 * STALE_SECONDS)
-    until(lambda: not any(found.stale for found in targets(tmp_path)), "it is young again")
+    until(lambda: not any(target.stale for target in targets(tmp_path)), "it is no longer stale")
     target.close()
 
 
@@ -143,7 +143,7 @@ def pkd(*arguments):
     return done.exit_code, done.output
 
 
-def test_pkd_lists_and_sweeps(tmp_path):
+def test_cli_lists_and_sweeps(tmp_path):
     folder = tmp_path / "targets"
     stale, alive = left_behind(folder, "dead", STALE_SECONDS + 5), left_behind(folder, "alive", 2)
     torn = folder / "pkd-0-0.json"
@@ -159,7 +159,7 @@ def test_pkd_lists_and_sweeps(tmp_path):
     assert sorted(folder.iterdir()) == sorted([alive, torn])
 
 
-def test_pkd_withdraws_a_killed_runs_files_on_all_nodes(tmp_path):
+def test_cli_withdraws_the_files_of_all_nodes(tmp_path):
     folder, run = tmp_path / "targets", tmp_path / "run"
     other = left_behind(folder, "other", 1)
     mine = [target_file(folder, run, node) for node in (0, 1, 11)]
@@ -173,23 +173,24 @@ def test_pkd_withdraws_a_killed_runs_files_on_all_nodes(tmp_path):
     assert pkd("metrics", "withdraw", "--config", config) == (0, "")
 
 
-def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+def test_unwritable_folder_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as refused:
         Target(tmp_path / "file/targets", tmp_path / "run", 0, "10.0.0.1", 9400, False)
     assert str(refused.value) == (
-        f"metrics.discovery_dir: {tmp_path / 'file/targets'} cannot be written (Not a directory); choose another"
+        f"metrics.discovery_dir: {tmp_path / 'file/targets'} is not writable (Not a directory); choose another folder"
     )
     said = f"pkd: {tmp_path / 'gone'}: not a folder that can be written (No such file or directory)\n"
     assert pkd("metrics", "targets", tmp_path / "gone") == (2, said)
 
 
-def test_an_address_that_others_reach(monkeypatch):
+def test_reachable_address(monkeypatch):
     monkeypatch.setattr(discovery, "own_addresses", lambda: ["10.1.2.3", "fd00::1"])
     monkeypatch.setattr(discovery.socket, "gethostname", lambda: "node7")
-    assert address("127.0.0.1", 9400, False) == "127.0.0.1:9400"
-    assert address("::1", 9400, False) == "[::1]:9400"
-    assert address("0.0.0.0", 9400, False) == address("::", 9400, False) == "10.1.2.3:9400"
-    assert address("0.0.0.0", 9400, True) == "node7:9400", "a certificate has names"
+    assert reachable_address("127.0.0.1", 9400, False) == "127.0.0.1:9400"
+    assert reachable_address("::1", 9400, False) == "[::1]:9400"
+    assert reachable_address("0.0.0.0", 9400, False) == "10.1.2.3:9400"
+    assert reachable_address("::", 9400, False) == "10.1.2.3:9400"
+    assert reachable_address("0.0.0.0", 9400, True) == "node7:9400", "a certificate is for a name"
     monkeypatch.setattr(discovery, "own_addresses", lambda: [])
-    assert address("0.0.0.0", 9400, False) == "node7:9400"
+    assert reachable_address("0.0.0.0", 9400, False) == "node7:9400"

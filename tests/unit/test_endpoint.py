@@ -1,4 +1,4 @@
-"""The metrics' HTTP server: ports, passwords, TLS, and connections that hang."""
+"""The HTTP server of the metrics: ports, passwords, TLS, hanging connections."""
 
 import base64
 import contextlib
@@ -17,14 +17,14 @@ from certificates import make_certificate
 from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry import endpoint
-from pkd_dist.telemetry.endpoint import CONNECTIONS, Access, load_access
+from pkd_dist.telemetry.endpoint import MAX_CONNECTIONS, Access, load_access
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 
 
 @pytest.fixture
 def serve():
-    """Starts a server as a run does -> its port; ends it after the test."""
+    """Start a server and return its port; stop it after the test."""
     with contextlib.ExitStack() as stack:
 
         def start(metrics, port=0, host="127.0.0.1", access=Access()):  # noqa: B008 - frozen
@@ -38,15 +38,15 @@ def serve():
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """-> the messages so far."""
+def messages(caplog, monkeypatch):
+    """Return the messages so far."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO", "pkd")
     return lambda: caplog.messages
 
 
 def scrape(port, scheme="http", headers=None, context=None, query="", path="/metrics"):
-    """Samples by name and labels."""
+    """Return the samples by name and labels."""
     request = urllib.request.Request(f"{scheme}://127.0.0.1:{port}{path}{query}", headers=headers or {})
     with urllib.request.urlopen(request, timeout=10, context=context) as answer:
         assert answer.status == 200 and answer.headers["Content-Type"].startswith(
@@ -63,7 +63,7 @@ def until(happens, what):
         time.sleep(0.01)
 
 
-def test_a_scrape_holds_values_with_labels_and_soon_their_changes(serve, said):
+def test_scrape_has_labels_and_recent_values(serve, messages):
     metrics = RunMetrics()
     metrics.info.labels("1.0", "/runs/x", "sst2", "2", "float32", "17").set(1)
     metrics.stage.labels(stage="distill").set(1)
@@ -71,7 +71,7 @@ def test_a_scrape_holds_values_with_labels_and_soon_their_changes(serve, said):
     metrics.samples.inc(64)
     metrics.step_seconds.observe(0.03)
     port = serve(metrics)
-    assert port > 0 and not said(), "any port was asked for: nothing to say"
+    assert port > 0 and not messages(), "any port was asked for: no message"
     found = scrape(port)
     assert (
         found['pkd_info{precision="float32",run="/runs/x",slurm_job="17",task="sst2",version="1.0",world_size="2"}']
@@ -83,64 +83,64 @@ def test_a_scrape_holds_values_with_labels_and_soon_their_changes(serve, said):
     until(lambda: scrape(port)["pkd_samples_total"] == 100, "the change")
 
 
-def test_nothing_that_is_asked_for_is_made_more_often_than_once_a_second(serve, monkeypatch):
-    monkeypatch.setattr(endpoint, "_FRESH_SECONDS", 1000)
+def test_responses_are_rendered_at_most_once_per_second(serve, monkeypatch):
+    monkeypatch.setattr(endpoint, "_CACHE_SECONDS", 1000)
     metrics = RunMetrics()
     port = serve(metrics)
     with pytest.raises(urllib.error.HTTPError, match="404"):
         scrape(port, path="/favicon.ico")
-    assert scrape(port)["pkd_samples_total"] == 0, "what stands at another address is not taken for the metrics"
+    assert scrape(port)["pkd_samples_total"] == 0, "the response of another path is not cached as the metrics"
     metrics.samples.inc()
     for number in range(3):
         found = scrape(port, query=f"?x={number}", headers={"Accept": f"text/plain;q=0.{number + 1}"})
         assert found["pkd_samples_total"] == 0
 
 
-def test_those_who_ask_at_about_the_same_time_get_one_answer(serve, monkeypatch):
-    monkeypatch.setattr(endpoint, "_FRESH_SECONDS", 1000)
+def test_concurrent_scrapes_share_a_response(serve, monkeypatch):
+    monkeypatch.setattr(endpoint, "_CACHE_SECONDS", 1000)
     metrics = RunMetrics()
     port = serve(metrics)
     assert scrape(port)["pkd_samples_total"] == 0
     metrics.samples.inc()
     assert scrape(port)["pkd_samples_total"] == 0
-    assert scrape(port, headers={"Accept": "application/openmetrics-text"})["pkd_samples_total"] == 1, "another form"
+    assert scrape(port, headers={"Accept": "application/openmetrics-text"})["pkd_samples_total"] == 1, "another format"
 
 
-def test_two_runs_have_a_registry_each(serve):
+def test_two_runs_have_separate_registries(serve):
     first, second = RunMetrics(), RunMetrics()
     first.step.set(7)
     assert scrape(serve(first))["pkd_step"] == 7
     assert scrape(serve(second))["pkd_step"] == 0
 
 
-def test_a_port_in_use_is_left_for_the_next(serve, said):
+def test_next_free_port(serve, messages):
     first = serve(RunMetrics())
     metrics = RunMetrics()
     metrics.step.set(5)
     second = serve(metrics, first)
     assert first < second < first + 50
-    assert said() == [f"metrics: port {first} is in use; serving on {second} instead"]
+    assert messages() == [f"metrics: port {first} is in use; serving on {second} instead"]
     assert scrape(second)["pkd_step"] == 5
     assert scrape(first)["pkd_step"] == 0
 
 
-def test_without_a_port_the_run_goes_on(serve, said):
+def test_without_a_free_port_the_run_continues(serve, messages):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 65535))
         taken.listen()
         assert serve(RunMetrics(), 65535) is None
-    [message] = said()
-    assert message.endswith("in use; going on without them")
+    [message] = messages()
+    assert message.endswith("in use; continuing without metrics")
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])  # reserved for documentation
-def test_an_address_that_is_not_ours(serve, said, host):
+def test_foreign_address(serve, messages, host):
     assert serve(RunMetrics(), 0, host=host) is None
-    [message] = said()
-    assert message.startswith(f"metrics: cannot listen on {host}:0 (") and "going on without them" in message
+    [message] = messages()
+    assert message.startswith(f"metrics: cannot listen on {host}:0 (") and "continuing without metrics" in message
 
 
-def test_a_server_that_was_closed_is_gone():
+def test_closed_server():
     served = endpoint.serve(RunMetrics().registry, "127.0.0.1", 0, Access())
     scrape(served.port)
     served.close()
@@ -148,7 +148,7 @@ def test_a_server_that_was_closed_is_gone():
         scrape(served.port)
 
 
-# ------------------------------------------------------------------------------------------------ connections that hang
+# ------------------------------------------------------------------------------------------------ hanging connections
 
 
 def hang(port, sent=b""):
@@ -158,7 +158,7 @@ def hang(port, sent=b""):
 
 
 def was_closed(connection):
-    """Whether the other end has closed; nothing is ever read of an answer."""
+    """Return whether the server has closed the connection, without reading from it."""
     connection.setblocking(False)
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
@@ -170,8 +170,8 @@ def was_closed(connection):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """No connection ends for its silence while the test lasts."""
-    monkeypatch.setattr(endpoint, "_SILENT_SECONDS", 1000)
+    """Disable the idle timeout."""
+    monkeypatch.setattr(endpoint, "_IDLE_TIMEOUT_SECONDS", 1000)
     monkeypatch.setattr(endpoint._Handler, "timeout", 1000)
 
 
@@ -180,8 +180,8 @@ def patient(monkeypatch):
     [(False, b""), (False, b"GET /met"), (True, b""), (True, b"\x16\x03\x01\x02\x00")],
     ids=["silent", "half a request", "silent, TLS", "half a handshake"],
 )
-def test_50_connections_that_hang_are_bounded_and_in_nobodys_way(serve, patient, certificate, tls, sent):
-    """The oldest give way: the endpoint answers, and holds no more connections and threads than it may."""
+def test_50_hanging_connections_are_bounded_and_block_nobody(serve, patient, certificate, tls, sent):
+    """The oldest are closed: the endpoint responds, and its connections and threads are bounded."""
     access = Access(tls=context_of(certificate)) if tls else Access()
     threads = threading.active_count()
     port = serve(RunMetrics(), access=access)
@@ -189,16 +189,16 @@ def test_50_connections_that_hang_are_bounded_and_in_nobodys_way(serve, patient,
     try:
         for _ in range(20):
             scrape(port, "https", context=trusting(certificate)) if tls else scrape(port)
-        until(lambda: sum(map(was_closed, hanging)) >= 50 - CONNECTIONS, "all but so many are closed")
-        assert not was_closed(hanging[-1]), "the youngest keep their places"
-        until(lambda: threading.active_count() <= threads + 1 + CONNECTIONS, "a thread each, and the server's")
+        until(lambda: sum(map(was_closed, hanging)) >= 50 - MAX_CONNECTIONS, "the others are closed")
+        assert not was_closed(hanging[-1]), "the newest stay open"
+        until(lambda: threading.active_count() <= threads + 1 + MAX_CONNECTIONS, "one thread each, and the server's")
     finally:
         for connection in hanging:
             connection.close()
 
 
-def test_answers_that_nobody_reads(serve, patient):
-    """Each request is answered into the kernel's buffer or waits there, and the endpoint goes on answering."""
+def test_responses_that_nobody_reads(serve, patient):
+    """They fill the socket buffers; the endpoint keeps responding."""
     port = serve(RunMetrics())
     hanging = []
     for _ in range(50):
@@ -213,14 +213,14 @@ def test_answers_that_nobody_reads(serve, patient):
         connection.close()
 
 
-def test_a_silent_connection_ends_by_itself(serve, monkeypatch):
+def test_idle_connection_is_closed(serve, monkeypatch):
     monkeypatch.setattr(endpoint._Handler, "timeout", 0.2)
     hanging = hang(serve(RunMetrics()))
     assert hanging.recv(1) == b""
     hanging.close()
 
 
-def test_nonsense_and_early_ends_leave_no_word_on_the_terminal(serve, certificate, capfd):
+def test_invalid_and_aborted_requests_print_nothing(serve, certificate, capfd):
     plain, tls = serve(RunMetrics()), serve(RunMetrics(), access=Access(tls=context_of(certificate)))
     for port in (plain, tls):
         for sent in (b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"A" * 100_000):
@@ -233,12 +233,12 @@ def test_nonsense_and_early_ends_leave_no_word_on_the_terminal(serve, certificat
     assert capfd.readouterr() == ("", "")
 
 
-# ------------------------------------------------------------------------------------------------------ who may ask
+# ------------------------------------------------------------------------------------------------------ TLS and passwords
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """-> (certificate, key) of 127.0.0.1."""
+    """Return (certificate, key) for 127.0.0.1."""
     return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
@@ -290,7 +290,7 @@ def test_https_and_passwords(serve, certificate, tmp_path):
         scrape(port, "https", login("scraper:öffne dich"), old)
 
 
-def test_without_files_everybody_may_ask():
+def test_without_files_access_is_open():
     assert load_access(load(None, ["run.dir=x"]).metrics) == Access(None, ())
     assert Access().allows("")
 
@@ -302,7 +302,7 @@ def refusal(**settings):
     return str(refused.value)
 
 
-def test_files_that_are_refused(certificate, tmp_path):
+def test_invalid_files(certificate, tmp_path):
     cert, key = certificate
     other = make_certificate(tmp_path)
     gone = tmp_path / "gone"
@@ -318,18 +318,18 @@ def test_files_that_are_refused(certificate, tmp_path):
     assert "give a certificate and its key in PEM, without a passphrase" in refusal(tls_cert=cert, tls_key=nonsense)
     assert f"{nonsense}:1: not of the form user:password" in refusal(password_file=nonsense)
     assert f"{nonsense}:2: not of the form" in refusal(password_file=passwords(tmp_path, "a:b\n:c\n"))
-    assert f"{nonsense} is empty; give a line user:password" in refusal(password_file=passwords(tmp_path, " \n\n"))
+    assert f"{nonsense} is empty; add one line user:password" in refusal(password_file=passwords(tmp_path, " \n\n"))
     locked = tmp_path / "locked"
     locked.mkdir()
     cert, key = make_certificate(locked, "-passout", "pass:secret")
     assert "without a passphrase" in refusal(tls_cert=cert, tls_key=key)
 
 
-def test_secrets_that_everybody_can_read_are_refused(certificate, tmp_path):
+def test_world_readable_secrets_are_rejected(certificate, tmp_path):
     file = passwords(tmp_path)
     file.chmod(0o644)
     assert refusal(password_file=file) == (
-        f"metrics.password_file: {file} may be read by every user of this host; chmod 600 {file}"
+        f"metrics.password_file: {file} is readable by every user of this host; run chmod 600 {file}"
     )
     os.chmod(file, 0o640)
     assert access_of(password_file=file).logins

@@ -1,4 +1,4 @@
-"""Every family of encoders: states, layer copies, exact savings, dropout, precision, folders; and what is refused."""
+"""Every family of encoders: states, layer copies, savings, dropout, precision, folders; and models that are rejected."""
 
 import copy
 import json
@@ -47,8 +47,10 @@ def read(tokenizer, pairs=False):
     return dict(tokenizer(*texts, padding=True, return_tensors="pt"))
 
 
-def test_the_tests_cover_what_is_said_to_work():
-    assert set(FAMILIES) == set(KNOWN_FAMILIES) - {"xlm-roberta", "camembert"}, "those two are RoBERTa by another name"
+def test_known_families_are_tested():
+    assert set(FAMILIES) == set(KNOWN_FAMILIES) - {"xlm-roberta", "camembert"}, (
+        "those two are RoBERTa under another name"
+    )
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -103,8 +105,8 @@ def test_a_copied_layer_is_the_teachers(folder, family, tmp_path, settings, laye
     assert torch.equal(plain(**inputs).logits, student.eval()(**inputs).logits)
 
 
-def test_a_chain_of_the_teachers_own_layers_is_what_a_student_computes(folder, family):
-    """Cutting off the last layers leaves the states of the others as they were."""
+def test_a_student_of_the_first_layers_computes_the_teachers_states(folder, family):
+    """Removing the last layers does not change the states of the others."""
     student, _ = create(Student(init="first_k", num_layers=3), folder, folder, LABELS, 1)
     inputs = read(load_tokenizer(folder))
     _, mine = Encoder(student).eval()(inputs, (1, 2))
@@ -118,25 +120,30 @@ def test_the_savings_are_exact_over_steps_of_adamw(folder, family, dtype, tolera
     tokenizer = load_tokenizer(folder)
     inputs = read(tokenizer)
     used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
-    lean = Encoder(copy.deepcopy(plain), used_V=used).train()
-    assert lean.vocabulary is not None and len(lean.vocabulary.used) < SIZE
-    assert lean.lean_last_layer == (family in ("bert", "roberta", "electra", "distilbert"))
+    encoder = Encoder(copy.deepcopy(plain), used_V=used).train()
+    assert encoder.vocabulary is not None and len(encoder.vocabulary.used) < SIZE
+    assert encoder.first_token_only == (family in ("bert", "roberta", "electra", "distilbert"))
     start = plain.get_input_embeddings().weight.detach().clone()
-    for model, forward in ((plain, lambda: plain(**accepted(plain, inputs)).logits), (lean, lambda: lean(inputs)[0])):
+    for model, forward in (
+        (plain, lambda: plain(**accepted(plain, inputs)).logits),
+        (encoder, lambda: encoder(inputs)[0]),
+    ):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
         for _ in range(3):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(forward(), torch.tensor([0, 1, 0])).backward()
             optimizer.step()
-    weights = lean.whole({name: p.detach() for name, p in lean.named_parameters()}, (1 - 1e-3 * 0.1) ** 3)
+    weights = encoder.with_full_vocabulary(
+        {name: p.detach() for name, p in encoder.named_parameters()}, (1 - 1e-3 * 0.1) ** 3
+    )
     for name, p in plain.named_parameters():
         if "key.bias" in name or "k_lin.bias" in name:
-            continue  # softmax does not see it: its gradient is 0, and AdamW makes steps of what rounding leaves of it
+            continue  # softmax cancels it: AdamW makes steps of the rounding error of its zero gradient
         torch.testing.assert_close(weights[f"model.{name}"], p.detach(), rtol=tolerance, atol=tolerance, msg=name)
     assert not torch.allclose(plain.get_input_embeddings().weight, start, atol=1e-4)
 
 
-def test_dropout_reaches_all_of_it_and_nothing_else(folder, family):
+def test_dropout_sets_all_probabilities_and_nothing_else(folder, family):
     for value in (0.0, 0.3):
         model = load_model(folder, dropout=value).train()
         assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {value}
@@ -177,7 +184,7 @@ def test_a_student_of_another_width_and_of_random_weights(folder, family, tmp_pa
 
 
 def test_plain_transformers_reads_a_saved_folder(folder, family, tmp_path):
-    """The tokenizer gives what the model takes."""
+    """The tokenizer returns the inputs that the model takes."""
     model = load_model(folder)
     save_model(model, load_tokenizer(folder), tmp_path / "out")
     reloaded, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (type(model), AutoTokenizer))
@@ -185,7 +192,7 @@ def test_plain_transformers_reads_a_saved_folder(folder, family, tmp_path):
     assert torch.equal(reloaded(**inputs).logits, model(**accepted(model, inputs)).logits)
     classify = hf.pipeline("text-classification", str(tmp_path / "out"))
     assert {found["label"] for found in classify(TEXTS)} <= {"no", "yes"}
-    assert load_tokenizer(folder).model_input_names[1] == "token_type_ids", "the given one is left as it was"
+    assert load_tokenizer(folder).model_input_names[1] == "token_type_ids", "the original is unchanged"
 
 
 def test_longest_input(family):
@@ -226,13 +233,13 @@ def test_a_student_of_another_family_with_the_teachers_tokens(folder, family, tm
 
 
 def other_tokenizer(folder, change):
-    """Changes one thing in a folder's tokenizer.json."""
+    """Change one thing in a folder's tokenizer.json."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     change(tokenizer)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def test_a_folder_that_reads_other_tokens_is_refused(tmp_path):
+def test_a_folder_that_reads_other_tokens_is_rejected(tmp_path):
     teacher = make_folder(tmp_path / "teacher", "bert", classifier=True)
     shape, tokenizer = load_model(teacher).config, load_tokenizer(teacher)
     own = tmp_path / "own"
@@ -251,7 +258,7 @@ def test_a_folder_that_reads_other_tokens_is_refused(tmp_path):
 
     other_tokenizer(own, swap)
     assert refused() == (
-        f"student.init: the vocabulary of {own} ({SIZE} tokens) is not the teacher's ({SIZE} tokens); both must read the same tokens"
+        f"student.init: the vocabulary of {own} ({SIZE} tokens) differs from the teacher's ({SIZE} tokens); both must read the same tokens"
     )
     make_folder(own, "distilbert", vocab_size=SIZE - 1)
     assert f"student.init: {own} embeds {SIZE - 1} tokens, the tokenizer has {SIZE}" in refused()
@@ -262,7 +269,7 @@ def test_a_folder_that_reads_other_tokens_is_refused(tmp_path):
     make_folder(own, "roberta")
     tokenizer.save_pretrained(own)
     assert refused() == (
-        f"student.init: {own} counts positions from its padding token, 1, and the tokenizer's is 0; both must be the same"
+        f"student.init: {own} counts positions from its padding token, 1, but the tokenizer's is 0; both must be the same"
     )
     make_folder(own, "roberta", pad_token_id=0, max_position_embeddings=65)
     tokenizer.save_pretrained(own)
@@ -271,7 +278,10 @@ def test_a_folder_that_reads_other_tokens_is_refused(tmp_path):
     assert Encoder(student)(read(tokenizer, pairs=True))[0].shape == (3, 2), "the second type is out of its range"
     for wrong, message in (
         ({"num_layers": 5}, f"student.num_layers: 5 is more than the 4 layers of {own}"),
-        ({"init": "first-k"}, "student.init: 'first-k' is not known; did you mean first_k?"),
+        (
+            {"init": "first-k"},
+            "student.init: 'first-k' is neither a folder nor one of teacher_layers, first_k, random; did you mean first_k?",
+        ),
     ):
         with pytest.raises(UserError) as error:
             planned_depth(Student(**{"init": str(own)} | wrong), shape, tokenizer, 64)
@@ -283,19 +293,19 @@ def test_the_same_tokenizer_is_the_same():
 
 
 NOT_ENCODERS = {
-    "gpt2": (hf.GPT2Config, {}, "which predicts the next token: its first token does not stand for the text"),
+    "gpt2": (hf.GPT2Config, {}, "which predicts the next token: its first token does not represent the text"),
     "xlnet": (hf.XLNetConfig, {}, "which predicts the next token"),
     "llama": (hf.LlamaConfig, {}, "which predicts the next token"),
     "bert decoder": (hf.BertConfig, {"is_decoder": True}, "which predicts the next token"),
-    "t5": (hf.T5Config, {}, "an encoder with a decoder; an encoder alone is needed"),
-    "bart": (hf.BartConfig, {}, "an encoder with a decoder"),
-    "canine": (hf.CanineConfig, {}, "whose layers do not give one state for each token"),
-    "clip": (hf.CLIPConfig, {}, "of which transformers has no sequence classifier"),
+    "t5": (hf.T5Config, {}, "an encoder-decoder; use an encoder alone"),
+    "bart": (hf.BartConfig, {}, "an encoder-decoder"),
+    "canine": (hf.CanineConfig, {}, "whose layers do not return one hidden state for each token"),
+    "clip": (hf.CLIPConfig, {}, "which has no sequence classifier in transformers"),
 }
 
 
 @pytest.mark.parametrize("case", NOT_ENCODERS)
-def test_what_is_no_encoder_is_refused(case):
+def test_models_other_than_encoders_are_rejected(case):
     kind, fields, reason = NOT_ENCODERS[case]
     with pytest.raises(UserError) as error:
         require_compatible(kind(**fields), tokenizer_of("bert"), 8, "mine", "teacher.model")
@@ -304,7 +314,7 @@ def test_what_is_no_encoder_is_refused(case):
     assert "known to work: bert, roberta, " in message
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused():
+def test_a_tokenizer_that_does_not_match_is_rejected():
     shape = shape_of("bert")
 
     def refused(tokenizer, config=shape):
@@ -314,7 +324,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
 
     unpadded, endless = make_tokenizer(BERT_SPECIAL), make_tokenizer(BERT_SPECIAL)
     unpadded.pad_token = None
-    assert refused(unpadded) == "teacher.model: the tokenizer of mine has no padding token; give it one (pad_token)"
+    assert refused(unpadded) == "teacher.model: the tokenizer of mine has no padding token; set its pad_token"
     endless.backend_tokenizer.post_processor = hf.GPT2TokenizerFast().backend_tokenizer.post_processor
     assert "teacher.model: the tokenizer of mine does not put its cls_token first" in refused(endless)
     assert f"mine embeds 20 tokens, the tokenizer has {SIZE}" in refused(
@@ -323,9 +333,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     require_compatible(shape, make_tokenizer(BERT_SPECIAL), 64, "mine", "teacher.model")
 
 
-def test_hidden_states_that_are_not_one_a_layer_are_refused():
+def test_a_model_without_one_hidden_state_per_layer_is_rejected():
     model = AutoModelForSequenceClassification.from_config(shape_of("albert", inner_group_num=2))
-    with pytest.raises(UserError, match="gives 9 hidden states for 4 layers, not one after each"):
+    with pytest.raises(UserError, match="returns 9 hidden states for 4 layers, not one per layer"):
         Encoder(model)(read(tokenizer_of("albert")), (1,))
 
 
@@ -333,24 +343,24 @@ def test_hidden_states_that_are_not_one_a_layer_are_refused():
     ("family", "settings", "message"),
     [
         ("modernbert", {"layers": [1, 3]}, r"student\.layers: \[1, 3\] must begin with 0: .* no other layer can take"),
-        ("albert", {}, r"student\.init: teacher_layers: 4 layers share 2 groups of weights, by their place in the whole"),
-        ("bert", {"init": "random", "hidden_size": 20}, r"student\.hidden_size: 20 does not fit: the teacher's heads are 8 "),
-        ("bert", {"init": "random", "hidden_size": 24}, r"its 32 become 66 inside a layer; give a multiple of 8 that keeps"),
+        ("albert", {}, r"student\.init: teacher_layers: 4 layers share 2 groups of weights by position"),
+        ("bert", {"init": "random", "hidden_size": 20}, r"student\.hidden_size: 20 is not possible: the teacher has a head size of 8, "),
+        ("bert", {"init": "random", "hidden_size": 24}, r"size of 66 at hidden size 32; use a multiple of 8 that"),
     ],
 )  # fmt: skip
-def test_a_student_that_cannot_be_is_refused(family, settings, message):
+def test_an_impossible_student_is_rejected(family, settings, message):
     fields = {"num_hidden_groups": 2} if family == "albert" else {"intermediate_size": 66}
     with pytest.raises(UserError, match=message):
         planned_depth(Student(**settings), shape_of(family, **fields), tokenizer_of(family), 64)
 
 
-def test_layers_in_groups_are_used_as_they_are(tmp_path):
+def test_a_folder_with_grouped_layers_is_used_unchanged(tmp_path):
     own = make_folder(tmp_path / "own", "albert", num_hidden_groups=2)
     assert planned_depth(Student(init=own), shape_of("bert"), tokenizer_of("bert"), 64) == 4
 
 
-def test_a_family_without_one_list_of_layers_has_none_to_copy(tmp_path):
-    """XLM keeps the parts of its layers in lists of their own."""
+def test_a_family_without_a_list_of_layers_has_none_to_copy(tmp_path):
+    """XLM has one list for each kind of module of its layers."""
     model = AutoModelForSequenceClassification.from_config(
         hf.XLMConfig(vocab_size=SIZE, emb_dim=SHAPE["hidden_size"], n_layers=2, n_heads=4, max_position_embeddings=64)
     )
@@ -359,13 +369,13 @@ def test_a_family_without_one_list_of_layers_has_none_to_copy(tmp_path):
         create(Student(layers=[0]), str(tmp_path), str(tmp_path), {}, 1)
 
 
-def test_a_family_with_weights_for_the_number_of_layers_has_none_to_copy():
+def test_a_family_whose_weights_depend_on_the_depth_is_rejected():
     """ESM's contact head reads the attention of all its layers."""
     model = AutoModelForSequenceClassification.from_config(
         hf.EsmConfig(**SHAPE, intermediate_size=64, pad_token_id=0, mask_token_id=4, max_position_embeddings=64)
     )
     with pytest.raises(
-        UserError, match="EsmForSequenceClassification does not stay the same with fewer layers .size mis"
+        UserError, match="EsmForSequenceClassification has weights that depend on the number of layers .size mis"
     ):
         take_layers(model, (1, 3))
 
@@ -378,8 +388,8 @@ def test_a_family_with_weights_for_the_number_of_layers_has_none_to_copy():
         (hf.MobileBertConfig, {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32}),
     ],
 )
-def test_families_that_nobody_thought_of(kind, fields):
-    """Longformer's window is a layer's own; I-BERT's embedding is no plain table; MobileBERT has its own layers."""
+def test_other_families(kind, fields):
+    """Longformer has a window for each layer; I-BERT's embedding is not a plain table; MobileBERT has other layers."""
     torch.manual_seed(1)
     shape = SHAPE | {"intermediate_size": 64, "max_position_embeddings": 64} | fields
     plain = AutoModelForSequenceClassification.from_config(kind(**shape)).eval()
@@ -388,9 +398,9 @@ def test_families_that_nobody_thought_of(kind, fields):
     inputs = dict(tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt"))
     used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
     wanted = plain(**accepted(plain, inputs), output_hidden_states=True)
-    lean = Encoder(copy.deepcopy(plain), used_V=used).eval()
-    assert (lean.vocabulary is None) == (kind is hf.IBertConfig) and not lean.lean_last_layer
-    logits, states = lean(inputs, (1,))
+    encoder = Encoder(copy.deepcopy(plain), used_V=used).eval()
+    assert (encoder.vocabulary is None) == (kind is hf.IBertConfig) and not encoder.first_token_only
+    logits, states = encoder(inputs, (1,))
     torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(states[:, 0], wanted.hidden_states[1][:, 0], rtol=0, atol=1e-5)
     student = take_layers(plain, (0, 2)).eval()

@@ -2,8 +2,9 @@
 
 import pytest
 
+from pkd_dist.config.schema import Cache, Distill
 from pkd_dist.errors import UserError
-from pkd_dist.model.layers import copied_layers, paired_layers, skip_is_rounded
+from pkd_dist.model.layers import copied_layers, kept_layers, paired_layers, patience_pairs, skip_is_rounded
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,28 @@ def test_rounding_is_known():
     assert not skip_is_rounded(12, 6)
 
 
-def test_wrong_lists_are_refused_with_what_is_allowed():
+def test_patience_pairs_of_a_configuration():
+    assert patience_pairs(Distill(), 12, 3) == ((1, 4), (2, 8))
+    assert patience_pairs(Distill(pair_embeddings=True, patience=[2, 5]), 12, 3) == ((0, 0), (1, 2), (2, 5))
+    assert patience_pairs(Distill(), 12, 1) == ()
+    assert patience_pairs(Distill(beta=0, pair_embeddings=True), 12, 3) == (), "no weight, no pairs"
+
+
+def test_kept_layers_of_a_cache():
+    pairs = ((0, 0), (1, 4), (2, 2))
+    assert kept_layers(Cache(), pairs, 6) == (0, 2, 4)
+    assert kept_layers(Cache(layers="all"), pairs, 6) == (0, 1, 2, 3, 4, 5, 6)
+    assert kept_layers(Cache(layers=[6, 4, 2, 0]), pairs, 6) == (0, 2, 4, 6)
+    assert kept_layers(Cache(), (), 6) == kept_layers(Cache(layers=[]), (), 6) == ()
+    with pytest.raises(
+        UserError, match=r"cache\.layers: \[0, 4\] lacks teacher layer 2, which is paired; add it, or use 'all'"
+    ):
+        kept_layers(Cache(layers=[0, 4]), pairs, 6)
+    with pytest.raises(UserError, match=r"cache\.layers: 7 is out of range; the teacher has 6 layers"):
+        kept_layers(Cache(layers=[7]), (), 6)
+
+
+def test_wrong_lists_are_rejected_with_what_is_allowed():
     with pytest.raises(UserError, match=r"names 3 teacher layer.*give 2"):
         paired_layers([1, 2, 3], 12, 3)
     with pytest.raises(UserError, match="layer 13 is out of range; the teacher's layers are 1 to 12"):

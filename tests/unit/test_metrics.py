@@ -1,4 +1,4 @@
-"""Prometheus metrics: their names, counters that outlive a process, and the documents that are made from them."""
+"""Prometheus metrics: names, counters that survive a process, generated documentation."""
 
 import json
 import subprocess
@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pkd_dist.config import load as config_load
 from pkd_dist.config import schema
 from pkd_dist.errors import UserError
-from pkd_dist.pipeline import STAGES
+from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.stages.base import NAMES as STAGES
 from pkd_dist.telemetry.metrics import EVAL_METRICS, STEP_SECONDS_BUCKETS, RunMetrics, reference
-from pkd_dist.training.trainer import TERMS
 
 SPEC = {
     "pkd_info", "pkd_stage", "pkd_step", "pkd_epoch", "pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds",
@@ -29,13 +29,13 @@ def sample(metrics, name, **labels):
     return metrics.registry.get_sample_value(name, labels)
 
 
-def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it(prometheus_programs):
+def test_every_metric_exists_and_passes_promtool(prometheus_programs):
     metrics = RunMetrics()
     metrics.gpu_memory.labels(kind="total").set(1)
     text = generate_latest(metrics.registry)
     types = {line.split()[2]: line.split()[3] for line in text.decode().splitlines() if line.startswith("# TYPE")}
-    assert {m.name: m.kind for m in metrics.described} == {k: v for k, v in types.items() if k.startswith("pkd_")}
-    assert {m.name for m in metrics.described} == SPEC
+    assert {m.name: m.kind for m in metrics.documented} == {k: v for k, v in types.items() if k.startswith("pkd_")}
+    assert {m.name for m in metrics.documented} == SPEC
     assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "python_info"} <= types.keys()
     assert b"_created" not in text
     assert list(text_string_to_metric_families(text.decode()))
@@ -43,13 +43,17 @@ def test_there_is_every_metric_and_its_name_is_as_prometheus_wants_it(prometheus
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
-def test_what_the_labels_are_documented_to_be_is_what_they_are():
-    documented = {(m.name, label): values for m in RunMetrics().described for label, values in m.labels.items()}
-    for key, values in {("pkd_stage", "stage"): STAGES, ("pkd_loss", "term"): TERMS, ("pkd_eval_metric", "metric"): EVAL_METRICS}.items():  # fmt: skip
-        assert [word for word in documented[key].split("`")[1::2] if word in values] == list(values)
+def test_label_values_are_documented():
+    rows = {
+        line.split("`")[1]: line
+        for line in reference("h", 1, STAGES, LOSS_TERMS).splitlines()
+        if line.startswith("| `")
+    }
+    for name, values in {"pkd_stage": STAGES, "pkd_loss": LOSS_TERMS, "pkd_eval_metric": EVAL_METRICS}.items():
+        assert [word for word in rows[name].split("`")[1::2] if word in values] == list(values)
 
 
-def test_buckets_tell_steps_of_1_ms_from_those_of_10_s():
+def test_buckets_cover_1_ms_to_10_s():
     assert STEP_SECONDS_BUCKETS[0] == 0.001 and STEP_SECONDS_BUCKETS[-1] == 10
     assert max(b / a for a, b in zip(STEP_SECONDS_BUCKETS, STEP_SECONDS_BUCKETS[1:], strict=False)) <= 2.5
 
@@ -59,19 +63,19 @@ def count(metrics, samples, seconds):
     metrics.step_seconds.observe(seconds)
 
 
-def test_counters_go_on_from_what_a_killed_process_had_told(tmp_path):
+def test_counters_continue_from_the_last_scrape_of_a_killed_process(tmp_path):
     file = tmp_path / "new/node-0.json"
     first = RunMetrics(file)
     count(first, 64, 0.03)
     first.step.set(7)
     generate_latest(first.registry)  # a scrape
-    told = file.read_bytes()
+    saved = file.read_bytes()
     generate_latest(first.registry)
-    assert file.read_bytes() == told and [path.name for path in file.parent.iterdir()] == [file.name]
-    count(first, 999, 5)  # nobody asks for it: it is lost with the process
+    assert file.read_bytes() == saved and [path.name for path in file.parent.iterdir()] == [file.name]
+    count(first, 999, 5)  # not scraped: lost with the process
     second = RunMetrics(file)
     assert sample(second, "pkd_samples_total") == second.value("pkd_samples_total") == 64
-    assert sample(second, "pkd_step") == 0, "a gauge says what is now"
+    assert sample(second, "pkd_step") == 0, "gauges are not kept"
     count(second, 36, 0.04)
     assert sample(second, "pkd_samples_total") == 100
     assert sample(second, "pkd_step_seconds_count") == sample(second, "pkd_step_seconds_bucket", le="0.05") == 2
@@ -81,7 +85,7 @@ def test_counters_go_on_from_what_a_killed_process_had_told(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"pkd_samples_total": 5}), b"\xff"])
-def test_counters_of_a_file_that_cannot_be_used_start_from_0(tmp_path, content):
+def test_unusable_counter_file_is_ignored(tmp_path, content):
     file = tmp_path / "node-0.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     metrics = RunMetrics(file)
@@ -90,24 +94,24 @@ def test_counters_of_a_file_that_cannot_be_used_start_from_0(tmp_path, content):
     assert sample(metrics, "pkd_samples_total") == sample(RunMetrics(file), "pkd_samples_total") == 3
 
 
-def test_counters_that_cannot_be_written_are_served_all_the_same(tmp_path):
+def test_counters_that_cannot_be_written_are_still_served(tmp_path):
     (tmp_path / "counters").write_text("in the way")
     metrics = RunMetrics(tmp_path / "counters/node-0.json")
     count(metrics, 5, 1)
     assert sample(metrics, "pkd_samples_total") == 5
 
 
-def test_an_evaluation_shows_known_metrics_alone():
+def test_evaluation_exports_known_metrics_only():
     metrics = RunMetrics()
     metrics.show_evaluation("dev", {"epoch": 3, "accuracy": 0.5, "main_metric": 0.5, "accuracy_interval_95": [0, 1]})
     [family] = [family for family in metrics.registry.collect() if family.name == "pkd_eval_metric"]
     assert {s.labels["metric"]: s.value for s in family.samples} == {"accuracy": 0.5, "main_metric": 0.5}
 
 
-def test_gpu_memory_is_read_at_the_scrape(monkeypatch):
-    """Without a GPU: that each kind asks torch for what its name says."""
-    asked = {"memory_allocated": 3, "max_memory_allocated": 5, "memory_reserved": 8}
-    for name, value in asked.items():
+def test_gpu_memory_is_read_at_each_scrape(monkeypatch):
+    """Runs without a GPU: checks which function of torch each kind calls."""
+    functions = {"memory_allocated": 3, "max_memory_allocated": 5, "memory_reserved": 8}
+    for name, value in functions.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     free = [60]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80))
@@ -120,9 +124,9 @@ def test_gpu_memory_is_read_at_the_scrape(monkeypatch):
     assert sample(metrics, "pkd_gpu_memory_bytes", kind="used") == 70
 
 
-def test_the_document_is_current():
+def test_documentation_is_current():
     defaults = schema.Metrics()
-    text = reference(defaults.host, defaults.port)
+    text = reference(defaults.host, defaults.port, STAGES, LOSS_TERMS)
     assert all(f"| `{name}` |" in text for name in SPEC)
     assert (ROOT / "docs/metrics.md").read_text() == text, "run `make docs`"
 
@@ -136,7 +140,7 @@ def test_the_document_is_current():
           ("gateway:9091", "ftp://gateway", "http://me:secret@gateway:9091", "http://", "http://gateway:port")),
     ],
 )  # fmt: skip
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(UserError, match=message) as refused:
         config_load.load(None, ["run.dir=x", *(f"metrics.{setting}" for setting in settings)])
     assert "\n" not in str(refused.value)

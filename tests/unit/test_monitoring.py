@@ -1,4 +1,4 @@
-"""monitoring/: rules that are right, and that with the dashboard name nothing but what the code exports."""
+"""monitoring/: rules are correct, and rules and dashboard use only exported series."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def promtool(*arguments):
 
 
 def exported():
-    """Every name that a sample of a run can have."""
+    """Return the names of all samples that a run can export."""
     metrics = RunMetrics()
     metrics.show_evaluation("dev", {"main_metric": 1.0})
     metrics.loss.labels(term="total").set(1)
@@ -42,22 +42,22 @@ def exported():
 
 
 def named(expression):
-    """The series that an expression names; the words of PromQL, labels and their values left out."""
+    """Return the series in an expression, without PromQL keywords, labels and their values."""
     bare = re.sub(r'"[^"]*"', "", expression)
     return set(re.findall(r"\b(?:pkd|process|python)[_:][a-z_0-9:]*", bare)) | set(re.findall(r"\bup\b(?=\{)", bare))
 
 
-def test_the_configuration_and_the_rules_are_valid():
+def test_configuration_and_rules_are_valid():
     assert "valid prometheus config" in promtool("check", "config", MONITORING / "prometheus.yml")
     for file in (ALERTS, RECORDING):
         assert "SUCCESS" in promtool("check", "rules", file)
 
 
-def test_the_rules_do_what_their_cases_say():
+def test_rules_pass_their_cases():
     assert promtool("test", "rules", CASES).strip().endswith("SUCCESS")
 
 
-def test_each_alert_has_a_case_that_fires_and_one_that_does_not():
+def test_each_alert_has_a_firing_and_a_silent_case():
     outcomes = {}
     for case in yaml.safe_load(CASES.read_text())["tests"]:
         for expected in case["alert_rule_test"]:
@@ -65,29 +65,29 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not():
     assert outcomes == {rule["alert"]: {True, False} for rule in rules(ALERTS)}
 
 
-def test_rules_name_what_the_code_exports():
+def test_rules_use_exported_series():
     recorded = {rule["record"] for rule in rules(RECORDING)}
     for rule in rules(RECORDING) + rules(ALERTS):
         known = exported() | {"up"} | (recorded - {rule.get("record")})
         assert named(rule["expr"]) <= known and named(rule["expr"]), rule
 
 
-def test_a_panel_names_what_the_code_exports_and_every_metric_has_one():
+def test_panels_use_exported_series_and_cover_all_metrics():
     panels = json.loads(dashboard.FILE.read_text())["panels"]
     recorded = {rule["record"]: rule["expr"] for rule in rules(RECORDING)}
     shown = {name for panel in panels for target in panel.get("targets", []) for name in named(target["expr"])}
     assert shown <= exported() | recorded.keys()
     shown |= {name for record in shown & recorded.keys() for name in named(recorded[record])}
     shown |= {name.removesuffix(suffix) for name in shown for suffix in SUFFIXES}
-    assert {metric.name for metric in RunMetrics().described} - shown == set()
+    assert {metric.name for metric in RunMetrics().documented} - shown == set()
 
 
-def test_a_panel_cannot_name_what_there_is_not():
-    with pytest.raises(KeyError, match="pkd_nothing: nothing of that name"):
+def test_unknown_series_is_rejected():
+    with pytest.raises(KeyError, match="pkd_nothing: no exported metric or recorded series has this name"):
         dashboard.series("pkd_nothing")
 
 
-def test_the_dashboard_is_current():
+def test_dashboard_is_current():
     assert dashboard.FILE.read_text() == dashboard.text(), "run `make docs`"
     made = json.loads(dashboard.text())
     graphs = [panel for panel in made["panels"] if panel["type"] != "row"]
@@ -96,8 +96,8 @@ def test_the_dashboard_is_current():
     assert len(set(places)) == len(places) == len({panel["id"] for panel in made["panels"]})
 
 
-def test_an_expression_of_a_panel_is_promql(tmp_path):
-    """Grafana's variables filled in, promtool reads each as a rule."""
+def test_panel_expressions_are_valid_promql(tmp_path):
+    """promtool reads each expression as a rule, with the variables of Grafana filled in."""
     panels = json.loads(dashboard.FILE.read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     filled = [text.replace("$__rate_interval", "1m").replace("$run", ".*") for text in expressions]
@@ -108,8 +108,8 @@ def test_an_expression_of_a_panel_is_promql(tmp_path):
     assert f"SUCCESS: {len(expressions)} rules found" in promtool("check", "rules", file)
 
 
-def test_what_is_pushed_is_not_taken_for_a_live_run():
-    """Every rule about live runs leaves the job of pushed values out, in one selector of those that are matched."""
+def test_rules_for_live_runs_exclude_pushed_values():
+    """One of the matched selectors excludes the job of pushed values."""
     for rule in rules(RECORDING) + rules(ALERTS):
         if rule.get("alert") not in ("PkdLossNotFinite", "PkdTargetDown") and not named(rule["expr"]) <= {
             other["record"] for other in rules(RECORDING)

@@ -1,23 +1,24 @@
-"""metrics.jsonl: append-only, without gaps, doubles or torn lines, whatever killed the writer."""
+"""metrics.jsonl: append-only, without gaps, duplicates or torn lines after a kill."""
 
 import json
 
 import pytest
 
-from pkd_dist.telemetry.records import Records, read
+from pkd_dist.errors import UserError
+from pkd_dist.telemetry.records import Records, losses, read
 
 
 def lines(*steps):
     return "".join(json.dumps({"step": step, "loss": step / 4}) + "\n" for step in steps).encode()
 
 
-def test_what_is_written_is_read_back_and_is_on_disk_at_once(tmp_path):
+def test_records_are_flushed_and_read_back(tmp_path):
     path = tmp_path / "new/metrics.jsonl"
     assert list(read(path)) == []
     records = Records(path)
     for step in (1, 2):
         records.write({"step": step, "loss": 0.1 * step})
-        assert [r["step"] for r in read(path)][-1] == step, "before it is closed"
+        assert [r["step"] for r in read(path)][-1] == step, "before close"
     records.close()
     assert list(read(path)) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
 
@@ -26,7 +27,7 @@ def test_what_is_written_is_read_back_and_is_on_disk_at_once(tmp_path):
 def test_a_torn_last_line_is_cut_and_written_again(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1, 2) + torn)
-    assert [r["step"] for r in read(path)] == [1, 2], "a reader sees whole lines alone"
+    assert [r["step"] for r in read(path)] == [1, 2], "a reader sees complete lines only"
     records = Records(path)
     records.write({"step": 3, "loss": 0.75})
     records.close()
@@ -40,7 +41,7 @@ def test_a_file_of_one_torn_line_becomes_empty(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_steps_done_again_are_not_written_again(tmp_path):
+def test_repeated_steps_are_not_written_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Records(path)
     for record in ({"step": 1}, {"step": 2}, {"step": 2, "split": "dev"}, {"step": 3}):
@@ -59,8 +60,22 @@ def test_steps_done_again_are_not_written_again(tmp_path):
         second.write(record | {"again": True})
     second.close()
     after = path.read_bytes()
-    assert after.startswith(before), "what was there is never touched"
+    assert after.startswith(before), "existing lines are unchanged"
     assert after[len(before) :].decode().splitlines() == [
         '{"step": 3, "split": "dev", "again": true}',
         '{"step": 4, "again": true}',
     ]
+
+
+@pytest.mark.parametrize("line", ["words", "{}", "[1]", '{"step": 2, "loss": "x"}', "[" * 100_000])
+def test_invalid_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(1) + f"{line}\n".encode())
+    with pytest.raises(UserError) as rejected:
+        list(read(path))
+    assert str(rejected.value).startswith(f"{path}, line 2: is not a record")
+
+
+def test_losses_by_term():
+    record = {"step": 1, "loss": 3.0, "loss_ce": 1.0, "loss_pt": 2.0, "loss_scale": 128.0, "learning_rate": 0.1}
+    assert losses(record) == {"total": 3.0, "ce": 1.0, "pt": 2.0}

@@ -1,4 +1,4 @@
-"""The pages in a real browser: Chromium, without network, on a telephone, on a screen, in the dark and on paper."""
+"""The report in Chromium without network: on a phone, on a desktop, in dark mode and in print."""
 
 import shutil
 
@@ -6,7 +6,9 @@ import pytest
 from playwright.sync_api import sync_playwright
 from run_folders import EXAMPLES, change, figures, make_run
 
+from pkd_dist.pipeline import STAGES
 from pkd_dist.report import pages
+from pkd_dist.report.read import read
 
 WIDTHS = (400, 1280)
 RENDERED = """() => [...document.querySelectorAll('svg, img')].map(drawing => {
@@ -49,13 +51,13 @@ def chromium():
         browser.close()
 
 
-def other_splits(out):
+def add_splits(out):
     sides = {side: figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}
     part = {"n": 12345, **sides, "agreement": 0.877}
     out["results"]["splits"] = {"dev_mismatched": part, "test": part, "a_split_of_a_long_name": part}
 
 
-def long_notes(out):
+def add_long_note(out):
     out["train"]["notes"] = [
         "/a/folder/with_a_very_long_name_that_has_no_place_to_break/" * 3 + "train.tsv: 3 rows are left out"
     ]
@@ -63,11 +65,11 @@ def long_notes(out):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """name -> page."""
+    """Map the name of a run to its report."""
     top = tmp_path_factory.mktemp("pages")
     binary = make_run(top / "binary/run")
-    change(binary, "evaluate", other_splits)
-    change(binary, "data", long_notes)
+    change(binary, "evaluate", add_splits)
+    change(binary, "data", add_long_note)
     names = tuple(f"class number {i}: {'a_long_name_without_spaces' * (1 + i % 3)}" for i in range(150))
     runs = {
         "binary": binary,
@@ -77,20 +79,17 @@ def made(tmp_path_factory):
     }
     out = {name: run / "report.html" for name, run in runs.items()}
     for run in runs.values():
-        pages.write(run)
-    several = [make_run(top / f"several/a-long-name-of-a-run-{i}", seed=i, train={"epochs": 3 + i}) for i in range(8)]
-    out["several"] = top / "several/page.html"
-    pages.write_comparison(several, out["several"])
+        pages.write(read(run, STAGES), run / "report.html")
     return out
 
 
-@pytest.fixture(params=["binary", "regression", "many", "few", "several"])
+@pytest.fixture(params=["binary", "regression", "many", "few"])
 def page_file(made, request):
     return made[request.param]
 
 
 def opened(chromium, file, width=1280, **options):
-    """The page, and what it asked for or complained of."""
+    """Return the page, and its requests and console messages."""
     context = chromium.new_context(viewport={"width": width, "height": 900}, offline=True, **options)
     page, seen = context.new_page(), []
     page.on("console", lambda message: seen.append(f"{message.type}: {message.text}"))
@@ -102,16 +101,16 @@ def opened(chromium, file, width=1280, **options):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_overflows_nothing_is_asked_for_everything_is_drawn(chromium, page_file, width):
+def test_nothing_overflows_nothing_is_requested_and_everything_is_drawn(chromium, page_file, width):
     page, seen = opened(chromium, page_file, width)
-    assert seen == [page_file.as_uri()], "one file, no message"
+    assert seen == [page_file.as_uri()], "one file, no messages"
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     assert page.evaluate(OVERFLOWING) == []
     drawings = page.evaluate(RENDERED)
     assert len(drawings) >= 6
     for wide, high, shapes, label in drawings:
         assert wide > 100 and high > 40 and shapes > 3, label
-        assert label, "every drawing says what it shows"
+        assert label, "every drawing has a text alternative"
     for region in page.locator(".scroll").all():
         assert region.get_attribute("aria-label") and region.get_attribute("tabindex") == "0"
     picture = page.screenshot(full_page=True)
@@ -120,7 +119,7 @@ def test_nothing_overflows_nothing_is_asked_for_everything_is_drawn(chromium, pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_can_be_read(chromium, page_file, scheme):
+def test_text_has_enough_contrast(chromium, page_file, scheme):
     page, _ = opened(chromium, page_file, color_scheme=scheme)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 22, 29)"
     assert dark == (scheme == "dark")
@@ -128,7 +127,7 @@ def test_words_can_be_read(chromium, page_file, scheme):
     page.context.close()
 
 
-def test_on_paper(chromium, page_file):
+def test_print(chromium, page_file):
     page, _ = opened(chromium, page_file, width=700, color_scheme="dark")
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

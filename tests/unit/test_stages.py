@@ -1,50 +1,182 @@
-"""Whether a stage is done: an input that changes, comes or goes is a change."""
+"""Whether a stage is done: an input that changes, comes or goes is a change; markers of 0.1.0 count."""
 
 import json
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
-from pkd_dist.stages.base import Markers, Stage
+from pkd_dist.errors import UserError
+from pkd_dist.files import digest_of
+from pkd_dist.stages.base import NAMES, Artifacts, Markers, Stage, State, label
+from pkd_dist.stages.translation import translate
+
+
+@dataclass(frozen=True)
+class Made:
+    number: int = 0
+    names: tuple[str, ...] = ()
+
+
+NOTHING = Artifacts()
+
+
+def stage(inputs, name="data", missing=lambda context, output: None, artifacts=NOTHING, version=1):
+    return Stage(
+        name, version, Made, lambda context: inputs, lambda context: Made(), missing, lambda context: artifacts
+    )
+
+
+def context(**versions):
+    return SimpleNamespace(versions={name: 1 for name in NAMES} | versions)
+
+
+@pytest.fixture
+def markers(tmp_path):
+    (tmp_path / "stages").mkdir()
+    return Markers(tmp_path, translate)
+
+
+def done(markers, of, output=Made(), seconds=1.0, here=None):
+    here = here or context()
+    state, _ = markers.state(of, here)
+    inputs = {f"version.{name}": here.versions[name] for name in NAMES[: NAMES.index(of.name) + 1]} | of.inputs(here)
+    markers.begin(of, here, state, inputs)
+    markers.end(of, here, output, seconds)
 
 
 @pytest.mark.parametrize(
     ("now", "why"),
     [
-        ({"a": 1, "b": 2}, None),
-        ({"a": 1, "b": 3}, "b changed (2 -> 3)"),
-        ({"a": 1, "b": 2, "c": 4}, "c changed (None -> 4)"),
-        ({"a": 1}, "b changed (2 -> None)"),
+        ({"train.epochs": 1, "init.weights": 2}, None),
+        ({"train.epochs": 1, "init.weights": 3}, "the student's initial weights changed (2 -> 3)"),
+        ({"train.epochs": 1, "init.weights": 2, "run.seed": 4}, "run.seed changed (None -> 4)"),
+        ({"train.epochs": 1}, "the student's initial weights changed (2 -> None)"),
     ],
 )
-def test_a_changed_input_is_found(tmp_path, now, why):
-    (tmp_path / "stages").mkdir()
-    markers = Markers(tmp_path)
-    before = {"a": 1, "b": 2}
-    stage = Stage("data", lambda: before, dict, (), lambda out: None)
-    markers.begin(stage, "new", before)
-    markers.end(stage, before, {}, 1.0)
-    state = markers.state(Stage("data", lambda: now, dict, (), lambda out: None))
-    assert state == (("stale", why) if why else ("done", ""))
+def test_a_changed_input_is_found(markers, now, why):
+    done(markers, stage({"train.epochs": 1, "init.weights": 2}))
+    state = markers.state(stage(now), context())
+    assert state == ((State.STALE, why) if why else (State.DONE, ""))
 
 
-def test_starts_and_stops_are_counted_until_the_inputs_change(tmp_path):
-    (tmp_path / "stages").mkdir()
-    markers, stage = Markers(tmp_path), Stage("data", lambda: {"a": 1}, dict, (), lambda out: None)
+def test_a_raised_version_reruns_the_stage_and_those_after_it(markers):
+    for name in ("data", "teacher", "cache"):
+        done(markers, stage({}, name))
+    raised = context(teacher=2)
+    assert markers.state(stage({}), raised)[0] is State.DONE
+    for name in ("teacher", "cache"):
+        state, why = markers.state(stage({}, name), raised)
+        assert (state, why) == (State.STALE, "the code of the stage teacher changed (1 -> 2)")
 
-    def start() -> str:
-        state, _ = markers.state(stage)
-        markers.begin(stage, state, stage.inputs())
+
+def test_outputs_come_back_typed(markers):
+    made = Made(7, ("a", "b"))
+    done(markers, stage({}), made)
+    assert markers.output(stage({})) == made
+
+
+def test_starts_and_stops_are_counted_until_the_inputs_change(markers):
+    def start(of) -> State:
+        state, _ = markers.state(of, context())
+        inputs = {"version.data": 1} | of.inputs(context())
+        markers.begin(of, context(), state, inputs)
         return state
 
-    assert start() == "new"
-    markers.stop(stage, 2.0)
-    assert start() == "started", "stopped by a signal"
-    assert start() == "started", "killed"
-    markers.end(stage, stage.inputs(), {}, 3.0)
-    made = json.loads((tmp_path / "stages/data.json").read_text())
-    assert (made["starts"], made["stopped"], made["seconds"]) == (3, 1, 5.0) and made["done"]
-    stage = Stage("data", lambda: {"a": 2}, dict, (), lambda out: None)
-    assert start() == "stale"
-    markers.end(stage, stage.inputs(), {}, 4.0)
-    made = json.loads((tmp_path / "stages/data.json").read_text())
-    assert (made["starts"], made["stopped"], made["seconds"]) == (1, 0, 4.0)
+    first = stage({"a": 1})
+    assert start(first) is State.NEW
+    markers.stop("data", 2.0)
+    assert start(first) is State.STARTED, "stopped by a signal"
+    assert start(first) is State.STARTED, "killed"
+    markers.end(first, context(), Made(), 3.0)
+    marker = markers.read("data")
+    assert (marker.starts, marker.stopped, marker.seconds, marker.done) == (3, 1, 5.0, True)
+    second = stage({"a": 2})
+    assert start(second) is State.STALE
+    markers.end(second, context(), Made(), 4.0)
+    marker = markers.read("data")
+    assert (marker.starts, marker.stopped, marker.seconds) == (1, 0, 4.0)
+
+
+def test_a_changed_stage_moves_its_outcome_aside(markers, tmp_path):
+    outcome = tmp_path / "outcome"
+    artifacts = Artifacts((outcome,))
+    of = stage({"a": 1}, artifacts=artifacts)
+    done(markers, of)
+    outcome.write_text("first")
+    done(markers, stage({"a": 2}, artifacts=artifacts))
+    assert (tmp_path / "previous/1/outcome").read_text() == "first" and not outcome.exists()
+
+
+def test_what_the_run_did_not_make_is_not_overwritten(markers, tmp_path):
+    (tmp_path / "outcome").write_text("a user's file")
+    of = stage({}, artifacts=Artifacts((tmp_path / "outcome",)))
+    with pytest.raises(UserError, match="outcome: exists, but this run did not make it"):
+        markers.begin(of, context(), State.NEW, {})
+
+
+def test_spoiled_work_starts_over(markers):
+    done(markers, stage({}))
+    markers.spoil("data", "the cache was altered")
+    assert markers.state(stage({}), context()) == (State.STALE, "the cache was altered")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 2, "done": "x", "inputs": 3}', '{"done": true}', "\xff"]
+)
+def test_a_damaged_marker_makes_the_stage_run_again(markers, text):
+    markers.path("data").write_text(text, encoding="latin-1")
+    state, why = markers.state(stage({}), context())
+    assert state is State.STALE and why.endswith("data.json is damaged")
+
+
+def test_a_damaged_output_makes_the_stage_run_again(markers):
+    done(markers, stage({}), Made(3))
+    raw = json.loads(markers.path("data").read_text())
+    markers.path("data").write_text(json.dumps(raw | {"outputs": {"number": "many"}}))
+    assert markers.state(stage({}), context())[0] is State.STALE
+
+
+def test_a_marker_of_a_later_version_is_rejected(markers):
+    done(markers, stage({}))
+    raw = json.loads(markers.path("data").read_text())
+    markers.path("data").write_text(json.dumps(raw | {"format": 99}))
+    with pytest.raises(UserError, match="written by a later version of pkd_dist"):
+        markers.state(stage({}), context())
+
+
+OLD = {
+    "data": {"train.tsv": "1", "task.name": "sst2", "the text of my/more.txt": "2", "tokenizer": "3"},
+    "distill": {"distill.alpha": 0.5, "the student's starting weights": "4", "the teacher's answers": "5",
+                "the training data": "6", "the dev data": "7"},
+    "evaluate": {"the student": "8", "the teacher": "9", "the dev data": "7", "the dev_mismatched data": "0"},
+    "report": {"results": "a", "export": "b"},
+}  # fmt: skip
+TODAY = {
+    "data": {"task.data:train.tsv": "1", "task.name": "sst2", "task.unlabeled:my/more.txt": "2", "teacher.tokenizer": "3"},
+    "distill": {"distill.alpha": 0.5, "init.weights": "4", "cache.fingerprint": "5", "data.training": "6", "data.dev": "7"},
+    "evaluate": {"distill.weights": "8", "teacher.weights": "9", "data.dev": "7", "data.dev_mismatched": "0"},
+    "report": {"evaluate.results": "a", "export.weights": "b"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_marker_of_0_1_0_is_found_done(markers, name):
+    old = {"done": True, "inputs": OLD[name], "outputs": {"number": 5, "names": [], "sets": []}}
+    old |= {"starts": 2, "stopped": 1, "seconds": 3.5}
+    markers.path(name).write_text(json.dumps(old))
+    of = stage(TODAY[name], name)
+    assert markers.state(of, context()) == (State.DONE, "")
+    assert markers.output(of) == Made(5)
+    markers.upgrade()
+    marker = markers.read(name)
+    assert '"format": 2' in markers.path(name).read_text()
+    assert (marker.starts, marker.stopped, marker.seconds) == (2, 1, 3.5)
+    assert marker.fingerprint == digest_of(OLD[name]), "the checkpoints of 0.1.0 carry this digest"
+
+
+def test_labels_name_what_is_no_configuration_key():
+    assert label("task.data:train.tsv") == "task.data (train.tsv)"
+    assert label("data.dev") == "the dev data"
+    assert label("distill.alpha") == "distill.alpha"
+    assert label("version.cache") == "the code of the stage cache"

@@ -1,4 +1,4 @@
-"""How a student starts: which tensors come from where, and what is left out of its export."""
+"""How a student is created: where its tensors come from, and what its export leaves out."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def deep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(deep, tmp_path_factory):
-    """It, as if fine-tuned: every weight another one, and a classifier."""
+    """The body as if fine-tuned: every weight changed, and a classifier."""
     folder = tmp_path_factory.mktemp("teacher")
     model = load_model(deep, new_head=True, **LABELS)
     generator = torch.Generator().manual_seed(5)
@@ -44,7 +44,7 @@ def weights(folder):
 
 
 def is_made_of(student, source, layers, but=()):
-    """Asserts that layer i of a student is layer layers[i] of the source, and all the rest is the source's too."""
+    """Assert that layer i of a student is layer layers[i] of the source, and that all other weights are the source's."""
     mine = student.state_dict()
     prefix = "bert.encoder.layer."
     assert student.config.num_hidden_layers == len(layers)
@@ -76,7 +76,7 @@ def test_chosen_layers_of_the_teacher(teacher, deep):
         ({"layers": list(range(12))}, list(range(12))),
     ],
 )
-def test_layers_that_are_not_named_are_spread(teacher, deep, settings, layers):
+def test_default_layers_are_at_even_distance(teacher, deep, settings, layers):
     student, _ = create(Student(**settings), teacher, deep, LABELS, 42)
     is_made_of(student, weights(teacher), layers)
 
@@ -104,13 +104,13 @@ def test_pkd_init_student_writes_chosen_layers_bit_for_bit(teacher, tmp_path):
         ("", "student.layers is empty; it must name at least one teacher layer"),
     ],
 )
-def test_pkd_init_student_refuses_layers(teacher, tmp_path, layers, message):
+def test_pkd_init_student_rejects_layers(teacher, tmp_path, layers, message):
     done = init_student(teacher, layers, tmp_path / "student")
     assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1, done.output
     assert not (tmp_path / "student").exists()
 
 
-def test_pkd_init_student_refuses_folders(teacher, deep, tmp_path):
+def test_pkd_init_student_rejects_folders(teacher, deep, tmp_path):
     decoder = tmp_path / "gpt2"
     GPT2ForSequenceClassification(
         GPT2Config(vocab_size=60, n_embd=16, n_layer=4, n_head=2, n_positions=64)
@@ -148,7 +148,7 @@ def test_random_weights_of_the_teachers_shape(teacher, deep):
 
 
 @pytest.mark.parametrize("init", ["random", "first_k"])
-def test_what_is_drawn_follows_the_seed_and_disturbs_nothing(teacher, deep, init):
+def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(teacher, deep, init):
     settings = Student(init=init, num_layers=2)
     before = torch.get_rng_state()
     first, again, other = (create(settings, teacher, deep, LABELS, seed)[0].state_dict() for seed in (1, 1, 2))
@@ -166,7 +166,7 @@ def test_what_is_drawn_follows_the_seed_and_disturbs_nothing(teacher, deep, init
         ({"init": "./nowhere"}, "student.init: no such folder: ./nowhere"),
     ],
 )
-def test_more_than_there_is(teacher, deep, settings, message):
+def test_layers_or_folders_that_do_not_exist(teacher, deep, settings, message):
     with pytest.raises(UserError) as error:
         create(Student(**settings), teacher, deep, LABELS, 42)
     assert message in str(error.value)
@@ -186,7 +186,7 @@ def test_a_folder_of_another_width_learns_a_projection_that_is_not_exported(teac
         for parameter in student.parameters():
             parameter.add_(1)
     trained = {name: p.detach().clone() for name, p in student.named_parameters()}
-    save_file(student.whole(trained, 1.0), tmp_path / "best.safetensors")
+    save_file(student.with_full_vocabulary(trained, 1.0), tmp_path / "best.safetensors")
     plain = best_student(tmp_path / "init", tmp_path / "best.safetensors", sha256(tmp_path / "best.safetensors"))
     assert type(plain) is type(model) and not plain.training
     start = model.state_dict()

@@ -1,4 +1,4 @@
-"""An encoder layer as one operation, with dropout and in low precision; without, `test_lean.py` holds it to the plain one."""
+"""A fused encoder layer with dropout and in low precision; `test_encoder.py` compares it to the plain layer without."""
 
 import copy
 
@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
+from transformers.models.bert.modeling_bert import BertLayer
 
-from pkd_dist.kernels.encoder_layer import Dropout, fuse
-from pkd_dist.kernels.operations import Compiled, dropout_mask, parts_for
-from pkd_dist.model.encoder import Encoder, encoder_layers
+from pkd_dist.kernels.encoder_layer import CpuDropout
+from pkd_dist.kernels.operations import CompiledOperations, dropout_mask, select_operations
+from pkd_dist.model.encoder import Encoder, encoder_layers, use_cpu_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BERT = BertConfig(
@@ -31,7 +32,7 @@ def model_of(config=BERT, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_a_mask_has_the_asked_share_and_scale(dtype, p):
+def test_a_mask_has_the_given_probability_and_scale(dtype, p):
     torch.manual_seed(1)
     mask = dropout_mask((1000, 1001), p, dtype)
     assert mask.dtype == dtype and mask.shape == (1000, 1001)
@@ -45,7 +46,7 @@ def test_a_mask_has_the_asked_share_and_scale(dtype, p):
         assert abs(kept.flatten()[lane::4].mean() - (1 - p)) < 8 * sigma + 2**-15
 
 
-def test_the_seed_of_torch_decides_the_mask():
+def test_the_seed_of_torch_determines_the_mask():
     masks = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -55,14 +56,13 @@ def test_the_seed_of_torch_decides_the_mask():
 
 
 def test_dropout_is_off_in_evaluation():
-    layer, x = Dropout(0.5), torch.ones(50)
+    layer, x = CpuDropout(0.5), torch.ones(50)
     assert torch.equal(layer.eval()(x), x) and (layer.train()(x) == 0).any()
-    assert torch.equal(Dropout(0.0).train()(x), x)
+    assert torch.equal(CpuDropout(0.0).train()(x), x)
 
 
 def formula(layer, hidden, mask, dropouts, queries=None):
-    """A layer of BERT as the paper on it writes it, by torch's plain operations, with the same masks; of the first tokens
-    alone, where a number of queries is given."""
+    """A layer of BERT as in its paper, in plain torch operations with the same dropout masks, for the first `queries` tokens."""
     attention, after = layer.attention.self, layer.attention.output
     B, L, H = hidden.shape
     q, k, v = (
@@ -72,7 +72,7 @@ def formula(layer, hidden, mask, dropouts, queries=None):
     Q, hidden = queries or L, hidden[:, :queries]
     p = torch.softmax(q[:, :, :Q] @ k.mT / (H // 4) ** 0.5 + mask, -1)
     keys = max(L, 16)
-    shape = (B, 4, Q, keys)  # of one query a row of each head, else a head of each example
+    shape = (B, 4, Q, keys)  # one row of each head for one query, else a head of each example
     p = p * dropout_mask(shape, dropouts[0], hidden.dtype)[..., :L]
     context = (p @ v).transpose(1, 2).reshape(B, Q, H)
     attended = F.linear(context, after.dense.weight, after.dense.bias)
@@ -86,10 +86,10 @@ def formula(layer, hidden, mask, dropouts, queries=None):
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("length", [7, 19])
-def test_with_dropout_it_is_the_formula(length, first):
+def test_a_fused_layer_with_dropout_is_the_formula(length, first):
     model, queries = model_of(), 1 if first else None
     plain, fused = copy.deepcopy(model).bert.encoder.layer[-1], model.bert.encoder.layer[-1]
-    assert fuse(model, encoder_layers(model)[1], first)
+    assert use_cpu_kernels(model, encoder_layers(model)[1], first)
     hidden = torch.randn(3, length, 32, dtype=torch.float64)
     mask = torch.zeros(3, 1, 1, length, dtype=torch.float64)
     mask[1, ..., 4:] = torch.finfo(torch.float64).min
@@ -106,14 +106,16 @@ def test_with_dropout_it_is_the_formula(length, first):
         torch.testing.assert_close(mine.grad, its.grad, rtol=0, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("heads", [4, 2])  # by PyTorch; compiled, whose heads are of a multiple of 16
+@pytest.mark.parametrize("heads", [4, 2])  # PyTorch; compiled, which needs a head size divisible by 16
 @pytest.mark.parametrize(
     "config", [BERT, DistilBertConfig(vocab_size=60, dim=32, n_layers=3, n_heads=4, hidden_dim=64)]
 )
-def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config, heads):
+def test_bfloat16_is_as_accurate_as_autocast(config, heads):
     config = copy.deepcopy(config)
     config.num_attention_heads = heads
-    assert isinstance(parts_for(torch.bfloat16, torch.float32, 32, 32 // heads, True), Compiled) == (heads == 2)
+    assert isinstance(select_operations(torch.bfloat16, torch.float32, 32, 32 // heads, True), CompiledOperations) == (
+        heads == 2
+    )
     exact = model_of(config).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(5, 60, (8, 24)))
     inputs = {"input_ids": ids, "attention_mask": (ids > 8).long().index_fill(1, torch.tensor([0]), 1)}
@@ -128,14 +130,14 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autocast(config, heads):
     for fused in (False, True):
         model = copy.deepcopy(exact).float()
         module = Encoder(model).eval() if fused else None
-        # as in training, where dropout rules the other kernels out
+        # as in training, where dropout excludes the other attention kernels
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             mine = gradient(model, lambda m=module, p=model: m(inputs)[0] if m else p(**inputs).logits)
         errors.append(float((mine - truth).norm() / truth.norm()))
     assert errors[1] < 1.25 * errors[0] < (0.05 if heads == 4 else 0.1), errors  # autocast's own is larger with 2
 
 
-def test_without_a_gradient_it_keeps_nothing_and_gives_the_same():
+def test_results_are_the_same_without_gradients():
     module = Encoder(model_of()).eval()
     inputs = {"input_ids": torch.arange(5, 25).view(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.int64)}
     with_gradient = module(inputs)[0]
@@ -145,9 +147,9 @@ def test_without_a_gradient_it_keeps_nothing_and_gives_the_same():
     torch.testing.assert_close(without, with_gradient.detach(), rtol=0, atol=1e-14)
 
 
-def test_another_activation_is_left_as_it_is():
+def test_a_layer_with_another_activation_is_unchanged():
     config = copy.deepcopy(BERT)
     config.hidden_act = "relu"
     model = model_of(config)
-    assert not fuse(model, encoder_layers(model)[1])
-    assert type(model.bert.encoder.layer[0]).forward is model.bert.encoder.layer[0].forward.__func__
+    assert not use_cpu_kernels(model, encoder_layers(model)[1])
+    assert type(model.bert.encoder.layer[0]) is BertLayer

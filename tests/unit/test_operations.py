@@ -1,4 +1,4 @@
-"""The compiled parts of an encoder layer against the formulas in float64, dropout included; and where there is no compiler."""
+"""Compiled operations of an encoder layer against formulas in float64, dropout included; and machines without a compiler."""
 
 import copy
 import logging
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pkd_dist.kernels import native
-from pkd_dist.kernels.operations import ByTorch, Compiled, parts_for
+from pkd_dist.kernels.operations import CompiledOperations, TorchOperations, select_operations
 from pkd_dist.model.encoder import Encoder
 
 LOW, SEED = torch.bfloat16, 0x1234_5678_9ABC_DEF0
@@ -19,9 +19,9 @@ LOW, SEED = torch.bfloat16, 0x1234_5678_9ABC_DEF0
 
 @pytest.fixture(scope="module")
 def compiled():
-    kernels = native.kernels()
+    kernels = native.load_kernels()
     assert kernels is not None, "the tests need a C compiler"
-    return Compiled(kernels)
+    return CompiledOperations(kernels)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def seeded(monkeypatch):
 
 
 def kept(count, p):
-    """What dropout multiplies elements 0, 1, ... by: the hash of kernels.c, once more."""
+    """The factors of dropout for elements 0, 1, ...: the hash of kernels.c, in NumPy."""
     with np.errstate(over="ignore"):
         h = np.arange(count, dtype=np.uint32) + np.uint32(SEED & 0xFFFFFFFF)
         h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D) + np.uint32(SEED >> 32)
@@ -40,7 +40,7 @@ def kept(count, p):
 
 
 def close(got, wanted, msg):
-    """Within a few roundings to bfloat16 of the largest."""
+    """The error is at most a few bfloat16 roundings of the largest value."""
     error, scale = (got.double() - wanted).abs().max().item(), wanted.abs().max().item()
     assert error <= 0.01 * scale + 1e-6, f"{msg}: {error} of {scale}"
 
@@ -64,7 +64,7 @@ def test_attention_and_its_gradient(compiled, seeded, length, size, p):
     grad = torch.randn(B * length, A * size).to(LOW)
     mask = torch.zeros(B, 1, length, dtype=LOW)
     mask[1, :, (length + 1) // 2 :] = torch.finfo(LOW).min
-    mask[2] = torch.finfo(LOW).min  # padding alone
+    mask[2] = torch.finfo(LOW).min  # only padding
     mask = mask if p else None
     keep = kept(B * A * length * keys, p).view(B, A, length, keys)[..., :length] if p else None
     context, sums, saved = compiled.attend(*qkv.unbind(2), mask, size**-0.5, p)
@@ -81,7 +81,7 @@ def test_attention_and_its_gradient(compiled, seeded, length, size, p):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize(("length", "queries"), [(1, 1), (19, 3), (16, 12), (40, 6)])
 def test_attention_of_states_that_are_keys_and_values(compiled, seeded, length, queries, p):
-    """As the last layer has it for the first token: few queries, shares that dropout takes from, and their sums."""
+    """As in a last layer for the first token alone: few queries, and the sums of the weights after dropout."""
     torch.manual_seed(length)
     B, H, keys = 3, 48, -(-length // 16) * 16
     sought, states = torch.randn(queries, B, H).to(LOW), torch.randn(B, length, 1, H).to(LOW)
@@ -97,22 +97,24 @@ def test_attention_of_states_that_are_keys_and_values(compiled, seeded, length, 
     def heads(x_QBH):
         return x_QBH.transpose(0, 1)[:, :, None]
 
-    ways = {"compiled": (compiled, LOW)} | ({} if p else {"by torch": (ByTorch(torch.float64), torch.float64)})
-    for name, (parts, dtype) in ways.items():
+    ways = {"compiled": (compiled, LOW)} | ({} if p else {"by torch": (TorchOperations(torch.float64), torch.float64)})
+    for name, (operations, dtype) in ways.items():
         its_states = states.to(dtype)
-        context, sums, saved = parts.attend(heads(sought.to(dtype)), its_states, its_states, mask.to(dtype), 0.2, p)
-        into_q, into_x = torch.empty(queries, B, H, dtype=dtype), torch.empty(states.shape, dtype=dtype)
-        parts.attend_backward(saved, heads(grad.to(dtype)), grad_sums, (heads(into_q), into_x, into_x))
+        context, sums, saved = operations.attend(
+            heads(sought.to(dtype)), its_states, its_states, mask.to(dtype), 0.2, p
+        )
+        grad_q, grad_x = torch.empty(queries, B, H, dtype=dtype), torch.empty(states.shape, dtype=dtype)
+        operations.attend_backward(saved, heads(grad.to(dtype)), grad_sums, (heads(grad_q), grad_x, grad_x))
         near = close if dtype == LOW else partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
         near(context[:, :, 0], wanted[0].detach(), msg=f"{name}: context")
         near(sums[:, 0], wanted[1].detach(), msg=f"{name}: sums")
-        near(into_q.transpose(0, 1), q.grad, msg=f"{name}: queries")
-        near(into_x[:, :, 0], x.grad, msg=f"{name}: states")
+        near(grad_q.transpose(0, 1), q.grad, msg=f"{name}: queries")
+        near(grad_x[:, :, 0], x.grad, msg=f"{name}: states")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 16), (37, 48), (64, 384)])
-def test_dropout_sum_and_norm_and_their_gradient(compiled, seeded, rows, hidden, p):
+def test_dropout_residual_and_norm_with_gradients(compiled, seeded, rows, hidden, p):
     torch.manual_seed(rows)
     residual, gain, bias = torch.randn(rows, hidden) + 2, torch.randn(hidden), torch.randn(hidden)
     x, more, grad = torch.randn(rows, hidden).to(LOW), torch.randn(rows, hidden).to(LOW), torch.randn(rows, hidden)
@@ -138,7 +140,7 @@ def test_dropout_sum_and_norm_and_their_gradient(compiled, seeded, rows, hidden,
             close(got, leaf.grad, name)
 
 
-def test_gelu_and_its_gradient_of_every_number(compiled):
+def test_gelu_and_its_gradient_for_every_bfloat16(compiled):
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(LOW)[:-3]
     exact = x.double().requires_grad_()
     wanted = torch.nn.functional.gelu(exact)
@@ -153,7 +155,7 @@ def test_gelu_and_its_gradient_of_every_number(compiled):
     assert unsaved[1].tensors == [None]
 
 
-def test_what_is_not_a_number_stays_so(compiled):
+def test_nan_propagates(compiled):
     qkv = torch.randn(1, 20, 3, 2, 32).to(LOW)
     qkv[0, 3, 1, 0, 5] = float("nan")  # a key: every query of that head meets it
     context, _, saved = compiled.attend(*qkv.unbind(2), None, 1.0, 0.1)
@@ -180,8 +182,8 @@ def test_the_number_of_threads_changes_nothing(compiled, seeded):
                 attended, grad.to(LOW).view(context.shape), shares.contiguous(), into_qkv.unbind(2)
             )
             wide, _, normed = compiled.add_norm(residual, x, 0.1, gain, bias, 1e-12, True)
-            into, into_x, *of_parameters = compiled.add_norm_backward(normed, grad)
-            found.append((context, into_qkv, wide, into, into_x))
+            into, grad_x, *of_parameters = compiled.add_norm_backward(normed, grad)
+            found.append((context, into_qkv, wide, into, grad_x))
             sums.append(torch.cat(of_parameters))  # by thread
     finally:
         torch.set_num_threads(before)
@@ -190,7 +192,7 @@ def test_the_number_of_threads_changes_nothing(compiled, seeded):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_is_even_and_follows_torchs_seed(compiled, p):
+def test_dropout_is_uniform_and_follows_the_seed_of_torch(compiled, p):
     ones, nothing = torch.ones(4096, 256, dtype=LOW), torch.zeros(4096, 256)
 
     def masks(seed):
@@ -210,7 +212,7 @@ def test_dropout_is_even_and_follows_torchs_seed(compiled, p):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_layer_with_dropout_and_its_gradient(seeded, last):
-    """Through the model, against the formula with the same elements dropped. The last layer is of the first token."""
+    """Through the model, against the formula with the same elements dropped; the last layer has the first token alone."""
     torch.manual_seed(6)
     B, L, H, p = 3, 21, 32, 0.2
     config = BertConfig(vocab_size=60, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -259,12 +261,12 @@ def test_a_layer_with_dropout_and_its_gradient(seeded, last):
             near(parameter.grad, exact[name].grad, name)
 
 
-def test_a_layer_of_them_is_as_near_to_the_exact_one_as_autocast_is():
+def test_a_compiled_model_is_as_accurate_as_autocast():
     torch.manual_seed(4)
     config = BertConfig(vocab_size=60, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
     plain = AutoModelForSequenceClassification.from_config(config)
-    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), Compiled)
+    assert isinstance(select_operations(LOW, torch.float32, 64, 32, True), CompiledOperations)
     inputs = {"input_ids": torch.randint(1, 60, (4, 21)), "attention_mask": torch.ones(4, 21, dtype=torch.int64)}
     inputs["attention_mask"][1:3, 9:] = 0
 
@@ -285,7 +287,7 @@ def test_a_layer_of_them_is_as_near_to_the_exact_one_as_autocast_is():
 
 
 def compiler_that(tmp_path, does):
-    """A script in place of a compiler."""
+    """A script that replaces the compiler."""
     script = tmp_path / "cc"
     script.write_text(f"#!/bin/sh\n{does}\n")
     script.chmod(0o755)
@@ -294,7 +296,7 @@ def compiler_that(tmp_path, does):
 
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
-    """No compiler and no cache but those of the test."""
+    """No compiler and no cache except those of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
@@ -306,50 +308,50 @@ FAILS = 'case "$*" in *-dM*) echo target;; *) echo "kernels.c: In function"; ech
 
 
 @pytest.mark.parametrize(
-    ("does", "said"),
+    ("does", "logged"),
     [
-        (None, "there is no C compiler"),
+        (None, "no C compiler found"),
         (FAILS, "cc failed: kernels.c:1: error: no such thing"),
-        ("exit 3", "cc failed: without a word"),
+        ("exit 3", "cc failed: no output"),
         ("exit 0", "cannot open shared object file"),
     ],
 )
-def test_without_a_compiler_pytorch_does_it_and_that_is_said(monkeypatch, alone, caplog, does, said):
+def test_without_a_compiler_pytorch_is_used_and_the_log_says_why(monkeypatch, alone, caplog, does, logged):
     if does:
         monkeypatch.setenv("CC", compiler_that(alone, does))
     with caplog.at_level(logging.INFO, "pkd"):
-        assert native.kernels.__wrapped__() is None
-    assert said in caplog.text and "PyTorch's operations" in caplog.text
+        assert native.load_kernels.__wrapped__() is None
+    assert logged in caplog.text and "PyTorch's operations" in caplog.text
     assert not list(alone.rglob("kernels*"))
 
 
-def test_a_folder_that_others_may_write_to_is_not_trusted(monkeypatch, alone, caplog):
+def test_a_cache_folder_that_others_can_write_is_not_used(monkeypatch, alone, caplog):
     monkeypatch.setenv("CC", compiler_that(alone, "echo target"))
     (alone / "cache" / "pkd_dist").mkdir(parents=True)
     (alone / "cache" / "pkd_dist").chmod(0o777)
     with caplog.at_level(logging.INFO, "pkd"):
-        assert native.kernels.__wrapped__() is None
+        assert native.load_kernels.__wrapped__() is None
     assert "can be written by others" in caplog.text
 
 
-def test_they_are_switched_off(monkeypatch):
+def test_an_environment_variable_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv("PKD_KERNELS", "0")
-    assert native.kernels.__wrapped__() is None
+    assert native.load_kernels.__wrapped__() is None
 
 
-def test_where_they_do_not_fit_pytorch_does_it(monkeypatch):
-    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), Compiled)
-    assert isinstance(parts_for(LOW, LOW, 64, 32, False), Compiled)
-    for low, wide, hidden, head, learns in (
+def test_pytorch_is_used_for_unsupported_layers(monkeypatch):
+    assert isinstance(select_operations(LOW, torch.float32, 64, 32, True), CompiledOperations)
+    assert isinstance(select_operations(LOW, LOW, 64, 32, False), CompiledOperations)
+    for low, wide, hidden, head, needs_grad in (
         (LOW, LOW, 64, 32, True), (LOW, torch.float32, 32, 8, True), (torch.float32, torch.float32, 64, 32, True),
         (torch.float16, torch.float32, 64, 32, True), (torch.float64, torch.float64, 64, 32, False),
     ):  # fmt: skip
-        assert isinstance(parts_for(low, wide, hidden, head, learns), ByTorch)
-    monkeypatch.setattr("pkd_dist.kernels.operations.kernels", lambda: None)
-    assert isinstance(parts_for(LOW, torch.float32, 64, 32, True), ByTorch)
+        assert isinstance(select_operations(low, wide, hidden, head, needs_grad), TorchOperations)
+    monkeypatch.setattr("pkd_dist.kernels.operations.load_kernels", lambda: None)
+    assert isinstance(select_operations(LOW, torch.float32, 64, 32, True), TorchOperations)
 
 
-def test_what_a_kernel_cannot_read_is_refused(compiled):
+def test_tensors_that_a_kernel_cannot_read_are_rejected(compiled):
     qkv = torch.randn(2, 5, 3, 2, 16).to(LOW)
     one = torch.zeros(1, 1, 5, dtype=LOW)
     q, k, v = qkv.unbind(2)
@@ -364,19 +366,19 @@ def test_what_a_kernel_cannot_read_is_refused(compiled):
         compiled.attend(q, k[:, :, :1].expand(k.shape), v, None, 1.0, 0.0)
 
 
-def test_they_are_made_once_and_again_where_the_file_is_broken(monkeypatch, tmp_path):
+def test_kernels_are_built_once_and_rebuilt_if_the_file_is_damaged(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     old = tmp_path / "pkd_dist" / "kernels-old.so"
     old.parent.mkdir(mode=0o700)
     old.touch()
     os.utime(old, (0, 0))
-    assert native.kernels.__wrapped__() is not None
+    assert native.load_kernels.__wrapped__() is not None
     (library,) = (tmp_path / "pkd_dist").iterdir()
     made = library.stat().st_mtime_ns
-    assert native.kernels.__wrapped__() is not None and library.stat().st_mtime_ns == made
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a path that is loaded is not looked at again
+    assert native.load_kernels.__wrapped__() is not None and library.stat().st_mtime_ns == made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a loaded path is not read again
     broken = tmp_path / "other" / "pkd_dist" / library.name
     broken.parent.mkdir(mode=0o700, parents=True)
     broken.touch()
-    assert native.kernels.__wrapped__() is not None
+    assert native.load_kernels.__wrapped__() is not None
     assert [*broken.parent.iterdir()] == [broken] and broken.stat().st_size

@@ -1,0 +1,60 @@
+"""`pkd compare`: several methods over several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pkd_dist.cli.options import ConfigFile, Overrides, run_command
+from pkd_dist.errors import UserError
+
+
+def compare(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option(help="Folder of all runs and of the table.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Among finetune, kd, pkd-skip, pkd-last, random, first-k, tokens, seed.")
+    ] = "finetune,kd,pkd-skip,pkd-last",
+    method: Annotated[
+        list[str] | None, typer.Option(help='Your own: "NAME: section.key=value ...". May be repeated.')
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the students.")] = "1,2,3",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    launcher: Annotated[str, typer.Option(help="Launcher of each run, such as deepspeed; default: this Python.")] = "",
+) -> None:
+    """Train several methods over several seeds on one teacher and one cache; print and plot the table.
+
+    Example: pkd compare --config configs/demo.yaml --output runs/compare --methods finetune,kd,pkd-skip --seeds 1,2,3
+
+    Example: pkd compare --config my.yaml --output runs/pairs --method "pairs: distill.patience=[1,5]" --jobs 2
+    """
+
+    def work() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from pkd_dist.comparison import methods as named
+        from pkd_dist.comparison import table
+        from pkd_dist.comparison.runner import Comparison
+
+        chosen = named.parse_methods(methods, method or [])
+        made = Comparison(config, overrides or [], chosen, _numbers(seeds), output, launcher, jobs).run()
+        header, body = table.rows(made)
+        shown = Table(*header)
+        for row in body:
+            shown.add_row(*row)
+        Console().print(shown)
+        print(f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over seeds")
+        print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
+
+    run_command(work)
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds: {seeds!r} is not a list of numbers such as 1,2,3") from None

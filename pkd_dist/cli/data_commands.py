@@ -1,0 +1,79 @@
+"""`pkd prepare`: what is in a data folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pkd_dist.cli.options import LabelColumn, TaskKind, TextColumns, run_command, task_overrides
+from pkd_dist.data.tasks import GLUE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    from pkd_dist.data.text import Split
+
+
+def prepare(
+    task: Annotated[str, typer.Option(help=f"A GLUE task ({', '.join(GLUE)}), or `custom`.")] = "sst2",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder with train, dev and perhaps test as .tsv, .csv, .jsonl or .parquet, or as GLUE ships it; or "
+            "hub:NAME or hub:NAME:CONFIGURATION."
+        ),
+    ] = "data/movie-reviews",
+    text: TextColumns = None,
+    label: LabelColumn = None,
+    kind: TaskKind = None,
+    model: Annotated[
+        str | None, typer.Option(help="A teacher: also count the tokens that its tokenizer makes of the text.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="With --model: longest input in tokens; longer ones are truncated.")
+    ] = 128,
+) -> None:
+    """Check a data folder: counts, classes, lengths, rows left out, duplicates.
+
+    Example: pkd prepare --task sst2 --data data/movie-reviews
+    """
+    overrides = task_overrides({"name": task, "data": data, "text": text, "label": label, "kind": kind})
+    run_command(lambda: _prepare(data, [*overrides, f"task.max_length={max_length}"], model, max_length))
+
+
+def _prepare(data: str, overrides: list[str], model: str | None, max_length: int) -> None:
+    from rich.console import Console
+
+    from pkd_dist.config.load import load
+    from pkd_dist.data import summary, tasks, text
+
+    task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
+    token_lengths = _token_lengths(model) if model is not None else None
+    splits: dict[str, Split] = {}
+    for name in dict.fromkeys(("train", "dev", *text.available(data, task))):
+        splits[name] = text.read(data, name, task, splits["train"].classes or None if splits else None)
+    print("\n".join(summary.all_notes(splits)) + "\n")
+    console = Console(highlight=False)
+    console.width = max(console.width, 0 if console.is_terminal else 140)
+    console.print(summary.splits_table(splits, max_length, token_lengths))
+    if not task.regression:
+        console.print()
+        console.print(summary.classes_table(splits, task))
+
+
+def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:
+    """Return a function from a split to the number of tokens of each example, (N,)."""
+    import numpy as np
+
+    from pkd_dist.model import encoder
+
+    tokenizer = encoder.load_tokenizer(encoder.locate(model, "--model"))
+
+    def lengths(split: Split) -> np.ndarray:
+        encoded = tokenizer(*map(list, split.texts), truncation=False, verbose=False)["input_ids"]
+        return np.array([len(ids) for ids in encoded])
+
+    return lengths

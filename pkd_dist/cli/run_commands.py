@@ -1,0 +1,101 @@
+"""Commands that run a pipeline up to a stage: finetune, cache, distill, export, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pkd_dist.cli.launch import launch
+from pkd_dist.cli.options import ConfigFile, Overrides, run_command
+from pkd_dist.errors import UserError
+from pkd_dist.stages.base import NAMES
+
+
+def up_to(stage: str) -> tuple[str, ...]:
+    """Return the stages up to and including one."""
+    return NAMES[: NAMES.index(stage) + 1]
+
+
+def stage_command(name: str, stage: str, what: str) -> Callable[..., None]:
+    """Make the command `pkd NAME`, which runs a pipeline up to a stage."""
+
+    def command(config: ConfigFile, overrides: Overrides = None) -> None:
+        raise typer.Exit(launch(config, overrides or [], up_to(stage)))
+
+    command.__doc__ = f"{what}\n\nExample: pkd {name} --config configs/demo.yaml"
+    return command
+
+
+def export(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="`verify DIR`; or settings that override the file's.", metavar="[verify DIR | section.key=value]"
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="The run's YAML.", metavar="FILE")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Files to write instead of export.formats, such as onnx,onnx-int8,triton.")
+    ] = None,
+    from_checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/step-N, of any number of ranks and any ZeRO stage.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --from-checkpoint: the folder to write; must not exist.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="With --from-checkpoint: float32 (master weights), float16 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Export a run's student, export a checkpoint, or verify an export.
+
+    With --config, the stages before the export run first where they are not done.
+
+    Example: pkd export --config configs/demo.yaml --formats onnx-int8,triton
+
+    Example: pkd export verify runs/demo/export
+
+    Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
+    """
+    given = overrides or []
+    of_checkpoint = from_checkpoint is not None or output is not None
+    if config is not None and not of_checkpoint and given[:1] != ["verify"]:
+        wanted = [f"export.formats={json.dumps(formats.split(','))}"] if formats is not None else []
+        raise typer.Exit(launch(config, [*given, *wanted], up_to("export")))
+
+    def work() -> None:
+        if config is None and formats is None and not of_checkpoint and given[:1] == ["verify"]:
+            return _verify(given[1:])
+        if config is not None or formats is not None or given or from_checkpoint is None or output is None:
+            raise UserError(
+                "pkd export: give one of --config FILE, --from-checkpoint RUN/checkpoints/step-N --output DIR, or verify DIR"
+            )
+        return _from_checkpoint(from_checkpoint, output, dtype)
+
+    run_command(work)
+
+
+def _verify(folders: Sequence[str]) -> None:
+    from pkd_dist.export import manifest
+
+    if len(folders) != 1:
+        raise UserError("pkd export verify: give one folder, such as runs/demo/export")
+    verified = manifest.verify(Path(folders[0]))
+    print(f"{folders[0]}: {len(verified['files'])} files as they were written")
+
+
+def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
+    from pkd_dist.export import hf
+    from pkd_dist.stages.base import Markers
+    from pkd_dist.stages.translation import translate
+
+    marker = Markers(checkpoint.absolute().parents[1], translate).read("distill")
+    made = hf.from_checkpoint(checkpoint, output, dtype, marker and marker.inputs.get("init.weights"))
+    seen = "not evaluated" if made["epoch"] is None else f"dev {made['main_metric']:.4f} after epoch {made['epoch']}"
+    print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")

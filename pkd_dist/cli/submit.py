@@ -1,0 +1,261 @@
+"""`pkd-submit`: submit a run to SLURM.
+
+options + configuration, checked -> RUN/slurm/N with the code, the settings and train.sbatch -> sbatch
+
+The job reads nothing else of the project, so every requeue runs the same code with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from pkd_dist import __version__
+from pkd_dist.config.deepspeed import load_deepspeed, packaged_path, project_path
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Config
+from pkd_dist.data import tasks, text
+from pkd_dist.errors import UserError
+from pkd_dist.files import write_json
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _count(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return an argparse type: an integer in a range."""
+
+    def parse(value: str) -> int:
+        if not value.isascii() or not value.isdigit() or int(value) < low or (high is not None and int(value) > high):
+            limit = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{value!r} is invalid; allowed: an integer {limit}")
+        return int(value)
+
+    return parse
+
+
+def _gpus(value: str) -> str:
+    if not re.fullmatch(r"([\w.-]+:)?[1-9]\d*", value, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{value!r} is invalid; allowed: an integer of at least 1, or TYPE:N")
+    return value
+
+
+def _nodes(value: str) -> str:
+    low, _, high = value.partition("-")
+    if not re.fullmatch(r"\d+(-\d+)?", value, re.ASCII) or not 1 <= int(low) <= int(high or low):
+        raise argparse.ArgumentTypeError(f"{value!r} is invalid; allowed: N, or MIN-MAX for an elastic job")
+    return value
+
+
+def _time_limit(value: str) -> str:
+    if not _TIME.fullmatch(value) or not _seconds(value):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is invalid; allowed: minutes, minutes:seconds, hours:minutes:seconds, "
+            "days-hours[:minutes[:seconds]]"
+        )
+    return value
+
+
+def _seconds(time: str) -> int:
+    """Return the seconds of a valid time limit in SLURM's notation."""
+    matched = _TIME.fullmatch(time)
+    assert matched is not None
+    days, *parts = matched.groups()
+    units = (3600, 60, 1) if days or parts[2] else (60, 1, 0)
+    return int(days or 0) * 86400 + sum(int(part or 0) * unit for part, unit in zip(parts, units, strict=True))
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="pkd-submit",
+        description="Submit a run to SLURM. The job is stopped, requeued and resumed until the run is done.",
+        epilog="example: pkd-submit --config configs/demo.yaml --nodes 2 --gpus-per-node 4 --time 8:00:00",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+    parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or MIN-MAX (default 1)")
+    parser.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]G", help="GPUs per node, one rank each")
+    parser.add_argument("--tasks-per-node", type=_count(1), metavar="T", help="ranks per node without GPUs (default 1)")
+    parser.add_argument("--cpus-per-task", type=_count(1), metavar="C", help="CPU cores per rank")
+    parser.add_argument("--time", type=_time_limit, help="time limit of each start, such as 8:00:00")
+    for name in ("partition", "account", "qos", "constraint"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="passed to sbatch")
+    parser.add_argument(
+        "--signal-seconds", type=_count(1, 65535), default=120, metavar="S",
+        help="stop the run S seconds before its time limit (default 120)",
+    )  # fmt: skip
+    parser.add_argument("--max-restarts", type=_count(0), default=50, metavar="R", help="maximum requeues (default 50)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="further options of sbatch, such as '--mem=0'"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch command and script; write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+    return parser
+
+
+def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _make_parser()
+    joined: list[str] = []
+    for argument in argv:  # argparse takes a value that starts with a dash for an option of its own
+        if joined and joined[-1] == "--sbatch":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    options = parser.parse_intermixed_args(joined)
+    if options.gpus_per_node and options.tasks_per_node:
+        parser.error("--tasks-per-node is for nodes without GPUs; --gpus-per-node starts one rank per GPU")
+    if options.time and options.signal_seconds >= _seconds(options.time):
+        parser.error(
+            f"--signal-seconds {options.signal_seconds} is not less than --time {options.time} "
+            f"({_seconds(options.time)} s), so the run would stop at once; raise --time or lower --signal-seconds"
+        )
+    return options
+
+
+def _tasks_per_node(options: argparse.Namespace) -> int:
+    return int(options.gpus_per_node.rpartition(":")[2]) if options.gpus_per_node else options.tasks_per_node or 1
+
+
+def _sbatch_command(options: argparse.Namespace, folder: Path) -> list[str]:
+    tasks = _tasks_per_node(options)
+    # With a number of tasks SLURM allocates only the smallest number of a range of nodes.
+    size = {"mincpus": tasks * (options.cpus_per_task or 1)} if "-" in options.nodes else {"ntasks-per-node": tasks}
+    given = {
+        "job-name": f"pkd-{folder.parent.parent.name}",
+        "chdir": Path.cwd(),  # relative paths in the YAML keep their meaning
+        "output": folder / "logs" / "%j.log",
+        "nodes": options.nodes,
+        **size,
+        "signal": f"B:USR1@{options.signal_seconds}",
+    } | {
+        name: getattr(options, name.replace("-", "_"))
+        for name in ("gpus-per-node", "cpus-per-task", "time", "partition", "account", "qos", "constraint")
+    }
+    try:
+        extra = [word for option in options.sbatch for word in shlex.split(option)]
+    except ValueError as error:
+        raise UserError(f"--sbatch: {' '.join(options.sbatch)!r} cannot be parsed: {error}") from None
+    return [
+        "sbatch", "--parsable", *(f"--{name}={value}" for name, value in given.items() if value is not None), *extra,
+        *map(str, (folder / "train.sbatch", folder, sys.executable, tasks, options.max_restarts)),
+    ]  # fmt: skip
+
+
+def _revision() -> str:
+    """Return the git revision of a checkout, with `-dirty` if files differ from it; else the version of the package."""
+    if (PACKAGE.parent / ".git").exists():
+        try:
+            argv = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            done = subprocess.run(argv, cwd=PACKAGE, capture_output=True, text=True, check=False)
+        except OSError:  # git is not installed
+            return f"v{__version__}"
+        if revision := done.stdout.strip():
+            return revision
+    return f"v{__version__}"
+
+
+def _snapshot(config: Config, folder: Path) -> None:
+    """Copy into `folder` everything that the job reads of the project."""
+    code = folder / "code"
+    shutil.copytree(PACKAGE, code / "pkd_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "launcher").mkdir()
+    # A file in a folder of its own, not `-m`: Python would look for the package in the working folder first.
+    shutil.copy(packaged_path("launcher/train.py"), code / "launcher")
+    (code / "REVISION").write_text(f"{_revision()}\n", encoding="utf-8")
+    shutil.copy(packaged_path("slurm/train.sbatch"), folder)
+    shutil.copy(project_path(config.train.deepspeed), folder / "deepspeed.json")
+    resolved = config.model_dump(mode="json")
+    resolved["train"]["deepspeed"] = str(folder / "deepspeed.json")
+    if not config.task.data.startswith("hub:"):  # may be part of the project, but is not copied
+        resolved["task"]["data"] = str(project_path(config.task.data).absolute())
+    resolved["task"]["unlabeled"] = [str(project_path(name).absolute()) for name in config.task.unlabeled]
+    (folder / "run.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "logs").mkdir()
+
+
+def _checked_config(options: argparse.Namespace) -> Config:
+    """Load the configuration and check what a job would otherwise fail on after hours in the queue."""
+    config = load(options.config, options.overrides)
+    load_deepspeed(config, options.config)
+    task = tasks.resolve(config.task)
+    text.require(config.task.data, "train", task)
+    text.unlabeled_paths(config.task.unlabeled, task)
+    return config
+
+
+def _next_folder(config: Config) -> Path:
+    submissions = Path(config.run.dir).absolute() / "slurm"
+    if "%" in str(submissions):
+        raise UserError(f"run.dir: {config.run.dir}: SLURM expands % in the path of a log; choose another run.dir")
+    number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
+    return submissions / str(number)
+
+
+def submit(argv: Sequence[str]) -> None:
+    """Submit the run that the arguments describe, or print the submission for `--dry-run`.
+
+    Raises:
+        UserError: Invalid options or configuration, no sbatch, or a job that sbatch rejects; nothing is left behind.
+    """
+    options = _parse_arguments(argv)
+    config = _checked_config(options)
+    folder = _next_folder(config)
+    command = _sbatch_command(options, folder)
+    if options.dry_run:
+        script = packaged_path("slurm/train.sbatch").read_text(encoding="utf-8")
+        print(shlex.join(command), script, sep="\n\n", end="")
+        return
+    if not shutil.which("sbatch"):
+        raise UserError("sbatch is not on PATH; submit from a SLURM login node (--dry-run works without)")
+    try:
+        folder.mkdir(parents=True)
+        _snapshot(config, folder)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror}); choose another run.dir") from None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(folder)
+        raise UserError(f"sbatch rejected the job: {'; '.join(done.stderr.split(chr(10))).strip('; ')}")
+    job = done.stdout.strip().split(";")[0]
+    write_json(folder / "job.json", {"job": job, "command": command, "config": options.config})
+    _print_job(job, options, folder)
+
+
+def _print_job(job: str, options: argparse.Namespace, folder: Path) -> None:
+    logs = folder / "logs"
+    print(
+        f"job {job}: {options.nodes} node(s) x {_tasks_per_node(options)} rank(s), "
+        + ("one per GPU" if options.gpus_per_node else "no GPUs"),
+        f"snapshot: {folder}",
+        f"log:      {logs}/{job}.log",
+        f"ranks:    {logs}/{job}-rank0.log and so on",
+        f"watch:    tail -F {shlex.quote(f'{logs}/{job}.log')} {shlex.quote(f'{logs}/{job}-rank0.log')}",
+        f"state:    squeue --jobs={job}",
+        f"preempt:  scancel --signal=USR1 --batch {job}    (commits a checkpoint, requeues)",
+        f"cancel:   scancel {job}",
+        sep="\n",
+    )
+
+
+def main() -> int:
+    """Entry point of `pkd-submit`; return the exit status."""
+    try:
+        submit(sys.argv[1:])
+    except UserError as error:
+        print(f"pkd-submit: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0

@@ -1,0 +1,24 @@
+"""Names of the task metrics: keys in results_eval.json, metrics.jsonl and Prometheus, and how tables show them."""
+
+from __future__ import annotations
+
+METRICS: dict[str, str] = {
+    "accuracy": "accuracy",
+    "MCC": "MCC",
+    "precision": "precision",
+    "recall": "recall",
+    "f_1": "F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "pearson_spearman": "Pearson/Spearman mean",
+}
+"""Key -> display name, in the order tables list them. A task has the classification or the correlation metrics."""
+
+MAIN_METRIC = "main_metric"
+"""Key under which the metric that selects the best epoch is repeated."""
+
+TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
+"""Keys that a teacher/student table shows, where the task has them."""
+
+LOSS_TERMS = ("total", "ce", "ds", "pt")
+"""Loss terms that a training step reports, in this order: cross-entropy, soft predictions, patience."""

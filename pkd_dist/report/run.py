@@ -1,0 +1,270 @@
+"""A finished run as the report shows it.
+
+`read.from_markers` builds a `Run`; notices, charts and pages take it. Array suffixes: N dev examples, C classes, S logged steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pkd_dist.config.schema import Config
+from pkd_dist.data.tasks import Task
+from pkd_dist.evaluation.predictions import SIDES, Predictions
+from pkd_dist.metric_names import METRICS
+from pkd_dist.report.format import percent
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the run was resolved to at its start: section `resolved` of config.yaml."""
+
+    versions: Mapping[str, str]
+    git_revision: str | None
+    world_size: int
+    launcher: str
+    device: str
+    precision: str
+    teacher_precision: str
+    zero_stage: int
+    teacher_layers: int
+    student_layers: int
+    patience_pairs: tuple[tuple[int, int], ...]
+    """(student layer, teacher layer), from 1; 0 is the embeddings."""
+    beta_mean: float
+    beta_sum: float
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Duration of a finished stage.
+
+    Attributes:
+        seconds: over all attempts except those that were killed or failed.
+        starts: number of attempts.
+        stopped: number of attempts ended by a stop signal.
+    """
+
+    name: str
+    seconds: float
+    starts: int
+    stopped: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A token set: the training data, a split, or the text for distillation.
+
+    Attributes:
+        longest: tokens of the longest example.
+        truncated: number of truncated examples.
+        notes: remarks on examples that were left out.
+        per_class: number of examples of each class; empty if unknown or a regression.
+    """
+
+    name: str
+    source: str
+    examples: int
+    labelled: int
+    tokens: int
+    longest: int
+    truncated: int
+    notes: tuple[str, ...]
+    per_class: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluation on dev at the end of an epoch, counted from 1."""
+
+    epoch: int
+    step: int
+    main_metric: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The logged steps, by column.
+
+    Attributes:
+        step_S: int64 step numbers.
+        losses: term -> (S,) float64; `total` first.
+        learning_rate_S, grad_norm_S: float64.
+        seconds: part of a step -> its seconds, for each timed step; `step` is the whole step.
+    """
+
+    step_S: np.ndarray
+    losses: Mapping[str, np.ndarray]
+    learning_rate_S: np.ndarray
+    grad_norm_S: np.ndarray
+    seconds: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a model on a split. All but `main_metric` are None if the task does not have them."""
+
+    main_metric: float
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    """95%, Wilson."""
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Scores on dev, size and speed of a model.
+
+    Attributes:
+        rates: sentences per second of each pass; `sentences_per_second` is their median.
+        latencies_ms: of single-sentence requests.
+    """
+
+    scores: Scores
+    parameters: int
+    sentences_per_second: float
+    rates: tuple[float, ...]
+    latencies_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """Scores of both models on a split other than dev."""
+
+    name: str
+    examples: int
+    teacher: Scores
+    student: Scores
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Teacher over student (`parameters`), or student over teacher (`throughput`, `retention` of the main metric)."""
+
+    parameters: float
+    throughput: float
+    retention: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outcome of the evaluate stage.
+
+    Attributes:
+        task: name of the task.
+        split: name of the split that `models` were scored on.
+        models: by side, teacher and student.
+        table: rows (label, teacher, student) of the table in the model card.
+    """
+
+    task: str
+    split: str
+    examples: int
+    models: Mapping[str, ModelResult]
+    splits: tuple[SplitResult, ...]
+    compression: Compression
+    table: tuple[tuple[str, str, str], ...]
+
+    @property
+    def teacher(self) -> ModelResult:
+        return self.models["teacher"]
+
+    @property
+    def student(self) -> ModelResult:
+        return self.models["student"]
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """A file of the export as measured on dev."""
+
+    name: str
+    bytes: int
+    main_metric: float
+    agreement: float
+    latency_ms_p50: float
+    latency_ms_p99: float
+    sentences_per_second: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """The export; `largest_difference` is that of a logit between the exported and the trained student."""
+
+    processor: str
+    files: tuple[ExportFile, ...]
+    largest_difference: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Outcome of the distill stage; `best_metric` is the main metric on dev after `best_epoch`."""
+
+    best_epoch: int
+    best_metric: float
+    history: tuple[Evaluation, ...]
+    steps: int
+    samples: int
+    tokens: int
+    evaluation_seconds: float
+
+    @property
+    def best(self) -> Evaluation:
+        return next(evaluation for evaluation in self.history if evaluation.epoch == self.best_epoch)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has finished its export.
+
+    Attributes:
+        stages: finished stages in the order of the run.
+        classes: values of the label column in class order; empty for a regression.
+        class_names: display names of the classes.
+        data: token sets by name; has `train` and `dev`.
+        teacher_history: evaluations during fine-tuning; empty if the teacher was given.
+        initialized_from: description of the weights the student starts from.
+        copied_layers: teacher layers, from 0, that the student starts from; None if it starts otherwise.
+        steps: logged steps of the distillation.
+        dev: predictions of both models on dev.
+    """
+
+    config: Config
+    task: Task
+    environment: Environment
+    stages: tuple[StageTime, ...]
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    data: Mapping[str, DataSet]
+    teacher_history: tuple[Evaluation, ...]
+    initialized_from: str
+    copied_layers: tuple[int, ...] | None
+    distillation: Distillation
+    steps: Steps
+    results: Results
+    dev: Predictions
+    export: Export
+
+    @property
+    def metric(self) -> str:
+        """Display name of the main metric, which selects the best epoch."""
+        return METRICS[self.task.main_metric]
+
+    def metric_value(self, value: float) -> str:
+        """Format a value of the main metric."""
+        return percent(value) if self.task.main_metric == "accuracy" else f"{value:.3f}"
+
+    def predicted(self, side: str) -> np.ndarray:
+        """Return the (N,) predictions on dev: class indices, or the values of a regression."""
+        return self.dev.said[side]
+
+    @cached_property
+    def confusion(self) -> dict[str, np.ndarray]:
+        """(C, C) counts on dev by side, rows are true classes; empty for a regression."""
+        return {} if self.task.regression else {side: self.dev.confusion(side) for side in SIDES}

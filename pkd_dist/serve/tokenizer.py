@@ -1,0 +1,69 @@
+"""The tokenizer of an export, on the `tokenizers` library alone.
+
+`tokenizer.json` holds everything but padding and truncation, which transformers sets on each call; they are set here once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from pkd_dist.errors import UserError
+
+Texts = tuple[str, ...]
+"""The text of a request, or the two texts of a pair."""
+
+
+class ServingTokenizer:
+    """Turn texts into the arrays that `transformers` makes of them with truncation and padding to the longest.
+
+    Args:
+        folder: The export.
+        max_length: Tokens; longer inputs are truncated, the longer text of a pair first.
+
+    Raises:
+        UserError: The folder has no usable tokenizer.json, or its tokenizer has no padding token.
+    """
+
+    def __init__(self, folder: Path, max_length: int):
+        try:
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"{folder}: pkd serve cannot load tokenizer.json ({error}); export a model with a fast tokenizer"
+            ) from None
+        pad_token = _content(settings.get("pad_token"))
+        pad_id = None if pad_token is None else self._tokenizer.token_to_id(pad_token)
+        if pad_token is None or pad_id is None:
+            raise UserError(
+                f"{folder}: the tokenizer has no padding token; give it one (pad_token) and export it again"
+            )
+        self._tokenizer.enable_truncation(max_length, direction=settings.get("truncation_side", "right"))
+        self._tokenizer.enable_padding(
+            direction=settings.get("padding_side", "right"),
+            pad_id=pad_id,
+            pad_type_id=settings.get("pad_token_type_id", 0),
+            pad_token=pad_token,
+        )
+
+    def __call__(self, texts: Sequence[Texts]) -> dict[str, np.ndarray]:
+        """Return `input_ids`, `token_type_ids` and `attention_mask` of the texts, each int64 (B, L)."""
+        encodings: list[Encoding] = self._tokenizer.encode_batch(
+            [text[0] if len(text) == 1 else text for text in texts]
+        )
+        return {
+            "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
+            "token_type_ids": np.array([encoding.type_ids for encoding in encodings], np.int64),
+            "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
+        }
+
+
+def _content(token: object) -> str | None:
+    """Return the text of a token in tokenizer_config.json, where it is a string or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

@@ -1,0 +1,137 @@
+"""The stage `data`: reads and tokenises every split, and the extra text that the teacher labels, into RUN/data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pkd_dist.data import class_mapping, text, tokens
+from pkd_dist.data.class_weights import class_weights
+from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.errors import UserError
+from pkd_dist.files import sha256, write_json
+from pkd_dist.model import encoder, vocabulary
+from pkd_dist.stages.base import Artifacts, Inputs, Stage
+from pkd_dist.stages.context import Context
+from pkd_dist.telemetry.log import log
+
+SAMPLE, SAMPLE_TEXTS = "sample.json", 8
+"""A few texts of dev, with which the export proves its tokenizer."""
+
+
+@dataclass(frozen=True)
+class DataOutput:
+    """Attributes:
+    classes: label values in the order of the logits; empty for a regression.
+    class_names: their names, in the same order.
+    sets: token set -> what is in it: the splits, and `distill` where there is extra text.
+    """
+
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    sets: dict[str, TokenSetSummary]
+
+    @property
+    def scored(self) -> list[str]:
+        """The splits that both models are evaluated on."""
+        return [name for name in self.sets if name not in ("train", DISTILL)]
+
+    def model_fields(self, task: Task) -> dict[str, object]:
+        """Return the fields of a model configuration that describe the classes."""
+        if task.regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "num_labels": len(self.class_names),
+            "id2label": dict(enumerate(self.class_names)),
+            "label2id": {name: i for i, name in enumerate(self.class_names)},
+            "problem_type": "single_label_classification",
+        }
+
+
+VERSION = 1
+
+
+def inputs(context: Context) -> Inputs:
+    run, task = context.resolved, context.resolved.config.task
+    files = text.digests(task.data, text.available(task.data, run.task), run.task)
+    settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
+    return {
+        **{f"task.data:{file}": digest for file, digest in files.items()},
+        **{f"task.unlabeled:{path}": sha256(path) for path in text.unlabeled_paths(task.unlabeled, run.task)},
+        **{f"task.{key}": value for key, value in settings.items()},
+        "teacher.tokenizer": encoder.tokenizer_digest(run.source),
+    }
+
+
+def run(context: Context) -> DataOutput:
+    return context.world.on_main(lambda: _prepare(context))
+
+
+def _prepare(context: Context) -> DataOutput:
+    run, folder = context.resolved, context.resolved.paths.data
+    task = run.config.task
+    splits, summaries = prepare(
+        task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data")
+    )
+    train = splits["train"]
+    names = run.task.names_of(train.classes)
+    if not run.finetunes:
+        class_mapping.require_outputs_for_split(
+            run.task, run.source_config, train, run.config.teacher.model, "teacher.model"
+        )
+        if run.class_order is None and names:
+            log.info(
+                "data: the teacher's outputs have no names; they are taken to be %s, in this order", ", ".join(names)
+            )
+    class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
+    if len(train) < context.world.size:
+        raise UserError(
+            f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
+        )
+    write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
+    return DataOutput(tuple(train.classes), tuple(names), summaries)
+
+
+def missing(context: Context, output: DataOutput) -> str | None:
+    folders = [context.resolved.paths.data / name for name in output.sets]
+    return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
+
+
+def artifacts(context: Context) -> Artifacts:
+    return Artifacts((context.resolved.paths.data,))
+
+
+STAGE = Stage("data", VERSION, DataOutput, inputs, run, missing, artifacts)
+
+
+# ------------------------------------------------------------------------------------------- for the stages after it
+
+
+def open_tokens(context: Context, name: str) -> TokenSet:
+    """Open one of the token sets."""
+    return tokens.open_tokens(context.resolved.paths.data / name)
+
+
+def training_set(context: Context) -> str:
+    """Return the token set that the student learns from: extra text counts only where the teacher labels it."""
+    extra = DISTILL in context.output(DataOutput).sets and context.resolved.needs_teacher
+    return DISTILL if extra else "train"
+
+
+def open_class_weights(context: Context) -> torch.Tensor | None:
+    """Return the weight of each class in the cross-entropy, (C,) on the device; None: all alike. Collective."""
+    setting, data = context.resolved.config.task.class_weights, context.output(DataOutput)
+    labels_N = np.asarray(open_tokens(context, "train").labels_N)
+    weights_C = context.world.on_main(lambda: class_weights(setting, labels_N, data.classes, data.class_names))
+    return None if weights_C is None else torch.from_numpy(weights_C).to(context.world.device)
+
+
+def used_vocabulary(context: Context, *sets: str) -> np.ndarray:
+    """Return the token ids that occur in token sets, ascending."""
+    arrays = [open_tokens(context, name).input_ids_T for name in sets]
+    run = context.resolved
+    return vocabulary.used_vocabulary(arrays, int(run.source_config.vocab_size), run.tokenizer.pad_token_id)

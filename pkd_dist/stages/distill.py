@@ -1,0 +1,183 @@
+"""The stage `distill`: trains the student on labels and the teacher's outputs, and keeps its best epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd_dist.distillation import cache
+from pkd_dist.distillation.cache import CacheReader
+from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, cached_outputs, live_outputs
+from pkd_dist.errors import UserError
+from pkd_dist.files import sha256
+from pkd_dist.model import student
+from pkd_dist.stages.base import Artifacts, Inputs, SpoiledError, Stage, absent
+from pkd_dist.stages.cache import live_teacher, needed_fingerprint
+from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, training_set, used_vocabulary
+from pkd_dist.stages.init import InitOutput
+from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.telemetry import trackers
+from pkd_dist.training.job import Job
+from pkd_dist.training.trainer import train
+
+
+@dataclass(frozen=True)
+class DistillOutput:
+    """Attributes:
+    best_file: weights of the best epoch, in RUN/checkpoints.
+    weights: their sha256.
+    best_metric: the task's main metric on dev.
+    history: scores on dev after each evaluated epoch.
+    steps, samples, tokens: of the whole training, over all ranks.
+    """
+
+    best_file: str
+    best_epoch: int
+    best_metric: float
+    history: tuple[EpochScores, ...]
+    weights: str
+    steps: int
+    samples: int
+    tokens: int
+
+
+VERSION = 1
+_TRAIN_KEYS = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"}
+"""Of the section `train`: the others do not change the outcome, or are among `training_inputs`."""
+
+
+def inputs(context: Context) -> Inputs:
+    run, config, data = context.resolved, context.resolved.config, context.output(DataOutput)
+    return {
+        **{f"distill.{key}": value for key, value in config.distill.model_dump().items()},
+        **{f"train.{key}": value for key, value in config.train.model_dump(include=_TRAIN_KEYS).items()},
+        **run.training_inputs(),
+        "student.dropout": config.student.dropout,
+        "evaluate.every_epochs": config.evaluate.every_epochs,
+        "cache.enabled": config.cache.enabled,
+        "init.weights": context.output(InitOutput).weights,
+        "cache.fingerprint": needed_fingerprint(context).digest,
+        "data.training": data.sets[training_set(context)].digest,
+        "data.dev": data.sets["dev"].digest,
+    }
+
+
+def run(context: Context) -> DistillOutput:
+    shards = _own_shards(context)
+    progress = train(_job(context, _teacher_outputs(context, shards)), context.world, context.telemetry)
+    _require_cache_unaltered(context, shards)
+    assert progress.best_file is not None and progress.best_sha256 is not None
+    return DistillOutput(
+        best_file=progress.best_file,
+        best_epoch=progress.best_epoch,
+        best_metric=progress.best_metric,
+        history=tuple(progress.history),
+        weights=progress.best_sha256,
+        steps=progress.step,
+        samples=progress.samples,
+        tokens=progress.tokens,
+    )
+
+
+def _job(context: Context, teacher_outputs: TeacherOutputs | None) -> Job:
+    run, config, paths = context.resolved, context.resolved.config, context.resolved.paths
+    module = student.open_student(
+        paths.student_init,
+        config.student.dropout,
+        config.distill.projection if run.pairs else "never",
+        run.teacher_width,
+        config.run.seed,
+        used_vocabulary(context, training_set(context), "dev"),
+        config.distill.states == "tokens",
+    )
+    student_layers = tuple(student_layer for student_layer, _ in run.pairs)
+    return Job(
+        name="distill",
+        module=module,
+        losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
+        teacher_outputs=teacher_outputs,
+        train=open_tokens(context, training_set(context)),
+        dev=open_tokens(context, "dev"),
+        task=run.task,
+        pad_id=run.tokenizer.pad_token_id,
+        seed=config.run.seed,
+        settings=config.train,
+        evaluate=config.evaluate,
+        checkpoint=config.checkpoint,
+        deepspeed=run.deepspeed,
+        folder=paths.checkpoints,
+        records=paths.records,
+        fingerprint=context.fingerprint,
+    )
+
+
+def _own_shards(context: Context) -> Sequence[int]:
+    """Return the cache's shards that this rank verifies."""
+    if not context.resolved.cached:
+        return ()
+    manifest = context.world.on_main(lambda: cache.read_manifest(context.resolved.paths.cache))
+    return range(context.world.rank, len(manifest.shards) if manifest else 0, context.world.size)
+
+
+def _teacher_outputs(context: Context, shards: Sequence[int]) -> TeacherOutputs | None:
+    run, fingerprint = context.resolved, needed_fingerprint(context)
+    if run.cached:
+        return cached_outputs(context.world.together(lambda: CacheReader(run.paths.cache, fingerprint, shards)))
+    return live_outputs(live_teacher(context, fingerprint.layers)) if run.needs_teacher else None
+
+
+def _require_cache_unaltered(context: Context, shards: Sequence[int]) -> None:
+    """The cache was read through a memory map throughout: if it was altered meanwhile, the training does not count."""
+    if not context.resolved.cached:
+        return
+    context.world.at("distill, checksums of the cache", loop=False)
+    folder, fingerprint = context.resolved.paths.cache, needed_fingerprint(context)
+    try:
+        context.world.together(lambda: CacheReader(folder, fingerprint, shards))
+    except UserError as problem:
+        raise SpoiledError(str(problem), f"the cache was altered during the training ({folder})") from None
+
+
+def missing(context: Context, output: DistillOutput) -> str | None:
+    best = best_weights(context, output)
+    if _is_pruned(context, best):
+        return None
+    return absent(best) or (f"{best} was altered" if sha256(best) != output.weights else None)
+
+
+def _is_pruned(context: Context, best: Path) -> bool:
+    """Whether the export, once verified, removed the weights."""
+    run = context.resolved
+    return run.config.export.prune and (run.paths.run / "stages" / "export.json").exists() and not best.exists()
+
+
+def artifacts(context: Context) -> Artifacts:
+    paths = context.resolved.paths
+    return Artifacts((paths.checkpoints, paths.records, *trackers.folders(paths.run)))
+
+
+def republish(context: Context, output: DistillOutput) -> None:
+    paths = context.resolved.paths
+    republish_training(context, paths.records, paths.checkpoints)
+
+
+STAGE = Stage("distill", VERSION, DistillOutput, inputs, run, missing, artifacts, republish=republish)
+
+
+# ------------------------------------------------------------------------------------------- for the stages after it
+
+
+def best_weights(context: Context, output: DistillOutput) -> Path:
+    return context.resolved.paths.checkpoints / output.best_file
+
+
+def require_weights(context: Context, reason: str) -> None:
+    """Raise UserError where the student's weights were pruned, so nothing can be made of them again."""
+    best = best_weights(context, context.output(DistillOutput))
+    if not best.exists():
+        raise UserError(
+            f"{best}: was removed (export.prune), so nothing can be made from it again, though {reason}; "
+            f"{context.resolved.paths.export} is left as it is; restore the settings it was made with, or choose another run.dir"
+        )

@@ -1,0 +1,113 @@
+"""The stage `evaluate`: scores and times teacher and student on every split, into results_eval.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from pkd_dist.data import submission
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation import predictions, summary
+from pkd_dist.export import hf
+from pkd_dist.files import write_json
+from pkd_dist.model import encoder
+from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
+from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import DataOutput, open_tokens
+from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
+from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.telemetry.log import log
+
+
+@dataclass(frozen=True)
+class EvaluateOutput:
+    """Attributes:
+    results: the content of results_eval.json.
+    latencies_ms: model -> milliseconds of each single-sentence request.
+    rates: model -> sentences per second of each pass.
+    """
+
+    results: summary.Results
+    latencies_ms: dict[str, list[float]]
+    rates: dict[str, list[float]]
+
+
+VERSION = 1
+
+
+def inputs(context: Context) -> Inputs:
+    run, data = context.resolved, context.output(DataOutput)
+    return {
+        "distill.weights": context.output(DistillOutput).weights,
+        "teacher.weights": context.output(TeacherOutput).weights,
+        **{f"data.{split}": data.sets[split].digest for split in data.scored},
+        "task.metric": run.task.metric,
+        "evaluate.result_dir": run.config.evaluate.result_dir,
+    }
+
+
+def run(context: Context) -> EvaluateOutput:
+    splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
+    models = {"teacher": encoder.load_model(context.output(TeacherOutput).folder), "student": best_student(context)}
+    run = context.resolved
+    compared = summary.compare(models, splits, run.task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    context.world.on_main(lambda: _write(context, compared, splits))
+    output = EvaluateOutput(
+        compared.results,
+        {name: timing.latencies_ms_R.round(4).tolist() for name, timing in compared.timings.items()},
+        {name: timing.rates for name, timing in compared.timings.items()},
+    )
+    republish(context, output)
+    return output
+
+
+def _write(context: Context, compared: summary.Compared, splits: dict[str, TokenSet]) -> None:
+    paths = context.resolved.paths
+    paths.results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(paths.results, compared.results)
+    predictions.write(paths.predictions, splits, compared.logits)
+    for split in splits.keys() - {"dev", *compared.results["splits"]}:
+        for name, logits_NC in compared.logits[split].items():
+            _submit(context, split, name, logits_NC)
+
+
+def _submit(context: Context, split: str, name: str, logits_NC: np.ndarray) -> None:
+    folder = context.resolved.paths.submissions / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = submission.write(folder, split, context.resolved.task, logits_NC, context.output(DataOutput).classes)
+    log.info("evaluate: %s has no labels; the %s's predictions are in %s", split, name, path)
+
+
+def missing(context: Context, output: EvaluateOutput) -> str | None:
+    paths = context.resolved.paths
+    return absent(paths.results) or absent(paths.predictions)
+
+
+def artifacts(context: Context) -> Artifacts:
+    paths = context.resolved.paths
+    return Artifacts((paths.results, paths.submissions, paths.predictions))
+
+
+def republish(context: Context, output: EvaluateOutput) -> None:
+    """Set the gauges to the scores of the finished student."""
+    metrics = context.telemetry.metrics
+    metrics.eval_metric.clear()
+    for split, scores in {"dev": output.results, **output.results["splits"]}.items():
+        metrics.show_evaluation(split, scores["student"])
+
+
+STAGE = Stage(
+    "evaluate", VERSION, EvaluateOutput, inputs, run, missing, artifacts,
+    require_rerunnable=require_weights, republish=republish,
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- for the stages after it
+
+
+def best_student(context: Context) -> PreTrainedModel:
+    """Load the student of the best epoch as a plain model."""
+    distilled = context.output(DistillOutput)
+    return hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)

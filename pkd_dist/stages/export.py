@@ -1,0 +1,90 @@
+"""The stage `export`: writes RUN/export, the student alone, each file proved on all of dev."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from pkd_dist import __version__
+from pkd_dist.export import build, card, manifest
+from pkd_dist.files import changed_file, digest_of, sha256
+from pkd_dist.stages.base import Artifacts, Inputs, Stage
+from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import SAMPLE, DataOutput, open_tokens
+from pkd_dist.stages.distill import DistillOutput, require_weights
+from pkd_dist.stages.evaluate import EvaluateOutput, best_student
+from pkd_dist.telemetry.log import log
+
+
+@dataclass(frozen=True)
+class ExportOutput:
+    """Attributes:
+    weights: sha256 of model.safetensors.
+    largest_difference: of a logit on dev, between the reloaded and the trained student.
+    files: sha256 of each file.
+    """
+
+    weights: str
+    largest_difference: float
+    files: dict[str, str]
+
+
+VERSION = 1
+
+
+def inputs(context: Context) -> Inputs:
+    return {
+        "distill.weights": context.output(DistillOutput).weights,
+        "evaluate.results": digest_of(context.output(EvaluateOutput).results),
+        "export.formats": context.resolved.config.export.formats,
+    }
+
+
+def run(context: Context) -> ExportOutput:
+    return context.world.on_main(lambda: _export(context))
+
+
+def _export(context: Context) -> ExportOutput:
+    run, folder = context.resolved, context.resolved.paths.export
+    about = {"task": run.task.name, "main_metric": run.task.main_metric, "pkd_dist": __version__}
+    made = build.export(
+        _subject(context), run.config.export.formats, folder,
+        lambda files: card.render(_facts(context), files), about, lambda: context.world.interrupt("export"),
+    )  # fmt: skip
+    log.info("export: %s: %s; every file was checked on dev", folder, ", ".join(made["files_on_dev"]))
+    if run.config.export.prune:
+        log.info("export: verified; its checkpoints are removed (export.prune)")
+    return ExportOutput(
+        weights=made["files"]["model.safetensors"],
+        largest_difference=made["files_on_dev"]["model.safetensors"]["largest_difference"],
+        files=made["files"] | {manifest.MANIFEST: sha256(folder / manifest.MANIFEST)},
+    )
+
+
+def _subject(context: Context) -> build.Subject:
+    run = context.resolved
+    sample = json.loads((run.paths.data / SAMPLE).read_text(encoding="utf-8"))
+    return build.Subject(
+        student=best_student(context),
+        tokenizer=run.tokenizer,
+        task=run.task,
+        labels=list(context.output(DataOutput).class_names),
+        dev=open_tokens(context, "dev"),
+        train=open_tokens(context, "train"),
+        texts=tuple(sample["texts"]),
+        max_length=run.config.task.max_length,
+        batch_size=run.config.evaluate.batch_size,
+        requests=run.config.evaluate.latency_samples,
+    )
+
+
+def missing(context: Context, output: ExportOutput) -> str | None:
+    return changed_file(context.resolved.paths.export, output.files)
+
+
+def artifacts(context: Context) -> Artifacts:
+    paths = context.resolved.paths
+    return Artifacts((paths.export,), temporary=(paths.checkpoints,) if context.resolved.config.export.prune else ())
+
+
+STAGE = Stage("export", VERSION, ExportOutput, inputs, run, missing, artifacts, require_rerunnable=require_weights)

@@ -1,0 +1,86 @@
+"""The stage `init`: makes the student's initial weights, RUN/student_init."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pkd_dist.files import changed_file, file_digests, remove
+from pkd_dist.model import encoder, student
+from pkd_dist.stages.base import Artifacts, Inputs, Stage
+from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import DataOutput
+from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.telemetry.log import log
+
+
+@dataclass(frozen=True)
+class InitOutput:
+    """Attributes:
+    made_of: for people.
+    weights: digest of the initial weights.
+    files: sha256 of each file of the folder.
+    """
+
+    made_of: str
+    weights: str
+    parameters: int
+    files: dict[str, str]
+
+
+VERSION = 1
+
+
+def inputs(context: Context) -> Inputs:
+    run, settings = context.resolved, context.resolved.config.student
+    found: Inputs = {f"student.{key}": value for key, value in settings.model_dump(exclude={"dropout"}).items()}
+    found |= {
+        "teacher.weights": context.output(TeacherOutput).weights,
+        "data.class_names": list(context.output(DataOutput).class_names),
+        "run.seed": run.config.run.seed,
+    }
+    if settings.init == "first_k":
+        found["teacher.model.weights"] = encoder.weights_digest(run.source)
+    elif settings.init not in student.INIT_METHODS:
+        found["student.init.weights"] = encoder.weights_digest(encoder.locate(settings.init, "student.init"))
+    return found
+
+
+def run(context: Context) -> InitOutput:
+    return context.world.on_main(lambda: _create(context))
+
+
+def _create(context: Context) -> InitOutput:
+    run, folder = context.resolved, context.resolved.paths.student_init
+    model, made_of = student.create(
+        run.config.student,
+        context.output(TeacherOutput).folder,
+        run.source,
+        context.output(DataOutput).model_fields(run.task),
+        run.config.run.seed,
+    )
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    remove(temporary)
+    encoder.save_model(model, run.tokenizer, temporary)
+    remove(folder)
+    os.replace(temporary, folder)
+    log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), made_of)
+    if run.pairs_are_rounded:
+        log.info(
+            "init: the teacher's %d layers are not a multiple of the student's %d; the patience pairs are rounded to %s",
+            run.teacher_layers, run.student_layers, list(run.pairs),
+        )  # fmt: skip
+    return InitOutput(
+        made_of, encoder.weights_digest(str(folder)), encoder.parameter_count(model), file_digests(folder)
+    )
+
+
+def missing(context: Context, output: InitOutput) -> str | None:
+    return changed_file(context.resolved.paths.student_init, output.files)
+
+
+def artifacts(context: Context) -> Artifacts:
+    return Artifacts((context.resolved.paths.student_init,))
+
+
+STAGE = Stage("init", VERSION, InitOutput, inputs, run, missing, artifacts)

@@ -1,0 +1,136 @@
+"""The run folder as a whole: who may use it, what a killed job left in it, and config.yaml."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from pkd_dist import __version__
+from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
+from pkd_dist.files import is_full, remove, write_atomically
+from pkd_dist.lock import Lock
+from pkd_dist.stages.base import Artifacts
+from pkd_dist.stages.context import Resolved
+from pkd_dist.telemetry.log import log, to_file
+
+_LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
+
+
+@contextlib.contextmanager
+def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: bool) -> Iterator[None]:
+    """Hold the run folder for the block; collective.
+
+    Args:
+        artifacts: of all stages, among which a killed job may have left half-written files.
+        fresh: start over; an existing run folder is renamed first.
+
+    Raises:
+        UserError: another job uses the folder, or it cannot be written.
+    """
+    folder = run.paths.run
+    lock = Lock(folder)
+
+    def prepare() -> None:
+        if fresh and folder.exists():
+            Lock(folder).acquire(tick=world.beat).release()  # not while another job uses it
+            log.info("--fresh: the earlier run is kept in %s", move_aside(folder))
+        with _writable("run.dir", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(tick=world.beat)
+            _remove_leftovers(folder, list(artifacts))
+            (folder / "stages").mkdir(exist_ok=True)
+        for key, given in (("evaluate.result_dir", run.paths.results.parent), ("cache.dir", run.config.cache.dir)):
+            with _writable(key, Path(given or folder)):
+                Path(given or folder).mkdir(parents=True, exist_ok=True)
+        content = {**run.config.model_dump(mode="json"), "resolved": environment(run, world)}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        write_atomically(folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+    try:
+        world.on_main(prepare)
+        to_file(folder / "logs", world.rank)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _writable(key: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise UserError(f"{key}: {folder} is not writable ({error.strerror}); choose another folder") from None
+
+
+def _remove_leftovers(folder: Path, artifacts: list[Artifacts]) -> None:
+    """Remove temporary files that a killed job left where a run writes; the lock says that nobody writes there now."""
+    made = {path for stage in artifacts for path in (*stage.kept, *stage.temporary)} | {folder / "config.yaml"}
+    beside = [leftover for path in made for leftover in path.parent.glob(f".{path.name}.*tmp")]
+    folders = {path for path in made if path.is_dir()} | {folder / "stages", *(folder / "data").glob("*")}
+    for leftover in (*beside, *(inside for path in folders for inside in path.glob(".*.tmp"))):
+        remove(leftover)
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a run folder to the first free NAME.N; None where it does not exist."""
+    folder = folder.resolve()
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.replace(folder, target)
+    return target
+
+
+def environment(run: Resolved, world: World) -> dict[str, object]:
+    """Return what the run was resolved to, beside its settings: the section `resolved` of config.yaml."""
+    beta, scale = run.config.distill.beta, max(1, len(run.pairs) * run.teacher_width)
+    is_mean = run.config.distill.pt_reduction == "mean"
+    return {
+        "versions": {"pkd_dist": __version__, "python": platform.python_version()}
+        | {name: found for name in _LIBRARIES if (found := _version(name))},
+        "git_revision": _git_revision(),
+        "world_size": world.size,
+        "launcher": world.launcher,
+        "device": world.device.type,
+        "precision": run.precision,
+        "teacher_precision": run.teacher_precision,
+        "deepspeed": run.deepspeed,
+        "teacher_layers": run.teacher_layers,
+        "student_layers": run.student_layers,
+        "patience_pairs": [list(pair) for pair in run.pairs],
+        "beta_mean": beta if is_mean else beta * scale,
+        "beta_sum": beta / scale if is_mean else beta,
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Return the revision of this code: of the checkout, or of the snapshot that a SLURM job runs."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / "REVISION").is_file():
+        return (root / "REVISION").read_text().strip()
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,114 @@
+"""The stage `teacher`: fine-tunes `teacher.model` into RUN/teacher, or takes it as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pkd_dist.errors import UserError
+from pkd_dist.model import encoder
+from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
+from pkd_dist.stages.context import Context
+from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, used_vocabulary
+from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.telemetry import trackers
+from pkd_dist.training import checkpoint
+from pkd_dist.training.finetune import TeacherJob, finetune
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """Attributes:
+    weights: digest of the teacher.
+    folder: folder or hub name it loads from.
+    best_epoch, history: of its fine-tuning; None and empty where it was given.
+    """
+
+    weights: str
+    folder: str
+    best_epoch: int | None = None
+    history: tuple[EpochScores, ...] = ()
+
+
+VERSION = 1
+
+
+def inputs(context: Context) -> Inputs:
+    run, data = context.resolved, context.output(DataOutput)
+    found: Inputs = {
+        "teacher.model.weights": encoder.weights_digest(run.source),
+        "data.class_names": list(data.class_names),
+    }
+    if settings := run.config.teacher.finetune:
+        found |= {f"teacher.finetune.{key}": value for key, value in settings.model_dump().items()}
+        found |= run.training_inputs()
+        found |= {f"data.{split}": data.sets[split].digest for split in ("train", "dev")}
+    return found
+
+
+def run(context: Context) -> TeacherOutput:
+    run, paths, world = context.resolved, context.resolved.paths, context.world
+    if not run.finetunes:
+        world.on_main(lambda: encoder.load_model(run.source) and None)  # refuses a folder that cannot be loaded
+        return TeacherOutput(encoder.weights_digest(run.source), run.source)
+    if not world.on_main(paths.teacher.exists):
+        _finetune(context)
+    return world.on_main(lambda: _finished(context))
+
+
+def _finetune(context: Context) -> None:
+    run = context.resolved
+    job = TeacherJob(
+        config=run.config,
+        base=run.source,
+        tokenizer=run.tokenizer,
+        labels=context.output(DataOutput).model_fields(run.task),
+        task=run.task,
+        train=open_tokens(context, "train"),
+        dev=open_tokens(context, "dev"),
+        class_weights_C=open_class_weights(context),
+        used_V=used_vocabulary(context, "train", "dev"),
+        deepspeed=run.deepspeed,
+        output=run.paths.teacher,
+        fingerprint=context.fingerprint,
+    )
+    finetune(job, context.world, context.telemetry)
+
+
+def _finished(context: Context) -> TeacherOutput:
+    paths = context.resolved.paths
+    committed = checkpoint.committed(paths.teacher_checkpoints)
+    progress = checkpoint.read_state(committed[-1])["progress"] if committed else {}
+    return TeacherOutput(
+        encoder.weights_digest(str(paths.teacher)),
+        str(paths.teacher),
+        progress.get("best_epoch"),
+        tuple(progress.get("history", ())),
+    )
+
+
+def missing(context: Context, output: TeacherOutput) -> str | None:
+    folder = context.resolved.paths.teacher
+    if not context.resolved.finetunes:
+        return None
+    gone = absent(folder)
+    if not gone and encoder.weights_digest(str(folder)) != output.weights:
+        raise UserError(
+            f"{folder}: is not the teacher that this run made and cached; put that one back, or use --fresh"
+        )
+    return gone
+
+
+def artifacts(context: Context) -> Artifacts:
+    paths = context.resolved.paths
+    if not context.resolved.finetunes:
+        return Artifacts()
+    kept = (paths.teacher, paths.teacher_checkpoints, paths.teacher_records, *trackers.folders(paths.run, "teacher_"))
+    return Artifacts(kept, temporary=(paths.teacher_checkpoints,))
+
+
+def republish(context: Context, output: TeacherOutput) -> None:
+    paths = context.resolved.paths
+    republish_training(context, paths.teacher_records, paths.teacher_checkpoints)
+
+
+STAGE = Stage("teacher", VERSION, TeacherOutput, inputs, run, missing, artifacts, republish=republish)

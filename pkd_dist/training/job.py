@@ -1,0 +1,71 @@
+"""What one training needs (`Job`) and how far it is (`Progress`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkd_dist.config.schema import Checkpoint, Evaluate, Train
+from pkd_dist.data.batches import Batch
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.model.encoder import Encoder
+
+Forward = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
+"""(inputs, layers, tokens) -> logits and hidden states: an `Encoder`, or an engine around one."""
+LossTerms = Callable[[Forward, Batch], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: for messages: `teacher` or `distill`.
+        module: trained in place.
+        losses: (module or engine, batch) -> per-example terms (B,), named as in `LOSS_TERMS`; `total` is required. It must use
+            tensor operations only, because a GPU captures and replays it.
+        settings: the optimizer's settings and the batch size.
+        deepspeed: the DeepSpeed JSON.
+        folder: where checkpoints are written.
+        records: the metrics file.
+        fingerprint: identity of everything that decides the result. A checkpoint with another fingerprint is rejected.
+        teacher_outputs: adds the teacher's outputs to a batch; None if the losses need none.
+    """
+
+    name: str
+    module: Encoder
+    losses: LossTerms
+    train: TokenSet
+    dev: TokenSet
+    task: Task
+    pad_id: int
+    seed: int
+    settings: Train
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    deepspeed: dict[str, Any]
+    folder: Path
+    records: Path
+    fingerprint: str
+    teacher_outputs: Callable[[Batch], Batch] | None = None
+
+
+@dataclass
+class Progress:
+    """The position of a training, equal on all ranks. A checkpoint stores it as JSON."""
+
+    step: int = 0
+    evaluated_epochs: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best_step: int = 0
+    best_epoch: int = 0
+    best_metric: float = float("-inf")
+    best_file: str | None = None
+    best_sha256: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
