@@ -1,25 +1,25 @@
-"""The ways a run ends early, each with its exit status. Anything else that escapes is a defect of ours (status 1)."""
+"""The ways a run ends early, each with its exit status. Any other exception is a bug in this package (status 1)."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that says what is wrong, where, what is allowed and what to do."""
+    """Bad input. The message is one line: the value, where it is, what is allowed, and the remedy."""
 
     exit_status = 2
 
 
 class DivergedError(Exception):
-    """A non-finite loss or gradient: raised on every rank before the update is applied."""
+    """A loss or gradient is not finite. Raised on every rank before the update is applied."""
 
     exit_status = 3
 
 
-class Preempted(Exception):  # noqa: N818 - not an error: the same command continues
-    """A stop signal was agreed on by all ranks and what is done is committed.
+class Preempted(Exception):  # noqa: N818 - not an error: rerun the same command to resume
+    """All ranks agreed on a stop signal, and finished work is committed.
 
     Attributes:
-        signal: its number.
+        signal: number of the signal.
     """
 
     exit_status = 75
@@ -32,7 +32,7 @@ class Preempted(Exception):  # noqa: N818 - not an error: the same command conti
         return self.message
 
 
-class LostRank(Exception):  # noqa: N818 - the ranks that are left are well
-    """Another rank died, is stuck, or cannot be reached. The same command goes on from what is committed."""
+class LostRank(Exception):  # noqa: N818 - not an error of this rank
+    """Another rank died, hangs, or cannot be reached. Rerun the same command to resume."""
 
     exit_status = 1

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed."""
+"""Atomic writes (a temporary file, synced, then renamed), disk space, and digests of files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from pkd_dist.errors import UserError
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A temporary path to write to, whose file is synced and renamed to `path` at the end. A failure leaves none.
+    """Yield a temporary path. At the end its file is synced and renamed to `path`; after a failure it is removed.
 
     Raises:
         UserError: the disk is full.
@@ -33,19 +33,22 @@ def written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], needed_bytes: int = 0) -> None:
-    """Calls `write(temporary path)`; see `written_atomically`."""
+def write_atomically(path: Path, write: Callable[[Path], object], needed_bytes: int = 0) -> None:
+    """Call `write` with a temporary path; see `written_atomically`."""
     with written_atomically(path, needed_bytes) as temporary:
         write(temporary)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"), len(text))
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full (safetensors hides the number in its text)."""
+    """Return whether an error means that a disk or a quota is full.
+
+    safetensors raises its own exception type, with the Rust I/O error as text.
+    """
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in codes:
         return True
@@ -54,31 +57,34 @@ def is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def require_space(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
-    """Work that writes so many bytes (0: it is not known how many) into a folder that exists.
+    """Guard work that writes into a folder.
+
+    Args:
+        folder: an existing folder.
+        needed_bytes: to be written; 0 if unknown.
+        what: is written, for the message.
 
     Raises:
-        UserError: the disk has less, or got full all the same. Says how many bytes were needed.
+        UserError: less space is free, or the disk ran full during the work.
     """
 
-    def full(needed: str) -> UserError:
+    def disk_is_full() -> UserError:
         free = shutil.disk_usage(folder).free
-        return UserError(
-            f"{folder}: no space left for {what}: it needs {needed} bytes, {free:,} are free; free some and run the same "
-            "command again"
-        )
+        space = f"it needs {needed_bytes:,} bytes, {free:,} are free" if needed_bytes else f"{free:,} bytes are free"
+        return UserError(f"{folder}: no space left for {what}: {space}; free some space and rerun the same command")
 
     if shutil.disk_usage(folder).free < needed_bytes:
-        raise full(f"{needed_bytes:,}")
+        raise disk_is_full()
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
-        raise full(f"{needed_bytes:,}" if needed_bytes else f"more than {shutil.disk_usage(folder).free:,}") from error
+        raise disk_is_full() from error
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,31 +99,31 @@ def sha256(path: Path) -> str:
         )
 
 
-def _sha256_blocks(file: Any) -> str:  # Python 3.10 has no file_digest
+def _sha256_blocks(file: BinaryIO) -> str:  # Python 3.10 has no file_digest
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
 
 
-def digest_of(value: Any) -> str:
-    """A short digest of anything JSON can hold, independent of key order."""
+def digest_of(value: object) -> str:
+    """Return a short digest of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def folder_digest(folder: Path, names: list[str] | None = None) -> str:
-    """A digest of the files in a folder (of those named, where they exist): names and contents."""
+    """Return a digest of the names and contents of the files in a folder, or of those of `names` that exist."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and (names is None or p.name in names))
     return digest_of([[p.name, sha256(p)] for p in files])
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder and below, by its path from there."""
+    """Return the sha256 of every file below a folder, by its relative path."""
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def changed_file(folder: Path, digests: dict[str, str]) -> str | None:
-    """The first file that is not as it was, in words; None where all are."""
+    """Return a message about the first file that is missing or altered; None if all are unchanged."""
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
@@ -127,13 +133,13 @@ def changed_file(folder: Path, digests: dict[str, str]) -> str | None:
 
 
 def require_unaltered(path: Path, digest: str) -> None:
-    """Raises UserError where a file is not the one of this sha256."""
+    """Raise UserError unless a file exists and has this sha256."""
     if not path.is_file() or sha256(path) != digest:
-        raise UserError(f"{path}: was altered since it was written; the same command makes it again")
+        raise UserError(f"{path}: was altered since it was written; rerun the same command to rebuild it")
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, present or not."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,8 +1,8 @@
-"""A folder belongs to one job at a time; a crash leaves nothing stuck.
+"""Gives a folder to one job at a time. A crash leaves nothing locked.
 
-The kernel's lock on FOLDER/run.lock goes with the process that holds it. Where a shared file system does not carry such
-locks from host to host, the sign of life that the holder keeps renewing in the file decides: silent for `LEASE_SECONDS`,
-the holder is gone.
+The kernel releases the lock on FOLDER/run.lock when the process that holds it ends. Shared file systems may not pass such
+locks on to other hosts. There the modification time of the file decides: the holder keeps renewing it, and a holder on
+another host that has been silent for `LEASE_SECONDS` is considered dead.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.log import log
@@ -25,49 +26,59 @@ from pkd_dist.telemetry.log import log
 NAME = "run.lock"
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 6
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems without such locks answer: then the sign of life alone decides."""
+_LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""From file systems without kernel locks, on which the modification time alone decides."""
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """The content of the lock file. `since` is in seconds since 1970."""
+
+    host: str
+    pid: int
+    since: float
 
 
 class Lock:
-    """Holds a folder's lock from `acquire` to `release`; use on one rank.
+    """Holds the lock of a folder from `acquire` to `release`. To be used on one rank.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         lease_seconds: how long a holder on another host may be silent.
     """
 
     def __init__(self, folder: Path, lease_seconds: float = LEASE_SECONDS):
-        self._path, self._lease = folder / NAME, lease_seconds
+        self._path, self._lease_seconds = folder / NAME, lease_seconds
         self._file: IO[str] | None = None
         self._released = threading.Event()
 
     def acquire(self, wait: bool = False, tick: Callable[[], None] = lambda: None) -> Lock:
-        """Takes the lock.
+        """Take the lock.
 
         Args:
-            wait: for as long as another job has it, instead of refusing.
-            tick: called every half second of waiting.
+            wait: wait while another job has the lock, instead of raising.
+            tick: called at least every half second of waiting.
 
         Raises:
-            UserError: another job has it; names its host, process and age.
+            UserError: another job has the lock; names its host, process and age.
         """
-        told = False
-        self._tick = tick
-        while not self._try():
+        reported = False
+        while not self._try(tick):
             if not wait:
-                raise UserError(f"{self._path.parent}: in use by {self._holder()}; wait for that job, or stop it")
-            if not told:
-                log.info("%s: waiting for %s", self._path.parent, self._holder())
-                told = True
-            self._pause()
+                raise UserError(
+                    f"{self._path.parent}: in use by {self._describe_holder()}; wait for that job, or stop it"
+                )
+            if not reported:
+                log.info("%s: waiting for %s", self._path.parent, self._describe_holder())
+                reported = True
+            self._pause(tick)
         return self
 
-    def _pause(self) -> None:
-        self._tick()
-        time.sleep(min(0.5, self._lease / 10))
+    def _pause(self, tick: Callable[[], None]) -> None:
+        tick()
+        time.sleep(min(0.5, self._lease_seconds / 10))
 
-    def _try(self) -> bool:
+    def _try(self, tick: Callable[[], None]) -> bool:
         while True:
             file = open(self._path, "a+")  # noqa: SIM115 - held until `release`
             try:
@@ -76,44 +87,45 @@ class Lock:
                 file.close()
                 return False
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in _LOCKS_UNSUPPORTED:
                     file.close()
                     raise
-            if not self._still_there(file):  # the holder before removed the file while we opened it
+            if not self._is_current(file):  # the previous holder removed the file after it was opened here
                 file.close()
                 continue
-            if self._alive_elsewhere(file):
+            if self._is_held_elsewhere(file, tick):
                 file.close()
                 return False
             self._file = file
-            self._write()
+            self._write(file)
             threading.Thread(target=self._renew, name="lock", daemon=True).start()
             return True
 
-    def _still_there(self, file: IO[str]) -> bool:
+    def _is_current(self, file: IO[str]) -> bool:
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
 
-    def _alive_elsewhere(self, file: IO[str]) -> bool:
-        """Whether a job on another host, from which the kernel's lock may not reach here, still renews the file."""
-        content = _read(self._path)
-        if content.get("host") in (None, socket.gethostname()):
+    def _is_held_elsewhere(self, file: IO[str], tick: Callable[[], None]) -> bool:
+        """Return whether a job on another host, whose kernel lock may not be visible here, renews the file."""
+        holder = _read(self._path)
+        if holder is None or holder.host == socket.gethostname():
             return False
-        before = file_time = os.fstat(file.fileno()).st_mtime_ns
-        log.info("%s: %s may still be at work; watching for %g s", self._path.parent, self._holder(), self._lease)
-        deadline = time.monotonic() + self._lease
-        while file_time == before and time.monotonic() < deadline:
-            self._pause()
-            file_time = os.stat(self._path).st_mtime_ns if self._path.exists() else before
-        return file_time != before
+        before = modified = os.fstat(file.fileno()).st_mtime_ns
+        log.info(
+            "%s: checking for %g s whether %s is alive", self._path.parent, self._lease_seconds, self._describe_holder()
+        )
+        deadline = time.monotonic() + self._lease_seconds
+        while modified == before and time.monotonic() < deadline:
+            self._pause(tick)
+            modified = os.stat(self._path).st_mtime_ns if self._path.exists() else before
+        return modified != before
 
-    def _write(self) -> None:
-        assert self._file is not None
-        self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
-        self._file.flush()
+    def _write(self, file: IO[str]) -> None:
+        file.truncate(0)
+        file.write(json.dumps(asdict(_Holder(socket.gethostname(), os.getpid(), time.time()))) + "\n")
+        file.flush()
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEW_SECONDS):
@@ -122,16 +134,16 @@ class Lock:
                     os.utime(self._path)
 
     def _is_ours(self) -> bool:
-        """Not so where another host took the lock over, because this one was silent for too long."""
-        content = _read(self._path)
-        return (content.get("host"), content.get("pid")) == (socket.gethostname(), os.getpid())
+        """Return False if another host took over the lock because this one was silent for too long."""
+        holder = _read(self._path)
+        return holder is not None and (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
 
-    def _holder(self) -> str:
-        content = _read(self._path)
-        if not content:
+    def _describe_holder(self) -> str:
+        holder = _read(self._path)
+        if holder is None:
             return "another job"
-        age = max(0.0, time.time() - content["since"])
-        return f"process {content['pid']} on {content['host']}, which started {_age(age)} ago"
+        age = max(0.0, time.time() - holder.since)
+        return f"process {holder.pid} on {holder.host}, which started {_format_age(age)} ago"
 
     def release(self) -> None:
         if self._file is None:
@@ -143,15 +155,16 @@ class Lock:
         self._file = None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Holder | None:
+    """Return the content of the lock file, None if it has not been written yet."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and {"host", "pid", "since"} <= content.keys() else {}
+        return _Holder(str(content["host"]), int(content["pid"]), float(content["since"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _age(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

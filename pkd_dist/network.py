@@ -1,4 +1,4 @@
-"""This host's network interfaces and addresses."""
+"""The network interfaces and addresses of this host."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ def free_port() -> int:
 
 
 def interface_towards(address: str) -> str | None:
-    """The interface that holds the local address from which `address` is reached.
+    """Return the interface through which `address` is reached; None if its local address belongs to no interface.
 
     Raises:
-        UserError: there is none, or the name does not resolve.
+        UserError: there is no route, or the name does not resolve.
     """
     try:
         local = local_address_towards(address)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"MASTER_ADDR={address} cannot be reached from {socket.gethostname()} ({error}); give the address of "
-            "rank 0's node as the other nodes know it (deepspeed and torchrun: --master_addr; mpirun, srun: MASTER_ADDR)"
+            f"MASTER_ADDR={address} cannot be reached from {socket.gethostname()} ({error}); set the address of rank 0's "
+            "node as the other nodes see it (deepspeed and torchrun: --master_addr; mpirun and srun: MASTER_ADDR)"
         ) from None
-    if is_loopback(local) and not _means_loopback(address):  # this host's own name: others reach it elsewhere
+    if is_loopback(local) and not _means_loopback(address):  # this host's own name; other hosts use another address
         local = next(iter(own_addresses()), local)
     return next((name for name, found in _interface_addresses() if found == local), None)
 
 
 def local_address_towards(address: str) -> str:
-    """The local address from which `address` is reached; nothing is sent. OSError where there is no way."""
+    """Return the local address of a route to `address`; sends nothing. Raises OSError if there is none."""
     family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)
@@ -43,13 +43,13 @@ def local_address_towards(address: str) -> str:
 
 
 def own_addresses() -> list[str]:
-    """The addresses by which other hosts could reach this one, IPv4 first, in the kernel's order."""
+    """Return the addresses at which other hosts may reach this one: IPv4 first, in the kernel's order."""
     usable = [address for _, address in _interface_addresses() if not is_loopback(address) and "%" not in address]
     return sorted(usable, key=lambda address: ":" in address)
 
 
 def _interface_addresses() -> list[tuple[str, str]]:
-    """(interface, address) of all interfaces that are up."""
+    """Return (interface, address) pairs of all interfaces that are up."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return [
         (name, address.address)
@@ -64,7 +64,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _means_loopback(host: str) -> bool:
-    """Whether `host` asks for loopback: `localhost`, or a loopback address in figures."""
+    """Return whether `host` is `localhost` or a numeric loopback address."""
     try:
         return is_loopback(host)
     except ValueError:

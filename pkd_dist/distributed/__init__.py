@@ -1,1 +1,1 @@
-"""Ranks, their collectives, and how they agree on an end."""
+"""The ranks of a run: how they find each other, work together, and end together."""

@@ -1,8 +1,9 @@
-"""Where this process stands among the others: found from its environment, before anything heavy is imported.
+"""Finds the rank of this process from its environment, before anything heavy is imported.
 
-In this order: the variables that `deepspeed` and `torchrun` set; MPI's own world through mpi4py under `mpirun`; SLURM's
-variables under `srun`; else there is one rank. Nobody needs to export anything: where rank 0 listens and over which
-interface nodes talk is found here too, and a user's MASTER_ADDR, MASTER_PORT, GLOO_ and NCCL_SOCKET_IFNAME are kept.
+The first of these that applies is used: the variables of `deepspeed` and `torchrun`; MPI through mpi4py under `mpirun`;
+SLURM's variables under `srun`; otherwise there is one rank. Users need not export anything: the address of rank 0 and the
+network interface between nodes are found as well. MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are
+kept if set.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pkd_dist.errors import UserError
 from pkd_dist.network import free_port, interface_towards, is_loopback, local_address_towards, own_addresses
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 _MPIRUN_VARIABLES = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_RANK")
-_PMI_VARIABLES = ("PMI_RANK", "PMIX_RANK")  # srun sets these too
+_PMI_VARIABLES = ("PMI_RANK", "PMIX_RANK")  # also set by srun
 _CONNECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.
+    """This process among the ranks of the run.
 
-    `launcher` is what started it, `master_addr` and `master_port` are where rank 0 listens, and `interface` is the
-    network interface by which other nodes are reached; None where no other node takes part.
+    Attributes:
+        local_rank, local_world_size: among the ranks of its node.
+        launcher: what started the process.
+        master_addr, master_port: where rank 0 listens. With one rank, port 0 means any free port.
+        interface: the network interface that reaches the other nodes; None if there are none.
     """
 
     rank: int
@@ -37,7 +44,7 @@ class Ranks:
     local_world_size: int
     launcher: str
     master_addr: str = "127.0.0.1"
-    master_port: int = 0  # 0, for one rank alone: any free port
+    master_port: int = 0
     interface: str | None = None
 
     @property
@@ -45,7 +52,7 @@ class Ranks:
         return self.rank == 0
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Tells torch.distributed and DeepSpeed, which read the environment."""
+        """Set the variables that torch.distributed and DeepSpeed read."""
         environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),
@@ -54,16 +61,16 @@ class Ranks:
             MASTER_PORT=str(self.master_port or free_port()),
         )
         if self.interface:
-            # Left alone, gloo and NCCL take the host name's address, which on Debian is 127.0.1.1.
+            # By default gloo and NCCL use the address of the host name, which is 127.0.1.1 on Debian.
             environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
             environ.setdefault("NCCL_SOCKET_IFNAME", self.interface)
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """Finds this process's place from `environ`, and the way to rank 0 from this host's interfaces.
+    """Return the rank of this process from `environ`, with the network interface towards rank 0.
 
     Raises:
-        UserError: a variable is missing or not a number, or rank 0's address cannot be reached from here.
+        UserError: a variable is missing or not an integer, or this host cannot reach the address of rank 0.
     """
     if all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_variables(environ)
@@ -77,7 +84,7 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for its node where `discover` failed: as far as its environment says."""
+    """Return whether this is the first process of its node. For messages before or after a failed `discover`."""
     names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
     return all(environ.get(name, "0") == "0" for name in names)
 
@@ -88,44 +95,51 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         return int(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise UserError(
-            f"environment: {name} is {'not set' if text is None else repr(text)}, where a whole number is needed; "
+            f"environment: {name} is {'not set' if text is None else repr(text)}, expected an integer; "
             "start under deepspeed, torchrun, mpirun or srun, or export it"
         ) from None
 
 
-def _place(rank: int, local_rank: int, world: int, local_world: int, launcher: str, address: str, port: int) -> Ranks:
-    """The ranks of a launcher, with the interface towards rank 0 where more than one node takes part."""
-    interface = interface_towards(address) if local_world < world else None
-    return Ranks(rank, local_rank, world, local_world, launcher, address, port, interface)
+def _with_interface(ranks: Ranks) -> Ranks:
+    """Add the interface towards rank 0 if there is more than one node."""
+    several_nodes = ranks.local_world_size < ranks.world_size
+    return replace(ranks, interface=interface_towards(ranks.master_addr)) if several_nodes else ranks
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
 def _from_variables(environ: Mapping[str, str]) -> Ranks:
-    """torchrun says how many ranks a node has in LOCAL_WORLD_SIZE, deepspeed in LOCAL_SIZE (uneven hostfiles too)."""
+    """Read the ranks per node from torchrun's LOCAL_WORLD_SIZE or deepspeed's LOCAL_SIZE (uneven hostfiles too)."""
     rank, local_rank, world = (_number(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    default = _slurm_local_size(environ) if "SLURM_STEP_TASKS_PER_NODE" in environ else world  # mapped under srun
+    default = (
+        _slurm_local_size(environ) if "SLURM_STEP_TASKS_PER_NODE" in environ else world
+    )  # mapped by hand under srun
     local = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", default))
     address, port = "127.0.0.1", 0
-    if world > 1 or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds the store, for one rank too
+    if (
+        world > 1 or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # torchrun hosts the store, even for one rank
         port = _number(environ, "MASTER_PORT")
         if not (address := environ.get("MASTER_ADDR", "")):
-            raise UserError("environment: RANK and WORLD_SIZE are set, but MASTER_ADDR is not; export rank 0's address")
-    return _place(rank, local_rank, world, local, "deepspeed or torchrun", address, port)
+            raise UserError(
+                "environment: RANK and WORLD_SIZE are set, but MASTER_ADDR is not; export the address of rank 0"
+            )
+    return _with_interface(Ranks(rank, local_rank, world, local, "deepspeed or torchrun", address, port))
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     world, local = _slurm_world_size(environ), _slurm_local_size(environ)
     address = environ.get("MASTER_ADDR") or ("127.0.0.1" if local == world else _slurm_master(environ))
-    # Jobs and their steps share nodes: neighbours get ports of their own, below the ephemeral ones and torch's 29500.
-    port = 10000 + (97 * _number(environ, "SLURM_JOB_ID", 0) + _number(environ, "SLURM_STEP_ID")) % 19000
-    return _place(rank, local_rank, world, local, "srun", address, _number(environ, "MASTER_PORT", port))
+    # Jobs and steps share nodes: each gets its own port, below the ephemeral ports and torch's default 29500.
+    default_port = 10000 + (97 * _number(environ, "SLURM_JOB_ID", 0) + _number(environ, "SLURM_STEP_ID")) % 19000
+    port = _number(environ, "MASTER_PORT", default_port)
+    return _with_interface(Ranks(rank, local_rank, world, local, "srun", address, port))
 
 
 def _slurm_world_size(environ: Mapping[str, str]) -> int:
-    """The step's tasks; an interactive shell is a step of one in a job of many."""
+    """Return the number of tasks of the step. An interactive shell is a step of one task in a larger job."""
     return _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
 
 
@@ -135,27 +149,27 @@ def _slurm_local_size(environ: Mapping[str, str]) -> int:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """SLURM's `2(x2),1` -> [2, 2, 1]."""
+    """Parse SLURM's notation: `2(x2),1` is [2, 2, 1]."""
     parts = (part.rstrip(")").partition("(x") for part in text.split(","))
     return [int(count) for count, _, times in parts for _ in range(int(times or 1))]
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: `gpu[01-03,07]-ib,login` -> `gpu01-ib`."""
+    """Return the first host of a SLURM node list: `gpu01-ib` for `gpu[01-03,07]-ib,login`."""
     return re.sub(r"\[(\w+)[^]]*]", r"\1", nodelist).partition(",")[0]
 
 
 def _slurm_master(environ: Mapping[str, str]) -> str:
-    """The step's first host, where its name means that host from here; else the node where srun was started."""
+    """Return the first host of the step if its name resolves to that host here, otherwise the node that ran srun."""
     host = first_host(environ.get("SLURM_STEP_NODELIST", ""))
     with contextlib.suppress(OSError, UnicodeError):
-        # The first node alone may know this name as 127.0.1.1: it is its own.
+        # Only on the first node may this name resolve to loopback (Debian's 127.0.1.1).
         if not is_loopback(local_address_towards(host)) or environ.get("SLURM_NODEID") == "0":
             return host
     if address := environ.get("SLURM_LAUNCH_NODE_IPADDR"):
         return address
     raise UserError(
-        f"srun: the step's first host {host!r} does not resolve on {socket.gethostname()}; export MASTER_ADDR"
+        f"srun: the first host of the step {host!r} does not resolve on {socket.gethostname()}; export MASTER_ADDR"
     )
 
 
@@ -163,34 +177,32 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"started by mpirun, but mpi4py cannot load an MPI library ({error}); install Open MPI or MPICH"
-        ) from None
+        raise UserError(f"mpirun: mpi4py cannot load an MPI library ({error}); install Open MPI or MPICH") from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     size, local_size = world.Get_size(), node.Get_size()
-    # Rank 0's word: mpirun hands a shell's variables to its own host alone.
+    # Rank 0 decides: mpirun exports a shell's variables only on the host where it runs.
     address, port = world.bcast((environ.get("MASTER_ADDR"), _number(environ, "MASTER_PORT", free_port())))
     address = address or ("127.0.0.1" if local_size == size else _mpi_master(world, node, port))
-    place = _place(world.Get_rank(), node.Get_rank(), size, local_size, "mpirun", address, port)
-    MPI.Finalize()  # its work is done, and a process may now end in any way without mpirun calling that improper
-    return place
+    ranks = _with_interface(Ranks(world.Get_rank(), node.Get_rank(), size, local_size, "mpirun", address, port))
+    MPI.Finalize()  # so that mpirun does not call a later os._exit improper
+    return ranks
 
 
-def _mpi_master(world: Any, node: Any, port: int) -> str:
-    """An address of rank 0 to which every other node can connect: tried, since a host's name says little."""
+def _mpi_master(world: MPI.Comm, node: MPI.Comm, port: int) -> str:
+    """Return an address of rank 0 to which every other node has connected; a host name need not resolve there."""
     main = world.Get_rank() == 0
-    at_home = node.bcast(main)  # rank 0 is the first of its node
+    on_first_node = node.bcast(main)  # rank 0 is the first of its node
     with _listener(port, world.Get_size()) if main else contextlib.nullcontext():
         addresses = world.bcast(own_addresses())
-        tries = not at_home and node.Get_rank() == 0
-        reached = world.allgather({a for a in addresses if _connects(a, port)} if tries else set(addresses))
+        tests = not on_first_node and node.Get_rank() == 0
+        reached = world.allgather({a for a in addresses if _connects(a, port)} if tests else set(addresses))
     for address in addresses:
         if all(address in found for found in reached):
             return str(address)
     raise UserError(
-        f"mpirun: not every node reaches an address of rank 0 ({', '.join(addresses) or 'which has only loopback'}) at "
-        f"port {port}; open the firewall, or name address and port: mpirun -x MASTER_ADDR=... -x MASTER_PORT=..."
+        f"mpirun: not every node can reach rank 0 ({', '.join(addresses) or 'no address but loopback'}) at port {port}; "
+        "open the firewall, or set address and port: mpirun -x MASTER_ADDR=... -x MASTER_PORT=..."
     )
 
 

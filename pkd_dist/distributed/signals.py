@@ -1,9 +1,9 @@
-"""Stop signals: the first is noted and acted on at the next safe point, a second one ends the process at once.
+"""Stop signals: the first is noted and acted on at the next safe point; a second ends the process at once.
 
-Until the ranks have met there is nothing to commit and nobody to agree with: the first one ends the process.
+Until the ranks have met there is nothing to commit and no other rank to agree with, so the first ends the process.
 
-The main thread may sit in a collective for minutes, where Python runs no handler. So the signals' numbers go through a
-pipe, as the kernel delivers them, to a thread of their own.
+The main thread may be in a collective for minutes, where Python runs no signal handlers. Signal numbers therefore go through
+a wakeup pipe, written by the C-level handler, to a thread that reads it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
 
 from pkd_dist.distributed.ranks import first_of_node
 from pkd_dist.errors import Preempted
 from pkd_dist.telemetry.log import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAY_SECONDS, _SAME_SECONDS = 1.0, 2.0
-"""When the first is spoken of, and how long further signals count as the first: a launcher passes on what the terminal sends to all."""
+_REPORT_SECONDS = 1.0
+"""Delay before the first signal is reported: a launcher also sends one when another rank was lost."""
+_SAME_SECONDS = 2.0
+"""Signals this soon after the first count as the first: a launcher forwards what the terminal has sent to all processes."""
 
 
 class StopSignals:
-    """Notes the first of `SIGNALS` from `install` on; to be used in the main thread.
+    """Notes the first of `SIGNALS` after `install`. To be used in the main thread.
 
     Attributes:
-        number: of the first signal; 0 until one has come.
+        number: the first signal, 0 if none has arrived.
     """
 
     def __init__(self) -> None:
@@ -39,17 +40,17 @@ class StopSignals:
         self._met = False
 
     def install(self) -> StopSignals:
-        ours, kernels = socket.socketpair()
-        kernels.setblocking(False)
-        self._pipe = ours, kernels
-        signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._pipe = reader, writer
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # a handler of Python's must be there for the pipe to be written
+            signal.signal(number, lambda *_: None)  # the pipe is only written for signals with a Python handler
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def uninstall(self) -> None:
-        """Puts the signals back as a new process has them."""
+        """Restore the handlers of a new process."""
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -57,43 +58,40 @@ class StopSignals:
             end.close()
 
     def met(self) -> None:
-        """The ranks have met: from now on they agree on when to stop."""
+        """Note that the ranks have met: from now on they agree on when to stop."""
         self._met = True
 
     def ending(self) -> None:
-        """The process is ending in good order: what comes now changes nothing."""
+        """Note that the process is ending in an orderly way: later signals are ignored."""
         self._ending.set()
 
     def _listen(self) -> None:
         while True:
             try:
-                got = self._pipe[0].recv(64)
+                received = self._pipe[0].recv(64)
             except OSError:
                 return
-            if not got:
+            if not received:
                 return
-            for number in got:
+            for number in received:
                 if number in SIGNALS:
                     self._note(number)
 
     def _note(self, number: int) -> None:
-        now, name = time.monotonic(), signal.Signals(number).name
+        now, name = time.monotonic(), name_of(number)
         if not self._met and not self._ending.is_set():
             if first_of_node():
-                print(
-                    f"pkd: stopped by {name} before the ranks had met; the same command goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                message = f"pkd: stopped by {name} before the ranks had met; rerun the same command to resume"
+                print(message, file=sys.stderr, flush=True)
             os._exit(Preempted.exit_status)
         if not self.number:
             self.number, self._first_seconds = number, now
-            if not self._ending.wait(_SAY_SECONDS):  # a launcher also sends one when another rank was lost
-                log.info("%s: stopping at the next safe point; the same signal again ends at once", name)
+            if not self._ending.wait(_REPORT_SECONDS):
+                log.info("%s: stopping at the next safe point; send it again to end at once", name)
         elif now - self._first_seconds > _SAME_SECONDS and not self._ending.is_set():
             log.info("%s again: ending at once", name)
             os._exit(128 + number)
 
 
-def name_of(number: int) -> Any:
+def name_of(number: int) -> str:
     return signal.Signals(number).name

@@ -1,54 +1,98 @@
-"""Ends a rank that would wait for ever, and says which other rank is to blame.
+"""Ends a rank that would otherwise wait forever, and reports which rank is to blame.
 
-Each rank posts a sign of life on a board (the launcher's TCP store) from a thread of its own: where its main thread is, and
-for how long it has not moved. A rank whose own main thread has not moved for `timeout_seconds` looks at the others' posts.
-While any of them moves it goes on waiting: rank 0 may be reading a large file. When none does, it ends the process, and the
-lowest rank that still answers says what happened.
+A thread of each rank posts on the board where the main thread is and how long it has been idle. A rank whose main thread has
+been idle for `timeout_seconds` reads the posts of the others. While any of them makes progress it keeps waiting: rank 0 may
+be reading a large file. Otherwise it ends its process, and the lowest rank that still responds reports the reason.
 
-Moving means a beat (a step, a batch, a collective entered or left), or computing outside of a collective: more than `_BUSY`
-of a core. In a loop on a GPU computing does not count, because waiting for NCCL looks the same.
+Progress is a beat (a step, a batch, a collective entered or left) or computation outside of a collective: more than `_BUSY`
+of a core. In a loop on a GPU computation does not count, because waiting for NCCL looks the same.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
+from pkd_dist.distributed.board import REPORTED, STOP, Board, life_of
 from pkd_dist.telemetry.log import log
 
 _BUSY = 0.05
 _WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
-_SPEAKER_FIRST_SECONDS = 2.0
+_REPORTER_FIRST_SECONDS = 2.0
 
 
-Seen = tuple[dict[str, Any], float]
-"""A rank's last post, and when it was new."""
+@dataclass(frozen=True)
+class Post:
+    """What a rank posts about its main thread.
+
+    Attributes:
+        count: of posts so far; a new count is a sign of life.
+        idle_seconds: time without progress.
+        position: what the rank is doing, as given to `Watchdog.at`.
+        location: file, line and function; empty while the rank is not idle.
+        waiting: whether that is a collective.
+    """
+
+    count: int
+    idle_seconds: float
+    position: str
+    location: str = ""
+    waiting: bool = True
 
 
-class Board(Protocol):
-    """What ranks tell each other outside of collectives. Every method raises, or returns within seconds."""
+@dataclass(frozen=True)
+class View:
+    """What a rank knows when it decides who is to blame.
 
-    def post(self, key: str, value: str) -> None: ...
-    def read(self, keys: list[str]) -> dict[str, str]: ...
+    Attributes:
+        rank, size: this rank and the number of ranks.
+        location, waiting: where this rank's main thread is, and whether that is a collective.
+        posts: the last post of each other rank heard of, and when it was new (monotonic seconds).
+        board_seconds: when the board was last reached (monotonic seconds).
+        hosts: the host of each rank; empty until the ranks have met.
+    """
+
+    rank: int
+    size: int
+    location: str
+    waiting: bool
+    posts: Mapping[int, tuple[Post, float]]
+    board_seconds: float
+    hosts: Sequence[str] = ()
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} ({self.hosts[rank]})" if self.hosts else f"rank {rank}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why nothing moves, and whether this rank is the one to report it."""
+
+    reason: str
+    reports: bool
 
 
 class Watchdog:
-    """Watches one rank's main thread.
+    """Watches the main thread of a rank.
 
     Args:
-        rank, size: of the run.
-        board: see `Board`.
-        timeout_seconds: for how long nothing may move.
-        stop_signal: -> this rank's stop signal, 0 where none has come; posted for the others.
-        end: (message) -> ends the process; not expected to return.
+        rank, size: this rank and the number of ranks.
+        board: shared with the other ranks.
+        timeout_seconds: longest time without progress.
+        stop_signal: returns this rank's stop signal, 0 if none; posted for the others.
+        end: ends the process with a message, or without one if another rank reports; not expected to return.
+
+    Attributes:
+        peer_stop_signal: a stop signal that any rank has posted, 0 if none.
+        reported: whether a rank has reported why the run ends.
+        hosts: the host of each rank; set once the ranks have met.
     """
 
     def __init__(
@@ -63,15 +107,14 @@ class Watchdog:
         self._rank, self._size, self._board, self._timeout = rank, size, board, timeout_seconds
         self._stop_signal, self._end = stop_signal, end
         self._interval = min(1.0, timeout_seconds / 10)
-        self._main = threading.main_thread().ident
+        self._main_thread = threading.main_thread().ident
         self._beats, self._position, self._computing_counts = 0, "start", True
-        self._idle = 0.0
-        self._seen: dict[int, Seen] = {}
-        self._reached = time.monotonic()
+        self._idle_seconds = 0.0
+        self._posts: dict[int, tuple[Post, float]] = {}
+        self._board_seconds = time.monotonic()
         self.peer_stop_signal = 0
-        self.spoken = False
-        self.hosts: list[str] = []
-        self.first_elsewhere = 1
+        self.reported = False
+        self.hosts: Sequence[str] = ()
         self._over = threading.Event()
 
     def start(self) -> Watchdog:
@@ -83,149 +126,135 @@ class Watchdog:
         self._over.set()
 
     def beat(self) -> None:
-        """The main thread moves."""
+        """Note progress of the main thread."""
         self._beats += 1
 
     def at(self, position: str, computing_counts: bool) -> None:
-        """Says where the main thread is; a beat."""
+        """Note what the main thread does next, and whether computation counts as progress; a beat."""
         self._position, self._computing_counts = position, computing_counts
         self._beats += 1
 
-    @property
-    def position(self) -> str:
-        return self._position
-
-    # one thread: time
+    # The first thread measures how long the main thread has been idle.
 
     def _watch(self) -> None:
         beats, computed, moved = -1, time.process_time(), time.monotonic()
         while not self._over.wait(self._interval):
             now, spent = time.monotonic(), time.process_time()
             computing = spent - computed > _BUSY * self._interval and self._computing_counts
-            if self._beats != beats or (computing and not self._where()[1]):  # gloo, too, may spin
+            if self._beats != beats or (computing and not self._locate()[1]):  # gloo may spin while it waits
                 moved = now
             beats, computed = self._beats, spent
-            self._idle = now - moved
-            if self._idle > self._timeout:
+            self._idle_seconds = now - moved
+            if self._idle_seconds > self._timeout:
                 self._judge(now)
 
     def _judge(self, now: float) -> None:
-        """Ends the process unless another rank moves."""
-        where, waiting = self._where()
-        found = verdict(
-            self._rank, self._size, self._seen, self._reached, now, self._timeout, where, waiting, self.first_elsewhere
-        )  # fmt: skip
+        """End the process unless another rank makes progress."""
+        location, waiting = self._locate()
+        view = View(self._rank, self._size, location, waiting, dict(self._posts), self._board_seconds, self.hosts)
+        found = verdict(view, now, self._timeout)
         if found is None:
             return
-        blame, speaks = found
-        blame = re.sub(r"\brank (\d+)", self._with_host, blame)
         message = (
-            f"{self._position}: nothing has moved for {self._timeout:g} s (run.timeout_seconds); {blame}; "
-            "the same command goes on from what is committed"
+            f"{self._position}: no progress for {self._timeout:g} s (run.timeout_seconds): {found.reason}; "
+            "rerun the same command to resume"
         )
         log.debug("%s\nthis rank's main thread:\n%s", message, self._stack())
-        if not speaks:
-            time.sleep(_SPEAKER_FIRST_SECONDS)  # a launcher ends the others as soon as one has ended
-        self._end(message if speaks else None)
+        if not found.reports:
+            time.sleep(_REPORTER_FIRST_SECONDS)  # a launcher ends all ranks as soon as one has ended
+        self._end(message if found.reports else None)
 
-    def _with_host(self, rank: re.Match[str]) -> str:
-        return f"{rank[0]} ({self.hosts[int(rank[1])]})" if self.hosts else rank[0]
-
-    def _where(self) -> tuple[str, bool]:
-        """Where the main thread is, in words, and whether it waits for other ranks there."""
-        frame = sys._current_frames().get(self._main or 0)
-        own, waiting = "", False
-        while frame is not None:
+    def _locate(self) -> tuple[str, bool]:
+        """Return where in this package the main thread is, and whether it waits for other ranks there."""
+        frame = sys._current_frames().get(self._main_thread or 0)
+        location, waiting = "", False
+        while frame is not None and not location:
             file = frame.f_code.co_filename
-            waiting = waiting or (not own and any(part in file for part in _WAITING_IN))
-            if not own and f"{os.sep}pkd_dist{os.sep}" in file and not file.endswith("world.py"):
-                own = f"{os.path.basename(file)}, line {frame.f_lineno} ({frame.f_code.co_name})"
+            waiting = waiting or any(part in file for part in _WAITING_IN)
+            if f"{os.sep}pkd_dist{os.sep}" in file and not file.endswith("world.py"):
+                location = f"{os.path.basename(file)}, line {frame.f_lineno} ({frame.f_code.co_name})"
             frame = frame.f_back
-        return own or "code that is not ours", waiting
+        return location or "code outside of pkd_dist", waiting
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main or 0)
+        frame = sys._current_frames().get(self._main_thread or 0)
         return "".join(traceback.format_stack(frame)) if frame else ""
 
-    # another thread: the board, whose calls may take their time
+    # The second thread uses the board, whose calls may take seconds.
 
     def _exchange(self) -> None:
         count, asked = 0, float("-inf")
         while not self._over.wait(self._interval):
             count += 1
-            post: dict[str, Any] = {"count": count, "idle": self._idle, "at": self._position}
-            if self._idle > self._timeout / 2:
-                post["where"], post["waiting"] = self._where()
+            where = self._locate() if self._idle_seconds > self._timeout / 2 else ("", True)
+            post = Post(count, self._idle_seconds, self._position, *where)
+            peers: dict[str, int] = {}
+            # Only an idle rank reads the others' posts, and rarely: many ranks that do so would overload the store.
+            if self._idle_seconds > self._timeout / 4 and time.monotonic() - asked > self._timeout / 20:
+                asked = time.monotonic()
+                peers = {life_of(rank): rank for rank in range(self._size) if rank != self._rank}
             try:
-                self._board.post(f"life/{self._rank}", json.dumps(post))
+                self._board.post(life_of(self._rank), json.dumps(asdict(post)))
                 if self._stop_signal():
-                    self._board.post("stop", str(self._stop_signal()))
-                keys = ["stop", "spoken"]
-                # every so often: many ranks that read of each other all the time keep the board busy
-                if self._idle > self._timeout / 4 and time.monotonic() - asked > self._timeout / 20:
-                    asked = time.monotonic()
-                    keys += [f"life/{rank}" for rank in range(self._size) if rank != self._rank]
-                found = self._board.read(keys)
+                    self._board.post(STOP, str(self._stop_signal()))
+                found = self._board.read([STOP, REPORTED, *peers])
             except Exception as error:
                 log.debug("the board cannot be reached: %s", error)
                 continue
-            now = self._reached = time.monotonic()
-            self.peer_stop_signal = int(found.pop("stop", 0))
-            self.spoken = found.pop("spoken", None) is not None
-            for key, value in found.items():
-                rank, new = int(key.partition("/")[2]), {"where": "", "waiting": True} | json.loads(value)
-                if rank not in self._seen or self._seen[rank][0]["count"] != new["count"]:
-                    self._seen[rank] = new, now
+            now = self._board_seconds = time.monotonic()
+            self.peer_stop_signal = int(found.get(STOP, 0))
+            self.reported = REPORTED in found
+            for key, rank in peers.items():
+                if key not in found:
+                    continue
+                new = Post(**json.loads(found[key]))
+                if rank not in self._posts or self._posts[rank][0].count != new.count:
+                    self._posts[rank] = new, now
 
 
-def verdict(
-    rank: int,
-    size: int,
-    seen: dict[int, Seen],
-    reached: float,
-    now: float,
-    timeout: float,
-    where: str,
-    waiting: bool,
-    first_elsewhere: int = 1,
-) -> tuple[str, bool] | None:
-    """What a rank concludes that has not moved for `timeout` seconds.
+def verdict(view: View, now: float, timeout_seconds: float) -> Verdict | None:
+    """Decide why nothing moves, on a rank that has been idle for `timeout_seconds`.
 
     Args:
-        seen: of the other ranks.
-        reached: when the board was last reached.
-        where, waiting: where this rank's main thread is, and whether that is a collective.
-        first_elsewhere: the first rank that is not on rank 0's host; it speaks where rank 0 cannot be reached.
+        now: monotonic seconds.
 
     Returns:
-        Who is to blame, and whether this rank is the one to say so; None: another rank moves, so wait.
+        None if another rank makes progress and this one has to wait.
     """
-    patience = timeout / 2
-    cut_off = now - reached > patience
-    if cut_off and rank:
-        return "rank 0, where the ranks meet, does not answer", rank == first_elsewhere
-    silent, stuck = [], []
-    for other in (other for other in range(size) if other != rank):
-        post, new = seen.get(other, ({"at": "start"}, float("-inf")))
-        if now - new > patience:
+    patience = timeout_seconds / 2
+    if now - view.board_seconds > patience and view.rank:
+        reason = f"{view.name(0)}, which hosts the rendezvous, does not respond"
+        return Verdict(reason, view.rank == first_remote_rank(view.hosts))
+    silent, hanging = [], {}
+    for other in (other for other in range(view.size) if other != view.rank):
+        post, seen = view.posts.get(other, (None, float("-inf")))
+        if post is None or now - seen > patience:
             silent.append(other)
-        elif post["idle"] < timeout:
+        elif post.idle_seconds < timeout_seconds:
             return None
-        elif not post["waiting"]:
-            stuck.append((other, post["where"]))
-    if not waiting:
-        stuck.append((rank, where))
-    speaks = rank == min(other for other in range(size) if other not in silent)
+        elif not post.waiting:
+            hanging[other] = post.location
+    if not view.waiting:
+        hanging[view.rank] = view.location
+    reports = view.rank == min(set(range(view.size)) - set(silent))
     if silent:
-        last = seen[silent[0]][0]["at"] if silent[0] in seen else "start"
-        return f"{_ranks(silent)} not answer (last seen at: {last})", speaks
-    if len(stuck) == size > 1:  # waiting for a GPU's collective looks like this too: the odd one out is to blame
-        places = Counter(place for _, place in stuck)
-        stuck = [one for one in stuck if places[one[1]] == 1] if len(places) == 2 and size > 2 else []
-    if stuck:
-        return "rank {} hangs in {}".format(*min(stuck)), speaks
-    return "all ranks wait for each other", speaks
+        last = view.posts[silent[0]][0].position if silent[0] in view.posts else "start"
+        return Verdict(f"{_name_silent(view, silent)} not respond (last seen at: {last})", reports)
+    if len(hanging) == view.size > 1:
+        # On a GPU, waiting for a collective looks like hanging: blame the one rank that is elsewhere.
+        places = Counter(hanging.values())
+        elsewhere = {rank: place for rank, place in hanging.items() if places[place] == 1}
+        hanging = elsewhere if len(places) == 2 and view.size > 2 else {}
+    if hanging:
+        rank = min(hanging)
+        return Verdict(f"{view.name(rank)} hangs in {hanging[rank]}", reports)
+    return Verdict("all ranks wait for each other", reports)
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))} do"
+def first_remote_rank(hosts: Sequence[str]) -> int:
+    """Return the first rank on another host than rank 0, or 1 if there is none. It reports if rank 0 is unreachable."""
+    return next((rank for rank, host in enumerate(hosts) if host != hosts[0]), 1)
+
+
+def _name_silent(view: View, ranks: Sequence[int]) -> str:
+    return f"{view.name(ranks[0])} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))} do"

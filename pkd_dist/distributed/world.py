@@ -1,6 +1,7 @@
-"""The process group: the ranks of a run and the few collectives that the stages need.
+"""The process group: the ranks of a run, the few collectives that the stages need, and how the ranks end together.
 
-The only user of `torch.distributed` (DeepSpeed's engine aside). Who is who stands in `ranks.py`.
+`World` connects the ranks that `ranks.py` has found and starts the watchdog. Objects and small host values are exchanged over
+gloo; the gradients are DeepSpeed's. After an exception the ranks agree over the board on who reports it.
 """
 
 from __future__ import annotations
@@ -15,68 +16,66 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
 
+from pkd_dist.distributed.board import REPORTED, STATUS, Board, left_by, life_of
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.signals import StopSignals, name_of
-from pkd_dist.distributed.watchdog import Watchdog
+from pkd_dist.distributed.watchdog import Watchdog, first_remote_rank
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
 from pkd_dist.telemetry.log import log, log_file
 
 T = TypeVar("T")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
-"""Waiting is the watchdog's to end: it knows whether the others still work."""
-_BOARD_SECONDS, _LAST_WORDS_SECONDS = 5.0, 2.5
-_GOES_ON = "; the same command goes on from what is committed"
-_LOST = re.compile(
-    r"closed by (the )?peer|reset by peer|Broken pipe|Connection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", re.I
-)
+"""The watchdog ends a wait that is too long: it knows whether the other ranks still work."""
+_LAST_WORDS_SECONDS = 2.5
+_RESUME = "; rerun the same command to resume"
 
 
 class World:
-    """The ranks of a run and what they do together. What is not collective says so.
+    """The ranks of a run. Methods are collective unless they say otherwise.
 
     Args:
-        ranks: this process's place.
-        timeout_seconds: how long this rank waits for others that do not move.
-        signals: noted since the process began; None: no signal is listened to.
+        ranks: this process among the others.
+        timeout_seconds: how long this rank waits for others that make no progress.
+        signals: the signals noted since the process began; None: stop signals are not handled.
 
     Raises:
-        UserError: the meeting place is taken by another program.
+        UserError: another program uses the port of the rendezvous.
         LostRank: the ranks did not meet in time.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float = 600.0, signals: StopSignals | None = None):
-        self._position, self._last_words = "start", False
-        self.rank, self.size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
-        self.launcher, self.local_size = ranks.launcher, ranks.local_world_size
+        self._position, self._must_linger = "start", False
+        self.rank, self.size, self.launcher = ranks.rank, ranks.world_size, ranks.launcher
+        self._local_rank = ranks.local_rank
         if torch.cuda.is_available():
             self.device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles for every shape, and text has many
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a kernel for every shape, and text has many
         else:
             self.device = torch.device("cpu")
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        ranks.export()  # DeepSpeed reads these even where the group exists already
+        ranks.export()  # DeepSpeed reads these variables even if the process group exists
         self.signals = signals or StopSignals()
         self._watchdog = self._meet(timeout_seconds)
-        # Objects and small host-side values always travel over gloo, so that they never wait for a GPU stream.
-        self._host = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+        # Objects and small host values always use gloo, so that they never wait for a GPU stream.
+        self._host_group = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         places = self.gather((socket.gethostname(), cores))
         self.signals.met()
         self._hosts = [host for host, _ in places]
         if self._watchdog:
-            self._watchdog.hosts, self._watchdog.first_elsewhere = self._hosts, self.first_elsewhere
+            self._watchdog.hosts = self._hosts
         if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
             torch.set_num_threads(max(1, len(cores) // places.count(places[self.rank])))
 
     def _meet(self, timeout_seconds: float) -> Watchdog | None:
-        """Makes the process group, and starts the watchdog (None: there are no others to wait for)."""
+        """Create the process group, and start the watchdog if there are other ranks."""
         watchdog = None
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
@@ -84,21 +83,21 @@ class World:
         try:
             store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.size, timeout=meeting_timeout))
             if self.size > 1:
-                noted = self.stop_signal
-                watchdog = Watchdog(self.rank, self.size, _Board(), timeout_seconds, noted, self._end).start()
+                own_signal = self.stop_signal
+                watchdog = Watchdog(self.rank, self.size, Board(), timeout_seconds, own_signal, self._end).start()
                 watchdog.at(f"meeting the other ranks at {place}", True)
             store.set_timeout(meeting_timeout)
             torch_dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
             )
         except (torch_dist.DistStoreError, torch_dist.DistNetworkError) as error:
-            if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            if _is_port_taken(error):
                 raise UserError(
-                    f"MASTER_PORT: {place} is in use by another program; give another port (--master_port of the launcher)"
+                    f"MASTER_PORT: {place} is in use by another program; choose another port (launcher flag --master_port)"
                 ) from error
             raise LostRank(
-                f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); are all "
-                "of them started, and is that address reachable from every host?"
+                f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); check "
+                "that all of them were started and that every host can reach this address"
             ) from error
         return watchdog
 
@@ -107,54 +106,61 @@ class World:
         return self.rank == 0
 
     @property
+    def node_main(self) -> bool:
+        return self._local_rank == 0
+
+    @property
     def one_host(self) -> bool:
         return len(set(self._hosts)) == 1
 
-    @property
-    def node_main(self) -> bool:
-        return self.local_rank == 0
-
-    # where this rank is, and whether to go on
+    # -------------------------------------------------------------------------------------- progress and stop signals
 
     def at(self, position: str, loop: bool = True) -> None:
-        """Says where this rank is, for the messages of a watchdog. Not collective.
+        """Note what this rank does next, for messages; a beat. Not collective.
 
         Args:
-            loop: in a loop whose every turn says so, as training does.
+            loop: part of a loop that calls `at` or `beat` in every iteration. On a GPU, computation between them does
+                not count as progress.
         """
         self._position = position
         if self._watchdog:
             self._watchdog.at(position, not loop or self.device.type == "cpu")
 
     def beat(self) -> None:
-        """This rank moves. Not collective."""
+        """Note progress of this rank. Not collective."""
         if self._watchdog:
             self._watchdog.beat()
 
     def stop_signal(self) -> int:
-        """The stop signal that this rank has got, 0 for none. Not collective: ranks must agree before they act on it."""
+        """Return this rank's stop signal, 0 if none. Not collective: ranks must agree before they act on it."""
         return self.signals.number
 
     def stopping(self) -> bool:
-        """Whether any rank has got a stop signal, as far as this one knows; a beat. Not collective."""
+        """Return whether any rank is known to have a stop signal; a beat. Not collective."""
         self.beat()
-        return bool(self.signals.number or (self._watchdog and self._watchdog.peer_stop_signal))
+        return bool(self._known_stop_signal())
+
+    def _known_stop_signal(self) -> int:
+        return self.signals.number or (self._watchdog.peer_stop_signal if self._watchdog else 0)
 
     def stop_here(self, what: str) -> None:
-        """Raises Preempted on every rank where any has got a stop signal: a safe point where nothing is left to commit."""
+        """Raise Preempted on every rank if any has a stop signal. For points at which everything is committed."""
         if self.sum(np.array([self.signals.number]))[0]:
             raise _stopped(what, max(self.gather(self.signals.number)))
 
     def interrupt(self, what: str) -> None:
-        """For long work inside `on_main`, which hands the exception on: raises Preempted where this rank is to stop."""
-        if self.stopping():
-            raise _stopped(what, self.signals.number or (self._watchdog.peer_stop_signal if self._watchdog else 0))
+        """Raise Preempted on this rank if any is known to have a stop signal. Not collective.
 
-    # collectives
+        For long work inside `on_main`, which passes the exception on to all ranks.
+        """
+        if self.stopping():
+            raise _stopped(what, self._known_stop_signal())
+
+    # ----------------------------------------------------------------------------------------------------- collectives
 
     def barrier(self) -> None:
         with self._collective():
-            torch_dist.barrier(group=self._host)
+            torch_dist.barrier(group=self._host_group)
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
@@ -163,63 +169,66 @@ class World:
         self.beat()
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """`value` of the source rank, on every rank."""
+        """Return the source rank's value on every rank."""
         box = [value]
         with self._collective():
-            torch_dist.broadcast_object_list(box, src=source, group=self._host)
+            torch_dist.broadcast_object_list(box, src=source, group=self._host_group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order, on every rank."""
-        out: list[Any] = [None] * self.size
+        """Return the values of all ranks, in rank order, on every rank."""
+        out = [value] * self.size
         with self._collective():
-            torch_dist.all_gather_object(out, value, group=self._host)
+            torch_dist.all_gather_object(out, value, group=self._host_group)
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0 and returns its value on every rank; an exception is raised on every rank."""
+        """Run `work` on rank 0 and return its value on every rank. An exception is raised on every rank."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self.main:
             try:
                 outcome = (work(), None)
-            except Exception as error:  # handed on to every rank below
-                outcome = (None, _portable(error))
+            except Exception as error:
+                outcome = (None, _picklable(error))
         value, failure = self.broadcast(outcome)
         if failure is not None:
-            raise _shared(failure)
+            raise _mark_raised_everywhere(failure)
         return value  # type: ignore[return-value]
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank and returns its own value; if one fails, every rank raises the first one's exception."""
+        """Run `work` on every rank and return each rank's own value.
+
+        If it fails on any rank, every rank raises the exception of the lowest one.
+        """
         mine: Exception | None = None
         value: T | None = None
         try:
             value = work()
         except Exception as error:
-            mine = _portable(error)
+            mine = _picklable(error)
         for failure in self.gather(mine):
             if failure is not None:
-                raise _shared(failure)
+                raise _mark_raised_everywhere(failure)
         return value  # type: ignore[return-value]
 
     def everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Like `together`, and returns every rank's value, in rank order, on every rank."""
+        """Run `work` as `together` does, and return the values of all ranks, in rank order, on every rank."""
         return self.gather(self.together(work))
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Elementwise sum over ranks of a small float64 array."""
+        """Return the elementwise float64 sum of a small array over ranks."""
         total = np.array(values, dtype=np.float64)
         if self.size > 1:
             with self._collective():
-                torch_dist.all_reduce(torch.from_numpy(total), group=self._host)
+                torch_dist.all_reduce(torch.from_numpy(total), group=self._host_group)
         return total
 
     def gather_rows(self, rows: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
-        """Puts every rank's rows at their positions in one array of `total` rows, on every rank.
+        """Return one array of `total` rows, assembled from the rows of all ranks, on every rank.
 
         Args:
-            rows: (n_rank, ...) of this rank.
-            positions: (n_rank,) where they belong; over all ranks each of 0..total-1 exactly once.
+            rows: (n, ...) of this rank.
+            positions: (n,) where they belong; each of 0..total-1 occurs exactly once over all ranks.
         """
         out = np.empty((total, *rows.shape[1:]), dtype=rows.dtype)
         seen = np.zeros(total, dtype=bool)
@@ -229,84 +238,78 @@ class World:
         assert seen.all(), "an example was not scored"
         return out
 
-    # the end
+    # --------------------------------------------------------------------------------------------------- ending the run
 
     def close(self) -> None:
-        """After a good end. (After another one the process just ends: NCCL would wait for ranks that are gone.)"""
+        """Leave the process group after success. After a failure the process just ends: NCCL would wait for lost ranks."""
         if self._watchdog:
             self._watchdog.stop()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
     def agree_on_end(self, error: Exception) -> tuple[str | None, int]:
-        """After an exception on this rank: what the user is to read, and the exit status, the same on all ranks.
+        """Agree on one rank that reports an exception, and on the exit status of all. Not collective.
 
-        An exception that all ranks raise is told by rank 0. One that a single rank raises makes the others lose it; the
-        first to claim the word on the board has it.
+        Rank 0 reports an exception that all ranks raise. If a single rank raises one, the others lose that rank: the first
+        to claim the report on the board makes it.
 
         Returns:
-            The message (None where another rank speaks) and the status.
+            The message, None if another rank reports, and the exit status.
         """
         status = getattr(error, "exit_status", 1)
-        if self.size == 1 or isinstance(error, (DivergedError, Preempted)) or getattr(error, "shared", False):
-            return (self._told(error) if self.main else None), status
-        board = _Board()
+        everywhere = isinstance(error, (DivergedError, Preempted)) or getattr(error, "raised_everywhere", False)
+        if self.size == 1 or everywhere:
+            return (self._describe(error) if self.main else None), status
+        board = Board()
         try:
-            board.post(f"left/{self.rank}", "")
-            gone = self._gone(board) if isinstance(error, LostRank) else []
-            first = board.claim("spoken")
+            board.post(left_by(self.rank), "")
+            lost = self._find_lost(board) if isinstance(error, LostRank) else []
+            first = board.claim(REPORTED)
             if first:
-                board.post("status", str(status))
-            status = int(board.read(["status"]).get("status", status))
-        except ConnectionRefusedError:  # rank 0, where the ranks meet, is gone
-            return self._about_rank_0(1), 1
-        except Exception:  # ... and its host with it
-            return self._about_rank_0(self.first_elsewhere), 1
-        self._last_words = self.main
+                board.post(STATUS, str(status))
+            status = int(board.read([STATUS]).get(STATUS, status))
+        except ConnectionRefusedError:  # rank 0, which hosts the board, is lost
+            return self._report_rank_0(1), 1
+        except Exception:  # its host is lost as well
+            return self._report_rank_0(first_remote_rank(self._hosts)), 1
+        self._must_linger = self.main
         if not first:
             return None, status
         if not isinstance(error, LostRank):
-            return self._told(error), status
-        named = [f"rank {rank} ({self._hosts[rank]})" for rank in gone]
-        more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
-        blame = (
-            f"{', '.join(named[:4])}{more} was lost" if gone else f"the ranks lost each other ({_first_line(error)})"
-        )
-        return f"{self._position}: {blame}{_GOES_ON}", status
+            return self._describe(error), status
+        names = ", ".join(f"rank {rank} ({self._hosts[rank]})" for rank in lost[:4])
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        reason = f"{names}{more} {'was' if len(lost) == 1 else 'were'} lost"
+        if not lost:
+            reason = f"the ranks lost each other ({_first_line(error)})"
+        return f"{self._position}: {reason}{_RESUME}", status
 
     def linger(self) -> None:
-        """After the last message: where the board goes with this process, the others first read there that all is said."""
-        if self._last_words:
+        """Wait after the last message if the board ends with this process, so that the other ranks can still read it."""
+        if self._must_linger:
             time.sleep(_LAST_WORDS_SECONDS)
 
-    @property
-    def first_elsewhere(self) -> int:
-        """The first rank that is not on rank 0's host; 1 where all are."""
-        return next((rank for rank, host in enumerate(self._hosts) if host != self._hosts[0]), 1)
-
-    def _about_rank_0(self, speaker: int) -> str | None:
-        if self.rank != speaker or (self._watchdog and self._watchdog.spoken):
+    def _report_rank_0(self, reporter: int) -> str | None:
+        if self.rank != reporter or (self._watchdog and self._watchdog.reported):
             return None
-        return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_GOES_ON}"
+        return f"{self._position}: rank 0 ({self._hosts[0]}) was lost{_RESUME}"
 
-    def _gone(self, board: _Board) -> list[int]:
-        """The ranks that neither say that they leave nor give a sign of life any more."""
-        keys = [f"{what}/{rank}" for what in ("left", "life") for rank in range(self.size)]
+    def _find_lost(self, board: Board) -> list[int]:
+        """Return the ranks that neither left a note nor show signs of life."""
+        keys = [key(rank) for key in (left_by, life_of) for rank in range(self.size)]
         before = board.read(keys)
         time.sleep(_LAST_WORDS_SECONDS)
         after = board.read(keys)
         return [
             rank
             for rank in range(self.size)
-            if f"left/{rank}" not in after and before.get(f"life/{rank}") == after.get(f"life/{rank}")
+            if left_by(rank) not in after and before.get(life_of(rank)) == after.get(life_of(rank))
         ]
 
-    def _told(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         if hasattr(error, "exit_status"):
             return str(error)
-        what = (
-            f"{self._position}: a defect of pkd_dist on rank {self.rank}: {type(error).__name__}: {_first_line(error)}"
-        )
+        what = f"{self._position}: a bug in pkd_dist on rank {self.rank}: {type(error).__name__}: {_first_line(error)}"
         if log_file():
             return f"{what}; the traceback is in {log_file()}"
         traceback.print_exception(error)
@@ -314,52 +317,19 @@ class World:
 
     @staticmethod
     def _end(message: str | None) -> None:
-        """The watchdog's: the main thread cannot be reached any more."""
+        """End the process from the watchdog's thread, because the main thread may never return."""
         if message:
             print(f"pkd: {message}", file=sys.stderr, flush=True)
         os._exit(LostRank.exit_status)
 
 
-class _Board:
-    """What ranks tell each other outside of collectives: keys in the launcher's TCP store, over connections of its own."""
-
-    def __init__(self) -> None:
-        self._store: Any = None
-        self._known: set[str] = set()
-
-    def _connected(self) -> Any:
-        if self._store is None:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            socket.create_connection(place, _BOARD_SECONDS).close()  # torch would tell the terminal of a failure
-            client = torch_dist.TCPStore(
-                *place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_BOARD_SECONDS)
-            )  # fmt: skip
-            self._store = torch_dist.PrefixStore(f"pkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
-        return self._store
-
-    def post(self, key: str, value: str) -> None:
-        self._connected().set(key, value)
-
-    def claim(self, key: str) -> bool:
-        """Whether this is the first to claim it."""
-        return bool(self._connected().add(key, 1) == 1)
-
-    def read(self, keys: list[str]) -> dict[str, str]:
-        """The keys that are there. One message for all that were there before."""
-        store = self._connected()
-        self._known.update(key for key in keys if key not in self._known and store.check([key]))
-        there = [key for key in keys if key in self._known]
-        values = store.multi_get(there) if there else []
-        return {key: value.decode() for key, value in zip(there, values, strict=True)}
-
-
 def _stopped(what: str, number: int) -> Preempted:
-    return Preempted(f"{what}: stopped by {name_of(number)}{_GOES_ON}", number)
+    return Preempted(f"{what}: stopped by {name_of(number)}{_RESUME}", number)
 
 
-def _portable(error: Exception) -> Exception:
-    """An exception as it can travel: itself, or what it says where it cannot be pickled."""
-    log.debug("handed on to the other ranks", exc_info=error)
+def _picklable(error: Exception) -> Exception:
+    """Return the exception, or one with its text if it cannot be pickled."""
+    log.debug("passed on to the other ranks", exc_info=error)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -367,20 +337,35 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _shared(error: Exception) -> Exception:
-    """Marks an exception that every rank raises."""
-    error.shared = True  # type: ignore[attr-defined]
+def _mark_raised_everywhere(error: Exception) -> Exception:
+    error.raised_everywhere = True  # type: ignore[attr-defined]
     return error
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether an exception of this rank alone says that another rank cannot be reached."""
-    if getattr(error, "shared", False):
-        return False
-    if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+# ------------------------------------------------------------------------------------------------------ upstream errors
+# The only place that matches the texts of another library, because the exception types do not tell the causes apart:
+# - gloo's IoException and TimeoutException reach Python as plain RuntimeErrors (gloo/common/error.h, thrown in
+#   gloo/transport/tcp/{pair,buffer,unbound_buffer}.cc). Their texts begin with "[.../gloo/.../pair.cc:LINE]".
+# - DistNetworkError covers every socket error (torch/csrc/distributed/c10d/socket.cpp and TCPStoreLibUvBackend.cpp). A port
+#   in use is "Address already in use" there, or "name: EADDRINUSE" from libuv.
+
+_LOST_CONNECTION = re.compile(
+    r"closed by (the )?peer|reset by peer|Broken pipe|Connection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", re.I
+)
+
+
+def is_lost(error: Exception) -> bool:
+    """Return whether an exception of this rank alone means that another rank cannot be reached."""
+    if getattr(error, "raised_everywhere", False):
+        return False
+    if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
+def _is_port_taken(error: Exception) -> bool:
+    return "EADDRINUSE" in str(error) or "already in use" in str(error)

@@ -63,7 +63,7 @@ def test_a_signal_on_one_rank_stops_all_in_an_evaluation_and_in_the_cache(settin
     assert "teacher: stopped by SIGUSR1; a checkpoint of step 19 is committed" in said
     assert len((run / "teacher_metrics.jsonl").read_text().splitlines()) == 19, "the evaluation is still to come"
     said = signalled_at(run, "cache/shard-00009.safetensors", signal.SIGTERM, "--config", config, *stages)
-    assert said == "pkd: cache: stopped by SIGTERM; the same command goes on from what is committed"
+    assert said == "pkd: cache: stopped by SIGTERM; rerun the same command to resume"
     assert len((run / "teacher_metrics.jsonl").read_text().splitlines()) == 20
     assert 10 <= len(list((run / "cache").glob("shard-*"))) < 1203 and not (run / "cache/manifest.json").exists()
     end = launch("--config", config, *stages)

@@ -1,4 +1,4 @@
-"""Every way to start a run finds its ranks by itself and does the optimisation of one; two hosts, and a cable cut."""
+"""Every launcher finds its ranks and gives the losses of one rank; also on two hosts, and with the cable cut."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ UP_TO_EVALUATE = ["--stages", "data,teacher,cache,init,distill,evaluate"]
 
 
 def exact(settings):
-    """Short, and without chance and rounding, so that runs can be compared."""
+    """Short, without dropout and half precision, so that runs can be compared."""
     settings["teacher"]["finetune"]["epochs"] = 1
     settings["student"]["dropout"] = settings["teacher"]["finetune"]["dropout"] = 0.0
     settings["train"]["deepspeed"] = "ds_configs/zero1_fp32.json"
@@ -43,13 +43,13 @@ def alone(body, data, tmp_path_factory):
 
 
 def start(commands):
-    """Starts a job: the command of each of its nodes, which share this machine's cores, so that no thread may spin."""
+    """Start a job: one command for each node. The nodes share this machine's cores, so threads must not spin."""
     how = {"cwd": ROOT, "env": environment(OMP_WAIT_POLICY="PASSIVE"), "text": True}
     return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) for command in commands]
 
 
 def finish(job, timeout=150):
-    """Waits for all nodes of a job, and leaves nothing of it behind."""
+    """Wait for all nodes of a job, and leave no process behind."""
     try:
         ends = [(*node.communicate(timeout=timeout), node.returncode) for node in job]
     finally:
@@ -66,13 +66,13 @@ def finish(job, timeout=150):
 def assert_like_one_rank(ends, run, alone):
     said = "".join(end.stdout for end in ends)
     assert [end.returncode for end in ends] == [0] * len(ends), said + "".join(end.stderr for end in ends)
-    assert said.count("2 rank(s) started by") == said.count("distill: done in") == 1, "one rank speaks"
+    assert said.count("2 rank(s) started by") == said.count("distill: done in") == 1, "one rank reports"
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
     assert results(run)["n"] == results(alone)["n"] == 41
 
 
 def by_hand(folder, slots, address="127.0.0.1"):
-    """The deepspeed command of each node, for a user who has no ssh and starts them one by one."""
+    """The deepspeed command of each node, for a user without ssh who starts them one by one."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"node{k} slots={n}\n" for k, n in enumerate(slots)))
     flags = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", address, "--master_port", str(free_port())]
@@ -95,10 +95,10 @@ def test_two_ranks_do_the_optimisation_of_one(alone, config, tmp_path, way):
 
 
 def test_nodes_of_uneven_size(tmp_path):
-    """One slot and two: each rank knows how many share its node, hence its threads and that there are two nodes."""
+    """One slot and two: each rank knows how many ranks share its node."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import dataclasses, json, pathlib\nfrom pkd_dist.ranks import discover\nranks = discover()\n"
+        "import dataclasses, json, pathlib\nfrom pkd_dist.distributed.ranks import discover\nranks = discover()\n"
         "pathlib.Path(__file__).with_name(f'{ranks.rank}.json').write_text(json.dumps(dataclasses.asdict(ranks)))\n"
     )
     commands = [[*command, "--no_local_rank", str(probe)] for command in by_hand(tmp_path, [1, 2])]
@@ -111,7 +111,7 @@ def test_nodes_of_uneven_size(tmp_path):
 
 
 def test_a_master_that_does_not_resolve(config, tmp_path):
-    """The second of two nodes: its first rank says so, though it is not rank 0."""
+    """On the second of two nodes, its first rank reports the error although it is not rank 0."""
     node = by_hand(tmp_path, [1, 2], "nowhere.invalid")[1]
     [end] = finish(start([[*node, TRAIN, "--config", str(config)]]))
     assert end.returncode == 2, end.stdout + end.stderr
@@ -139,7 +139,7 @@ def hosts(root, tmp_path):
 
 @pytest.fixture(scope="module")
 def apart(root, body, data, tmp_path_factory):
-    """A whole run by deepspeed, undisturbed, one rank on each of two hosts: what it said, and its folder."""
+    """An undisturbed run under deepspeed with one rank on each of two hosts: its output and its folder."""
     folder = tmp_path_factory.mktemp("apart")
     config = write_config(exact(whole_run(body, data, folder)), folder)
     with cable(folder) as hosts:
@@ -153,7 +153,7 @@ def test_deepspeed_on_two_hosts(alone, apart):
 
 
 def test_torchrun_on_two_hosts(alone, config, hosts, tmp_path):
-    """By the name of the first host, which that host itself knows as 127.0.1.1."""
+    """With the name of the first host, which on that host itself resolves to 127.0.1.1."""
     flags = [
         "--nnodes",
         "2",
@@ -172,7 +172,7 @@ def test_torchrun_on_two_hosts(alone, config, hosts, tmp_path):
 
 
 def test_mpirun_on_two_hosts(alone, config, hosts, tmp_path):
-    """Started on the first host, which enters the second not by ssh but through this machine."""
+    """Started on the first host, which reaches the second through this machine instead of ssh."""
     agent = tmp_path / "agent"
     agent.write_text("#!/bin/sh\nshift\nexec " + " ".join(hosts[1].on("sh", "-c", '"$*"')) + "\n")
     agent.chmod(0o755)
@@ -181,7 +181,7 @@ def test_mpirun_on_two_hosts(alone, config, hosts, tmp_path):
     assert_like_one_rank(finish(start([hosts[0].on_its_network(*command)])), tmp_path / "run", alone)
 
 
-def test_a_cut_cable_ends_both_sides_and_the_same_command_goes_on(apart, config, hosts, tmp_path):
+def test_a_cut_cable_ends_both_sides_and_the_same_command_resumes(apart, config, hosts, tmp_path):
     run = tmp_path / "run"
     nodes = by_hand(tmp_path, [1, 1], ADDRESSES["node0"])
     arguments = [TRAIN, "--config", str(config), "run.timeout_seconds=10"]
@@ -189,7 +189,7 @@ def test_a_cut_cable_ends_both_sides_and_the_same_command_goes_on(apart, config,
     job = start(commands)
     while len(losses(run)) < 7:
         assert [node.poll() for node in job] == [None, None], finish(job)
-        time.sleep(0.001)  # watching, not hoping: what it waits for is a line in a file
+        time.sleep(0.001)  # until the line is in the file
     hosts[1].link("down")
     ends = finish(job, timeout=60)
     assert all(end.returncode for end in ends), ends

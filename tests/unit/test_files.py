@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and a disk that is full: a real one of 64 KiB, so this needs root."""
+"""Atomic writes, and a full disk: a real one of 64 KiB, so this needs root."""
 
 import os
 import subprocess
@@ -29,23 +29,25 @@ def save_tensors(path):
 @pytest.mark.parametrize(
     "write", [lambda path: path.write_bytes(bytes(1 << 18)), save_tensors], ids=["python", "safetensors"]
 )
-@pytest.mark.parametrize(("needed", "said"), [(1 << 18, "262,144"), (0, r"more than [\d,]+")])
+@pytest.mark.parametrize(
+    ("needed", "said"), [(1 << 18, r"it needs 262,144 bytes, [\d,]+ are"), (0, r"[\d,]+ bytes are")]
+)
 def test_a_full_disk_leaves_the_file_that_was_there(small, write, needed, said):
     path = small / "weights"
     write_atomically(path, lambda tmp: tmp.write_bytes(b"before"))
     with pytest.raises(
-        UserError, match=rf"{small}: no space left for weights: it needs {said} bytes, [\d,]+ are free; free"
+        UserError, match=rf"{small}: no space left for weights: {said} free; free some space and rerun the same command"
     ):
         write_atomically(path, write, needed)
     assert path.read_bytes() == b"before" and [p.name for p in small.iterdir()] == ["weights"]
 
 
-def test_what_gets_full_on_the_way_says_so_too(small):
+def test_a_disk_that_fills_up_is_reported(small):
     (small / "others").write_bytes(bytes(60 << 10))
     with pytest.raises(UserError, match=r"no space left for marker.json: it needs 20,\d+ bytes, 4,096 are free"):
         write_json(small / "marker.json", "x" * 20000)
     with pytest.raises(ValueError, match="another"), require_space(small, 0, "it"):
-        raise ValueError("another error stays what it is")
+        raise ValueError("another error passes unchanged")
 
 
 def test_an_altered_file_is_named(tmp_path):
@@ -53,5 +55,5 @@ def test_an_altered_file_is_named(tmp_path):
     digest = sha256(tmp_path / "a")
     require_unaltered(tmp_path / "a", digest)
     (tmp_path / "a").write_text("two")
-    with pytest.raises(UserError, match=r"/a: was altered since it was written"):
+    with pytest.raises(UserError, match=r"/a: was altered since it was written; rerun the same command to rebuild it"):
         require_unaltered(tmp_path / "a", digest)

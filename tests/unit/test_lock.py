@@ -1,4 +1,4 @@
-"""A folder's lock: one job at a time, a crash leaves nothing stuck. Holders are real processes."""
+"""The lock of a folder: one job at a time, and a crash leaves nothing locked. Holders are real processes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def holder(tmp_path):
     other.communicate()
 
 
-def test_the_second_job_is_refused_with_host_pid_and_age(tmp_path, holder):
+def test_a_second_job_is_rejected_with_host_pid_and_age(tmp_path, holder):
     with pytest.raises(UserError) as refused:
         Lock(tmp_path).acquire()
     wanted = rf"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()}, which started \d+ s ago; wait for"
@@ -54,15 +54,15 @@ def test_the_second_job_is_refused_with_host_pid_and_age(tmp_path, holder):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_holder_leaves_nothing_stuck(tmp_path, holder):
+def test_a_killed_holder_leaves_nothing_locked(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / NAME).exists(), "the file stays; the kernel's lock went with the process"
+    assert (tmp_path / NAME).exists(), "the file stays, but the kernel released the lock"
     Lock(tmp_path).acquire().release()
     assert not (tmp_path / NAME).exists()
 
 
-def test_waiting_takes_it_over_when_it_is_released(tmp_path, holder):
+def test_waiting_ends_when_the_lock_is_released(tmp_path, holder):
     ticks = []
 
     def tick():
@@ -77,11 +77,11 @@ def test_waiting_takes_it_over_when_it_is_released(tmp_path, holder):
 
 
 def elsewhere(folder):
-    """What a job on another host leaves, from where the kernel's lock does not reach."""
+    """Write the lock file of a job on another host, whose kernel lock is not visible here."""
     (folder / NAME).write_text(json.dumps({"host": "another", "pid": 7, "since": time.time() - 7200}))
 
 
-def test_a_silent_holder_on_another_host_is_gone_after_the_lease(tmp_path):
+def test_a_silent_holder_on_another_host_is_dead_after_the_lease(tmp_path):
     elsewhere(tmp_path)
     Lock(tmp_path, lease_seconds=0.3).acquire().release()
 

@@ -1,4 +1,4 @@
-"""Stop signals, in a process of their own: noted although the main thread sits in C code, and a second one ends at once."""
+"""Stop signals in a process of their own: noted while the main thread is in C code; a second one ends at once."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from conftest import ROOT, environment
 
 PROGRAM = """
 import os, sys, threading, time
-from pkd_dist import preemption
-preemption._SAME_SECONDS = float(sys.argv[1])
-signals = preemption.StopSignals().install()
+from pkd_dist.distributed import signals as stop_signals
+stop_signals._SAME_SECONDS = float(sys.argv[1])
+signals = stop_signals.StopSignals().install()
 if len(sys.argv) == 2:
     signals.met()
 read, write = os.pipe()
@@ -22,7 +22,7 @@ def tell():
         time.sleep(0.01)
     print("noted", signals.number, flush=True)
 threading.Thread(target=tell).start()
-os.read(read, 1)  # as in a collective: C code that Python's handlers do not interrupt
+os.read(read, 1)  # like a collective: C code in which Python runs no handlers
 """
 
 
@@ -53,7 +53,7 @@ def test_the_first_is_noted_and_the_second_ends(start, number):
     assert job.wait(timeout=20) == 128 + number
 
 
-def test_what_a_launcher_passes_on_in_the_same_moment_counts_once(start):
+def test_signals_forwarded_at_the_same_moment_count_once(start):
     job = start(3600)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         job.send_signal(number)
@@ -67,4 +67,4 @@ def test_before_the_ranks_have_met_the_first_ends(start):
     job = start(3600, "before they met")
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=20) == 75
-    assert job.stderr.read() == "pkd: stopped by SIGTERM before the ranks had met; the same command goes on\n"
+    assert job.stderr.read() == "pkd: stopped by SIGTERM before the ranks had met; rerun the same command to resume\n"

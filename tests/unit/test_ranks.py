@@ -1,4 +1,4 @@
-"""Where a process stands, from the environment that each launcher makes, and from this host's own interfaces."""
+"""The rank of a process, from the environment of each launcher and the interfaces of this host."""
 
 import socket
 
@@ -6,7 +6,6 @@ import psutil
 import pytest
 
 from pkd_dist import network
-from pkd_dist.distributed import ranks
 from pkd_dist.distributed.ranks import Ranks, discover, first_host, first_of_node
 from pkd_dist.errors import UserError
 from pkd_dist.network import free_port, interface_towards
@@ -54,14 +53,14 @@ def test_each_launcher(environ, expected):
 
 
 @pytest.mark.parametrize(("held", "port"), [({}, 0), ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 29501)])
-def test_one_rank_takes_any_free_port_unless_its_launcher_holds_the_store(held, port):
+def test_one_rank_uses_any_free_port_unless_its_launcher_hosts_the_store(held, port):
     assert discover({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | held | MASTER).master_port == port
 
 
 @pytest.mark.parametrize(
     ("rank", "node", "local"), [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1), (4, 2, 0)], ids=lambda v: str(v)
 )
-def test_srun_on_nodes_that_differ(rank, node, local):
+def test_srun_on_nodes_of_different_size(rank, node, local):
     """Two ranks on each of two nodes, one on the third."""
     nodes = {"SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS_PER_NODE": "2"}
     expected = Ranks(rank, local, 5, 1 if node == 2 else 2, "srun", "127.0.0.1", 29501, interface_towards("127.0.0.1"))
@@ -119,9 +118,9 @@ def test_neither_two_jobs_nor_two_steps_share_a_port():
     ("environ", "message"),
     [
         ({"MASTER_PORT": "1"}, "RANK and WORLD_SIZE are set, but MASTER_ADDR is not"),
-        ({"MASTER_ADDR": "a"}, "MASTER_PORT is not set, where a whole number is needed"),
-        ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', where a whole number is needed"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', where a whole number is needed"),
+        ({"MASTER_ADDR": "a"}, "MASTER_PORT is not set, expected an integer"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected an integer"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected an integer"),
         (
             MASTER | {"LOCAL_SIZE": "1", "MASTER_ADDR": "nowhere.invalid"},
             r"MASTER_ADDR=nowhere\.invalid cannot be reached from .*--master_addr",
@@ -129,12 +128,12 @@ def test_neither_two_jobs_nor_two_steps_share_a_port():
         (MASTER | {"LOCAL_SIZE": "1", "MASTER_ADDR": "a..b"}, r"MASTER_ADDR=a\.\.b cannot be reached from "),
     ],
 )
-def test_what_a_launcher_left_out_is_named(environ, message):
+def test_a_missing_variable_is_named(environ, message):
     with pytest.raises(UserError, match=message):
         discover({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | environ)
 
 
-def test_one_rank_of_a_node_speaks():
+def test_the_first_rank_of_a_node_reports():
     assert first_of_node({}) and first_of_node({"LOCAL_RANK": "0"})
     assert not first_of_node({"LOCAL_RANK": "1"})
     assert not first_of_node({"SLURM_LOCALID": "1"})
@@ -150,13 +149,13 @@ def test_the_interface_is_the_one_that_leads_to_rank_0():
         assert address in [found.address for found in psutil.net_if_addrs()[interface_towards(address)]]
 
 
-def test_what_is_exported():
+def test_the_exported_variables():
     environ = {"NCCL_SOCKET_IFNAME": "ib0"}
     Ranks(1, 0, 2, 1, "srun", "10.0.0.1", 12000, "eth0").export(environ)
     assert environ == {
         "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12000",
         "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0",
-    }, "what the user chose is kept"  # fmt: skip
+    }, "the user's choice is kept"  # fmt: skip
     alone = {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
     Ranks(0, 0, 1, 1, "python").export(alone)
     assert alone["MASTER_ADDR"] == "127.0.0.1" and int(alone["MASTER_PORT"]) > 1024

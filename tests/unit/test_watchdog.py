@@ -1,69 +1,83 @@
-"""The watchdog's verdicts: who is to blame, who says it, and when to go on waiting. (Its threads run in tests/e2e.)"""
+"""The watchdog's verdicts: who is to blame, who reports it, and when to keep waiting. (Its threads run in tests/e2e.)"""
 
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 
-from pkd_dist.distributed.watchdog import Watchdog, verdict
+from pkd_dist.distributed.watchdog import Post, Verdict, View, Watchdog, first_remote_rank, verdict
 
 NOW, TIMEOUT = 1000.0, 60.0
+WHERE = "loop.py, line 9 (_step)"
 
 
 def seen(idle, waiting=True, age=1.0):
-    """A post that was new `age` seconds ago, of a rank that had not moved for `idle` seconds then."""
-    return {"idle": idle, "waiting": waiting, "at": "distill, step 16", "where": "loop.py, line 9 (_step)"}, NOW - age
+    """A post that was new `age` seconds ago, of a rank that had been idle for `idle` seconds then."""
+    return Post(7, idle, "distill, step 16", WHERE, waiting), NOW - age
+
+
+def judge(rank, posts, size=None, location="evaluate.py, line 5 (score)", waiting=True, **more):
+    size = size or max(rank, *posts) + 1
+    return verdict(View(rank, size, location, waiting, posts, more.pop("board", NOW - 1), **more), NOW, TIMEOUT)
 
 
 WAITS, HANGS, SILENT, MOVES = seen(70), seen(70, waiting=False), seen(9, age=40), seen(3)
 
 
 @pytest.mark.parametrize(
-    ("rank", "others", "words", "speaks"),
+    ("rank", "others", "reason", "reports"),
     [
-        (0, {1: SILENT}, r"^rank 1 does not answer \(last seen at: distill, step 16\)$", True),
-        (0, {1: SILENT, 2: WAITS, 3: SILENT}, r"^ranks 1, 3 do not answer", True),
+        (0, {1: SILENT}, r"^rank 1 does not respond \(last seen at: distill, step 16\)$", True),
+        (0, {1: SILENT, 2: WAITS, 3: SILENT}, r"^ranks 1, 3 do not respond", True),
         (2, {0: WAITS, 1: SILENT}, r"^rank 1 does not", False),
         (2, {0: SILENT, 1: SILENT}, r"^ranks 0, 1 do not", True),
         (1, {0: WAITS}, r"^all ranks wait for each other$", False),
         (0, {1: HANGS}, r"^rank 1 hangs in loop.py, line 9 \(_step\)$", True),
-        (0, {2: WAITS}, r"^rank 1 does not answer \(last seen at: start\)$", True),
+        (0, {2: WAITS}, r"^rank 1 does not respond \(last seen at: start\)$", True),
     ],
 )
-def test_who_is_to_blame_and_who_says_it(rank, others, words, speaks):
-    size = max(rank, *others) + 1
-    found = verdict(rank, size, others, NOW - 1, NOW, TIMEOUT, "evaluate.py, line 5", True)
-    assert re.search(words, found[0]) and found[1] == speaks
+def test_who_is_to_blame_and_who_reports_it(rank, others, reason, reports):
+    found = judge(rank, others)
+    assert re.search(reason, found.reason) and found.reports == reports
 
 
-def test_it_may_hang_itself():
-    found = verdict(0, 2, {1: WAITS}, NOW - 1, NOW, TIMEOUT, "evaluate.py, line 5 (score)", False)
-    assert found == ("rank 0 hangs in evaluate.py, line 5 (score)", True)
+def test_the_rank_itself_may_hang():
+    assert judge(0, {1: WAITS}, waiting=False) == Verdict("rank 0 hangs in evaluate.py, line 5 (score)", True)
+
+
+def test_once_the_ranks_have_met_hosts_are_named():
+    assert judge(0, {1: HANGS}, hosts=["a", "b"]).reason == f"rank 1 (b) hangs in {WHERE}"
+    assert judge(0, {1: SILENT}, hosts=["a", "b"]).reason.startswith("rank 1 (b) does not respond")
 
 
 def test_where_waiting_looks_like_hanging_the_odd_one_out_is_to_blame():
-    """On a GPU: the host blocks where it reads a loss, whichever rank the collective waits for."""
-    elsewhere = {**HANGS[0], "where": "cache.py, line 5 (rows_of)"}, HANGS[1]
-    others = {1: HANGS, 2: elsewhere, 3: HANGS}
-    assert verdict(0, 4, others, NOW - 1, NOW, TIMEOUT, "loop.py, line 9 (_step)", False) == (
-        "rank 2 hangs in cache.py, line 5 (rows_of)", True,
-    )  # fmt: skip
-    same = verdict(0, 2, {1: HANGS}, NOW - 1, NOW, TIMEOUT, "loop.py, line 9 (_step)", False)
-    assert same == ("all ranks wait for each other", True)
+    """On a GPU the host blocks where it reads a loss, whichever rank the collective waits for."""
+    elsewhere = replace(HANGS[0], location="cache.py, line 5 (rows_of)"), HANGS[1]
+    found = judge(0, {1: HANGS, 2: elsewhere, 3: HANGS}, location=WHERE, waiting=False)
+    assert found == Verdict("rank 2 hangs in cache.py, line 5 (rows_of)", True)
+    assert judge(0, {1: HANGS}, location=WHERE, waiting=False) == Verdict("all ranks wait for each other", True)
 
 
 @pytest.mark.parametrize("others", [{1: MOVES}, {1: WAITS, 2: MOVES}])
 def test_while_another_rank_moves_it_waits(others):
-    assert verdict(0, len(others) + 1, others, NOW - 1, NOW, TIMEOUT, "", True) is None
+    assert judge(0, others) is None
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [(1, True), (2, False)])
-def test_out_of_reach_of_the_board_rank_1_speaks_for_its_side(rank, speaks):
-    found = verdict(rank, 3, {}, NOW - 40, NOW, TIMEOUT, "", True)
-    assert found == ("rank 0, where the ranks meet, does not answer", speaks)
+@pytest.mark.parametrize(
+    ("rank", "hosts", "reports"), [(1, (), True), (2, (), False), (1, "aab", False), (2, "aab", True)]
+)
+def test_if_the_board_is_unreachable_the_first_remote_rank_reports(rank, hosts, reports):
+    found = judge(rank, {}, size=3, board=NOW - 40, hosts=hosts)
+    name = "rank 0 (a)" if hosts else "rank 0"
+    assert found == Verdict(f"{name}, which hosts the rendezvous, does not respond", reports)
 
 
-def test_a_peers_stop_signal_arrives():
+def test_the_first_remote_rank():
+    assert [first_remote_rank(hosts) for hosts in ("", "aa", "aba", "aab")] == [1, 1, 1, 2]
+
+
+def test_a_stop_signal_of_another_rank_arrives():
     class Board:
         def post(self, key, value):
             pass
@@ -73,9 +87,9 @@ def test_a_peers_stop_signal_arrives():
             return {"stop": "15"}
 
     read = threading.Event()
-    dog = Watchdog(0, 2, Board(), 5.0, lambda: 0, lambda text: None).start()
+    watchdog = Watchdog(0, 2, Board(), 5.0, lambda: 0, lambda text: None).start()
     assert read.wait(30)
-    while not dog.peer_stop_signal:
+    while not watchdog.peer_stop_signal:
         pass
-    dog.stop()
-    assert dog.peer_stop_signal == 15
+    watchdog.stop()
+    assert watchdog.peer_stop_signal == 15
