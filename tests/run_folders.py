@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
+from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
+from pkd_dist.data import tasks
+from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
 from pkd_dist.export import manifest
+from pkd_dist.report.run import Run, StageTime
+from pkd_dist.stages.base import NAMES, Marker, Markers
+from pkd_dist.stages.data import DataOutput
+from pkd_dist.stages.distill import DistillOutput
+from pkd_dist.stages.evaluate import EvaluateOutput
+from pkd_dist.stages.export import ExportOutput
+from pkd_dist.stages.init import InitOutput
+from pkd_dist.stages.report import Outputs, Settings, view
+from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.stages.translation import translate
+from pkd_dist.telemetry import records
 
 EXAMPLES = 200
 
@@ -45,9 +61,8 @@ def make_run(
     write_predictions(folder, ids, labels, logits)
     _write_export(folder / "export")
     for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
-        marker = {"done": True, "inputs": {}, "outputs": outputs, "seconds": 12.5, "starts": 1, "stopped": 0}
-        (folder / "stages" / f"{name}.json").write_text(json.dumps(marker))
-    (folder / "stages" / "report.json").write_text(json.dumps({"done": False, "inputs": {}}))
+        marker = Marker(done=True, inputs={}, fingerprint="", outputs=outputs, seconds=12.5, starts=1)
+        (folder / "stages" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(marker)))
     _write_metrics(folder / "metrics.jsonl", steps, epochs, seed)
     return folder
 
@@ -101,7 +116,8 @@ def _outputs(
         for e, v in enumerate(per_epoch)
     ]
     split: dict[str, Any] = {
-        "source": "train.tsv", "examples": 800, "labelled": 800, "tokens": 9000, "longest": 60, "truncated": 0, "notes": [],
+        "source": "train.tsv", "examples": 800, "labelled": 800, "digest": "d", "input_digest": "i", "tokens": 9000,
+        "longest": 60, "truncated": 0, "notes": [],
     }  # fmt: skip
     if not regression:
         split["per_class"] = [50] * len(names)
@@ -127,15 +143,18 @@ def _outputs(
     names = [] if regression else names
     return {
         "data": {
-            "classes": names, "class_names": names, "sets": ["train", "dev"], "train": split,
-            "dev": {**split, "source": "dev.tsv"},
+            "classes": names, "class_names": names, "sets": {"train": split, "dev": {**split, "source": "dev.tsv"}},
         },
-        "teacher": {"folder": str(folder / "teacher")} | ({"best_epoch": epochs, "history": dev} if history else {}),
+        "teacher": {"weights": "t", "folder": str(folder / "teacher")}
+        | ({"best_epoch": epochs, "history": dev} if history else {}),
         "cache": {"rows": 800, "built": 1},
-        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "layers": [1, 3, 5], "parameters": 11_000_000},
-        "distill": {"best_epoch": epochs, "best_metric": 0.8, "history": dev, "steps": steps, "samples": 7680, "tokens": 90000},
+        "init": {"made_of": "teacher layers [1, 3, 5] (from 0)", "weights": "w", "parameters": 11_000_000, "files": {}},
+        "distill": {
+            "best_file": "best.safetensors", "best_epoch": epochs, "best_metric": 0.8, "history": dev, "weights": "b",
+            "steps": steps, "samples": 7680, "tokens": 90000,
+        },
         "evaluate": evaluation,
-        "export": {"weights": "x", "largest_difference": 2e-7},
+        "export": {"weights": "x", "largest_difference": 2e-7, "files": {}},
     }  # fmt: skip
 
 
@@ -173,6 +192,29 @@ def _write_metrics(path: Path, steps: int, epochs: int, seed: int) -> None:
         lines.append({"step": step, "epoch": x * epochs, **losses, **rest})
     lines.append({"step": steps, "epoch": epochs, "split": "dev", "main_metric": 0.8, "seconds": {"evaluation": 0.25}})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+OUTPUTS = {
+    "data": DataOutput, "teacher": TeacherOutput, "init": InitOutput, "distill": DistillOutput, "evaluate": EvaluateOutput,
+    "export": ExportOutput,
+}  # fmt: skip
+
+
+def read(folder: Path) -> Run:
+    """Return the run of a folder as the stage `report` shows it."""
+    markers = Markers(folder, translate)
+    found = {name: marker for name in NAMES if (marker := markers.read(name)) is not None}
+    outputs = {name: TypeAdapter(kind).validate_python(found[name].outputs) for name, kind in OUTPUTS.items()}
+    config = load(folder / "config.yaml")
+    resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["resolved"]
+    return view(
+        Settings(config, tasks.resolve(config.task), Environment(**resolved), (1, 3, 5)),
+        Outputs(**outputs),
+        [StageTime(name, marker.seconds, marker.starts, marker.stopped) for name, marker in found.items()],
+        list(records.read(folder / "metrics.jsonl")),
+        predictions.read(folder / predictions.FILE)["dev"],
+        manifest.read(folder / "export"),
+    )
 
 
 def change(run: Path, stage: str, edit: Any) -> None:

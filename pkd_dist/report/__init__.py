@@ -1,4 +1,4 @@
 """The report of a run, report.html: one self-contained file.
 
-    run.Run -> notices (text), charts (inline SVG) -> pages.write -> report.html
+run.Run -> notices (text), charts (inline SVG) -> pages.write -> report.html
 """

@@ -216,7 +216,9 @@ def _results(output: EvaluateOutput) -> shown.Results:
             shown.SplitResult(name, both["n"], _scores(both["teacher"]), _scores(both["student"]), both["agreement"])
             for name, both in content["splits"].items()
         ),
-        compression=shown.Compression(ratios["parameters"], ratios["throughput"], ratios["retention"], ratios["agreement"]),
+        compression=shown.Compression(
+            ratios["parameters"], ratios["throughput"], ratios["retention"], ratios["agreement"]
+        ),
         table=tuple(table_rows(content)),
     )
 

@@ -53,7 +53,9 @@ def test_imports_point_one_way(name):
     assert folder(name) in ORDER, f"{name} has no place in ORDER; add it here and in docs/architecture.md"
     for target in own(MODULES[name]):
         if folder(target) in ORDER:
-            assert ORDER.index(folder(target)) <= ORDER.index(folder(name)), f"{name} imports {target}, which comes later"
+            assert ORDER.index(folder(target)) <= ORDER.index(folder(name)), (
+                f"{name} imports {target}, which comes later"
+            )
 
 
 def later_stages(name, tree):
@@ -95,7 +97,9 @@ def test_what_refuses_early_imports_no_torch(name):
         module = todo.pop()
         seen.add(module)
         top = ast.Module([node for node in MODULES[module].body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-        assert not {target for target in imported(top) if folder(target) in ("torch", "transformers", "deepspeed")}, module
+        assert not {target for target in imported(top) if folder(target) in ("torch", "transformers", "deepspeed")}, (
+            module
+        )
         todo |= {target for target in own(top) if target in MODULES} - seen
 
 

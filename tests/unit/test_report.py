@@ -7,12 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
-from run_folders import EXAMPLES, change, figures, make_run, write_predictions
+from run_folders import EXAMPLES, change, figures, make_run, read, write_predictions
 
-from pkd_dist.pipeline import STAGES
 from pkd_dist.report import pages
 from pkd_dist.report.notices import notices
-from pkd_dist.report.read import read
 
 VOID = {"meta", "br", "img", "link", "input"}
 
@@ -51,7 +49,7 @@ class Page(HTMLParser):
 
 
 def written(run) -> tuple[str, Page]:
-    assert pages.write(read(run, STAGES), run / "report.html") == (run / "report.html").stat().st_size
+    assert pages.write(read(run), run / "report.html") == (run / "report.html").stat().st_size
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not page.open
@@ -94,7 +92,7 @@ def test_is_deterministic(tmp_path):
 
 def put_predictions(run, labels, **sides):
     """Replace the predictions. For each side give the class of every example, or the (N, C) logits."""
-    ids = read(run, STAGES).dev.ids_N[: len(labels)]
+    ids = read(run).dev.ids_N[: len(labels)]
     logits = {side: x if np.ndim(x) == 2 else 9.0 * np.eye(max(labels) + 1)[x] for side, x in sides.items()}
     write_predictions(run, ids, np.asarray(labels), logits)
 
@@ -209,7 +207,7 @@ class TestWarnings:
         return run
 
     def shown(self, run):
-        return " ".join(notices(read(run, STAGES)))
+        return " ".join(notices(read(run)))
 
     def test_none(self, run):
         assert self.shown(run) == ""
@@ -221,12 +219,12 @@ class TestWarnings:
         assert f"Worth a look {self.shown(run)}" in written(run)[1].text
 
     def test_truncated(self, run):
-        change(run, "data", lambda out: out["train"].update(truncated=8))
+        change(run, "data", lambda out: out["sets"]["train"].update(truncated=8))
         assert "8 of 800 train examples (1.0%) were truncated to 128 tokens" in self.shown(run)
 
     @pytest.mark.parametrize(("counts", "warned"), [([50, 500], False), ([50, 501], True), ([0, 3], True)])
     def test_imbalanced(self, run, counts, warned):
-        change(run, "data", lambda out: out["train"].update(per_class=counts))
+        change(run, "data", lambda out: out["sets"]["train"].update(per_class=counts))
         assert ("imbalanced" in self.shown(run)) == warned
 
     def test_much_worse(self, run):
@@ -269,7 +267,7 @@ class TestMoreWarnings:
         assert "10.0 points of accuracy above its teacher" in self.shown(run)
 
     def test_notes_of_the_data(self, run):
-        change(run, "data", lambda out: out["train"].update(notes=["3 rows without a label are left out"]))
+        change(run, "data", lambda out: out["sets"]["train"].update(notes=["3 rows without a label are left out"]))
         assert "Train data: 3 rows without a label are left out." in self.shown(run)
 
     @staticmethod
@@ -305,8 +303,7 @@ def test_other_splits_and_unlabeled_text(tmp_path):
     run = make_run(tmp_path)
 
     def more_text(data):
-        data["sets"].append("distill")
-        data["distill"] = {**data["train"], "examples": 2300}
+        data["sets"]["distill"] = {**data["sets"]["train"], "examples": 2300}
 
     def mismatched(out):
         sides = {side: figures(value, False) for side, value in (("teacher", 0.713), ("student", 0.694))}

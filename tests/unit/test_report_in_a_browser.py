@@ -4,11 +4,9 @@ import shutil
 
 import pytest
 from playwright.sync_api import sync_playwright
-from run_folders import EXAMPLES, change, figures, make_run
+from run_folders import EXAMPLES, change, figures, make_run, read
 
-from pkd_dist.pipeline import STAGES
 from pkd_dist.report import pages
-from pkd_dist.report.read import read
 
 WIDTHS = (400, 1280)
 RENDERED = """() => [...document.querySelectorAll('svg, img')].map(drawing => {
@@ -58,7 +56,7 @@ def add_splits(out):
 
 
 def add_long_note(out):
-    out["train"]["notes"] = [
+    out["sets"]["train"]["notes"] = [
         "/a/folder/with_a_very_long_name_that_has_no_place_to_break/" * 3 + "train.tsv: 3 rows are left out"
     ]
 
@@ -79,7 +77,7 @@ def made(tmp_path_factory):
     }
     out = {name: run / "report.html" for name, run in runs.items()}
     for run in runs.values():
-        pages.write(read(run, STAGES), run / "report.html")
+        pages.write(read(run), run / "report.html")
     return out
 
 
