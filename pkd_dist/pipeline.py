@@ -21,9 +21,11 @@ from pkd_dist import __version__
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.evaluation.results import closing_table
 from pkd_dist.stages import run_folder
 from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
+from pkd_dist.stages.evaluate import EvaluateOutput
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
@@ -92,6 +94,12 @@ def run(
                 if publisher:
                     publisher.push()
     return context
+
+
+def summary(context: Context) -> str:
+    """Return the table a run ends with, and where its export and report are."""
+    paths = context.resolved.paths
+    return closing_table(context.output(EvaluateOutput).results, paths.export, paths.report)
 
 
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:

@@ -11,7 +11,15 @@ from typing import Annotated
 import typer
 
 from pkd_dist.cli.launch import requires_extra
-from pkd_dist.cli.options import LabelColumn, TaskKind, TaskName, TextColumns, run_command, task_overrides
+from pkd_dist.cli.options import (
+    LabelColumn,
+    TaskKind,
+    TaskName,
+    TextColumns,
+    named_as_options,
+    run_command,
+    task_overrides,
+)
 from pkd_dist.errors import UserError
 
 
@@ -71,7 +79,9 @@ def evaluate(
 
         options = {"name": task, "data": data, "text": text, "label": label, "kind": kind}
         overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}", *task_overrides(options)]
-        figures = evaluate_folder(model, load(None, ["run.dir=unused", *overrides]), split)
+        with named_as_options():
+            config = load(None, ["run.dir=unused", *overrides])
+            figures = evaluate_folder(model, config.task, config.evaluate, split)
         print(json.dumps(figures, indent=2))
         if output is not None:
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
 import typer
 
 from pkd_dist.cli.launch import guarded
+from pkd_dist.errors import UserError
 from pkd_dist.telemetry.log import to_terminal
 
 ConfigFile = Annotated[str, typer.Option("--config", help="The run's YAML.", metavar="FILE")]
@@ -22,13 +24,32 @@ TextColumns = Annotated[
 LabelColumn = Annotated[str | None, typer.Option(help="`custom`: the label column.")]
 TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification or regression.")]
 
-TASK_OPTIONS = {"name": "--task", "data": "--data", "text": "--text", "label": "--label", "kind": "--kind"}
+TASK_OPTIONS = {
+    "name": "--task",
+    "data": "--data",
+    "text": "--text",
+    "label": "--label",
+    "kind": "--kind",
+    "max_length": "--max-length",
+}
 """Key of the section `task` -> the option that sets it."""
 
 
 def task_overrides(options: Mapping[str, object]) -> list[str]:
     """Return task options as configuration overrides; the value is JSON, so it is taken as it was typed."""
     return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value]
+
+
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Name the option that was typed in an error about a setting that it stands for."""
+    options = {f"task.{key}": option for key, option in TASK_OPTIONS.items()} | {"teacher.model": "--model"}
+    try:
+        yield
+    except UserError as error:
+        if error.setting not in options:
+            raise
+        raise UserError(error.message, options[error.setting]) from None
 
 
 def run_command(work: Callable[[], object]) -> None:

@@ -115,8 +115,8 @@ class SpoiledError(UserError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[SpoiledError], tuple[str, str]]:
-        return type(self), (str(self), self.reason)
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.reason), vars(self)
 
 
 # --------------------------------------------------------------------------------------------------------- markers
@@ -127,8 +127,8 @@ class _DamagedMarkerError(UserError):
         super().__init__(f"{path}: is damaged; remove it to have the stage run again")
         self.path = path
 
-    def __reduce__(self) -> tuple[type[_DamagedMarkerError], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path,), vars(self)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Markers:
     def end(self, stage: Stage[Output], context: Context, output: Output, seconds: float) -> None:
         """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start."""
         marker = self._require(stage.name)
-        fields = TypeAdapter(stage.output).dump_python(output, mode="json")
+        fields = dataclasses.asdict(output)  # type: ignore[call-overload]
         seconds = round(marker.seconds + seconds, 1)
         self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds))
         for path in stage.artifacts(context).temporary:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import SkipValidation
 from transformers import PreTrainedModel
 
 from pkd_dist.data import submission
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.evaluation import predictions, summary
+from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.compare import Evaluation, compare_models
+from pkd_dist.evaluation.results import Results
 from pkd_dist.export import hf
 from pkd_dist.files import write_json
 from pkd_dist.model import encoder
@@ -29,7 +32,7 @@ class EvaluateOutput:
     rates: model -> sentences per second of each pass.
     """
 
-    results: summary.Results
+    results: SkipValidation[Results]
     latencies_ms: dict[str, list[float]]
     rates: dict[str, list[float]]
 
@@ -52,7 +55,7 @@ def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
     models = {"teacher": encoder.load_model(context.output(TeacherOutput).folder), "student": best_student(context)}
     run = context.resolved
-    compared = summary.compare(models, splits, run.task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    compared = compare_models(models, splits, run.task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
     context.world.on_main(lambda: _write(context, compared, splits))
     output = EvaluateOutput(
         compared.results,
@@ -63,7 +66,7 @@ def run(context: Context) -> EvaluateOutput:
     return output
 
 
-def _write(context: Context, compared: summary.Compared, splits: dict[str, TokenSet]) -> None:
+def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) -> None:
     paths = context.resolved.paths
     paths.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(paths.results, compared.results)

@@ -78,6 +78,21 @@ def _subject(context: Context) -> build.Subject:
     )
 
 
+def _facts(context: Context) -> card.CardFacts:
+    run, data = context.resolved, context.output(DataOutput)
+    return card.CardFacts(
+        config=run.config,
+        results=context.output(EvaluateOutput).results,
+        main_metric=run.task.main_metric,
+        class_names=data.class_names,
+        train=data.sets["train"],
+        dev=data.sets["dev"],
+        best_epoch=context.output(DistillOutput).best_epoch,
+        initialized_from=context.output(InitOutput).made_of,
+        environment=environment(run, context.world),
+    )
+
+
 def missing(context: Context, output: ExportOutput) -> str | None:
     return changed_file(context.resolved.paths.export, output.files)
 

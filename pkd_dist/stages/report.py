@@ -15,7 +15,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.predictions import SIDES, Predictions
-from pkd_dist.evaluation.table import table_rows
+from pkd_dist.evaluation.results import table_rows
 from pkd_dist.export import manifest
 from pkd_dist.export.manifest import Manifest
 from pkd_dist.files import digest_of
