@@ -4,9 +4,18 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that says what is wrong, where, what is allowed and what to do."""
+    """Bad input: the message is one line that says what is wrong, where, what is allowed and what to do.
+
+    Args:
+        message: The line, without `setting`.
+        setting: The setting or option at fault, such as `task.data` or `--model`; the line begins with it.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, setting: str | None = None):
+        super().__init__(message if setting is None else f"{setting}: {message}")
+        self.message, self.setting = message, setting
 
 
 class DivergedError(Exception):

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ import yaml
 from pkd_dist import __version__
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.schema import Config
-from pkd_dist.data import submission, tasks, text, tokens
+from pkd_dist.data import class_mapping, submission, tasks, text, tokens
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
@@ -36,14 +35,11 @@ from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader, Fingerprint
 from pkd_dist.distillation.cache_builder import LiveTeacher, build, resolve_teacher_precision
 from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, cached_outputs, live_outputs
-from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation import predictions as answers
-from pkd_dist.evaluation.metrics import scores
-from pkd_dist.evaluation.scoring import evaluating, predict
-from pkd_dist.evaluation.speed import speed
-from pkd_dist.evaluation.summary import compare, figures_of
+from pkd_dist.evaluation.compare import compare_models
+from pkd_dist.evaluation.results import closing_table
 from pkd_dist.export import build as build_export
 from pkd_dist.export import card, hf, manifest
 from pkd_dist.files import changed_file, digest_of, file_digests, is_full, remove, sha256, write_atomically, write_json
@@ -56,7 +52,6 @@ from pkd_dist.telemetry import Telemetry, records, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log, to_file
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.telemetry.progress import Bar
 from pkd_dist.telemetry.publish import published
 from pkd_dist.training import checkpoint
 from pkd_dist.training.engine import load_in_background, resolve_precision
@@ -73,14 +68,13 @@ class Pipeline:
         config: as loaded.
         config_file: for messages.
         world: the ranks.
-        scores: the one split that `evaluate_folder` needs, of a model that is not distilled; None: a run.
 
     Raises:
         UserError: whatever can be known to be wrong before anything is written.
     """
 
-    def __init__(self, config: Config, config_file: str | Path | None, world: World, scores: str | None = None):
-        self.config, self.world, self.scores = config, world, scores
+    def __init__(self, config: Config, config_file: str | Path | None, world: World):
+        self.config, self.world = config, world
         self.dir = Path(config.run.dir)
         self.markers = Markers(self.dir)
         self.deepspeed = load_deepspeed(config, config_file)
@@ -94,7 +88,7 @@ class Pipeline:
 
     def _preflight(self) -> None:
         config = self.config
-        for split in [self.scores] if self.scores else ["train", "dev"]:
+        for split in ("train", "dev"):
             text.require(config.task.data, split, self.task)
         text.unlabeled_paths(config.task.unlabeled, self.task)
         length = config.task.max_length
@@ -105,12 +99,8 @@ class Pipeline:
                     f"teacher.model: {config.teacher.model} is not fine-tuned (it has no sequence classifier); give "
                     "teacher.finetune to fine-tune it here, or a fine-tuned folder"
                 )
-            self._check_given_classes()
-            order = self.class_order()
-            if order and self.task.classes and len(order) == 2:
-                self.task = replace(self.task, positive=order.index(self.task.classes[1]))
-        if self.scores:
-            return
+            class_mapping.require_outputs(self.task, self.base_config, config.teacher.model, "teacher.model")
+            self.task = class_mapping.with_positive_class(self.task, self.class_order())
         self.access = load_access(config.metrics) if config.metrics.enabled and self.world.node_main else Access()
         self.student_depth = student.planned_depth(config.student, self.base_config, self._tokenizer, length)
         depth = encoder.num_layers(self.base_config)
@@ -143,17 +133,6 @@ class Pipeline:
         if max(kept, default=0) > depth:
             raise UserError(f"cache.layers: {max(kept)} is out of range; the teacher has {depth} layers")
         return tuple(sorted(kept))
-
-    def _check_given_classes(self) -> None:
-        """A teacher that is used as it is must have this task's number of outputs."""
-        outputs = int(self.base_config.num_labels)
-        if self.task.regression and outputs != 1:
-            raise UserError(f"teacher.model: {self.config.teacher.model} has {outputs} outputs, a regression needs 1")
-        if self.task.classes and outputs != len(self.task.classes):
-            raise UserError(
-                f"teacher.model: {self.config.teacher.model} has {outputs} classes, {self.task.name} has "
-                f"{len(self.task.classes)} ({', '.join(self.task.classes)}); give a teacher of this task, or teacher.finetune"
-            )
 
     # ------------------------------------------------------------------------------------------------ the run itself
 
@@ -445,7 +424,9 @@ class Pipeline:
             )  # fmt: skip
             train = splits["train"]
             if self.config.teacher.finetune is None:
-                self.require_outputs(train)
+                class_mapping.require_outputs_for_split(
+                    self.task, self.base_config, train, self.config.teacher.model, "teacher.model"
+                )
             names = self.task.names_of(train.classes)
             if self.config.teacher.finetune is None and self.class_order() is None and names:
                 log.info(
@@ -461,32 +442,11 @@ class Pipeline:
 
         return self.world.on_main(write)
 
-    def require_outputs(self, split: text.Split) -> None:
-        """Raises UserError where a model that is used as it is has not an output for each class of a split."""
-        outputs = int(self.base_config.num_labels)
-        if not self.task.regression and len(split.classes) != outputs:
-            raise UserError(
-                f"teacher.model: {self.config.teacher.model} has {outputs} classes, {split.source} has "
-                f"{len(split.classes)} ({', '.join(split.classes[:10])}); give a model of this task, or teacher.finetune"
-            )
-
     def class_order(self) -> tuple[str, ...] | None:
         """Label values in the order of a given teacher's outputs, where its class names say so."""
         if self.config.teacher.finetune is not None or self.task.regression:
             return self.task.classes
-        names = [str(self.base_config.id2label[i]) for i in range(self.base_config.num_labels)]
-        if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)):
-            return self.task.classes
-        if self.task.classes is None:
-            return tuple(names)  # reading the data refuses a label that is not among them
-        for own in (self.task.class_names, self.task.classes):
-            if own and sorted(n.lower() for n in names) == sorted(n.lower() for n in own):
-                place = {n.lower(): value for n, value in zip(own, self.task.classes, strict=True)}
-                return tuple(place[n.lower()] for n in names)
-        raise UserError(
-            f"teacher.model: its classes are {', '.join(names)}, those of {self.task.name} are "
-            f"{', '.join(self.task.class_names or self.task.classes)}; give a teacher of this task, or teacher.finetune"
-        )
+        return class_mapping.class_order(self.task, self.base_config, "teacher.model")
 
     def _data_missing(self, outputs: dict[str, Any]) -> str | None:
         folders = [self._dirs["data"] / name for name in outputs["sets"]]
@@ -854,11 +814,8 @@ class Pipeline:
     def _evaluate(self) -> dict[str, Any]:
         models = {"teacher": encoder.load_model(self._teacher_folder), "student": self._best_student()}
         splits = {split: self._tokens(split) for split in self._scored}
-        config = self.config.evaluate
-        results, timings, logits = compare(
-            models, splits, self.task, self.world, config.batch_size, config.latency_samples, config.throughput_samples,
-            self._tokenizer.pad_token_id,
-        )  # fmt: skip
+        made = compare_models(models, splits, self.task, self.config.evaluate, self._tokenizer.pad_token_id, self.world)
+        results, timings, logits = made.results, made.timings, made.logits
 
         def write() -> None:
             self._result_file.parent.mkdir(parents=True, exist_ok=True)
@@ -915,13 +872,12 @@ class Pipeline:
                 train=self._tokens("train"),
                 texts=tuple(json.loads((self._dirs["data"] / "sample.json").read_text())["texts"]),
                 max_length=self.config.task.max_length,
-                batch_size=self.config.evaluate.batch_size,
-                requests=self.config.evaluate.latency_samples,
+                evaluate=self.config.evaluate,
             )
             about = {"task": self.task.name, "main_metric": self.task.main_metric, "pkd_dist": __version__}
             made = build_export.export(
                 subject, self.config.export.formats, folder,
-                lambda files: card.render(self.config, self._environment(), self.outputs, self.task.main_metric, files),
+                lambda figures: card.render(self._card_facts(), figures),
                 about, lambda: self.world.interrupt("export"),
             )  # fmt: skip
             log.info("export: %s: %s; every file answers dev as it should", folder, ", ".join(made["files_on_dev"]))
@@ -934,6 +890,28 @@ class Pipeline:
             }
 
         return self.world.on_main(write)
+
+    def _card_facts(self) -> card.CardFacts:
+        environment, out = self._environment(), self.outputs
+        return card.CardFacts(
+            config=self.config,
+            results=out["evaluate"]["results"],
+            main_metric=self.task.main_metric,
+            class_names=out["data"]["class_names"],
+            train_source=out["data"]["train"]["source"],
+            train_examples=out["data"]["train"]["examples"],
+            dev_source=out["data"]["dev"]["source"],
+            best_epoch=out["distill"]["best_epoch"],
+            student_source=out["init"]["made_of"],
+            student_layers=environment["student_layers"],
+            patience_pairs=environment["patience_pairs"],
+            beta_mean=environment["beta_mean"],
+            beta_sum=environment["beta_sum"],
+            precision=environment["precision"],
+            device=environment["device"],
+            world_size=environment["world_size"],
+            versions=environment["versions"],
+        )
 
     def _export_missing(self, outputs: dict[str, Any]) -> str | None:
         return changed_file(self._dirs["export"], outputs["files"])
@@ -950,50 +928,7 @@ class Pipeline:
 
     def summary(self) -> str:
         """The table a run ends with: teacher beside student, and where to find the export and the report."""
-        return card.summary(self.outputs["evaluate"]["results"], self._dirs["export"], self.dir / "report.html")
-
-
-def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
-    """Scores `teacher.model`, any fine-tuned folder, on a split, and times it: one process, no run folder.
-
-    Raises:
-        UserError: the folder or the data cannot be used, or do not fit each other.
-    """
-    world = World(discover(), config.run.timeout_seconds)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            pipeline = Pipeline(config, None, world, scores=split)
-            classes = pipeline.class_order()
-            if classes is None and not pipeline.task.regression and text.find(config.task.data, "train", pipeline.task):
-                classes = text.read(config.task.data, "train", pipeline.task).classes
-            tokenizer = encoder.load_tokenizer(pipeline.base)
-            part = text.read(config.task.data, split, pipeline.task, classes)
-            if not text.is_labelled(part.labels_N).all():
-                raise UserError(f"--split: {part.source} has no labels to score; `pkd predict` answers it")
-            pipeline.require_outputs(part)
-            made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))
-            model: Any = encoder.load_model(pipeline.base)
-            model.to(world.device)
-
-            def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-                return model(**encoder.accepted(model, inputs)).logits
-
-            asked, pad_id = config.evaluate, tokenizer.pad_token_id
-            with evaluating(model), Bar(f"evaluate, {split}", len(made)) as bar:
-                logits = predict(forward, made, world, asked.batch_size, pad_id, bar.advance)
-                speeds = speed(
-                    {"model": forward}, made, world.device, asked.batch_size, asked.latency_samples,
-                    asked.throughput_samples, pad_id,
-                )  # fmt: skip
-            figures: dict[str, Any] = {
-                "task": pipeline.task.name,
-                "split": split,
-                "n": len(made),
-                **scores(logits, made, pipeline.task),
-            }
-            return figures | figures_of(model) | speeds["model"].figures
-    finally:
-        world.close()
+        return closing_table(self.outputs["evaluate"]["results"], self._dirs["export"], self.dir / "report.html")
 
 
 def _git_revision() -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -147,13 +146,17 @@ def export(
             raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
         from pkd_dist.export import hf
 
-        made = hf.from_checkpoint(from_checkpoint, output, dtype)
-        seen = (
-            "not evaluated" if made["epoch"] is None else f"dev {made['main_metric']:.4f} after epoch {made['epoch']}"
-        )
-        print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")
+        made = hf.from_checkpoint(from_checkpoint, output, dtype, _started_from(from_checkpoint))
+        seen = "not evaluated" if made.epoch is None else f"dev {made.main_metric:.4f} after epoch {made.epoch}"
+        print(f"{output}: the student at step {made.step} ({seen}), {made.parameters:,} parameters in {dtype}")
 
     _exit(work)
+
+
+def _started_from(checkpoint: Path) -> str | None:
+    """Return the digest of the starting weights that the run of a checkpoint recorded, if it did."""
+    marker = checkpoint.absolute().parent.parent / "stages" / "distill.json"
+    return json.loads(marker.read_text())["inputs"].get("the student's starting weights") if marker.exists() else None
 
 
 def _verify_export(folders: list[str]) -> None:
@@ -264,8 +267,11 @@ def init_student(
     _exit(work)
 
 
-def _as_option(key: re.Match[str]) -> str:
-    return "--" + (key[1] or {"name": "task"}.get(key[2], key[2])).replace("_", "-")
+_TASK_OPTIONS = {
+    "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.kind": "--kind",
+    "task.max_length": "--max-length",
+}  # fmt: skip
+"""Setting -> the option of `pkd evaluate` that gives it."""
 
 
 @app.command()
@@ -287,19 +293,19 @@ def evaluate(
     """
 
     def work() -> None:
-        from pkd_dist.pipeline import evaluate_folder
+        from pkd_dist.evaluation.folder import evaluate_folder
 
         if output is not None and not output.parent.is_dir():
             raise UserError(f"--output: no such folder: {output.parent}")
         if output is not None and output.exists():
             raise UserError(f"--output: {output} is there already; choose another name")
         overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}"]
-        overrides += [f"teacher.model={json.dumps(model)}", *_task_overrides(task, data, text, label, kind)]
+        overrides += _task_overrides(task, data, text, label, kind)
         config = config_load.load(None, ["run.dir=unused", *overrides])
         try:
-            figures = evaluate_folder(config, split)
-        except UserError as error:  # in the words that were typed
-            raise UserError(re.sub(r"\b(?:teacher\.(model)|task\.(\w+))\b(?=:)", _as_option, str(error))) from None
+            figures = evaluate_folder(model, config.task, config.evaluate, split)
+        except UserError as error:
+            raise UserError(error.message, _TASK_OPTIONS.get(error.setting or "", error.setting)) from None
         print(json.dumps(figures, indent=2))
         if output is not None:
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

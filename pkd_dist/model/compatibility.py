@@ -56,7 +56,7 @@ def require_compatible(config: Any, tokenizer: Any, max_length: int, name: str, 
         raise UserError(f"{key}: {name} is a {family}, whose layers do not give one state for each token; {known}")
     longest = longest_input(config)
     if longest and max_length > longest:
-        raise UserError(f"task.max_length: {max_length} is more than {name} can read; give at most {longest}")
+        raise UserError(f"{max_length} is more than {name} can read; give at most {longest}", "task.max_length")
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token; give it one (pad_token)")
     if tokenizer.cls_token_id is None or tokenizer(PROBES[0][0])["input_ids"][0] != tokenizer.cls_token_id:

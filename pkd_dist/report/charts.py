@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pkd_dist.evaluation.predictions import SIDES
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.report.runs import Run, duration
 
 MOST_CLASSES = 20
@@ -342,7 +342,7 @@ def scatters(run: Run) -> Iterator[Plot]:
     """Of a regression: what each model predicts against the labels, and the student against its teacher."""
     dev = run.answers["dev"]
     thin = slice(None, None, -(-len(dev.labels_N) // MOST_DOTS))
-    labels, said = dev.labels_N[thin], {side: values[thin] for side, values in dev.said.items()}
+    labels, said = dev.labels_N[thin], {side: values[thin] for side, values in dev.predicted.items()}
     some = f", {len(labels):,} of {len(dev.labels_N):,} examples" if len(labels) < len(dev.labels_N) else ""
     for side in SIDES:
         note = f"predicted against label; line: equal{some}"

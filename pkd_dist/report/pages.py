@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pkd_dist.data import text
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.predictions import SIDES, Predictions
-from pkd_dist.export import card
+from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.results import SIDES, table_rows
 from pkd_dist.files import write_atomically
 from pkd_dist.metric_names import METRICS, TABLE_METRICS
 from pkd_dist.report import charts
@@ -97,12 +97,12 @@ def _render(template: str, run: Run, **words: Any) -> str:
 
 def _comparison(run: Run) -> list[tuple[str, str, str]]:
     """(label, teacher's, student's): the card's rows, with what else tells the two apart after the scores."""
-    rows = card.figures(run.results)
+    rows = table_rows(run.results)
     teacher, student = run.results["teacher"], run.results["student"]
     more = [(key, f"{teacher[key]:.3f}", f"{student[key]:.3f}") for key in ("precision", "recall") if key in teacher]
     if run.task.regression:
         dev = run.answers["dev"]
-        errors = [float(np.abs(dev.said[side] - dev.labels_N).mean()) for side in SIDES]
+        errors = [float(np.abs(dev.predicted[side] - dev.labels_N).mean()) for side in SIDES]
         more = [("mean absolute error", f"{errors[0]:.3f}", f"{errors[1]:.3f}")]
     place = [label for label, *_ in rows].index("parameters")
     return rows[:place] + more + rows[place:]
@@ -155,8 +155,8 @@ def _right(run: Run) -> list[tuple[str, int]]:
     if run.task.regression:
         return []
     dev = run.answers["dev"]
-    teacher, student = (dev.said[side] == dev.labels_N for side in SIDES)
-    same = int((~teacher & ~student & (dev.said["teacher"] == dev.said["student"])).sum())
+    teacher, student = (dev.predicted[side] == dev.labels_N for side in SIDES)
+    same = int((~teacher & ~student & (dev.predicted["teacher"] == dev.predicted["student"])).sum())
     return [
         ("both right", int((teacher & student).sum())),
         ("teacher alone", int((teacher & ~student).sum())),
@@ -186,7 +186,7 @@ def _differing(run: Run) -> list[dict[str, Any]]:
     probabilities, or the difference of their values."""
     dev = run.answers["dev"]
     if run.task.regression:
-        distance_N = np.abs(dev.said["teacher"] - dev.said["student"])
+        distance_N = np.abs(dev.predicted["teacher"] - dev.predicted["student"])
     else:
         distance_N = np.abs(dev.probabilities["teacher"] - dev.probabilities["student"]).sum(axis=1) / 2
     split = text.read(run.config.task.data, "dev", run.task, run.outputs["data"]["classes"] or None)
@@ -203,12 +203,12 @@ def _said(run: Run, dev: Predictions, row: int) -> dict[str, Any]:
     if run.task.regression:
         return {
             "label": f"{dev.labels_N[row]:.2f}",
-            **{side: {"answer": f"{dev.said[side][row]:.2f}"} for side in SIDES},
+            **{side: {"answer": f"{dev.predicted[side][row]:.2f}"} for side in SIDES},
         }
     names, true = run.class_names, int(dev.labels_N[row])
     out: dict[str, Any] = {"label": names[true]}
     for side in SIDES:
-        probabilities, said = dev.probabilities[side][row], int(dev.said[side][row])
+        probabilities, said = dev.probabilities[side][row], int(dev.predicted[side][row])
         out[side] = {
             "answer": names[said], "share": float(probabilities[said]), "true": float(probabilities[true]), "right": said == true,
         }  # fmt: skip
@@ -244,7 +244,7 @@ def _labels_by_id(run: Run) -> dict[int, Any]:
 def _right_by_id(run: Run) -> np.ndarray:
     """(N,) whether the student is right, 1.0 or 0.0, in the order of the example ids."""
     dev = run.answers["dev"]
-    return (dev.said["student"] == dev.labels_N)[np.argsort(dev.ids_N)].astype(float)
+    return (dev.predicted["student"] == dev.labels_N)[np.argsort(dev.ids_N)].astype(float)
 
 
 def _minus_first(first: Run, run: Run) -> tuple[float, float]:

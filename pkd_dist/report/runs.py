@@ -17,6 +17,7 @@ from pkd_dist.data import tasks
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions as answers
 from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.export import manifest
 from pkd_dist.metric_names import METRICS
 from pkd_dist.telemetry import records
@@ -41,7 +42,7 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     answers: dict[str, Predictions]
-    export: dict[str, Any]
+    export: manifest.Manifest
 
     @cached_property
     def outputs(self) -> dict[str, dict[str, Any]]:
@@ -65,7 +66,7 @@ class Run:
     def confusion(self) -> dict[str, np.ndarray]:
         """Side -> (C, C) counts of the dev split, rows the true class; empty for a regression."""
         dev = self.answers["dev"]
-        return {} if self.task.regression else {side: dev.confusion(side) for side in answers.SIDES}
+        return {} if self.task.regression else {side: dev.confusion(side) for side in SIDES}
 
     def shown(self, value: float) -> str:
         """A value of the metric that chose the best epoch."""

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pkd_dist.evaluation.predict import is_empty
+from pkd_dist.evaluation.answer import is_empty
 from pkd_dist.serve.batcher import Batcher, Full, Texts
 from pkd_dist.serve.model import ServedModel
 from pkd_dist.telemetry.log import log

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.predict import answer
+from pkd_dist.evaluation.answer import answer
 from pkd_dist.export import manifest
-from pkd_dist.export.build import ONNX_FILES
-from pkd_dist.export.runtime import OnnxModel
+from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
 from pkd_dist.model.encoder import load_tokenizer
 
 
@@ -59,4 +56,4 @@ class ServedModel:
         inputs = self._tokenizer(
             *columns, truncation=True, max_length=self._max_length, padding=True, return_tensors="np"
         )
-        return [answer(torch.from_numpy(logits_C), self._names) for logits_C in self._model(inputs)]
+        return [answer(logits_C, self._names) for logits_C in self._model(inputs)]

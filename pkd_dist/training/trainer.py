@@ -25,7 +25,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted
 from pkd_dist.evaluation.metrics import score
-from pkd_dist.evaluation.scoring import evaluating, predict
+from pkd_dist.evaluation.scoring import evaluating, predict_logits
 from pkd_dist.files import sha256, write_atomically
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.telemetry import Telemetry
@@ -374,7 +374,7 @@ class Trainer:
         began = time.perf_counter()
         with evaluating(job.module):
             try:
-                logits = predict(
+                logits = predict_logits(
                     lambda inputs: self.engine(inputs)[0], job.dev, self.world, job.eval_batch_size, job.pad_id
                 )
             except Preempted as stop:

@@ -328,7 +328,7 @@ class TestComparison:
     def test_side_by_side(self, runs):
         html, page = self.page(runs)
         first, second = (
-            (x.said["student"] == x.labels_N).astype(float) for x in (read(r).answers["dev"] for r in runs)
+            (x.predicted["student"] == x.labels_N).astype(float) for x in (read(r).answers["dev"] for r in runs)
         )
         apart = second - first
         half = 1.96 * apart.std(ddof=1) / np.sqrt(EXAMPLES)

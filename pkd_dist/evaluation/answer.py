@@ -1,0 +1,41 @@
+"""The checks of an input text and the JSON of an answer, shared by `pkd predict` and `pkd serve`.
+
+Serving machines have no PyTorch, so this module needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+
+import numpy as np
+
+Answer = dict[str, object]
+"""What JSON holds for one text; see `answer`."""
+
+
+def is_empty(text: str) -> bool:
+    """Return whether a text has nothing but spaces, control characters and format characters."""
+    return all(unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
+
+
+def answer(logits_C: np.ndarray, names: Mapping[int, str]) -> Answer:
+    """Turn the logits of one text into its answer.
+
+    Args:
+        logits_C: float32 (C,); C = 1 for a regression.
+        names: Class names by class index; unused for a regression.
+
+    Returns:
+        `label`, `probability` and `probabilities` by class name, or `value` for a regression.
+    """
+    if len(logits_C) == 1:
+        return {"value": float(logits_C[0])}
+    powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
+    probabilities = (powers_C / powers_C.sum()).astype(np.float32).tolist()
+    best = int(logits_C.argmax())
+    return {
+        "label": names[best],
+        "probability": probabilities[best],
+        "probabilities": {names[i]: probability for i, probability in enumerate(probabilities)},
+    }
