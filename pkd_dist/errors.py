@@ -4,9 +4,18 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the value, where it is, what is allowed, and the remedy."""
+    """Bad input. The message is one line: the value, where it is, what is allowed, and the remedy.
+
+    Args:
+        message: the line, without `setting`.
+        setting: the setting or option at fault, such as `task.data` or `--model`; the line begins with it.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, setting: str | None = None):
+        super().__init__(message if setting is None else f"{setting}: {message}")
+        self.message, self.setting = message, setting
 
 
 class DivergedError(Exception):

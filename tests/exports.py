@@ -9,9 +9,10 @@ from typing import Any
 from families import make_folder
 
 from benchmarks.faults.tiny import sentences, write_tsv
-from pkd_dist.config.schema import Config
+from pkd_dist.config.schema import Config, Evaluate
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.export import build
+from pkd_dist.export.manifest import Manifest
 from pkd_dist.model import encoder
 
 
@@ -28,9 +29,9 @@ def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
         sets[name] = tokens.tokenize(split, tokenizer, 32, folder / name)
     return build.Subject(
         encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"], sets["train"],
-        tuple(column[:8] for column in split.texts), 32, 16, 10,
+        tuple(column[:8] for column in split.texts), 32, Evaluate(batch_size=16, latency_samples=10),
     )  # fmt: skip
 
 
-def export(made: build.Subject, output: Path, *formats: str) -> dict[str, Any]:
+def export(made: build.Subject, output: Path, *formats: str) -> Manifest:
     return build.export(made, ["safetensors", *formats], output, json.dumps, {"task": "sst2"})

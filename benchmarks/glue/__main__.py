@@ -98,8 +98,9 @@ def speeds(output: Path) -> dict[str, Any]:
     """Teacher and a student of each depth, in turn on the same inputs; weights do not matter for speed."""
     import torch
 
+    from pkd_dist.config.schema import Evaluate
     from pkd_dist.data.tokens import open_tokens
-    from pkd_dist.evaluation.speed import speed
+    from pkd_dist.evaluation.speed import TimedInputs, measure_speed
     from pkd_dist.model.encoder import load_model, load_tokenizer
 
     teacher = output / "teacher" / "teacher"
@@ -110,7 +111,8 @@ def speeds(output: Path) -> dict[str, Any]:
     forwards = {depth: lambda inputs, model=model: model(**inputs).logits for depth, model in models.items()}
     pad_id = load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
-        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
+        dev, settings = open_tokens(output / "teacher/data/dev"), Evaluate()
+        found = measure_speed(forwards, TimedInputs.choose(dev, pad_id, torch.device("cpu"), settings))
     layers = {depth: timing.figures for depth, timing in found.items()}
     return {"machine": f"{torch.get_num_threads()} threads of {processor()}", "layers": layers}
 

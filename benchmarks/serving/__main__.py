@@ -22,10 +22,10 @@ from benchmarks.serving.measure import accuracies, cores, measure
 from benchmarks.serving.report import write
 from pkd_dist.data.tokens import open_tokens
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.metrics import agreement, interval
+from pkd_dist.evaluation.metrics import agreement, wilson_interval
 from pkd_dist.evaluation.speed import machine
 from pkd_dist.export import manifest
-from pkd_dist.export.build import ONNX_FILES
+from pkd_dist.export.runtime import ONNX_FILES
 
 TEACHER, STUDENT = "teacher, PyTorch", "student, PyTorch"
 
@@ -76,7 +76,7 @@ def run(folder: Path, requests: int, load_seconds: float) -> dict[str, Any]:
         path = models[name]
         size = (path / "model.safetensors" if path.is_dir() else path).stat().st_size
         results["models"][name] = {
-            "accuracy": share, "accuracy_interval_95": list(interval(share, len(labels_N))),
+            "accuracy": share, "accuracy_interval_95": list(wilson_interval(share, len(labels_N))),
             "agreement_with_teacher": agreement(logits_NC, found[TEACHER]), "bytes": size,
         }  # fmt: skip
     for threads in sorted({1, cores()}):

@@ -17,7 +17,7 @@ import torch
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import open_tokens
-from pkd_dist.evaluation.scoring import answers
+from pkd_dist.evaluation.scoring import predict_logits_single
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.model.encoder import accepted, load_model, load_tokenizer
 
@@ -40,7 +40,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "score" in asked:
-            told: dict[str, Any] = {"logits": answers(forward, dev, 1, pad_id).tolist()}
+            told: dict[str, Any] = {"logits": predict_logits_single(forward, dev, 1, pad_id).tolist()}
         else:
             rows, seconds = np.asarray(asked["rows"]), []
             for start in range(0, len(rows), asked["batch"]):

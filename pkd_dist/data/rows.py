@@ -204,7 +204,8 @@ def load_hub(name: str) -> Any:
         return load_dataset(*name.split(":"))
     except Exception as error:  # of many kinds
         raise UserError(
-            f"task.data: hub:{name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"hub:{name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "task.data",
         ) from None
 
 
@@ -218,7 +219,7 @@ def read_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Rows:
     for split in splits:
         if split in tables:
             return _records(f"hub:{name}/{split}", tables[split].features, tables[split].select_columns, wanted)
-    raise UserError(f"task.data: hub:{name} has no split {splits[0]!r}; it has {', '.join(tables)}")
+    raise UserError(f"hub:{name} has no split {splits[0]!r}; it has {', '.join(tables)}", "task.data")
 
 
 def _records(

@@ -143,8 +143,9 @@ def resolve(config: TaskConfig) -> Task:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
     except KeyError:
         raise UserError(
-            f"task.name: {config.name!r} is not known; allowed: {', '.join(sorted(GLUE))}, custom"
+            f"{config.name!r} is not known; allowed: {', '.join(sorted(GLUE))}, custom",
+            "task.name",
         ) from None
     if config.metric and task.regression != (config.metric == "pearson_spearman"):
-        raise UserError(f"task.metric: {config.metric} does not fit {task.name}; its own is {task.metric}")
+        raise UserError(f"{config.metric} does not fit {task.name}; its own is {task.metric}", "task.metric")
     return replace(task, metric=config.metric or task.metric)

@@ -106,7 +106,7 @@ def require(data: str, split: str, task: Task) -> None:
     if find(data, split, task) is None:
         names = [f"{stem}.{extension}" for stem in _stems(split, task) for extension in EXTENSIONS]
         names += [task.release.train] if task.release else []
-        raise UserError(f"task.data: {data} has no split {split!r}; expected one of {', '.join(names)}")
+        raise UserError(f"{data} has no split {split!r}; expected one of {', '.join(names)}", "task.data")
 
 
 def available(data: str, task: Task) -> list[str]:
@@ -141,7 +141,7 @@ def _locate(data: str, split: str, task: Task) -> _Source | None:
         return _Source(data)
     folder = project_path(data)
     if not folder.is_dir():
-        raise UserError(f"task.data: no such folder: {data}; it must hold train and dev as {', '.join(EXTENSIONS)}")
+        raise UserError(f"no such folder: {data}; it must hold train and dev as {', '.join(EXTENSIONS)}", "task.data")
 
     def files(name: str) -> list[Path]:
         stems = _stems(name, task)
@@ -149,7 +149,7 @@ def _locate(data: str, split: str, task: Task) -> _Source | None:
 
     found = files(split)
     if len(found) > 1:
-        raise UserError(f"task.data: {found[0]} and {found[1].name} both hold the split {split}; keep one")
+        raise UserError(f"{found[0]} and {found[1].name} both hold the split {split}; keep one", "task.data")
     if found:
         return _Source(found[0])
     if task.release is None or any(files(name) for name in task.splits):

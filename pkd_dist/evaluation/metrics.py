@@ -1,67 +1,81 @@
-"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed, and teacher
-against student."""
+"""Task metrics of a model's logits, and how far two models agree.
+
+Shapes: N examples, C classes (1 for a regression).
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.results import Scores
+from pkd_dist.metric_names import MAIN_METRIC
 
 
 def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, float]:
-    """The metrics of `results_eval.json`: accuracy, MCC, precision, recall, f_1 (of `task.positive`; macro beyond two
-    classes), or pearson and spearman and their mean for a regression; `main_metric` is the one that chooses the best epoch.
+    """Return the metrics of a task, by their names in `metric_names.py`.
 
-    A correlation that is not defined (constant predictions) counts as 0.
+    Precision, recall and F1 are those of `task.positive` for two classes and macro averages for more. A correlation of
+    constant values is undefined and counts as 0.
+
+    Args:
+        logits_NC: Floating, (N, C); the predicted value for a regression.
+        labels_N: (N,) class indices, or the values of a regression.
+
+    Returns:
+        accuracy, MCC, precision, recall and f_1, or pearson, spearman and pearson_spearman; and `main_metric`, which
+        selects the best epoch.
     """
     if task.regression:
-        from scipy.stats import pearsonr, spearmanr  # slow to import, so only where a rank scores
+        from scipy.stats import pearsonr, spearmanr  # slow to import, so only on the rank that scores
 
-        predicted = logits_NC[:, 0].astype(np.float64)
-        constant = len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(labels_N) == 0
-        pearson = 0.0 if constant else float(pearsonr(predicted, labels_N).statistic)
-        spearman = 0.0 if constant else float(spearmanr(predicted, labels_N).statistic)
-        out = {"pearson": pearson, "spearman": spearman, "pearson_spearman": (pearson + spearman) / 2}
+        predicted_N = logits_NC[:, 0].astype(np.float64)
+        constant = len(predicted_N) < 2 or np.ptp(predicted_N) == 0 or np.ptp(labels_N) == 0
+        pearson = 0.0 if constant else float(pearsonr(predicted_N, labels_N).statistic)
+        spearman = 0.0 if constant else float(spearmanr(predicted_N, labels_N).statistic)
+        metrics = {"pearson": pearson, "spearman": spearman, "pearson_spearman": (pearson + spearman) / 2}
     else:
         from sklearn import metrics as sk
 
-        predicted = logits_NC.argmax(axis=1)
-        average: Any = "binary" if logits_NC.shape[1] == 2 else "macro"
+        predicted_N = logits_NC.argmax(axis=1)
+        average: Literal["binary", "macro"] = "binary" if logits_NC.shape[1] == 2 else "macro"
         precision, recall, f_1, _ = sk.precision_recall_fscore_support(
-            labels_N, predicted, average=average, pos_label=task.positive, zero_division=0
+            labels_N, predicted_N, average=average, pos_label=task.positive, zero_division=0
         )
-        out = {
-            "accuracy": float(sk.accuracy_score(labels_N, predicted)),
-            "MCC": float(sk.matthews_corrcoef(labels_N, predicted)),
+        metrics = {
+            "accuracy": float(sk.accuracy_score(labels_N, predicted_N)),
+            "MCC": float(sk.matthews_corrcoef(labels_N, predicted_N)),
             "precision": float(precision),
             "recall": float(recall),
             "f_1": float(f_1),
         }
-    return out | {"main_metric": out[task.main_metric]}
+    return metrics | {MAIN_METRIC: metrics[task.main_metric]}
 
 
-def scores(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> dict[str, Any]:
-    """`score` of a labelled split, with the 95% interval of an accuracy."""
-    out: dict[str, Any] = score(logits_NC, np.asarray(tokens.labels_N), task)
-    if "accuracy" in out:
-        out["accuracy_interval_95"] = list(interval(out["accuracy"], len(tokens)))
-    return out
+def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
+    """Return `score` of a labelled split, with the 95% interval of its accuracy."""
+    metrics = score(logits_NC, np.asarray(tokens.labels_N), task)
+    if "accuracy" not in metrics:
+        return {**metrics}
+    return {**metrics, "accuracy_interval_95": list(wilson_interval(metrics["accuracy"], len(tokens)))}
 
 
-def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of n examples."""
+def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval (95% by default) of a proportion of n examples."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return centre - half, centre + half
 
 
 def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
-    """Share of examples of which both predict the same class; for a regression the correlation of the two (0 where
-    one of them is constant)."""
+    """Return the share of examples for which two models predict the same class.
+
+    For a regression it is the correlation of their predictions, 0 where one of them is constant.
+    """
     if a_NC.shape[1] == 1:
         constant = np.ptp(a_NC) == 0 or np.ptp(b_NC) == 0
         return 0.0 if constant else float(np.corrcoef(a_NC[:, 0], b_NC[:, 0])[0, 1])

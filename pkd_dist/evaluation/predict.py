@@ -1,4 +1,7 @@
-"""`pkd predict`: sentences in, one JSON object a line out, with any fine-tuned folder."""
+"""`pkd predict`: texts in, one JSON object per line out, with any fine-tuned classifier.
+
+lines of a file -> checked texts -> batches -> logits -> JSON lines, in the order of the texts
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,21 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer, is_empty
+from pkd_dist.evaluation.scoring import forward_of
 from pkd_dist.model import encoder
 from pkd_dist.model.compatibility import longest_input
 
 
 def lines(file: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each line of a file, or of standard input (`-`); blank lines are left out.
+    """Yield (place, text) for each non-blank line of a file, or of standard input (`-`).
 
     Raises:
-        UserError: it cannot be read, or a line is not UTF-8.
+        UserError: The file cannot be read, or a line is not UTF-8.
     """
     name = "standard input" if file == "-" else file
     try:
@@ -42,44 +45,44 @@ def lines(file: str) -> Iterator[tuple[str, str]]:
 def predict(
     model: str, texts: Iterable[tuple[str, str]], pair: bool, max_length: int | None, batch_size: int
 ) -> Iterator[str]:
-    """Answers in the order of the texts, as JSON: `text` (and `text_pair`), then `label`, `probability` and
-    `probabilities` by class name, or `value` of a regression.
+    """Yield one JSON object for each text, in order: `text` (and `text_pair`), then the keys of `answer`.
 
     Args:
-        model: folder or hub name of a fine-tuned sequence classifier.
-        texts: (where it stands, text); of a pair the two halves are separated by a tab.
-        max_length: tokens; longer texts are cut. None: 128, or what the model can read where that is less.
+        model: Folder or hub name of a fine-tuned sequence classifier.
+        texts: (place, text), where the place is for error messages; a tab separates the two texts of a pair.
+        max_length: Tokens; longer texts are truncated. None: 128, or the model's limit if that is lower.
 
     Raises:
-        UserError: the model cannot be used, or a text is empty or not a pair.
+        UserError: The model cannot be used, or a text is empty or not a pair. Earlier texts are answered first.
     """
     folder = encoder.locate(model, "--model")
-    classifier: Any = encoder.load_model(folder, "--model")
+    classifier = encoder.load_model(folder, "--model")
     tokenizer = encoder.load_tokenizer(folder, "--model")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--model: the tokenizer of {model} has no padding token; give it one (pad_token)")
+        raise UserError(f"the tokenizer of {model} has no padding token; give it one (pad_token)", "--model")
     longest = longest_input(classifier.config)
     max_length = max_length or min(128, longest or 128)
     if longest and max_length > longest:
-        raise UserError(f"--max-length: {max_length} is more than {model} can read; give at most {longest}")
+        raise UserError(f"{max_length} is more than {model} can read; give at most {longest}", "--max-length")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.to(device)
+    forward, names = forward_of(classifier), classifier.config.id2label
     for batch in _batches(texts, pair, batch_size):
         columns = [list(column) for column in zip(*batch, strict=True)]
         inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            logits_BC = classifier(**encoder.accepted(classifier, inputs.to(device))).logits.float().cpu()
-        for parts, logits_C in zip(batch, logits_BC, strict=True):
-            given = dict(zip(("text", "text_pair"), parts, strict=False))
-            yield json.dumps(given | answer(logits_C.numpy(), classifier.config.id2label), ensure_ascii=False)
+            logits_BC = forward(inputs.to(device)).float().cpu().numpy()
+        for halves, logits_C in zip(batch, logits_BC, strict=True):
+            given = dict(zip(("text", "text_pair"), halves, strict=False))
+            yield json.dumps(given | answer(logits_C, names), ensure_ascii=False)
 
 
 def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterator[list[Sequence[str]]]:
-    """Of checked texts; what stands before one that cannot be answered is answered before that is said."""
+    """Yield batches of checked texts; those before an invalid text come before its error."""
     batch: list[Sequence[str]] = []
     try:
-        for where, text in texts:
-            batch.append(_checked(where, text, pair))
+        for place, text in texts:
+            batch.append(_checked(place, text, pair))
             if len(batch) == size:
                 yield batch
                 batch = []
@@ -91,12 +94,17 @@ def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterato
         yield batch
 
 
-def _checked(where: str, text: str, pair: bool) -> Sequence[str]:
-    parts = text.split("\t") if pair else [text]
-    if pair and len(parts) != 2:
-        raise UserError(f"{where}: --pair needs two texts separated by one tab, here are {len(parts)}")
-    if any(map(is_empty, parts)):
-        raise UserError(f"{where}: the text is empty; every line needs one")
-    if any("\ud800" <= letter <= "\udfff" for part in parts for letter in part):
-        raise UserError(f"{where}: the text is not UTF-8")
-    return parts
+def _checked(place: str, text: str, pair: bool) -> Sequence[str]:
+    """Return the one or two texts of a line.
+
+    Raises:
+        UserError: A text is empty or not UTF-8, or the line is not a pair.
+    """
+    halves = text.split("\t") if pair else [text]
+    if pair and len(halves) != 2:
+        raise UserError(f"{place}: --pair needs two texts separated by one tab, but this line has {len(halves)}")
+    if any(map(is_empty, halves)):
+        raise UserError(f"{place}: the text is empty; every line needs one")
+    if any("\ud800" <= character <= "\udfff" for half in halves for character in half):
+        raise UserError(f"{place}: the text is not UTF-8")
+    return halves

@@ -1,7 +1,7 @@
-"""RUN/answers.safetensors: what teacher and student said of every scored example, by example id.
+"""RUN/answers.safetensors: the predictions of teacher and student for every scored example, by example id.
 
-Per split the tensors `SPLIT.ids` int64 (N,), `SPLIT.labels` int64 or float32 (N,), `SPLIT.teacher` and `SPLIT.student`
-float32 (N, C): logits, or the predicted value of a regression (C = 1). Labels are those of the token sets.
+Per split it holds the tensors `SPLIT.ids` int64 (N,), `SPLIT.labels` int64 or float32 (N,), `SPLIT.teacher` and
+`SPLIT.student` float32 (N, C): logits, or the predicted value for a regression (C = 1). Labels are those of the token sets.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from safetensors.numpy import load_file, save_file
 from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.files import write_atomically
 
 FILE = "answers.safetensors"
-SIDES = ("teacher", "student")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of one split; see the head of this module for shapes and dtypes."""
+    """Predictions of both models for one split; the module docstring has shapes and dtypes."""
 
     ids_N: np.ndarray
     labels_N: np.ndarray
@@ -37,32 +37,32 @@ class Predictions:
         return bool(is_labelled(self.labels_N).all())
 
     @cached_property
-    def said(self) -> dict[str, np.ndarray]:
-        """(N,) per side: the class with the largest logit; of a regression the value."""
+    def predicted(self) -> dict[str, np.ndarray]:
+        """Side -> (N,): the class with the largest logit, or the value for a regression."""
         return {side: x[:, 0] if x.shape[1] == 1 else x.argmax(axis=1) for side, x in self.logits.items()}
 
     @cached_property
     def probabilities(self) -> dict[str, np.ndarray]:
-        """(N, C) per side, float64."""
-        out = {}
+        """Side -> (N, C) float64."""
+        probabilities = {}
         for side, logits_NC in self.logits.items():
-            powers = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
-            out[side] = powers / powers.sum(axis=1, keepdims=True)
-        return out
+            powers_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
+            probabilities[side] = powers_NC / powers_NC.sum(axis=1, keepdims=True)
+        return probabilities
 
     def confusion(self, side: str) -> np.ndarray:
-        """(C, C) counts, rows the true class."""
+        """Return the (C, C) confusion matrix of a model; rows are true classes."""
         classes = self.logits[side].shape[1]
         matrix = np.zeros((classes, classes), dtype=int)
-        np.add.at(matrix, (self.labels_N, self.said[side]), 1)
+        np.add.at(matrix, (self.labels_N, self.predicted[side]), 1)
         return matrix
 
 
 def write(path: Path, splits: Mapping[str, TokenSet], logits: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the answers to `splits`.
+    """Write the predictions for `splits`.
 
     Args:
-        logits: split -> side -> (N, C), in the order of the token set.
+        logits: Split -> side -> (N, C), in the order of the token set.
     """
     tensors: dict[str, np.ndarray] = {}
     for name, tokens in splits.items():
@@ -72,10 +72,10 @@ def write(path: Path, splits: Mapping[str, TokenSet], logits: Mapping[str, Mappi
 
 
 def read(path: Path) -> dict[str, Predictions]:
-    """split -> answers.
+    """Read the predictions of every split.
 
     Raises:
-        UserError: the file is not there, or cannot be read.
+        UserError: The file is missing or cannot be read.
     """
     try:
         tensors = load_file(path)
@@ -87,8 +87,8 @@ def read(path: Path) -> dict[str, Predictions]:
             for name in names
         }
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing; the run's own command makes it again") from None
+        raise UserError(f"{path}: is missing; rerun the run's command to write it again") from None
     except (OSError, SafetensorError, LookupError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); remove it, and the run's own command makes it again"
+            f"{path}: cannot be read ({error}); remove it and rerun the run's command to write it again"
         ) from None

@@ -1,26 +1,41 @@
-"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed, and teacher
-against student."""
+"""Logits of exactly n examples, each computed once, whatever the number of ranks and the batch size.
+
+Shapes: B rows of a batch, N examples, C classes (1 for a regression).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
+from pkd_dist.model.encoder import accepted
 
-Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+Inputs = dict[str, torch.Tensor]
+Forward = Callable[[Inputs], torch.Tensor]
+"""A tokenizer's outputs -> logits_BC."""
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    """Return a classifier as a function of a tokenizer's outputs."""
+
+    def forward(inputs: Inputs) -> torch.Tensor:
+        logits_BC: torch.Tensor = model(**accepted(model, inputs)).logits
+        return logits_BC
+
+    return forward
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Any:
-    """Evaluation mode without gradients; the mode of before is put back."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients, and restore the previous mode afterwards."""
     mode = module.training
     module.eval()
     try:
@@ -30,7 +45,7 @@ def evaluating(module: nn.Module) -> Any:
         module.train(mode)
 
 
-def predict(
+def predict_logits(
     forward: Forward,
     tokens: TokenSet,
     world: World,
@@ -38,41 +53,44 @@ def predict(
     pad_id: int,
     tick: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
-    """Logits of every example, on every rank; collective.
+    """Return the logits of every example, on every rank. Collective.
 
     Args:
-        forward: a Hugging Face model's inputs -> logits_BC.
-        tick: told of the examples done.
+        batch_size: Examples per forward pass on one rank.
+        tick: Called with the number of examples after each batch of this rank.
 
     Returns:
-        (N, C) float32 in the order of the token set.
+        (N, C) float32, in the order of the token set.
 
     Raises:
-        Preempted: a rank has got a stop signal; nothing is kept.
+        Preempted: A rank received a stop signal; the logits so far are discarded.
     """
-    mine = scoring_batches(tokens, batch_size, world.rank, world.size)
+    own = scoring_batches(tokens, batch_size, world.rank, world.size)
     logits: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    # Where a forward pass is collective (ZeRO 3), all ranks must do the same number, and stop at the same one.
+    # Under ZeRO 3 a forward pass is collective: all ranks must run the same number, and stop at the same one.
     for i in range(-(-len(tokens) // (world.size * batch_size)) if len(tokens) else 0):
         world.stop_here("in an evaluation")
-        rows_B = mine[i] if i < len(mine) else np.zeros(1, np.int64)
+        rows_B = own[i] if i < len(own) else np.zeros(1, np.int64)
         batch = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(world.device)
-        out = forward(batch.inputs).float().cpu().numpy()
-        if i < len(mine):
-            logits.append(out)
+        logits_BC = forward(batch.inputs).float().cpu().numpy()
+        if i < len(own):
+            logits.append(logits_BC)
             positions.append(rows_B)
             tick(len(rows_B))
-    width = max(world.gather(logits[0].shape[1] if logits else 0))
-    rows = np.concatenate(logits) if logits else np.empty((0, width), np.float32)
+    classes = max(world.gather(logits[0].shape[1] if logits else 0))
+    rows = np.concatenate(logits) if logits else np.empty((0, classes), np.float32)
     return world.gather_rows(rows, np.concatenate(positions) if positions else np.empty(0, np.int64), len(tokens))
 
 
-def answers(forward: Callable[[Any], Any], tokens: TokenSet, batch_size: int, pad_id: int) -> np.ndarray:
-    """`predict` without other ranks, of any function that gives logits on the CPU: (N, C) float32."""
-    out: list[np.ndarray] = []
+def predict_logits_single(
+    forward: Callable[[Inputs], torch.Tensor | np.ndarray], tokens: TokenSet, batch_size: int, pad_id: int
+) -> np.ndarray:
+    """Return what `predict_logits` does, in a single process and for any function that computes logits on the CPU."""
+    logits: list[np.ndarray] = []
     batches = scoring_batches(tokens, batch_size, 0, 1)
     for rows_B in batches:
-        out.append(np.asarray(forward(collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).inputs), np.float32))
+        inputs = collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).inputs
+        logits.append(np.asarray(forward(inputs), np.float32))
     order_N = np.concatenate(batches)
-    return np.concatenate(out)[np.argsort(order_N)]
+    return np.concatenate(logits)[np.argsort(order_N)]

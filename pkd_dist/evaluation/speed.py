@@ -1,5 +1,4 @@
-"""Scoring: logits of exactly n examples whatever the ranks and batches, task metrics, size and speed, and teacher
-against student."""
+"""Latency and throughput of models, timed in turn on the same inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +9,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 
+from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.evaluation.scoring import Forward
+from pkd_dist.evaluation.scoring import Inputs
+
+Timed = Callable[[Inputs], object]
+"""A forward pass whose output does not matter."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Timing:
     """How fast one model was.
 
     Attributes:
-        latencies_ms_R: (R,) float64, of each request of one sentence, in the order they were made.
-        rates: samples per second at the batch size, of each pass.
+        latencies_ms_R: (R,) float64, of each request of one sentence, in order.
+        rates: Samples per second of each pass over the batches.
     """
 
     latencies_ms_R: np.ndarray
@@ -34,7 +37,7 @@ class Timing:
 
     @property
     def figures(self) -> dict[str, float]:
-        """`latency_ms_p50`, `latency_ms_p99` (batch 1), `reasoningTime` (samples per second; the median pass)."""
+        """Percentiles of latency at batch size 1, and `reasoningTime`: samples per second of the median pass."""
         return {
             "latency_ms_p50": float(np.percentile(self.latencies_ms_R, 50)),
             "latency_ms_p99": float(np.percentile(self.latencies_ms_R, 99)),
@@ -42,63 +45,83 @@ class Timing:
         }
 
 
-def speed(
-    forwards: Mapping[str, Forward],
-    tokens: TokenSet,
-    device: torch.device,
-    batch_size: int,
-    requests: int,
-    examples: int,
-    pad_id: int,
-    repeats: int = 3,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
-    """Latency and throughput of several models on the same inputs, interleaved so that drift hits all alike.
+@dataclass(frozen=True)
+class TimedInputs:
+    """Inputs that every model is timed on, on `device`.
 
-    Args:
-        forwards: name -> forward.
-        requests: of single sentences, timed for each, at the lengths of the real text.
-        examples: about so many are timed in batches of `batch_size`.
-        repeats: passes over those.
-        check: called before each request; what it raises ends the measurement.
+    Attributes:
+        requests: Single sentences, with the lengths of real text.
+        batches: From long to short, full where there are enough examples.
+        samples: Examples in all batches.
     """
 
-    def timed(forward: Forward, inputs: dict[str, torch.Tensor]) -> float:
+    requests: list[Inputs]
+    batches: list[Inputs]
+    samples: int
+    device: torch.device
+
+    @classmethod
+    def choose(cls, tokens: TokenSet, pad_id: int, device: torch.device, settings: Evaluate) -> TimedInputs:
+        """Choose inputs among examples: the same ones for the same token set and settings."""
+        rng = np.random.default_rng(0)
+        requests = [
+            collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs
+            for _ in range(settings.latency_samples)
+        ]
+        batch_size = settings.batch_size
+        every = scoring_batches(tokens, batch_size, 0, 1)
+        full = every[: len(tokens) // batch_size] or every
+        stride = -(-len(full) * batch_size // settings.throughput_samples)
+        rows = full[(min(stride, len(full)) - 1) // 2 :: stride]  # a single one is the batch of median length
+        batches = [collate(tokens, rows_B, np.ones(len(rows_B)), pad_id).to(device).inputs for rows_B in rows]
+        return cls(requests, batches, sum(map(len, rows)), device)
+
+
+def measure_speed(
+    forwards: Mapping[str, Timed], inputs: TimedInputs, repeats: int = 3, check: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
+    """Time several models, interleaved so that drift of the machine affects all alike.
+
+    Args:
+        repeats: Passes over the batches.
+        check: Called before each forward pass; an exception it raises ends the measurement.
+    """
+
+    def seconds_of(forward: Timed, one: Inputs) -> float:
         check()
         start = time.perf_counter()
-        forward(inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        forward(one)
+        if inputs.device.type == "cuda":
+            torch.cuda.synchronize(inputs.device)
         return time.perf_counter() - start
 
-    rng = np.random.default_rng(0)
-    singles = [
-        collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs
-        for _ in range(requests)
-    ]
-    every = scoring_batches(tokens, batch_size, 0, 1)
-    full = every[: len(tokens) // batch_size] or every
-    apart = -(-len(full) * batch_size // examples)
-    rows = full[(min(apart, len(full)) - 1) // 2 :: apart]  # from long to short; one alone is the middle one
-    batches = [collate(tokens, r, np.ones(len(r)), pad_id).to(device).inputs for r in rows]
     for forward in forwards.values():  # warm-up
-        for inputs in [*singles[:5], batches[0]]:
-            forward(inputs)
-    latency: dict[str, list[float]] = {name: [] for name in forwards}
-    for inputs in singles:
+        for one in [*inputs.requests[:5], inputs.batches[0]]:
+            forward(one)
+    latencies_ms: dict[str, list[float]] = {name: [] for name in forwards}
+    for one in inputs.requests:
         for name, forward in forwards.items():
-            latency[name].append(timed(forward, inputs) * 1e3)
+            latencies_ms[name].append(seconds_of(forward, one) * 1e3)
     seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in forwards}
     for repeat in range(repeats):
-        for inputs in batches:
+        for one in inputs.batches:
             for name, forward in forwards.items():
-                seconds[name][repeat] += timed(forward, inputs)
-    total = sum(len(r) for r in rows)
-    return {name: Timing(np.asarray(latency[name]), [total / each for each in seconds[name]]) for name in forwards}
+                seconds[name][repeat] += seconds_of(forward, one)
+    return {
+        name: Timing(np.asarray(latencies_ms[name]), [inputs.samples / each for each in seconds[name]])
+        for name in forwards
+    }
 
 
-def machine() -> dict[str, Any]:
-    """What figures of speed were taken on: `processor`, and `cores` of this process."""
+class Machine(TypedDict):
+    """Where speed was measured; `cores` are those this process may use."""
+
+    processor: str
+    cores: int
+
+
+def machine() -> Machine:
+    """Describe this machine."""
     try:
         names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -1,1 +1,1 @@
-"""The consolidated student for serving, and its model card."""
+"""A trained student as files to serve it from, each verified on all of dev."""

@@ -1,242 +1,300 @@
-"""An export, whole or not at all: the Hugging Face folder, the files to serve it from, and what proves them.
+"""Build an export: the Hugging Face folder, the files to serve it from, and the proof that each of them works.
 
-student -> safetensors, ONNX (float32 -> float16, int8), torch.export, Triton -> every file on all of dev
-        -> model card -> manifest -> the folder gets its name
+student -> safetensors, ONNX (float32 -> float16, int8), torch.export, Triton -> verify every file on all of dev
+        -> time -> model card -> manifest -> rename to the final name
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.metrics import agreement, scores
-from pkd_dist.evaluation.scoring import answers
-from pkd_dist.evaluation.speed import machine, speed
+from pkd_dist.evaluation.metrics import agreement, score
+from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
+from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed
 from pkd_dist.export import hf, manifest, onnx, triton
+from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
 from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
 from pkd_dist.files import remove, require_space, write_atomically
+from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.model.encoder import accepted, save_model
 from pkd_dist.telemetry.log import log
 
 TOLERANCE = 1e-4
-"""Largest difference between a logit of a float32 file and PyTorch's."""
+"""Largest difference allowed between a logit of a float32 file and PyTorch's."""
 LOSS_ALLOWED = 0.005
-"""Of the main metric, by a file of lower precision; or one example, where dev has fewer than 200."""
+"""Loss of the main metric allowed for a file of lower precision; one example where dev has fewer than 200."""
 CALIBRATION = (32, 8)
-"""Batches of training text and the examples of each, from which static quantisation learns the ranges."""
+"""Batches of training text, and examples of each, that static quantisation is calibrated on."""
+WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "torch_export/model.pt2"
+_TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
+
+Runnable = Callable[[Inputs], torch.Tensor | np.ndarray]
+"""A tokenizer's outputs -> logits_BC on the CPU."""
+Verdict = dict[str, float]
+"""`largest_difference`, `agreement` and `main_metric` of a file on dev."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported, and on what it is proved.
+    """The student to export, and the data that its files are verified on.
 
     Attributes:
-        student: in float32, on the CPU.
-        labels: class names in the order of the logits; none: a regression.
-        dev: on whose every example each file answers.
-        train: calibrates static quantisation.
-        texts: some of dev's texts, in order.
-        requests: of single sentences, timed for each file.
+        student: In float32, on the CPU.
+        labels: Class names in the order of the logits; empty for a regression.
+        dev: Every file is run on all of it.
+        train: Calibrates static quantisation.
+        texts: The first texts of dev, by column.
+        max_length: Tokens at which inputs are truncated.
+        evaluate: Batch size, and the number of single sentences timed for each file.
     """
 
     student: PreTrainedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     task: Task
     labels: list[str]
     dev: TokenSet
     train: TokenSet
     texts: tuple[list[str], ...]
     max_length: int
-    batch_size: int
-    requests: int
+    evaluate: Evaluate
+
+    @property
+    def pad_id(self) -> int:
+        return cast(int, self.tokenizer.pad_token_id)
+
+    @property
+    def pair(self) -> bool:
+        return len(self.texts) > 1
 
 
-class _Builder:
-    def __init__(self, subject: Subject, folder: Path, tick: Callable[[], None]):
-        self.subject, self.folder, self.tick = subject, folder, tick
-        self.pad_id = subject.tokenizer.pad_token_id
-        self.forwards: dict[str, Callable[[Any], Any]] = {"PyTorch": self._student}
-        self.found: dict[str, dict[str, Any]] = {}
-        self.logits_NC = self._answers(self._student)
-        self.main_metric = self._score(self.logits_NC)
+class _Verifier:
+    """Runs files on all of dev and compares them with PyTorch in float32.
 
-    def _student(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.subject.student(**accepted(self.subject.student, inputs)).logits
+    Attributes:
+        logits_NC: PyTorch's, (N, C) float32.
+        main_metric: PyTorch's.
+    """
+
+    def __init__(self, subject: Subject, check: Callable[[], None]):
+        self._subject, self._check = subject, check
+        self.logits_NC = self._run(forward_of(subject.student))
+        self.main_metric = self._main_metric(self.logits_NC)
 
     @torch.inference_mode()
-    def _answers(self, forward: Callable[[Any], Any]) -> np.ndarray:
-        def answer(inputs: dict[str, torch.Tensor]) -> Any:
-            self.tick()
+    def _run(self, forward: Runnable) -> np.ndarray:
+        def checked(inputs: Inputs) -> torch.Tensor | np.ndarray:
+            self._check()
             return forward(inputs)
 
-        return answers(answer, self.subject.dev, self.subject.batch_size, self.pad_id)
+        return predict_logits_single(
+            checked, self._subject.dev, self._subject.evaluate.batch_size, self._subject.pad_id
+        )
 
-    def _score(self, logits_NC: np.ndarray) -> float:
-        return scores(logits_NC, self.subject.dev, self.subject.task)["main_metric"]
+    def _main_metric(self, logits_NC: np.ndarray) -> float:
+        return score(logits_NC, np.asarray(self._subject.dev.labels_N), self._subject.task)[MAIN_METRIC]
 
-    def build(self, formats: Sequence[str]) -> None:
-        """Writes and verifies all but the card and the manifest."""
-        (self.folder / "onnx").mkdir()
-        source = self.folder / ONNX_FILES["onnx"]
-        if any(name.startswith("onnx") for name in formats):
-            onnx.write(self.subject.student, self.subject.tokenizer, source)
-            if "onnx-fp16" in formats:
-                half = self.folder / ONNX_FILES["onnx-fp16"]
-                onnx.write_half(source, half)
-                self._prove(ONNX_FILES["onnx-fp16"], self._judge(OnnxModel(half)), exact=False)
-            onnx.split_norms(source)
-            self._prove(ONNX_FILES["onnx"], self._judge(OnnxModel(source)), exact=True)
-        if "onnx-int8" in formats:
-            self._int8(source)
-        if "torch-export" in formats:
-            (self.folder / "torch_export").mkdir()
-            onnx.write_program(self.subject.student, self.subject.tokenizer, self.folder / TORCH_FILE)
-            program = torch.export.load(self.folder / TORCH_FILE).module()
-            self.forwards[TORCH_FILE] = lambda inputs: program(**accepted(self.subject.student, inputs))
-            self._prove(TORCH_FILE, self._judge(self.forwards[TORCH_FILE]), exact=True)
-        if "triton" in formats:
-            self._triton(formats)
-        if "onnx" not in formats:
-            source.unlink(missing_ok=True)
-            self.found.pop(ONNX_FILES["onnx"], None)
-        if not any((self.folder / "onnx").iterdir()):
-            (self.folder / "onnx").rmdir()
-
-    def _judge(self, forward: Callable[[Any], Any]) -> dict[str, float]:
-        logits_NC = self._answers(forward)
+    def judge(self, forward: Runnable) -> Verdict:
+        logits_NC = self._run(forward)
         return {
             "largest_difference": float(np.abs(logits_NC - self.logits_NC).max()),
             "agreement": agreement(logits_NC, self.logits_NC),
-            "main_metric": self._score(logits_NC),
+            "main_metric": self._main_metric(logits_NC),
         }
 
-    def _prove(self, name: str, found: dict[str, float], exact: bool) -> None:
-        """Raises UserError where a file's answers are not the student's, by how much, and what to do."""
-        metric, lost = self.subject.task.main_metric, self.main_metric - found["main_metric"]
+    def require_good(self, name: str, verdict: Verdict, exact: bool) -> None:
+        """Raise UserError where a file is too far from the student: in its logits if `exact`, else in its metric."""
+        metric, lost = self._subject.task.main_metric, self.main_metric - verdict["main_metric"]
         remedy = f"the export is not written; leave its format out of export.formats ({name})"
-        if exact and not found["largest_difference"] <= TOLERANCE:
+        if exact and not verdict["largest_difference"] <= TOLERANCE:
             raise UserError(
-                f"export: {name}: logits differ from PyTorch's by {found['largest_difference']:.2g} on dev, more than "
+                f"export: {name}: logits differ from PyTorch's by {verdict['largest_difference']:.2g} on dev, more than "
                 f"{TOLERANCE:.0e}; {remedy}"
             )
-        allowed = max(LOSS_ALLOWED, 1 / len(self.subject.dev))
+        allowed = max(LOSS_ALLOWED, 1 / len(self._subject.dev))
         if not exact and not lost <= allowed + 1e-9:
             raise UserError(
                 f"export: {name}: {metric} on dev is {100 * lost:.2f} points below PyTorch's {100 * self.main_metric:.2f}, "
                 f"more than {100 * allowed:.2f}; {remedy}"
             )
-        self.found[name] = found | {"bytes": (self.folder / name).stat().st_size}
-        log.info("export: %s: largest difference of a logit %.1e, %s %.4f", name, found["largest_difference"],
-                 metric, found["main_metric"])  # fmt: skip
+        log.info("export: %s: largest difference of a logit %.1e, %s %.4f", name, verdict["largest_difference"],
+                 metric, verdict["main_metric"])  # fmt: skip
+
+
+class _Builder:
+    """Writes and verifies the files of an export in a folder that holds the Hugging Face files already.
+
+    Attributes:
+        found: File name -> figures so far.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, check: Callable[[], None]):
+        self.subject, self.folder, self.check = subject, folder, check
+        self.verifier = _Verifier(subject, check)
+        self.found: dict[str, FileFigures] = {}
+        self._programs: dict[str, Runnable] = {}
+
+    def build(self, formats: Sequence[str]) -> None:
+        """Write and verify all files but the model card and the manifest.
+
+        Raises:
+            UserError: A format cannot be written, or its file is too far from the student.
+        """
+        (self.folder / "onnx").mkdir()
+        source = self.folder / ONNX_FILES["onnx"]
+        if any(name.startswith("onnx") for name in formats):
+            self._onnx(source, half="onnx-fp16" in formats)
+        if "onnx-int8" in formats:
+            self._int8(source)
+        if "torch-export" in formats:
+            self._program()
+        if "triton" in formats:
+            self._triton(formats)
+        if "onnx" not in formats:  # the others were made from it
+            source.unlink(missing_ok=True)
+            self.found.pop(ONNX_FILES["onnx"], None)
+        if not any((self.folder / "onnx").iterdir()):
+            (self.folder / "onnx").rmdir()
+
+    def _accept(self, name: str, verdict: Verdict, exact: bool) -> None:
+        self.verifier.require_good(name, verdict, exact)
+        self.found[name] = cast(FileFigures, {**verdict, "bytes": (self.folder / name).stat().st_size})
+
+    def _onnx(self, source: Path, half: bool) -> None:
+        onnx.write(self.subject.student, self.subject.tokenizer, source)
+        if half:
+            name = ONNX_FILES["onnx-fp16"]
+            onnx.write_half(source, self.folder / name)
+            self._accept(name, self.verifier.judge(OnnxModel(self.folder / name)), exact=False)
+        onnx.split_norms(source)
+        self._accept(ONNX_FILES["onnx"], self.verifier.judge(OnnxModel(source)), exact=True)
 
     def _int8(self, source: Path) -> None:
-        """Of the ways to int8, the one that agrees best with float32 on dev."""
-        path = self.folder / ONNX_FILES["onnx-int8"]
-        tried: dict[str, dict[str, float]] = {}
+        """Keep the int8 file that agrees best with float32 on dev, among those of all ways to quantise."""
+        name = ONNX_FILES["onnx-int8"]
+        tried: dict[str, Verdict] = {}
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            for number, how in enumerate(onnx.QUANTISATIONS):
-                self.tick()
-                onnx.write_int8(source, Path(scratch) / f"{number}.onnx", how, self._calibration())
-                tried[how] = self._judge(OnnxModel(Path(scratch) / f"{number}.onnx"))
+            files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(onnx.QUANTISATIONS)}
+            for how, path in files.items():
+                self.check()
+                onnx.write_int8(source, path, how, self._calibration())
+                tried[how] = self.verifier.judge(OnnxModel(path))
             best = max(tried, key=lambda how: (tried[how]["agreement"], -tried[how]["largest_difference"]))
-            os.replace(Path(scratch) / f"{onnx.QUANTISATIONS.index(best)}.onnx", path)
-        self._prove(ONNX_FILES["onnx-int8"], tried[best], exact=False)
-        self.found[ONNX_FILES["onnx-int8"]] |= {"quantisation": best, "tried": tried}
+            os.replace(files[best], self.folder / name)
+        self._accept(name, tried[best], exact=False)
+        self.found[name]["quantisation"] = best
+        self.found[name]["tried"] = tried
 
     def _calibration(self) -> Iterator[dict[str, np.ndarray]]:
         batches, size = CALIBRATION
         every = scoring_batches(self.subject.train, size, 0, 1)
-        for rows in every[:: -(-len(every) // batches)]:
-            batch = collate(self.subject.train, rows, np.ones(len(rows)), self.pad_id)
+        for rows_B in every[:: -(-len(every) // batches)]:
+            batch = collate(self.subject.train, rows_B, np.ones(len(rows_B)), self.subject.pad_id)
             yield {name: value.numpy() for name, value in accepted(self.subject.student, batch.inputs).items()}
 
+    def _program(self) -> None:
+        path = self.folder / TORCH_FILE
+        path.parent.mkdir()
+        onnx.write_program(self.subject.student, self.subject.tokenizer, path)
+        program = torch.export.load(path).module()
+
+        def forward(inputs: Inputs) -> torch.Tensor:
+            logits_BC: torch.Tensor = program(**accepted(self.subject.student, inputs))
+            return logits_BC
+
+        self._programs[TORCH_FILE] = forward
+        self._accept(TORCH_FILE, self.verifier.judge(forward), exact=True)
+
     def _triton(self, formats: Sequence[str]) -> None:
-        names = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
-        graphs = {names[f]: self.folder / ONNX_FILES[f] for f in ONNX_FILES if f in formats}
-        inputs = list(accepted(self.subject.student, dict.fromkeys(self.subject.tokenizer.model_input_names)))
-        triton.write(
-            self.folder / "triton", graphs, inputs, self.subject.labels, len(self.subject.texts) > 1, self.subject.max_length
-        )  # fmt: skip
+        subject = self.subject
+        graphs = {_TRITON_NAMES[name]: self.folder / file for name, file in ONNX_FILES.items() if name in formats}
+        inputs = list(accepted(subject.student, dict.fromkeys(subject.tokenizer.model_input_names)))
+        triton.write(self.folder / "triton", graphs, inputs, subject.labels, subject.pair, subject.max_length)
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """Latency and throughput of each file and of PyTorch, on one core, so that thread pools do not meet."""
-        graphs: dict[str, Callable[[Any], Any]] = {
-            name: OnnxModel(self.folder / name, threads=1) for name in self.found if name != TORCH_FILE
+        """Return file name -> latency and throughput, PyTorch's under `WEIGHTS_FILE`.
+
+        All run on one core, so that thread pools do not compete.
+        """
+        subject = self.subject
+        forwards: dict[str, Runnable] = {WEIGHTS_FILE: forward_of(subject.student), **self._programs}
+        forwards |= {
+            name: OnnxModel(self.folder / name, threads=1) for name in self.found if name not in self._programs
         }
+        settings = subject.evaluate.model_copy(update={"throughput_samples": subject.evaluate.latency_samples})
+        inputs = TimedInputs.choose(subject.dev, subject.pad_id, torch.device("cpu"), settings)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                timings = speed(
-                    self.forwards | graphs, self.subject.dev, torch.device("cpu"), self.subject.batch_size, self.subject.requests,
-                    self.subject.requests, self.pad_id, repeats=1, check=self.tick,
-                )  # fmt: skip
-            return {name: timing.figures for name, timing in timings.items()}
+                timings = measure_speed(forwards, inputs, repeats=1, check=self.check)
         finally:
             torch.set_num_threads(threads)
+        return {name: timing.figures for name, timing in timings.items()}
 
 
 def export(
     subject: Subject,
     formats: Sequence[str],
     output: Path,
-    card: Callable[[dict[str, Any]], str],
-    about: dict[str, Any],
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Writes `output` whole or not at all, after every file has answered all of dev.
+    render_card: Callable[[ExportFigures], str],
+    about: Mapping[str, object],
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Write an export atomically, after every file was verified on all of dev.
 
     Args:
-        formats: as of `export.formats`.
-        card: what it is told of the files -> the model card, README.md.
-        about: what else the manifest says.
-        tick: called often; what it raises ends the export, with nothing left behind.
+        formats: Values of `export.formats`.
+        render_card: Figures of the files -> the model card, README.md.
+        about: Further entries of the manifest.
+        check: Called often; an exception it raises ends the export and leaves nothing behind.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: a file does not answer as the student does, a format cannot be written, or the disk is full.
+        UserError: A file is too far from the student, a format cannot be written, or the disk is full.
     """
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
         save_model(subject.student, subject.tokenizer, temporary)
-        weights = (temporary / "model.safetensors").stat().st_size
-        with require_space(output.absolute().parent, weights * len(formats), output.name):
-            builder = _Builder(subject, temporary, tick)
-            difference = hf.verify(
-                temporary, builder.logits_NC, subject.dev, subject.texts, subject.max_length, subject.batch_size
-            )
+        weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
+        with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
+            builder = _Builder(subject, temporary, check)
+            verifier = builder.verifier
+            difference = hf.verify(temporary, verifier.logits_NC, subject.dev, subject.texts, subject.max_length,
+                                   subject.evaluate.batch_size)  # fmt: skip
             builder.build(formats)
         speeds = builder.measure()
-        files = {"model.safetensors": {"largest_difference": difference, "agreement": 1.0, "bytes": weights,
-                 "main_metric": builder.main_metric, **speeds.pop("PyTorch")}}  # fmt: skip
-        files |= {name: found | speeds[name] for name, found in builder.found.items()}
-        told = {
-            "formats": formats,
+        weights = {"largest_difference": difference, "agreement": 1.0, "bytes": weights_bytes,
+                   "main_metric": verifier.main_metric}  # fmt: skip
+        figures: ExportFigures = {
+            "formats": list(formats),
             "opset": onnx.OPSET,
-            "files_on_dev": files,
-            "measured_on": machine() | {"threads": 1},
+            "files_on_dev": {
+                name: cast(FileFigures, {**found, **speeds[name]})
+                for name, found in {WEIGHTS_FILE: weights, **builder.found}.items()
+            },
+            "measured_on": {**machine(), "threads": 1},
         }
-        text = card(told)
-        write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(text, encoding="utf-8"), len(text))
-        made = manifest.write(
-            temporary, about | told | {"max_length": subject.max_length, "pair": len(subject.texts) > 1}
-        )
+        card = render_card(figures)
+        write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
+        made = manifest.write(temporary, {**about, **figures, "max_length": subject.max_length, "pair": subject.pair})
         remove(output)
         os.replace(temporary, output)
     finally:

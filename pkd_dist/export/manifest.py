@@ -1,10 +1,11 @@
-"""What an export is made of: `manifest.json` with the sha256 of every file, and the check that all are as written."""
+"""`manifest.json` of an export: the sha256 of every file, and the check that all files are as written."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
@@ -14,23 +15,75 @@ FORMAT_VERSION = 1
 _REMEDY = "; export it again"
 
 
-def write(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Writes and returns the manifest of all that lies in a folder.
+class FileFigures(TypedDict):
+    """What was measured of one file on all of dev, on one core.
+
+    `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.
+    `quantisation` names the way to int8 that was chosen among those `tried`.
+    """
+
+    bytes: int
+    main_metric: float
+    largest_difference: float
+    agreement: float
+    latency_ms_p50: float
+    latency_ms_p99: float
+    reasoningTime: float
+    quantisation: NotRequired[str]
+    tried: NotRequired[dict[str, dict[str, float]]]
+
+
+class MeasuredOn(TypedDict):
+    processor: str
+    cores: int
+    threads: int
+
+
+class ExportFigures(TypedDict):
+    """What an export found of its files; `files_on_dev` is by path within the folder."""
+
+    formats: list[str]
+    opset: int
+    files_on_dev: dict[str, FileFigures]
+    measured_on: MeasuredOn
+
+
+class Manifest(TypedDict, total=False):
+    """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures."""
+
+    format_version: int
+    task: str
+    main_metric: str
+    pkd_dist: str
+    formats: list[str]
+    opset: int
+    files_on_dev: dict[str, FileFigures]
+    measured_on: MeasuredOn
+    max_length: int
+    pair: bool
+    step: int
+    dtype: str
+    files: dict[str, str]
+    digest: str
+
+
+def write(folder: Path, about: Mapping[str, object]) -> Manifest:
+    """Write and return the manifest of all files in a folder.
 
     Args:
-        about: what else it says; its own `digest` covers that too.
+        about: Further entries; the manifest's own `digest` covers them too.
     """
-    content = {"format_version": FORMAT_VERSION, **about, "files": file_digests(folder)}
+    content: dict[str, object] = {"format_version": FORMAT_VERSION, **about, "files": file_digests(folder)}
     content["digest"] = digest_of(content)
     write_json(folder / MANIFEST, content)
-    return content
+    return cast(Manifest, content)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of an export whose every file is there, is the one that was written, and is alone.
+def verify(folder: Path) -> Manifest:
+    """Return the manifest of an export after checking that it holds exactly the files that were written.
 
     Raises:
-        UserError: it is not so; says which file.
+        UserError: A file is missing, altered or unexpected; the message names it.
     """
     content = read(folder)
     try:
@@ -45,29 +98,29 @@ def verify(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of an export as it was written; its files are not looked at.
+def read(folder: Path) -> Manifest:
+    """Return the manifest of an export without looking at its files.
 
     Raises:
-        UserError: it is missing, or was altered.
+        UserError: It is missing or was altered.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST}; give a folder that `pkd export` has written, RUN/export") from None
+        raise UserError(f"{folder}: no {MANIFEST}; give a folder that `pkd export` wrote, RUN/export") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read ({error}){_REMEDY}") from None
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise UserError(f"{folder / MANIFEST}: is not the manifest of an export{_REMEDY}")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{folder / MANIFEST}: format version {content.get('format_version')!r} is not known here (known: "
+            f"{folder / MANIFEST}: format version {content.get('format_version')!r} is not supported (supported: "
             f"{FORMAT_VERSION}); use the pkd_dist that wrote it"
         )
     digest = content.pop("digest", None)
     if digest != digest_of(content):
         raise UserError(f"{folder / MANIFEST}: was altered{_REMEDY}")
-    return content
+    return cast(Manifest, content)
 
 
 def _all_files(folder: Path) -> list[str]:

@@ -1,12 +1,12 @@
-"""A student as an ONNX graph: written, fused, and made smaller.
+"""A student as an ONNX graph or a `torch.export` program: write it, fuse it, make it smaller.
 
-    live model -> savings of `lean.py` and fused attention -> torch.onnx -> ONNX Runtime's fusions -> float16 | int8
+    live model -> last layer at [CLS] alone, fused attention -> torch.onnx -> ONNX Runtime's fusions -> float16 | int8
 
-The graph takes what the tokenizer gives (`input_ids`, `attention_mask`, ... int64, (B, L), both axes free) and returns
-`logits` (B, C) in float32. Attention is written as ONNX Runtime's own operators, with query, key and value in one
-product; the last layer of a family that reads [CLS] alone computes that one row.
+A graph takes the tokenizer's outputs (`input_ids`, `attention_mask`, ... int64, (B, L), both axes dynamic) and returns
+`logits` (B, C) in float32. Attention uses ONNX Runtime's own operators, with query, key and value in one product. The last
+layer of a family that reads [CLS] alone computes that row alone.
 
-Shapes: B rows, L tokens, H hidden size, C classes.
+Shapes: B rows, L tokens, H hidden size, Q = 3H, C classes, A heads, d head size.
 """
 
 from __future__ import annotations
@@ -15,108 +15,161 @@ import contextlib
 import copy
 import io
 import logging
-import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import is_full
 from pkd_dist.model.encoder import accepted, encoder_layers
-from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.first_token import Attend, only_first_token
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 OPSET = 20
-_SELF_ATTENTION = {"distilbert": ("q_lin", "k_lin", "v_lin"), "": ("query", "key", "value")}
+_PROJECTIONS = {"distilbert": ("q_lin", "k_lin", "v_lin")}
+_DEFAULT_PROJECTIONS = ("query", "key", "value")
+"""Names of the linear layers of an attention module, by family."""
 _FUSED = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert")
-"""Families whose attention is that of ONNX Runtime's operator; others are written as they are."""
+"""Families whose attention is that of ONNX Runtime's operator; others are exported as they are."""
 
 
 class _Function(nn.Module):
-    """A model as a function of what tokenizers of encoders give, (B, L) each -> logits_BC. The model is changed in place."""
+    """A classifier as a function of token ids, (B, L) each -> logits_BC. Changes the model in place.
 
-    def __init__(self, model: PreTrainedModel):
+    Args:
+        attend: Attention of the first token in the last layer; None: `first_token.attend_first`.
+    """
+
+    def __init__(self, model: PreTrainedModel, attend: Attend | None = None):
         super().__init__()
         self.model = model
-        only_first_token(model, encoder_layers(model)[1])
+        layers = encoder_layers(model)[1]
+        lean = only_first_token(model, layers, attend)
+        self._lean_modules = set(layers[-1].modules()) if lean and layers is not None else set()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         types_BL = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types_BL).logits
+        logits_BC: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types_BL).logits
+        return logits_BC
 
 
-class _Graph(_Function):
-    """The same in ONNX Runtime's attention operators, which find the padding mask here."""
+class _Padding:
+    """Carries the padding mask of a forward pass to the attention modules.
+
+    ONNX Runtime's operator wants the tokenizer's mask; `transformers` passes its modules an expanded one.
+    """
+
+    mask_BL: torch.Tensor
+
+
+class _FusedFunction(_Function):
+    """The same function with ONNX Runtime's attention operator."""
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.padding: dict[str, torch.Tensor] = {}
-        config = model.config
-        if config.model_type not in _FUSED or getattr(config, "position_embedding_type", "absolute") != "absolute":
-            return
-        parts = _SELF_ATTENTION.get(config.model_type, _SELF_ATTENTION[""])
-        for module in list(model.modules()):
-            if all(isinstance(getattr(module, part, None), nn.Linear) for part in parts):
-                self._fuse(module, [getattr(module, part) for part in parts])
-        only_first_token(model, encoder_layers(model)[1], self._first_token)
+        super().__init__(model, self._attend_first)
+        self._padding = _Padding()
+        names = _PROJECTIONS.get(model.config.model_type, _DEFAULT_PROJECTIONS)
+        for path, module in list(model.named_modules()):
+            is_attention = all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
+            if is_attention and module not in self._lean_modules:
+                model.set_submodule(path, _FusedAttention(module, names, self._padding))
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        self.padding["BL"] = attention_mask.to(torch.int32)
+        self._padding.mask_BL = attention_mask.to(torch.int32)
         return super().forward(input_ids, attention_mask, token_type_ids)
 
-    def _fuse(self, attention: Any, parts: list[nn.Linear]) -> None:
-        weight_HQ = torch.cat([part.weight.detach().T for part in parts], dim=1)
-        bias_Q = torch.cat([part.bias.detach() for part in parts])
-        heads = parts[0].out_features // attention.attention_head_size
-
-        def forward(_: Any, hidden_BLH: torch.Tensor, *__: Any, **___: Any) -> tuple[torch.Tensor, None]:
-            context_BLH = torch.onnx.ops.symbolic(
-                "com.microsoft::Attention", (hidden_BLH, weight_HQ, bias_Q, self.padding["BL"]), {"num_heads": heads},
-                dtype=hidden_BLH.dtype, shape=hidden_BLH.shape, version=1,
-            )  # fmt: skip
-            if hasattr(attention, "out_lin"):  # DistilBERT
-                return attention.out_lin(context_BLH), None
-            if hasattr(attention, "dense"):  # ALBERT
-                return attention.LayerNorm(hidden_BLH + attention.dense(context_BLH)), None
-            return context_BLH, None
-
-        attention.forward = types.MethodType(forward, attention)
-
-    def _first_token(self, parts: Sequence[Any], head_size: int, hidden_BLH: torch.Tensor, *_: Any) -> torch.Tensor:
-        """`lean.attend_first` in few and small operations. A: heads; d: head size."""
-        query, key, value = parts
-        into_AdH, out_AdH = (part.weight.detach().unflatten(0, (-1, head_size)) for part in (key, value))
+    def _attend_first(
+        self, projections: Sequence[nn.Linear], head_size: int, hidden_BLH: torch.Tensor, *_: object
+    ) -> torch.Tensor:
+        """Compute `first_token.attend_first` in few and small operations, without dropout; (B, 1, H)."""
+        query, key, value = projections
+        key_AdH, value_AdH = (part.weight.detach().unflatten(0, (-1, head_size)) for part in (key, value))
         query_ABd = query(hidden_BLH[:, 0]).unflatten(-1, (-1, head_size)).transpose(0, 1)
-        sought_ABH = query_ABd @ (into_AdH * head_size**-0.5)
+        sought_ABH = query_ABd @ (key_AdH * head_size**-0.5)
         scores_BAL = (hidden_BLH @ sought_ABH.permute(1, 2, 0)).transpose(1, 2)
-        padding_B1L = (1 - self.padding["BL"].to(scores_BAL.dtype))[:, None] * torch.finfo(scores_BAL.dtype).min
+        mask_BL = self._padding.mask_BL.to(scores_BAL.dtype)
+        padding_B1L = (1 - mask_BL)[:, None] * torch.finfo(scores_BAL.dtype).min
         mean_ABH = ((scores_BAL + padding_B1L).softmax(-1) @ hidden_BLH).transpose(0, 1)
-        context_BH = (mean_ABH @ out_AdH.transpose(1, 2)).transpose(0, 1).flatten(1) + value.bias
+        context_BH = (mean_ABH @ value_AdH.transpose(1, 2)).transpose(0, 1).flatten(1) + value.bias
         return context_BH[:, None]
 
 
-def _traced(
-    kind: type[_Function], model: PreTrainedModel, tokenizer: Any, batch: Any, length: Any
-) -> tuple[_Function, dict[str, Any]]:
-    """A copy of the model as a function, and the arguments of an exporter that let both axes free."""
+class _FusedAttention(nn.Module):
+    """Takes the place of an attention module of `transformers`: ONNX Runtime's operator, then what follows it there.
+
+    Args:
+        attention: The module; its submodules are shared.
+        names: Its projections to query, key and value.
+    """
+
+    def __init__(self, attention: nn.Module, names: Sequence[str], padding: _Padding):
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        linears = [attention.get_submodule(name) for name in names]
+        self._heads = int(linears[0].out_features) // int(attention.attention_head_size)  # type: ignore[arg-type]
+        # Not parameters: the graph holds this one table in place of the three.
+        self._weight_HQ = torch.cat([linear.weight.detach().T for linear in linears], dim=1)  # type: ignore[operator]
+        self._bias_Q = torch.cat([linear.bias.detach() for linear in linears])  # type: ignore[operator]
+        self._padding = padding
+
+    def forward(self, hidden_BLH: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+        context_BLH = torch.onnx.ops.symbolic(
+            "com.microsoft::Attention", (hidden_BLH, self._weight_HQ, self._bias_Q, self._padding.mask_BL),
+            {"num_heads": self._heads}, dtype=hidden_BLH.dtype, shape=hidden_BLH.shape, version=1,
+        )  # fmt: skip
+        if hasattr(self, "out_lin"):  # DistilBERT
+            return self.out_lin(context_BLH), None
+        if hasattr(self, "dense"):  # ALBERT
+            return self.LayerNorm(hidden_BLH + self.dense(context_BLH)), None
+        return context_BLH, None
+
+
+def _is_fused(model: PreTrainedModel) -> bool:
+    config = model.config
+    return config.model_type in _FUSED and getattr(config, "position_embedding_type", "absolute") == "absolute"
+
+
+class _Trace(NamedTuple):
+    """A copy of a model as a function, an example of its inputs, and their dynamic axes."""
+
+    function: nn.Module
+    inputs: dict[str, torch.Tensor]
+    dynamic_shapes: dict[str, dict[int, object]]
+
+
+def _trace(
+    kind: Callable[[PreTrainedModel], _Function],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    axes: tuple[object, object],
+) -> _Trace:
+    """Prepare a model for an exporter.
+
+    Args:
+        axes: The exporter's way to say that an axis is dynamic, for batch and length.
+    """
     example = tokenizer(["one text", "another one, of more words"], padding=True, return_tensors="pt")
     inputs = accepted(model, example)
     function = kind(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
-    return function, {"args": (), "kwargs": inputs, "dynamic_shapes": dict.fromkeys(inputs, {0: batch, 1: length})}
+    return _Trace(function, inputs, dict.fromkeys(inputs, dict(enumerate(axes))))
 
 
 @contextlib.contextmanager
-def _writing(source: str, what: str) -> Iterator[None]:
-    """What exporters raise, of which there are many kinds, told in one line."""
+def _exporting(source: str, target: str) -> Iterator[None]:
+    """Turn the many kinds of exceptions of exporters into a UserError of one line, and silence their output."""
     try:
         with _quiet():
             yield
@@ -128,26 +181,27 @@ def _writing(source: str, what: str) -> Iterator[None]:
             cause = cause.__cause__
         first = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
         raise UserError(
-            f"export.formats: {source} cannot be written as {what} ({first}); leave {what} out of it"
+            f"{source} cannot be written as {target} ({first}); leave {target} out of it", "export.formats"
         ) from error
 
 
-def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
-    """Writes the fused float32 graph.
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write the fused float32 graph.
 
     Raises:
-        UserError: the model's family cannot be written.
+        UserError: Models of this family cannot be exported.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     config, fusions = model.config, FusionOptions("bert")
-    fusions.enable_skip_layer_norm = config.model_type in _FUSED  # it trips over norms without bias
-    with _writing(f"a {model.config.model_type}", "onnx"):
-        graph, arguments = _traced(_Graph, model, tokenizer, "batch", "length")
+    fusions.enable_skip_layer_norm = config.model_type in _FUSED  # fails on norms without bias
+    kind = _FusedFunction if _is_fused(model) else _Function
+    with _exporting(f"a {config.model_type}", "onnx"):
+        trace = _trace(kind, model, tokenizer, ("batch", "length"))
         program = torch.onnx.export(
-            graph, **arguments, dynamo=True, opset_version=OPSET, input_names=list(arguments["kwargs"]), output_names=["logits"],
-            external_data=False, verbose=False,
+            trace.function, (), kwargs=trace.inputs, dynamic_shapes=trace.dynamic_shapes, dynamo=True, opset_version=OPSET,
+            input_names=list(trace.inputs), output_names=["logits"], external_data=False, verbose=False,
         )  # fmt: skip
         assert program is not None
         fused = optimize_model(
@@ -158,8 +212,11 @@ def write(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
 
 
 def split_norms(path: Path) -> None:
-    """Makes two nodes of every skip layer norm, in place: on a CPU one of ONNX Runtime's takes twice as long as its sum
-    and its norm do, and a Sum (not an Add) is not fused again when the graph is loaded."""
+    """Split every SkipLayerNormalization into a sum and a norm, in place.
+
+    On a CPU the fused operator of ONNX Runtime takes twice as long as the two. A Sum, unlike an Add, is not fused again when
+    the graph is loaded.
+    """
     import onnx
 
     model = onnx.load(path)
@@ -179,40 +236,44 @@ def split_norms(path: Path) -> None:
     onnx.save(model, path)
 
 
-def write_program(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
-    """Writes the model as `torch.export` has it; `torch.export.load(path).module()(**inputs)`
-    answers without `transformers`.
+def write_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a `torch.export` program; `torch.export.load(path).module()(**inputs)` runs it without `transformers`.
 
     Raises:
-        UserError: the model's family cannot be written.
+        UserError: Models of this family cannot be exported.
     """
-    with _writing(f"a {model.config.model_type}", "torch-export"):
-        free = torch.export.Dim.DYNAMIC
-        function, arguments = _traced(_Function, model, tokenizer, free, free)
-        torch.export.save(torch.export.export(function, **arguments), path)
+    with _exporting(f"a {model.config.model_type}", "torch-export"):
+        dynamic = torch.export.Dim.DYNAMIC
+        trace = _trace(_Function, model, tokenizer, (dynamic, dynamic))
+        program = torch.export.export(trace.function, (), kwargs=trace.inputs, dynamic_shapes=trace.dynamic_shapes)
+        torch.export.save(program, path)
 
 
 def write_half(source: Path, path: Path) -> None:
-    """Writes a float32 graph in float16, for GPUs; its logits stay float32. Raises UserError where it cannot be."""
+    """Write a float32 graph in float16, for GPUs; its logits stay float32.
+
+    Raises:
+        UserError: The graph cannot be converted.
+    """
     import onnx
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with _writing("this graph", "onnx-fp16"):
+    with _exporting("this graph", "onnx-fp16"):
         model = OnnxModel(onnx.load(source))
         model.convert_float_to_float16(keep_io_types=True, use_symbolic_shape_infer=False)
         model.save_model_to_file(str(path))
 
 
 QUANTISATIONS = ("dynamic", "dynamic, 7-bit weights", "static")
-"""Ways to int8, of which the one whose answers agree best with float32 on dev is kept."""
+"""Ways to quantise to int8."""
 
 
 def write_int8(source: Path, path: Path, how: str, calibration: Iterator[dict[str, np.ndarray]]) -> None:
-    """Writes a float32 graph with int8 weights, a scale per column (per token in the embedding).
+    """Write a float32 graph with int8 weights, with a scale per column (per token in the embedding).
 
     Args:
-        how: one of `QUANTISATIONS`: what activations are rounded to is measured in each request, or once.
-        calibration: the model's inputs of batches of training text, for `static`.
+        how: One of `QUANTISATIONS`. `dynamic` finds the range of activations in each request, `static` once.
+        calibration: Inputs of batches of training text, for `static`.
     """
     import onnx
     from onnxruntime.quantization import (
@@ -227,26 +288,29 @@ def write_int8(source: Path, path: Path, how: str, calibration: Iterator[dict[st
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(calibration, None)
 
-    common: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
-    common["op_types_to_quantize"] = ["MatMul", "Attention"]  # what is left is a few rows of [CLS]
     graph = onnx.load(source).graph
     tables = {i.name for i in graph.initializer if len(i.dims) == 2}
-    common["nodes_to_exclude"] = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in tables]
-    with _writing("this graph", "onnx-int8"):
+    excluded = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in tables]
+    operators = ["MatMul", "Attention"]  # the remaining ones work on a few rows of [CLS]
+    with _exporting("this graph", "onnx-int8"):
         if how == "static":
             quantize_static(
                 source, path, Reader(), quant_format=QuantFormat.QOperator, activation_type=QuantType.QUInt8,
-                extra_options={"MatMulConstBOnly": True}, **common,
+                weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=operators, nodes_to_exclude=excluded,
+                extra_options={"MatMulConstBOnly": True},
             )  # fmt: skip
         else:
-            quantize_dynamic(source, path, reduce_range=how != "dynamic", **common)
+            quantize_dynamic(
+                source, path, reduce_range=how != "dynamic", weight_type=QuantType.QInt8, per_channel=True,
+                op_types_to_quantize=operators, nodes_to_exclude=excluded,
+            )  # fmt: skip
         model = onnx.load(path)
         _round_embedding(model)
         onnx.save(model, path)
 
 
-def _round_embedding(model: Any) -> None:
-    """Replaces the word embedding, the largest table of all, by int8 rows with a scale each: Gather, Cast, Mul."""
+def _round_embedding(model: ModelProto) -> None:
+    """Replace the word embedding, the largest table, by int8 rows with a scale each: Gather, Cast, Mul."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
@@ -279,8 +343,8 @@ def _round_embedding(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """Exporter and optimizer tell their steps to whoever listens; a failure is told by its exception."""
+def _quiet() -> Iterator[None]:
+    """Silence the progress output of exporters and optimizers; failures raise exceptions."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,11 +1,10 @@
-"""An exported ONNX graph as a function, on ONNX Runtime."""
+"""An exported ONNX graph as a function, run by ONNX Runtime."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,12 +18,12 @@ class OnnxModel:
     """A tokenizer's outputs -> logits_BC, float32.
 
     Args:
-        path: of the graph.
-        threads: None: one for each core of this process.
-        gpu: use one where ONNX Runtime finds it.
+        path: The graph.
+        threads: None: one per core of this process.
+        gpu: Use a GPU if ONNX Runtime finds one.
 
     Raises:
-        UserError: this is no graph that ONNX Runtime can run.
+        UserError: ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, path: Path, threads: int | None = None, gpu: bool = False):
@@ -33,7 +32,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
-        # Between two calls the cores are another's: as fast, and no thread waits for one that only turns.
+        # Idle threads must not spin between calls: the cores are needed elsewhere, and calls are as fast without.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.dynamic_block_base", "4")  # a slow core takes less of a product
         options.log_severity_level = 3
@@ -42,10 +41,11 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=[*(["CUDAExecutionProvider"] if on_gpu else []), "CPUExecutionProvider"]
             )
-        except Exception as error:  # its own kinds, not exported
+        except Exception as error:  # of types that ONNX Runtime does not export
             first = str(error).strip().partition("\n")[0]
             raise UserError(f"{path}: ONNX Runtime cannot load it ({first}); export it again") from None
         self.inputs = [given.name for given in self._session.get_inputs()]
 
-    def __call__(self, inputs: Mapping[str, Any]) -> np.ndarray:
-        return self._session.run(["logits"], {name: np.asarray(inputs[name]) for name in self.inputs})[0]
+    def __call__(self, inputs: Mapping[str, object]) -> np.ndarray:
+        logits_BC: np.ndarray = self._session.run(["logits"], {n: np.asarray(inputs[n]) for n in self.inputs})[0]
+        return logits_BC

@@ -1,4 +1,4 @@
-"""A Triton model repository: each ONNX graph of an export as a model that takes token ids and gives logits."""
+"""A Triton model repository: each ONNX graph of an export as a model from token ids to logits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _README = """\
 
 {% for name in names %}- `{{ name }}`: token ids in, `logits` out
 {% endfor %}
-The client tokenizes, with the tokenizer files of the folder above (the server holds no Python). Triton batches requests of
-one length: pad to a multiple of {{ multiple }}, so that many requests have the same.
+The client tokenizes, with the tokenizer files of the parent folder; the server runs no Python. Triton batches requests of
+equal length: pad to a multiple of {{ multiple }}, so that many requests have the same length.
 
 ```python
 import numpy as np
@@ -61,18 +61,20 @@ Classes, in the order of the logits: {{ labels | join(", ") }} (`labels.txt`, fo
 {% endif %}
 """
 MULTIPLE = 8
+"""The client pads to a multiple of this many tokens."""
 
 
 def write(
     folder: Path, graphs: dict[str, Path], inputs: Sequence[str], labels: Sequence[str], pair: bool, max_length: int
 ) -> None:
-    """Writes `folder`/NAME/{config.pbtxt,1/model.onnx} for each graph, and a README.md that shows a client.
+    """Write FOLDER/NAME/{config.pbtxt,1/model.onnx} for each graph, and a README.md with an example client.
 
     Args:
-        graphs: name of the model -> its ONNX file, which is copied.
-        inputs: names of the graphs' inputs.
-        labels: class names in the order of the logits; none: a regression.
-        pair, max_length: what the client's tokenizer is told.
+        graphs: Model name -> its ONNX file, which is copied.
+        inputs: Input names of the graphs.
+        labels: Class names in the order of the logits; empty for a regression.
+        pair: The example client sends pairs of texts.
+        max_length: Tokens at which the example client truncates.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for name, graph in graphs.items():

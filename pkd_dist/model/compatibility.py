@@ -62,7 +62,7 @@ def require_compatible(
         )
     longest = longest_input(config)
     if longest and max_length > longest:
-        raise UserError(f"task.max_length: {max_length} is more than {name} can read; give at most {longest}")
+        raise UserError(f"{max_length} is more than {name} can read; give at most {longest}", "task.max_length")
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token; set its pad_token")
     if tokenizer.cls_token_id is None or tokenizer(PROBES[0][0])["input_ids"][0] != tokenizer.cls_token_id:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkd_dist.evaluation.predictions import SIDES
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
 

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pkd_dist.data import text
-from pkd_dist.evaluation.predictions import SIDES
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.files import write_atomically
 from pkd_dist.report.charts import evaluation, models, timing, training
 from pkd_dist.report.format import duration, percent, size

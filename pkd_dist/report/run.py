@@ -15,7 +15,8 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.predictions import SIDES, Predictions
+from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import percent
 
@@ -222,7 +223,7 @@ class Run:
 
     def predicted(self, side: str) -> np.ndarray:
         """Return the (N,) predictions on dev: class indices, or the values of a regression."""
-        return self.dev.said[side]
+        return self.dev.predicted[side]
 
     @cached_property
     def confusion(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pkd_dist.errors import Preempted
 from pkd_dist.evaluation.metrics import score
-from pkd_dist.evaluation.scoring import evaluating, predict
+from pkd_dist.evaluation.scoring import evaluating, predict_logits
 from pkd_dist.files import sha256, write_atomically
 from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
@@ -206,7 +206,7 @@ class EvaluationHook(Hook):
         job, engine = trainer.job, trainer.engine
         try:
             with evaluating(job.module):
-                return predict(
+                return predict_logits(
                     lambda inputs: engine(inputs)[0], job.dev, trainer.world, job.evaluate.batch_size, job.pad_id
                 )
         except Preempted as stop:

@@ -198,12 +198,12 @@ TEACHERS = {
     "classes": (
         lambda f: relabel(f, "a", "b", "c"),
         [AS_IT_IS],
-        r"{at} has 3 classes, sst2 has 2 \(0, 1\); give a teacher of this task, or teacher\.finetune",
+        r"{at} has 3 classes, sst2 has 2 \(0, 1\); give a model of this task, or set teacher\.finetune",
     ),
     "class names": (
         lambda f: relabel(f, "cat", "dog"),
         [AS_IT_IS],
-        r"its classes are cat, dog, those of sst2 are negative, positive; give a teacher of this task",
+        r"its classes are cat, dog, those of sst2 are negative, positive; give a model of this task",
     ),
 }
 

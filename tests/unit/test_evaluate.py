@@ -1,4 +1,4 @@
-"""Scoring: the metrics against scikit-learn and scipy, and each of n examples exactly once."""
+"""Scoring: the metrics match scikit-learn and scipy, and each of n examples is scored exactly once."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,15 @@ from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 from torch import nn
 
+from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
-from pkd_dist.evaluation.metrics import agreement, interval, score
-from pkd_dist.evaluation.scoring import evaluating, predict
-from pkd_dist.evaluation.speed import speed
+from pkd_dist.evaluation.metrics import agreement, score, wilson_interval
+from pkd_dist.evaluation.scoring import evaluating, predict_logits, predict_logits_single
+from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 
 EXAMPLES, PAD = 37, 0
 
@@ -35,7 +36,7 @@ def tokens():
 
 
 def classes(count, seed=0, n=200):
-    """Logits that are right more often than not, and labels."""
+    """Return logits that are mostly right, and labels."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(count, size=n, p=np.arange(1, count + 1) / np.arange(1, count + 1).sum())
     return rng.normal(size=(n, count)).astype(np.float32) + 1.5 * np.eye(count, dtype=np.float32)[labels], labels
@@ -58,7 +59,7 @@ def test_classification_equals_scikit_learn(count, average):
         },
         abs=1e-12,
     )
-    assert all(type(value) is float for value in found.values()), "JSON can hold them"
+    assert all(type(value) is float for value in found.values()), "JSON-serialisable"
 
 
 def test_binary_metrics_by_hand():
@@ -108,7 +109,7 @@ def test_a_correlation_that_is_not_defined_is_0(n, recwarn):
 
 
 def forward(inputs):
-    """Logits that tell an example's tokens, whatever stands beside it in the batch."""
+    """Return logits that encode an example's tokens, whatever else is in the batch."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert not ids[mask == 0].any(), "padding is the pad token"
     place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -116,18 +117,19 @@ def forward(inputs):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 36, 37, 1000])
-def test_each_example_once_in_its_place(tokens, world, batch_size):
+def test_each_example_is_scored_once_and_in_order(tokens, world, batch_size):
     done = []
-    found = predict(forward, tokens, world, batch_size, PAD, done.append)
+    found = predict_logits(forward, tokens, world, batch_size, PAD, done.append)
     assert found.shape == (EXAMPLES, 3) and found.dtype == np.float32
     for i in range(EXAMPLES):
         ids = tokens.input_ids_T[tokens.offsets_N1[i] : tokens.offsets_N1[i + 1]].astype(int)
         assert found[i].tolist() == [ids.sum(), (ids * np.arange(1, len(ids) + 1)).sum(), len(ids)], i
     assert sum(done) == EXAMPLES and max(done) <= batch_size
+    assert (predict_logits_single(forward, tokens, batch_size, PAD) == found).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_put_back(training):
+def test_the_mode_is_restored(training):
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train(training)
     with evaluating(module):
         assert not module.training and not module[1].training
@@ -142,7 +144,7 @@ def test_the_mode_is_put_back(training):
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (41, 50), (872, 1000), (1, 1)])
 def test_wilsons_interval(right, n):
     wanted = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert interval(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+    assert wilson_interval(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
 
 
 def test_agreement():
@@ -163,7 +165,8 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
         return run
 
     names = ("teacher", "student", "third")
-    found = speed({name: model(name) for name in names}, tokens, torch.device("cpu"), 8, 10, 512, PAD, repeats=2)
+    inputs = TimedInputs.choose(tokens, PAD, torch.device("cpu"), Evaluate(batch_size=8, latency_samples=10))
+    found = measure_speed({name: model(name) for name in names}, inputs, repeats=2)
     assert list(found) == list(names)
     for timing in found.values():
         assert timing.latencies_ms_R.shape == (10,) and len(timing.rates) == 2
@@ -179,14 +182,15 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
 
 @pytest.mark.parametrize(("examples", "wanted"), [(8, [4]), (12, [2, 8]), (24, [1, 4, 7]), (72, range(9))])
 def test_few_timed_batches_are_full_and_of_middle_length(examples, wanted):
-    """Of 9 batches of 8, which are of 9, 8, ... tokens, and one of a single example."""
+    """Chosen from 9 batches of 8, of 9, 8, ... tokens, and one of a single example."""
     lengths = np.concatenate([[1], np.repeat(np.arange(1, 10), 8)])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.full(offsets[-1], 7, np.int32)
     made = TokenSet(ids, None, offsets, np.arange(73), np.zeros(73, np.int64), "", "", 0)
     seen = []
-    speed({"model": lambda inputs: seen.append(inputs["input_ids"].shape)}, made, torch.device("cpu"), 8, 10, examples, PAD,
-          repeats=1)  # fmt: skip
+    settings = Evaluate(batch_size=8, latency_samples=10, throughput_samples=examples)
+    inputs = TimedInputs.choose(made, PAD, torch.device("cpu"), settings)
+    measure_speed({"model": lambda inputs: seen.append(inputs["input_ids"].shape)}, inputs, repeats=1)
     rows = [np.arange(73)[::-1][8 * i :][:8] for i in wanted]
     assert seen[-len(wanted) :] == [collate(made, r, np.ones(8), PAD).inputs["input_ids"].shape for r in rows]
     assert len(seen) == 6 + 10 + len(wanted)
@@ -194,7 +198,7 @@ def test_few_timed_batches_are_full_and_of_middle_length(examples, wanted):
 
 @pytest.mark.parametrize("name", sorted(GLUE))
 def test_every_glue_task_has_its_official_metrics(name):
-    """On the same predictions: scikit-learn's and scipy's figures under the names of results_eval.json."""
+    """The metrics of results_eval.json equal those of scikit-learn and scipy on the same predictions."""
     task, rng = GLUE[name], np.random.default_rng(5)
     if task.regression:
         gold = rng.uniform(0, 5, size=80).astype(np.float32)

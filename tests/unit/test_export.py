@@ -1,4 +1,4 @@
-"""Every file of an export answers as the student does, on all of dev, or the export is refused."""
+"""Every file of an export agrees with the student on all of dev, or the export is rejected."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pkd_dist.cli.main import app
 from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
-from pkd_dist.export import build, manifest, onnx
+from pkd_dist.evaluation.scoring import predict_logits_single
+from pkd_dist.export import manifest, onnx
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.files import digest_of
 
@@ -39,7 +40,7 @@ def test_every_family(family, tmp_path):
     for name, tolerance in (("model.onnx", 1e-5), ("model.fp16.onnx", 0.02), ("model.int8.onnx", 0.5)):
         model = OnnxModel(folder / "onnx" / name, 1)
         np.testing.assert_allclose(model(given), logits, atol=tolerance)
-        assert model.inputs == list(given), "what the tokenizer gives is what the graph takes"
+        assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
 
@@ -54,7 +55,7 @@ def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
     made = subject(tmp_path)
     onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
     found = operators(tmp_path / "model.onnx")
-    assert found.count("Attention") == 3 and found.count("Softmax") == 1, "of four layers the last is apart"
+    assert found.count("Attention") == 3 and found.count("Softmax") == 1, "the last of four layers is not fused"
     assert found.count("SkipLayerNormalization") == 8 and found.count("BiasGelu") == 4
     onnx.split_norms(tmp_path / "model.onnx")
     found = operators(tmp_path / "model.onnx")
@@ -65,7 +66,7 @@ def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
     assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * (tmp_path / "model.onnx").stat().st_size
 
 
-def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+def test_a_file_with_other_logits_is_rejected_and_nothing_is_left(tmp_path, monkeypatch):
     made = subject(tmp_path)
     write = onnx.write
 
@@ -84,19 +85,19 @@ def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(tmp_path, 
     assert not list(tmp_path.glob("*export*"))
 
 
-def test_int8_that_loses_too_much_is_refused_and_the_export_of_before_stays(tmp_path, monkeypatch):
+def test_int8_that_loses_too_much_is_rejected_and_the_previous_export_stays(tmp_path, monkeypatch):
     import onnx as onnx_package
 
     made = subject(tmp_path)
     student, dev = made.student, made.dev
 
-    def answers():
+    def logits():
         with torch.inference_mode():
-            return build.answers(lambda given: student(**given).logits, dev, 16, made.tokenizer.pad_token_id)
+            return predict_logits_single(lambda given: student(**given).logits, dev, 16, made.pad_id)
 
     with torch.no_grad():  # both classes as often; labels that the student gets right
-        student.classifier.bias[1] -= float(np.median(np.diff(answers())))
-    made = replace(made, dev=replace(dev, labels_N=answers().argmax(1)))
+        student.classifier.bias[1] -= float(np.median(np.diff(logits())))
+    made = replace(made, dev=replace(dev, labels_N=logits().argmax(1)))
     export(made, tmp_path / "export")
     before = (tmp_path / "export/manifest.json").read_bytes()
     write = onnx.write_int8
@@ -121,15 +122,15 @@ def test_int8_that_loses_too_much_is_refused_and_the_export_of_before_stays(tmp_
     assert [path.name for path in tmp_path.glob("*export*")] == ["export"]
 
 
-def test_the_way_to_int8_is_the_one_that_agrees_best(tmp_path):
+def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
     found = export(subject(tmp_path), tmp_path / "export", "onnx-int8")
-    assert not (tmp_path / "export/onnx/model.onnx").exists(), "float32 was not asked for"
+    assert not (tmp_path / "export/onnx/model.onnx").exists(), "float32 was not requested"
     file = found["files_on_dev"]["onnx/model.int8.onnx"]
     assert set(file["tried"]) == set(onnx.QUANTISATIONS)
     assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
 
 
-def test_a_family_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_a_family_that_cannot_be_written_is_rejected_in_one_line(tmp_path, monkeypatch):
     made = subject(tmp_path)
 
     def forward(input_ids, attention_mask, **_):
@@ -180,7 +181,7 @@ def other_figure(folder):
 
 
 def sealed(folder, **changed):
-    """A manifest that is changed, and says so to nobody."""
+    """Change a manifest and recompute its digest."""
     content = json.loads((folder / "manifest.json").read_text()) | changed
     del content["digest"]
     (folder / "manifest.json").write_text(json.dumps(content | {"digest": digest_of(content)}))
@@ -197,14 +198,14 @@ DAMAGE = {
     "a name that no file has": (lambda folder: sealed(folder, files={"a" * 5000: "0"}), "names a file that cannot be read"),
     "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"files"'), "manifest.json: cannot be read"),
     "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: is not the manifest of an export"),
-    "a newer format": (lambda folder: (folder / "manifest.json").write_text('{"files": {}, "format_version": 2}'), "version 2 is not"),
+    "a newer format": (lambda folder: (folder / "manifest.json").write_text('{"files": {}, "format_version": 2}'), "version 2 is not supported"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json; give a folder"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [["export", "verify"], ["serve"]])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_export_is_refused(damage, command, exported, tmp_path):
+def test_a_damaged_export_is_rejected(damage, command, exported, tmp_path):
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
     harm, message = DAMAGE[damage]
@@ -243,7 +244,7 @@ def test_triton_takes_the_configuration(tmp_path):
 
 
 def schema():
-    """Triton's own, from its client package, whose other modules want gRPC."""
+    """Load Triton's schema from its client package, whose other modules need gRPC."""
     import importlib.metadata
     import importlib.util
 

@@ -1,4 +1,4 @@
-"""`pkd predict`: answers equal to the model's own, in the order of the lines, and every line that cannot be answered."""
+"""`pkd predict`: answers equal the model's, in the order of the lines; invalid lines are rejected."""
 
 import io
 import json
@@ -36,18 +36,18 @@ def test_answers_are_the_models_own(folder):
     [
         ("", False, "here:1: the text is empty; every line needs one"),
         ("  \t", True, "here:1: the text is empty"),
-        ("no tab", True, "here:1: --pair needs two texts separated by one tab, here are 1"),
-        ("a\tb\tc", True, "here are 3"),
+        ("no tab", True, "here:1: --pair needs two texts separated by one tab, but this line has 1"),
+        ("a\tb\tc", True, "but this line has 3"),
         ("\u200b\x00", False, "the text is empty"),
         ("bad \udcff byte", False, "here:1: the text is not UTF-8"),
     ],
 )
-def test_a_text_that_cannot_be_answered(folder, text, pair, message):
+def test_an_invalid_text_is_rejected(folder, text, pair, message):
     with pytest.raises(UserError, match=message):
         list(predict(folder, [("here:1", text)], pair, 16, 4))
 
 
-def test_what_stands_before_a_bad_text_is_answered(folder):
+def test_texts_before_an_invalid_one_are_answered(folder):
     answers = predict(folder, [("here:1", "good"), ("here:2", "fine"), ("here:3", "")], False, 16, 4)
     assert [json.loads(next(answers))["text"] for _ in range(2)] == ["good", "fine"]
     with pytest.raises(UserError, match="here:3: the text is empty"):
@@ -73,7 +73,7 @@ def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
         (["a film", "--model", "{folder}", "--max-length", "5000"], "is more than .* can read; give at most"),
     ],
 )
-def test_what_pkd_predict_refuses(folder, arguments, message):
+def test_pkd_predict_rejects_bad_arguments(folder, arguments, message):
     done = CliRunner().invoke(app, ["predict", *(a.replace("{folder}", folder) for a in arguments)])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
     with pytest.raises(AssertionError, match=message):

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pkd_dist.evaluation.predictions import SIDES
+from pkd_dist.evaluation.results import SIDES
 from pkd_dist.report.charts.drawing import COLORS, Draw, Plot, bars, plot
 from pkd_dist.report.run import Run
 

@@ -1,0 +1,125 @@
+"""Compare teacher and student: logits of every split, metrics, size and speed.
+
+models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> speed (rank 0) -> results_eval.json
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pkd_dist.config.schema import Evaluate
+from pkd_dist.data.tasks import Task
+from pkd_dist.data.text import is_labelled
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.distributed.world import World
+from pkd_dist.evaluation.metrics import agreement, score_split
+from pkd_dist.evaluation.results import ModelResults, Results, SplitResults, combine
+from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
+from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed
+from pkd_dist.model.encoder import parameter_count
+from pkd_dist.telemetry.progress import Bar
+
+Logits = dict[str, dict[str, np.ndarray]]
+"""Split -> side -> (N, C) float32."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Teacher against student; alike on every rank.
+
+    Attributes:
+        timings: Side -> how fast it was.
+        logits: Of every split, labelled or not.
+    """
+
+    results: Results
+    timings: dict[str, Timing]
+    logits: Logits
+
+
+def size_figures(model: PreTrainedModel) -> ModelResults:
+    """Return `parameters` and `modelSize` (MB of the weights) of a model."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    return {"parameters": parameter_count(model), "modelSize": size}
+
+
+def compare_models(
+    models: Mapping[str, PreTrainedModel],
+    splits: Mapping[str, TokenSet],
+    task: Task,
+    settings: Evaluate,
+    pad_id: int,
+    world: World,
+) -> Evaluation:
+    """Score and time teacher and student in float32. Collective.
+
+    Args:
+        models: `teacher` and `student`.
+        splits: Name -> examples. `dev` gives the main figures and the timed inputs. Splits without labels are predicted
+            but not scored.
+    """
+    logits = _logits(models, splits, settings.batch_size, pad_id, world)
+    scores = world.on_main(lambda: _score(logits, splits, task))
+
+    def measure() -> dict[str, Timing]:
+        forwards = {name: forward_of(model) for name, model in models.items()}
+        inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
+        with _all_cores(), torch.inference_mode():
+            return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
+
+    timings = world.on_main(measure)
+    figures: dict[str, ModelResults] = {
+        name: {**size_figures(model), **timings[name].figures} for name, model in models.items()
+    }
+    others = {split: found for split, found in scores.items() if split != "dev"}
+    return Evaluation(combine(task.name, scores["dev"], figures, others), timings, logits)
+
+
+def _logits(
+    models: Mapping[str, PreTrainedModel],
+    splits: Mapping[str, TokenSet],
+    batch_size: int,
+    pad_id: int,
+    world: World,
+) -> Logits:
+    logits: Logits = {split: {} for split in splits}
+    rows = sum(map(len, splits.values()))
+    for name, model in models.items():
+        model.to(world.device)
+        title = f"evaluate, {name}, rows of this rank"
+        with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
+            for split, tokens in splits.items():
+                logits[split][name] = predict_logits(forward_of(model), tokens, world, batch_size, pad_id, bar.advance)
+    return logits
+
+
+def _score(logits: Logits, splits: Mapping[str, TokenSet], task: Task) -> dict[str, SplitResults]:
+    return {
+        split: {
+            "n": len(tokens),
+            "teacher": score_split(logits[split]["teacher"], tokens, task),
+            "student": score_split(logits[split]["student"], tokens, task),
+            "agreement": agreement(logits[split]["teacher"], logits[split]["student"]),
+        }
+        for split, tokens in splits.items()
+        if is_labelled(tokens.labels_N).all()
+    }
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let PyTorch use every core of this node: the other ranks are waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,87 @@
+"""`pkd evaluate`: score any fine-tuned classifier on one split, with its size and speed, without a run folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pkd_dist.config import schema
+from pkd_dist.data import tasks, text, tokens
+from pkd_dist.data.class_mapping import (
+    class_order,
+    require_outputs,
+    require_outputs_for_split,
+    with_positive_class,
+)
+from pkd_dist.distributed.ranks import discover
+from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
+from pkd_dist.evaluation.compare import size_figures
+from pkd_dist.evaluation.metrics import score_split
+from pkd_dist.evaluation.results import Scores
+from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
+from pkd_dist.evaluation.speed import TimedInputs, measure_speed
+from pkd_dist.model import encoder
+from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.telemetry.progress import Bar
+
+MODEL_OPTION = "--model"
+
+
+def evaluate_folder(
+    model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str
+) -> dict[str, str | int | float | list[float]]:
+    """Score a fine-tuned classifier in float32 and time it.
+
+    Args:
+        model: Folder, hub name or `package:NAME`; errors name it `--model`.
+        split: One with labels.
+
+    Returns:
+        `task`, `split`, `n` (number of examples), the metrics of the task, `parameters`, `modelSize` (MB) and speed.
+
+    Raises:
+        UserError: The classifier or the data cannot be used, or they do not fit each other.
+    """
+    task = tasks.resolve(task_settings)
+    folder = encoder.locate(model, MODEL_OPTION)
+    config = encoder.load_config(folder, MODEL_OPTION)
+    text.require(task_settings.data, split, task)
+    tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
+    require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
+    if not encoder.is_fine_tuned(folder, MODEL_OPTION):
+        raise UserError(
+            f"{model} is not fine-tuned (it has no sequence classifier); give a fine-tuned folder", MODEL_OPTION
+        )
+    require_outputs(task, config, model, MODEL_OPTION)
+    order = class_order(task, config, MODEL_OPTION)
+    task = with_positive_class(task, order)
+    examples = _read(task_settings.data, split, task, order)
+    require_outputs_for_split(task, config, examples, model, MODEL_OPTION)
+    classifier = encoder.load_model(folder, MODEL_OPTION)
+    world = World(discover())
+    try:
+        classifier.to(world.device)
+        forward, pad_id = forward_of(classifier), tokenizer.pad_token_id
+        with tempfile.TemporaryDirectory() as scratch, evaluating(classifier):
+            made = tokens.tokenize(examples, tokenizer, task_settings.max_length, Path(scratch))
+            with Bar(f"evaluate, {split}", len(made)) as bar:
+                logits_NC = predict_logits(forward, made, world, settings.batch_size, pad_id, bar.advance)
+            inputs = TimedInputs.choose(made, pad_id, world.device, settings)
+            timing = measure_speed({"model": forward}, inputs)["model"]
+            scores: Scores = score_split(logits_NC, made, task)
+            n = len(made)
+        return {"task": task.name, "split": split, "n": n, **scores, **size_figures(classifier), **timing.figures}
+    finally:
+        world.close()
+
+
+def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> text.Split:
+    """Read a labelled split; a task without fixed classes takes them from the training split, if there is one."""
+    if classes is None and not task.regression and text.find(data, "train", task):
+        classes = text.read(data, "train", task).classes
+    examples = text.read(data, split, task, classes)
+    if not text.is_labelled(examples.labels_N).all():
+        raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")
+    return examples
