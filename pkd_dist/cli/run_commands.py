@@ -96,6 +96,7 @@ def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
     from pkd_dist.stages.translation import translate
 
     marker = Markers(checkpoint.absolute().parents[1], translate).read("distill")
-    made = hf.from_checkpoint(checkpoint, output, dtype, marker and marker.inputs.get("init.weights"))
-    seen = "not evaluated" if made["epoch"] is None else f"dev {made['main_metric']:.4f} after epoch {made['epoch']}"
-    print(f"{output}: the student at step {made['step']} ({seen}), {made['parameters']:,} parameters in {dtype}")
+    started_from = str(marker.inputs["init.weights"]) if marker else None
+    made = hf.from_checkpoint(checkpoint, output, dtype, started_from)
+    seen = "not evaluated" if made.epoch is None else f"dev {made.main_metric:.4f} after epoch {made.epoch}"
+    print(f"{output}: the student at step {made.step} ({seen}), {made.parameters:,} parameters in {dtype}")

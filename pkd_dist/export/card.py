@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, StrictUndefined
+import jinja2
 
 from pkd_dist.config.schema import Config
+from pkd_dist.data.prepare import TokenSetSummary
+from pkd_dist.environment import Environment
 from pkd_dist.evaluation.results import Results, agreement_sentence, table_rows
 from pkd_dist.export.manifest import ExportFigures
 from pkd_dist.export.runtime import ONNX_FILES
@@ -19,10 +21,10 @@ library_name: transformers
 pipeline_tag: text-classification
 tags: [knowledge-distillation, patient-knowledge-distillation]
 ---
-# {{ results.task }}: a {{ facts.student_layers }}-layer student
+# {{ results.task }}: a {{ environment.student_layers }}-layer student
 
 Distilled from `{{ config.teacher.model }}` with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
-{{ facts.versions.pkd_dist }}. It loads with plain `transformers`:
+{{ environment.versions.pkd_dist }}. It loads with plain `transformers`:
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -49,7 +51,7 @@ One output: the predicted value.
 
 The student retains {{ "%.1f" | format(100 * results.compression.retention) }}% of the teacher's score with
 {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ agreement }}. Latency and throughput were measured
-on the machine that trained the student ({{ facts.device }}), in one process.
+on the machine that trained the student ({{ environment.device }}), in one process.
 
 ## Files
 
@@ -71,16 +73,16 @@ length), the output is `logits`.{{ " Quantisation to int8: " ~ quantisation ~ ".
 
 ## Training
 
-- Data: `{{ facts.train_source }}`, {{ facts.train_examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
-  by {{ metric }} on `{{ facts.dev_source }}`.
-- Student: {{ facts.student_source }}. Patience pairs (student layer, teacher layer, counted from 1): {{ facts.patience_pairs }}.
+- Data: `{{ facts.train.source }}`, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
+  by {{ metric }} on `{{ facts.dev.source }}`.
+- Student: {{ facts.initialized_from }}. Patience pairs (student layer, teacher layer, counted from 1): {{ environment.patience_pairs }}.
 - Loss: (1 - alpha) CE + alpha DS + beta PT with alpha {{ config.distill.alpha }}, temperature {{ config.distill.temperature }}
   (`ds_reduction: {{ config.distill.ds_reduction }}`), beta {{ config.distill.beta }} (`pt_reduction: {{ config.distill.pt_reduction }}`;
-  equal to {{ "%.4g" | format(facts.beta_mean) }} with `mean` and {{ "%.4g" | format(facts.beta_sum) }} with `sum`), hidden states
+  equal to {{ "%.4g" | format(environment.beta_mean) }} with `mean` and {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
   {{ "normalised" if config.distill.normalize else "not normalised" }}.
 - Optimiser: AdamW, learning rate {{ config.train.learning_rate }}, batch size {{ config.train.batch_size }}, seed {{ config.run.seed }};
-  trained in {{ facts.precision }} on {{ facts.world_size }} rank(s).
-- Versions: {% for name, number in facts.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.
+  trained in {{ environment.precision }} on {{ environment.world_size }} rank(s).
+- Versions: {% for name, number in environment.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.
 
 ## Limitations
 
@@ -94,42 +96,29 @@ class CardFacts:
     """What a model card says of a run.
 
     Attributes:
-        main_metric: Key of the metric that selected the best epoch.
-        class_names: In the order of the logits; empty for a regression.
-        train_source, dev_source: Where the splits were read from.
-        student_source: One line on the student's starting weights.
-        patience_pairs: (student layer, teacher layer), counted from 1.
-        beta_mean, beta_sum: `distill.beta` as it is under each `pt_reduction`.
-        precision: Of training, such as `autocast bfloat16`.
-        device: Type of the device that trained the student.
-        versions: Package -> version.
+        main_metric: key of the metric that selected the best epoch.
+        class_names: in the order of the logits; empty for a regression.
+        initialized_from: one line on the student's initial weights.
     """
 
     config: Config
     results: Results
+    environment: Environment
     main_metric: str
     class_names: Sequence[str]
-    train_source: str
-    train_examples: int
-    dev_source: str
+    train: TokenSetSummary
+    dev: TokenSetSummary
     best_epoch: int
-    student_source: str
-    student_layers: int
-    patience_pairs: Sequence[Sequence[int]]
-    beta_mean: float
-    beta_sum: float
-    precision: str
-    device: str
-    world_size: int
-    versions: Mapping[str, str]
+    initialized_from: str
 
 
 def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
-    return environment.from_string(_TEMPLATE).render(
+    return templates.from_string(_TEMPLATE).render(
         facts=facts,
+        environment=facts.environment,
         config=facts.config,
         results=facts.results,
         rows=table_rows(facts.results),

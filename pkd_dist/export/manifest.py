@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import TypedDict, cast
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
@@ -15,11 +15,17 @@ FORMAT_VERSION = 1
 _REMEDY = "; export it again"
 
 
-class FileFigures(TypedDict):
+class _Quantisation(TypedDict, total=False):
+    """The way to int8 that was chosen among those tried."""
+
+    quantisation: str
+    tried: dict[str, dict[str, float]]
+
+
+class FileFigures(_Quantisation):
     """What was measured of one file on all of dev, on one core.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.
-    `quantisation` names the way to int8 that was chosen among those `tried`.
     """
 
     bytes: int
@@ -29,8 +35,6 @@ class FileFigures(TypedDict):
     latency_ms_p50: float
     latency_ms_p99: float
     reasoningTime: float
-    quantisation: NotRequired[str]
-    tried: NotRequired[dict[str, dict[str, float]]]
 
 
 class MeasuredOn(TypedDict):

@@ -13,6 +13,8 @@ from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import SAMPLE, DataOutput, open_tokens
 from pkd_dist.stages.distill import DistillOutput, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
+from pkd_dist.stages.init import InitOutput
+from pkd_dist.stages.run_folder import environment
 from pkd_dist.telemetry.log import log
 
 
@@ -49,7 +51,7 @@ def _export(context: Context) -> ExportOutput:
     about = {"task": run.task.name, "main_metric": run.task.main_metric, "pkd_dist": __version__}
     made = build.export(
         _subject(context), run.config.export.formats, folder,
-        lambda files: card.render(_facts(context), files), about, lambda: context.world.interrupt("export"),
+        lambda figures: card.render(_facts(context), figures), about, lambda: context.world.interrupt("export"),
     )  # fmt: skip
     log.info("export: %s: %s; every file was checked on dev", folder, ", ".join(made["files_on_dev"]))
     if run.config.export.prune:
@@ -73,8 +75,7 @@ def _subject(context: Context) -> build.Subject:
         train=open_tokens(context, "train"),
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
-        batch_size=run.config.evaluate.batch_size,
-        requests=run.config.evaluate.latency_samples,
+        evaluate=run.config.evaluate,
     )
 
 

@@ -5,7 +5,7 @@ Outputs of all stages, metrics.jsonl, predictions and the export's manifest -> `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,8 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.predictions import SIDES, Predictions
-from pkd_dist.evaluation.results import table_rows
+from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.results import SIDES, ModelResults, Scores, table_rows
 from pkd_dist.export import manifest
 from pkd_dist.export.manifest import Manifest
 from pkd_dist.files import digest_of
@@ -185,7 +185,7 @@ def _steps(lines: Sequence[Record]) -> shown.Steps:
     )
 
 
-def _scores(content: Json) -> shown.Scores:
+def _scores(content: Scores | ModelResults) -> shown.Scores:
     low_high = content.get("accuracy_interval_95")
     return shown.Scores(
         main_metric=content[MAIN_METRIC],
