@@ -125,7 +125,7 @@ class Pipeline:
 
     def _check_given_classes(self) -> None:
         """A teacher that is used as it is must have this task's number of outputs."""
-        outputs = int(self.base_config.num_labels)
+        outputs = encoder.num_labels(self.base_config)
         if self.task.regression and outputs != 1:
             raise UserError(f"teacher.model: {self.config.teacher.model} has {outputs} outputs, a regression needs 1")
         if self.task.classes and outputs != len(self.task.classes):
@@ -442,7 +442,7 @@ class Pipeline:
 
     def require_outputs(self, split: text.Split) -> None:
         """Raises UserError where a model that is used as it is has not an output for each class of a split."""
-        outputs = int(self.base_config.num_labels)
+        outputs = encoder.num_labels(self.base_config)
         if not self.task.regression and len(split.classes) != outputs:
             raise UserError(
                 f"teacher.model: {self.config.teacher.model} has {outputs} classes, {split.source} has "
@@ -453,7 +453,7 @@ class Pipeline:
         """Label values in the order of a given teacher's outputs, where its class names say so."""
         if self.config.teacher.finetune is not None or self.task.regression:
             return self.task.classes
-        names = [str(self.base_config.id2label[i]) for i in range(self.base_config.num_labels)]
+        names = encoder.class_names(self.base_config)
         if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)):
             return self.task.classes
         if self.task.classes is None:
