@@ -292,7 +292,7 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
 
 // Runs `call` for every head of every example, one thread each. A constant head size lets the compiler unroll its loops.
 #define EACH_HEAD(call)                                             \
-    dropout drop = make_dropout(seed, p);                               \
+    dropout drop = make_dropout(seed, p);                           \
     int failed = 0;                                                 \
     _Pragma("omp parallel reduction(| : failed)") {                 \
         float *memory;                                              \
@@ -310,7 +310,7 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
     }                                                               \
     return failed;
 
-// Attention. q (B, Q, A, D), k and v (B, L, A, D), mask (B, L) added to the scores, or null -> context (B, Q, A, D) and
+// Attention. q (B, Q, A, D), k and v (B, L, A, D), mask (B, L) to add to the scores, or null -> context (B, Q, A, D), and
 // stats (B, A, Q, 3): the maximum score, 1 / the sum of exponentials, the sum of the weights after dropout.
 // D is a multiple of 16. Returns 1 if memory runs out, else 0, as all functions here.
 int attend(rows q, rows k, rows v, const bf16 *mask, double p, uint64_t seed, double scale, int B, int Q, int L, int A,
@@ -374,8 +374,8 @@ int add_norm(const void *residual, int low_residual, const bf16 *x, double p, ui
     return failed;
 }
 
-// The gradients of `add_norm`, where that of `out` is grad + more (bfloat16, or null): of the residual (float32), x (bfloat16),
-// gain and bias (H).
+// The gradients of `add_norm`, given that of `out`, grad + more (bfloat16, or null): of the residual (float32),
+// x (bfloat16), gain and bias (H).
 int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t seed, const float *gain, const float *sum,
                       const float *mean, const float *rstd, int T, int H, float *grad_residual, bf16 *grad_x,
                       float *grad_gain, float *grad_bias) {

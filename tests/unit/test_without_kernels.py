@@ -65,7 +65,7 @@ def test_a_student_trains_to_the_same_weights(body, tmp_path):
     found = []
     for root, kernels in ((ROOT, "with"), (tmp_path, "without")):
         command = [sys.executable, "-c", TRAIN, str(body), str(tmp_path / kernels), kernels]
-        subprocess.run(command, cwd=root, env=environment(PYTHONPATH=str(root)), check=True, timeout=120)
+        subprocess.run(command, cwd=root, env=environment(PYTHONPATH=str(root)), check=True, timeout=300)
         found.append(torch.load(tmp_path / kernels))
     assert found[0].keys() == found[1].keys()
     for name, weight in found[0].items():
