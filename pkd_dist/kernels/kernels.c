@@ -1,9 +1,9 @@
-// What is not a matrix product in an encoder layer, on a CPU, in bfloat16 with sums in float32: attention, dropout with the
-// residual sum and LayerNorm, GELU. One pass over memory each. `parts.py` calls them; `native.py` compiles this file.
+// The operations of an encoder layer besides its linear layers, on a CPU, in bfloat16 with float32 inside: attention,
+// dropout + residual + LayerNorm, GELU. One pass over memory each. `native.py` compiles this file; `operations.py` calls it.
 //
-// Shapes: B rows, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense, rows first, but for `rows`.
-// Threads are those of PyTorch's OpenMP; each row or head is done by one, so results do not depend on their number (but
-// for the gradients of LayerNorm's parameters, which are summed by thread, in order).
+// Shapes: B examples, L tokens, A heads, D head size, H = A * D, T = B * L. Matrices are dense and row-major, except `rows`.
+// Threads are those of PyTorch's OpenMP. One thread computes a row or head, so results do not depend on their number,
+// except the gradients of LayerNorm's parameters, which are summed for each thread and then in thread order.
 
 #include <math.h>
 #include <omp.h>
@@ -16,8 +16,8 @@ typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t hvec __attribute__((vector_size(32)));
-enum { W = 16 };       // of a vector
-enum { ROWS = 4 };     // of queries that are done together
+enum { W = 16 };    // floats in a vector
+enum { ROWS = 4 };  // queries computed together
 
 static inline vec load(const float *p) {
     vec x;
@@ -34,7 +34,7 @@ static inline vec widen(const bf16 *p) {
     return (vec)bits;
 }
 
-static inline void narrow(bf16 *p, vec x) {  // to nearest, ties to even; NaN stays NaN
+static inline void narrow(bf16 *p, vec x) {  // rounds to nearest even; NaN stays NaN
     uvec bits = (uvec)x;
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     ivec nan = (ivec)(bits & 0x7fffffff) > 0x7f800000;
@@ -49,21 +49,21 @@ static inline float total(vec x) {
     return sum;
 }
 
-// Dropout: element number n is kept where a hash of (seed, n) says so; the same in the backward pass, which stores nothing.
+// Dropout: a hash of (seed, n) decides whether element n is kept, so the backward pass needs no stored mask.
 typedef struct {
     uint32_t first, second;
-    int32_t threshold;  // of 2^31
-    float scale;        // of what is kept; 1 where nothing is dropped
+    int32_t threshold;  // probability * 2^31
+    float scale;        // factor of kept elements
 } dropout;
 
-static dropout dropping(uint64_t seed, double p) {
+static dropout make_dropout(uint64_t seed, double p) {
     int32_t threshold = p < 1 ? (int32_t)(p * 2147483648.0) : INT32_MAX;
     return (dropout){(uint32_t)seed, (uint32_t)(seed >> 32), threshold, p < 1 ? (float)(1 / (1 - p)) : 0};
 }
 
 static const uvec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-static inline vec kept(const dropout *d, uint32_t n, vec x) {  // x of elements n, n + 1, ...
+static inline vec apply_dropout(const dropout *d, uint32_t n, vec x) {  // x holds elements n, n + 1, ...
     if (!d->threshold) return x;
     uvec h = COUNT + n + d->first;
     h = (h ^ (h >> 16)) * 0x7feb352d + d->second;
@@ -73,12 +73,12 @@ static inline vec kept(const dropout *d, uint32_t n, vec x) {  // x of elements 
     return (vec)((ivec)(x * d->scale) & keep);
 }
 
-// e^x for x <= 0, to 2e-7 of its value; 0 below -87
+// e^x for x <= 0, relative error 2e-7; 0 below -87
 static inline vec exponential(vec x) {
     ivec low = x < -87.0f;
     x = (vec)(((ivec)x & ~low) | ((ivec)(vec){} & low));
     vec n = x * 1.44269504f - 0.5f;
-    ivec whole = __builtin_convertvector(n, ivec);  // towards 0: the nearest, as n <= 0
+    ivec whole = __builtin_convertvector(n, ivec);  // truncation rounds to nearest, as n <= 0
     vec w = __builtin_convertvector(whole, vec);
     vec r = x - w * 0.693359375f + w * 2.12194440e-4f;
     vec y = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -93,8 +93,8 @@ static inline vec exponential(vec x) {
 
 // ---------------------------------------------------------------------------------------------------- attention
 
-// Rows of D numbers of one matrix for each example: how far it is from example to example, and from row to row. From head
-// to head it is D.
+// A matrix of rows of D numbers for each example and head: the strides between examples and rows, in elements. The stride
+// between heads is D.
 typedef struct {
     bf16 *at;
     int64_t example, row;
@@ -105,9 +105,9 @@ static inline bf16 *of_head(rows from, int example, int head, int D) {
 }
 
 typedef struct {
-    int Q, L, keys;           // queries; tokens, and the same padded to whole vectors
+    int Q, L, keys;           // queries; tokens; tokens padded to whole vectors
     float *q, *c, *dq;        // (Q padded to whole ROWS, D), zeros after Q; c: gradient of the context
-    float *k, *v, *dk, *dv;   // (keys, D), zeros after L; where keys are values, too, those of v are those of k
+    float *k, *v, *dk, *dv;   // (keys, D), zeros after L; v and dv are k and dk if the keys are the values
     float *k_t, *v_t;         // (D, keys)
     float *mask;              // (keys)
     float *p, *s;             // (ROWS, keys)
@@ -122,10 +122,11 @@ static float *take(float **rest, size_t n) {
     return p;
 }
 
-static head room(int Q, int L, int D, float **memory) {
+static head allocate_head(int Q, int L, int D, float **memory) {
     head h = {.Q = Q, .L = L, .keys = padded(L, W)};
     size_t keys = h.keys, of_q = (size_t)padded(Q, ROWS) * D, of_k = keys * D;
-    size_t bytes = (3 * of_q + 6 * of_k + (1 + 2 * ROWS) * keys + (size_t)ROWS * D) * sizeof(float);  // all whole vectors
+    // The size of each part is a multiple of a vector.
+    size_t bytes = (3 * of_q + 6 * of_k + (1 + 2 * ROWS) * keys + (size_t)ROWS * D) * sizeof(float);
     float *at = *memory = aligned_alloc(sizeof(vec), bytes);
     if (!at) return h;
     memset(at, 0, bytes);
@@ -149,12 +150,12 @@ static inline void scatter(bf16 *to, const float *from, int count, int D, int64_
 }
 
 static inline void transpose(float *to, const float *from, int L, int keys, int D) {
-    for (int block = 0; block < D; block += W)  // what is written stays near
+    for (int block = 0; block < D; block += W)  // keeps the written lines in the cache
         for (int i = 0; i < L; i++)
             for (int e = block; e < block + W; e++) to[e * keys + i] = from[i * D + e];
 }
 
-// Queries, keys and values of a head, and what is to be added to its scores; true: the keys are the values.
+// Reads the queries, keys, values and mask of a head; returns whether the keys are the values.
 static inline int read_head(head *h, rows q, rows k, rows v, const bf16 *mask, float scale, int b, int a, int D) {
     int same = k.at == v.at;
     gather(h->q, of_head(q, b, a, D), h->Q, D, q.row, scale);
@@ -170,7 +171,7 @@ static inline int read_head(head *h, rows q, rows k, rows v, const bf16 *mask, f
     return same;
 }
 
-// out (ROWS, keys) = a (ROWS, D) b_t (D, keys) + start (keys)
+// out (ROWS, keys) = a (ROWS, D) @ b_t (D, keys) + start (keys)
 static inline void into_keys(float *out, const float *a, const float *b_t, const float *start, int keys, int D) {
     for (int j = 0; j < keys; j += W) {
         vec first = start ? load(start + j) : (vec){};
@@ -184,7 +185,7 @@ static inline void into_keys(float *out, const float *a, const float *b_t, const
     }
 }
 
-// out (ROWS, D) = p (ROWS, keys) b (keys, D)
+// out (ROWS, D) = p (ROWS, keys) @ b (keys, D)
 static inline void from_keys(float *out, const float *p, const float *b, int L, int keys, int D) {
     for (int e = 0; e < D; e += W) {
         vec sum[ROWS] = {};
@@ -196,7 +197,7 @@ static inline void from_keys(float *out, const float *p, const float *b, int L, 
     }
 }
 
-// out (keys, D) += p (ROWS, keys) transposed, a (ROWS, D)
+// out (keys, D) += p (ROWS, keys) transposed @ a (ROWS, D)
 static inline void add_to_keys(float *out, const float *p, const float *a, int L, int keys, int D) {
     for (int e = 0; e < D; e += W) {
         vec x[ROWS];
@@ -210,9 +211,9 @@ static inline void add_to_keys(float *out, const float *p, const float *a, int L
 }
 
 static inline void attend_head(head *h, rows q, rows k, rows v, const bf16 *mask, dropout drop, float scale, int b, int a,
-                               int A, int D, rows context, float *kept_of) {
+                               int A, int D, rows context, float *stats) {
     uint32_t first = (uint32_t)(b * A + a) * h->Q;
-    kept_of += 3 * (size_t)first;
+    stats += 3 * (size_t)first;
     read_head(h, q, k, v, mask, scale, b, a, D);
     for (int i = 0; i < h->Q; i += ROWS) {
         int count = h->Q - i < ROWS ? h->Q - i : ROWS;
@@ -233,11 +234,11 @@ static inline void attend_head(head *h, rows q, rows k, rows v, const bf16 *mask
             }
             float share = 1 / total(sum);
             for (int j = 0; j < h->keys; j += W) {
-                vec x = kept(&drop, (first + i + r) * h->keys + j, load(p + j) * share);
+                vec x = apply_dropout(&drop, (first + i + r) * h->keys + j, load(p + j) * share);
                 left += x;
                 store(p + j, x);
             }
-            float *to = kept_of + 3 * (i + r);
+            float *to = stats + 3 * (i + r);
             to[0] = top, to[1] = share, to[2] = total(left);
         }
         from_keys(h->out, h->p, h->v, h->L, h->keys, D);
@@ -246,10 +247,10 @@ static inline void attend_head(head *h, rows q, rows k, rows v, const bf16 *mask
 }
 
 static inline void attend_head_backward(head *h, rows q, rows k, rows v, const bf16 *mask, dropout drop, float scale, int b,
-                                        int a, int A, int D, const float *kept_of, rows grad, const float *grad_left,
+                                        int a, int A, int D, const float *stats, rows grad, const float *grad_sums,
                                         rows grad_q, rows grad_k, rows grad_v) {
     uint32_t first = (uint32_t)(b * A + a) * h->Q;
-    kept_of += 3 * (size_t)first;
+    stats += 3 * (size_t)first;
     int same = read_head(h, q, k, v, mask, scale, b, a, D);
     if (!same) transpose(h->v_t, h->v, h->L, h->keys, D);
     gather(h->c, of_head(grad, b, a, D), h->Q, D, grad.row, 1);
@@ -260,16 +261,16 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
         into_keys(h->s, h->c + i * D, h->v_t, 0, h->keys, D);
         for (int r = 0; r < ROWS; r++) {
             float *p = h->p + (size_t)r * h->keys, *s = h->s + (size_t)r * h->keys;
-            if (i + r >= h->Q) {  // padding: adds nothing
+            if (i + r >= h->Q) {  // padding rows add nothing
                 memset(p, 0, sizeof(float) * h->keys), memset(s, 0, sizeof(float) * h->keys);
                 continue;
             }
-            float top = kept_of[3 * (i + r)], share = kept_of[3 * (i + r) + 1];
-            float more = grad_left ? grad_left[first + i + r] : 0;
+            float top = stats[3 * (i + r)], share = stats[3 * (i + r) + 1];
+            float more = grad_sums ? grad_sums[first + i + r] : 0;
             uint32_t n = (first + i + r) * h->keys;
             vec sum = {};
             for (int j = 0; j < h->keys; j += W) {
-                vec x = exponential(load(p + j) - top) * share, g = kept(&drop, n + j, load(s + j) + more);
+                vec x = exponential(load(p + j) - top) * share, g = apply_dropout(&drop, n + j, load(s + j) + more);
                 sum += x * g;
                 store(p + j, x), store(s + j, g);
             }
@@ -277,7 +278,7 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
             for (int j = 0; j < h->keys; j += W) {
                 vec x = load(p + j);
                 store(s + j, x * (load(s + j) - mean));
-                store(p + j, kept(&drop, n + j, x));
+                store(p + j, apply_dropout(&drop, n + j, x));
             }
         }
         from_keys(h->dq + i * D, h->s, h->k, h->L, h->keys, D);
@@ -289,13 +290,13 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
     if (!same) scatter(of_head(grad_v, b, a, D), h->dv, h->L, D, grad_v.row, 1);
 }
 
-// Every head of every example by one thread. The head size as a constant lets its loops be unrolled.
+// Runs `call` for every head of every example, one thread each. A constant head size lets the compiler unroll its loops.
 #define EACH_HEAD(call)                                             \
-    dropout drop = dropping(seed, p);                               \
+    dropout drop = make_dropout(seed, p);                           \
     int failed = 0;                                                 \
     _Pragma("omp parallel reduction(| : failed)") {                 \
         float *memory;                                              \
-        head h = room(Q, L, D, &memory);                            \
+        head h = allocate_head(Q, L, D, &memory);                   \
         failed = !memory;                                           \
         _Pragma("omp for schedule(static)")                         \
         for (int n = 0; n < B * A; n++) {                           \
@@ -309,35 +310,35 @@ static inline void attend_head_backward(head *h, rows q, rows k, rows v, const b
     }                                                               \
     return failed;
 
-// q (B, Q, A, D), k and v (B, L, A, D), mask (B, L) to add, or null -> context (B, Q, A, D), kept_of (B, A, Q, 3: the
-// highest score, one over the sum, the sum of the shares that dropout keeps); 0: done, 1: no memory. D: a multiple of 16.
+// Attention. q (B, Q, A, D), k and v (B, L, A, D), mask (B, L) to add to the scores, or null -> context (B, Q, A, D), and
+// stats (B, A, Q, 3): the maximum score, 1 / the sum of exponentials, the sum of the weights after dropout.
+// D is a multiple of 16. Returns 1 if memory runs out, else 0, as all functions here.
 int attend(rows q, rows k, rows v, const bf16 *mask, double p, uint64_t seed, double scale, int B, int Q, int L, int A,
-           int D, rows context, float *kept_of) {
-#define CALL(size) attend_head(&h, q, k, v, mask, drop, scale, b, a, A, size, context, kept_of)
+           int D, rows context, float *stats) {
+#define CALL(size) attend_head(&h, q, k, v, mask, drop, scale, b, a, A, size, context, stats)
     EACH_HEAD(CALL)
 #undef CALL
 }
 
-// Of `attend`: grad (B, Q, A, D) of the context, grad_left (B, A, Q) of the sums of the kept shares, or null -> gradients of
-// q, k and v; where k is v, grad_k is that of both and grad_v is not written.
+// The gradients of `attend`: grad (B, Q, A, D) of the context, grad_sums (B, A, Q) of the sums of weights, or null -> grad_q,
+// grad_k, grad_v. If k is v, grad_k is the gradient of both and grad_v is not written.
 int attend_backward(rows q, rows k, rows v, const bf16 *mask, double p, uint64_t seed, double scale, int B, int Q, int L,
-                    int A, int D, const float *kept_of, rows grad, const float *grad_left, rows grad_q, rows grad_k,
+                    int A, int D, const float *stats, rows grad, const float *grad_sums, rows grad_q, rows grad_k,
                     rows grad_v) {
 #define CALL(size)                                                                                                    \
-    attend_head_backward(&h, q, k, v, mask, drop, scale, b, a, A, size, kept_of, grad, grad_left, grad_q, grad_k, grad_v)
+    attend_head_backward(&h, q, k, v, mask, drop, scale, b, a, A, size, stats, grad, grad_sums, grad_q, grad_k, grad_v)
     EACH_HEAD(CALL)
 #undef CALL
 }
 
 // ---------------------------------------------------------------------------------------------------- LayerNorm
 
-// sum = residual + dropout(x); out = LayerNorm(sum), low the same in bfloat16. Matrices are (T, H), mean and rstd (T).
-// residual: float32, or bfloat16 where `narrow_residual`. sum, mean, rstd, out: null where they are not wanted. H: a
-// multiple of 16.
-int add_norm(const void *residual, int narrow_residual, const bf16 *x, double p, uint64_t seed, const float *gain,
+// sum = residual + dropout(x); out = low = LayerNorm(sum), low in bfloat16. Matrices are (T, H), mean and rstd (T).
+// residual is bfloat16 if `low_residual`, else float32. sum, mean, rstd, out: null if not needed. H is a multiple of 16.
+int add_norm(const void *residual, int low_residual, const bf16 *x, double p, uint64_t seed, const float *gain,
              const float *bias, double epsilon, int T, int H, float *sum, float *mean, float *rstd, float *out,
              bf16 *low) {
-    dropout drop = dropping(seed, p);
+    dropout drop = make_dropout(seed, p);
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -350,8 +351,8 @@ int add_norm(const void *residual, int narrow_residual, const bf16 *x, double p,
             float *row = sum ? sum + at : own;
             vec m = {}, v = {};
             for (int j = 0; j < H; j += W) {
-                vec s = narrow_residual ? widen((const bf16 *)residual + at + j) : load((const float *)residual + at + j);
-                s += kept(&drop, at + j, widen(x + at + j));
+                vec s = low_residual ? widen((const bf16 *)residual + at + j) : load((const float *)residual + at + j);
+                s += apply_dropout(&drop, at + j, widen(x + at + j));
                 store(row + j, s);
                 m += s;
             }
@@ -373,12 +374,12 @@ int add_norm(const void *residual, int narrow_residual, const bf16 *x, double p,
     return failed;
 }
 
-// Of `add_norm`: the gradient of `out` is grad + more, `more` (bfloat16) or null -> that of the residual (float32), of x
-// (bfloat16), and of gain and bias (H).
+// The gradients of `add_norm`, given that of `out`, grad + more (bfloat16, or null): of the residual (float32),
+// x (bfloat16), gain and bias (H).
 int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t seed, const float *gain, const float *sum,
                       const float *mean, const float *rstd, int T, int H, float *grad_residual, bf16 *grad_x,
                       float *grad_gain, float *grad_bias) {
-    dropout drop = dropping(seed, p);
+    dropout drop = make_dropout(seed, p);
     int threads = omp_get_max_threads(), used = 1;
     float *partial = calloc((size_t)threads * 2 * H, sizeof(float));
     if (!partial) return 1;
@@ -407,7 +408,7 @@ int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t se
                 vec x = (load(sum + at + j) - middle) * by;
                 vec d = (load(grad_residual + at + j) - mean_a - x * mean_c) * by;
                 store(grad_residual + at + j, d);
-                narrow(grad_x + at + j, kept(&drop, at + j, d));
+                narrow(grad_x + at + j, apply_dropout(&drop, at + j, d));
             }
         }
     }
@@ -424,8 +425,8 @@ int add_norm_backward(const float *grad, const bf16 *more, double p, uint64_t se
 
 // ---------------------------------------------------------------------------------------------------- GELU
 
-// y = f(x) and slope = f'(x) of n numbers, slope null where it is not wanted: looked up, as x has but 2^16 values.
-// table: of the bits of x, both results, slope in the upper half. What occurs is a few kilobytes of it.
+// y = f(x) and slope = f'(x) of n bfloat16 numbers, from a table of all 2^16 inputs; slope: null if not needed.
+// table: indexed by the bits of x; y in the lower half, slope in the upper. The entries in use are a few kilobytes.
 int look_up(const bf16 *x, int64_t n, const uint32_t *table, bf16 *y, bf16 *slope) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -248,7 +248,7 @@ def use_cpu_kernels(model: PreTrainedModel, layers: nn.ModuleList | None, first_
         first_token_only: The last layer computes the first token alone.
 
     Returns:
-        Whether the layers are fused: not if the family is not known to have BERT's layer, or it uses another activation.
+        Whether the layers are fused: only BERT's and DistilBERT's layers with GELU are.
     """
     try:
         from pkd_dist.kernels.encoder_layer import CpuDropout, FusedBertLayer, FusedDistilBertLayer, FusedLayer
@@ -259,8 +259,9 @@ def use_cpu_kernels(model: PreTrainedModel, layers: nn.ModuleList | None, first_
     for module in model.modules():
         if type(module) is nn.Dropout:
             specialize(module, CpuDropout)
-    activations = {getattr(model.config, name, "gelu") for name in ("hidden_act", "activation")}
-    if layers is None or not is_bert_like(model.config) or activations != {"gelu"}:
+    if layers is None or not is_bert_like(model.config):
+        return False
+    if {getattr(model.config, name, "gelu") for name in ("hidden_act", "activation")} != {"gelu"}:
         return False
     mixin: type[FusedLayer] = FusedDistilBertLayer if model.config.model_type == "distilbert" else FusedBertLayer
     for layer in layers:
@@ -321,6 +322,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def num_layers(config: PretrainedConfig) -> int:
     """Return the number of encoder layers."""
     return int(config.num_hidden_layers)
+
+
+def num_labels(config: PretrainedConfig) -> int:
+    """Return the number of outputs of a classifier, 1 for a regression."""
+    assert config.num_labels is not None
+    return config.num_labels
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """Return the names of a classifier's outputs, in order."""
+    names = cast("dict[int, str]", config.id2label)
+    return [str(names[i]) for i in range(num_labels(config))]
 
 
 def weights_digest(folder: str) -> str:

@@ -32,7 +32,7 @@ def only_first_token(model: PreTrainedModel, layers: nn.ModuleList | None, atten
         attend: Replaces `attend_first`.
 
     Returns:
-        False if the model's family is not known to read the first token alone; the model is then unchanged.
+        False, with the model unchanged, unless its family reads the first token alone (`is_bert_like`).
     """
     if layers is None or not is_bert_like(model.config):
         return False

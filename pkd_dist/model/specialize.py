@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TypeVar
 
 from torch import nn
 
 T = TypeVar("T", bound=nn.Module)
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+"""(mixin, class of a module) -> their subclass, so that equal modules have equal classes."""
 
 
 def specialize(module: nn.Module, mixin: type[T]) -> T:
@@ -23,12 +24,10 @@ def specialize(module: nn.Module, mixin: type[T]) -> T:
     Returns:
         The module.
     """
-    if not isinstance(module, mixin):
-        module.__class__ = _subclass(mixin, type(module))
+    base = type(module)
+    if not issubclass(base, mixin):
+        if (mixin, base) not in _SUBCLASSES:
+            _SUBCLASSES[mixin, base] = type(f"{mixin.__name__}_{base.__name__}", (mixin, base), {})
+        module.__class__ = _SUBCLASSES[mixin, base]
     assert isinstance(module, mixin)
     return module
-
-
-@cache
-def _subclass(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{mixin.__name__}_{base.__name__}", (mixin, base), {"__module__": __name__})
