@@ -417,15 +417,17 @@ def compare(
         from rich.console import Console
         from rich.table import Table
 
-        from pkd_dist.comparison import runner as comparison
+        from pkd_dist.comparison.methods import parse_methods
+        from pkd_dist.comparison.runner import Comparison
+        from pkd_dist.comparison.table import rows
 
         try:
             chosen = [int(seed) for seed in seeds.split(",")]
         except ValueError:
             raise UserError(f"--seeds: {seeds!r} is not a list of numbers such as 1,2,3") from None
-        named = comparison.parse_methods(methods, method or [])
-        made = comparison.Comparison(config, overrides or [], named, chosen, output, launcher, jobs).run()
-        header, body = comparison.rows(made)
+        named = parse_methods(methods, method or [])
+        made = Comparison(config, overrides or [], named, chosen, output, launcher, jobs).run()
+        header, body = rows(made)
         table = Table(*header)
         for row in body:
             table.add_row(*row)
