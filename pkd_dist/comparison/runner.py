@@ -66,13 +66,13 @@ def train_command(launcher: str) -> list[str]:
         launcher: `deepspeed`, `torchrun`, `python`, or a starter of processes such as `mpirun` or `srun`, with its
             options; empty: this Python.
     """
-    words = shlex.split(launcher) or [sys.executable]
-    programs = [Path(word).name for word in words]
+    prefix = shlex.split(launcher) or [sys.executable]
+    programs = [Path(argument).name for argument in prefix]
     if "deepspeed" in programs:
-        return [*words, "--module", TRAIN_MODULE]
+        return [*prefix, "--module", TRAIN_MODULE]
     if any(program == "torchrun" or program.startswith("python") for program in programs):
-        return [*words, "-m", TRAIN_MODULE]
-    return [*words, sys.executable, "-m", TRAIN_MODULE]
+        return [*prefix, "-m", TRAIN_MODULE]
+    return [*prefix, sys.executable, "-m", TRAIN_MODULE]
 
 
 class Comparison:
