@@ -79,7 +79,7 @@ def run(
 
 def collect(name: str, made: dict[str, Any]) -> None:
     """Adds to what other calls have measured with the same teacher; what was measured with another goes, but speeds."""
-    from pkd_dist.comparison.runner import hold_against_first
+    from pkd_dist.comparison.table import set_differences
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     before = known.get(name, {})
@@ -89,7 +89,7 @@ def collect(name: str, made: dict[str, Any]) -> None:
     methods = {
         name: methods[name] for name in sorted(methods, key=lambda name: list(LOSSES).index(name.rpartition("-")[0]))
     }
-    hold_against_first(methods)
+    set_differences(methods)
     merged = {**before, **made, "methods": methods}
     RESULTS.write_text(json.dumps({**known, name: merged}, indent=1) + "\n")
 

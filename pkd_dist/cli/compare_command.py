@@ -36,17 +36,17 @@ def compare(
         from rich.console import Console
         from rich.table import Table
 
-        from pkd_dist.comparison import methods as named
-        from pkd_dist.comparison import table
+        from pkd_dist.comparison.methods import parse_methods
         from pkd_dist.comparison.runner import Comparison
+        from pkd_dist.comparison.table import rows
 
-        chosen = named.parse_methods(methods, method or [])
+        chosen = parse_methods(methods, method or [])
         made = Comparison(config, overrides or [], chosen, _numbers(seeds), output, launcher, jobs).run()
-        header, body = table.rows(made)
-        shown = Table(*header)
+        header, body = rows(made)
+        table = Table(*header)
         for row in body:
-            shown.add_row(*row)
-        Console().print(shown)
+            table.add_row(*row)
+        Console().print(table)
         print(f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over seeds")
         print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
 

@@ -1,1 +1,1 @@
-"""Several methods over several seeds, each a run of its own; the table and its plot."""
+"""Several methods over several seeds on one teacher and one cache, and the table that compares them."""

@@ -120,14 +120,14 @@ class _FusedAttention(nn.Module):
             self.add_module(name, child)
         linears = [attention.get_submodule(name) for name in names]
         self._heads = int(linears[0].out_features) // int(attention.attention_head_size)  # type: ignore[arg-type]
-        # Not parameters: the graph holds this one table in place of the three.
-        self._weight_HQ = torch.cat([linear.weight.detach().T for linear in linears], dim=1)  # type: ignore[operator]
-        self._bias_Q = torch.cat([linear.bias.detach() for linear in linears])  # type: ignore[operator]
+        weight_HQ = torch.cat([linear.weight.detach().T for linear in linears], dim=1)  # type: ignore[operator]
+        bias_Q = torch.cat([linear.bias.detach() for linear in linears])  # type: ignore[operator]
+        self._weight_and_bias = (weight_HQ, bias_Q)  # in a tuple, so that the exporter takes them for constants
         self._padding = padding
 
     def forward(self, hidden_BLH: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
         context_BLH = torch.onnx.ops.symbolic(
-            "com.microsoft::Attention", (hidden_BLH, self._weight_HQ, self._bias_Q, self._padding.mask_BL),
+            "com.microsoft::Attention", (hidden_BLH, *self._weight_and_bias, self._padding.mask_BL),
             {"num_heads": self._heads}, dtype=hidden_BLH.dtype, shape=hidden_BLH.shape, version=1,
         )  # fmt: skip
         if hasattr(self, "out_lin"):  # DistilBERT

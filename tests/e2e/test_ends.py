@@ -146,12 +146,12 @@ def test_a_checkpoint_of_any_stage_is_exported_bit_for_bit(prepared, tmp_path, s
         again = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert again.returncode == 2 and again.stderr == f"pkd: --output: {output} exists; choose a new folder\n"
     else:
-        hf.from_checkpoint(path, output, "float32")
+        hf.from_checkpoint(path, output, "float32", None)
     exported = load_file(output / "model.safetensors")
     assert {f"model.{name}" for name in exported} == {name for name in live if not name.startswith("projection.")}
     for name, value in exported.items():
         assert torch.equal(value, live[f"model.{name}"]), name
-    hf.from_checkpoint(path, tmp_path / "half", "bfloat16")
+    hf.from_checkpoint(path, tmp_path / "half", "bfloat16", None)
     for name, value in load_file(tmp_path / "half/model.safetensors").items():
         assert torch.equal(value, live[f"model.{name}"].bfloat16()), name
 
@@ -165,11 +165,11 @@ def test_what_cannot_be_exported_is_refused(prepared, tmp_path):
         ((path, tmp_path / "none/out", "float32"), "--output: no such folder: "),
     ):
         with pytest.raises(hf.UserError, match=words):
-            hf.from_checkpoint(*wrong)
+            hf.from_checkpoint(*wrong, None)
     shard = path / "rank-0000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(hf.UserError, match=r"rank-0000.safetensors has \d+ bytes, not \d+; choose another checkpoint"):
-        hf.from_checkpoint(path, tmp_path / "out", "float32")
+        hf.from_checkpoint(path, tmp_path / "out", "float32", None)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,27 +1,22 @@
 """What `pkd compare` accepts, and its table."""
 
+import sys
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
-from pkd_dist.comparison.runner import (
-    METHODS,
-    Comparison,
-    as_arguments,
-    as_markdown,
-    interval,
-    parse_methods,
-    plot,
-    summary,
-)
+from pkd_dist.comparison.methods import METHODS, as_arguments, parse_methods
+from pkd_dist.comparison.runner import Comparison, train_command
+from pkd_dist.comparison.table import as_markdown, mean_interval, plot, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import PRESETS
 from pkd_dist.errors import UserError
 
 
-def test_methods_by_name_and_of_ones_own():
+def test_methods_by_name_and_custom_ones():
     found = parse_methods(
         "finetune, kd", ["pairs-1: distill.patience=[1,5] distill.beta=10", "a+b: task.augment.copies=2"]
     )
@@ -32,11 +27,11 @@ def test_methods_by_name_and_of_ones_own():
 @pytest.mark.parametrize(
     ("names", "own", "message"),
     [
-        ("finetune,pdk", [], "--methods: 'pdk' is not known; allowed: finetune, kd"),
-        ("kd,finetune,kd", [], "--methods: kd is named twice"),
+        ("finetune,pdk", [], "--methods: 'pdk' is unknown; allowed: finetune, kd"),
+        ("kd,finetune,kd", [], "--methods: kd is duplicated"),
         ("", [], "--methods: name at least one of finetune"),
         ("kd", ["kd: distill.beta=1"], "--method: the name 'kd' is taken"),
-        ("kd", ["a/b: distill.beta=1"], "other signs than letters"),
+        ("kd", ["a/b: distill.beta=1"], "has characters other than letters"),
         ("kd", ["mine distill.beta=1"], 'not of the form "NAME: section.key=value'),
         ("kd", ["mine: distill.beta"], "not of the form"),
         ("kd", ["mine:"], "not of the form"),
@@ -44,7 +39,7 @@ def test_methods_by_name_and_of_ones_own():
         ("kd", ["teacher: distill.beta=1"], "the name 'teacher' is taken"),
     ],
 )
-def test_methods_that_are_refused(names, own, message):
+def test_methods_that_are_rejected(names, own, message):
     with pytest.raises(UserError, match=message):
         parse_methods(names, own)
 
@@ -53,15 +48,15 @@ def test_methods_that_are_refused(names, own, message):
     ("more", "message"),
     [
         (["--seeds", "1,x"], "--seeds: '1,x' is not a list of numbers such as 1,2,3"),
-        (["--jobs", "2", "--launcher", "deepspeed"], "--jobs: with --launcher one run at a time"),
+        (["--jobs", "2", "--launcher", "deepspeed"], "--jobs: must be 1 with --launcher"),
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
         (["--method", "deep: student.layers=[9]"], "student.layers: layer 9 is out of range"),
         (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
-        (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: one stands twice"),
+        (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: a seed is duplicated"),
         (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
     ],
 )
-def test_a_comparison_that_is_refused_before_it_starts(tmp_path, more, message):
+def test_a_comparison_that_is_rejected_before_it_starts(tmp_path, more, message):
     output = tmp_path / "out"
     done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(output), *more])
     assert done.exit_code == 2 and message in done.stderr and not output.exists()
@@ -129,13 +124,28 @@ def test_a_cache_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
     assert other.trials[0].overrides["cache.dir"] != dirs["kd"]
 
 
-def test_an_interval_is_students():
+def test_the_interval_of_a_mean_is_students():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=5), rng.normal(size=5)
-    mean, half = interval(list(a - b))
+    mean, half = mean_interval(list(a - b))
     expected = ttest_rel(a, b).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
-    assert interval([3.0]) == (3.0, None)
+    assert mean_interval([3.0]) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [
+        ("", [sys.executable, "-m", "pkd_dist.train"]),
+        ("python -u", ["python", "-u", "-m", "pkd_dist.train"]),
+        ("torchrun --nproc_per_node 2", ["torchrun", "--nproc_per_node", "2", "-m", "pkd_dist.train"]),
+        ("bin/deepspeed --num_gpus 4", ["bin/deepspeed", "--num_gpus", "4", "--module", "pkd_dist.train"]),
+        ("mpirun -np 2", ["mpirun", "-np", "2", sys.executable, "-m", "pkd_dist.train"]),
+        ("srun python3", ["srun", "python3", "-m", "pkd_dist.train"]),
+    ],
+)
+def test_the_command_of_a_run(launcher, command):
+    assert train_command(launcher) == command
 
 
 def result(dev, test, agreement):
@@ -153,13 +163,13 @@ def test_the_table_pools_splits_and_pairs_seeds():
         "kd": {2: result(0.84, 0.73, 0.9), 1: result(0.83, 0.71, 0.85), 3: result(0.9, 0.9, 0.9)},
         "shallow": {1: result(0.5, 0.5, 0.5)},
     }
-    made = summary(load(None, ["run.dir=unused"]), results, {"finetune": 2, "kd": 2, "shallow": 1})
+    made = summarize(load(None, ["run.dir=unused"]), results, {"finetune": 2, "kd": 2, "shallow": 1})
     assert made["teacher"]["score"] == pytest.approx((90 + 240) / 400) and made["splits"] == ["dev", "test"]
     scores = {seed: figures["score"] for seed, figures in made["methods"]["kd"]["seeds"].items()}
     assert scores == pytest.approx({"1": (83 + 213) / 400, "2": (84 + 219) / 400, "3": 0.9})
     gain = [(83 + 213 - 80 - 210) / 400, (84 + 219 - 82 - 216) / 400]
     assert made["methods"]["kd"]["minus finetune"]["score"] == {
-        "mean": pytest.approx(np.mean(gain)), "half_interval_95": pytest.approx(interval(gain)[1]),
+        "mean": pytest.approx(np.mean(gain)), "half_interval_95": pytest.approx(mean_interval(gain).half),
     }  # fmt: skip
     assert (
         made["methods"]["shallow"]["half_interval_95"]["score"] is None
@@ -172,7 +182,7 @@ def test_the_table_pools_splits_and_pairs_seeds():
     mcc = {"finetune": {1: {**result(0.8, 0.7, 0.8)}}}
     for side in (mcc["finetune"][1], mcc["finetune"][1]["splits"]["test"]):
         side["student"]["MCC"] = side["teacher"]["MCC"] = 0.25
-    other = summary(load(None, ["run.dir=unused", "task.name=cola"]), mcc, {"finetune": 2})
+    other = summarize(load(None, ["run.dir=unused", "task.name=cola"]), mcc, {"finetune": 2})
     assert other["pooled"] == ["dev"] and other["methods"]["finetune"]["mean"]["score"] == 0.25
     assert [axes.get_xlabel() for axes in plot(made).axes] == [
         "accuracy on dev + test, %",

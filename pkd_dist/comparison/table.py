@@ -1,0 +1,212 @@
+"""The table of a comparison: means over seeds with 95% intervals, as JSON, Markdown and a plot.
+
+results_eval.json of every run -> compare.json -> rows -> compare.md, compare.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypedDict, cast
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pkd_dist.config.schema import Config
+from pkd_dist.data import tasks
+from pkd_dist.evaluation.results import ModelResults, Results
+
+RunResults = Mapping[str, Mapping[int, Results]]
+"""Method -> seed -> results_eval.json."""
+Figures = dict[str, float]
+"""The metric by split, `score` and `agreement` over the pooled splits, `parameters` and `modelSize`."""
+
+
+class MeanDifference(TypedDict):
+    mean: float
+    half_interval_95: float | None
+
+
+class MethodSummary(TypedDict):
+    """One method over its seeds.
+
+    `half_interval_95` is half the interval of the mean, None for one seed. A method with the depth of an earlier one also
+    has a key `minus FIRST`: its differences to the first such method, paired by seed; see `differences`.
+    """
+
+    seeds: dict[str, Figures]
+    mean: Figures
+    half_interval_95: dict[str, float | None]
+    layers: int
+
+
+class Summary(TypedDict):
+    """compare.json. `pooled` names the splits that `score` and `agreement` are over."""
+
+    task: str
+    metric: str
+    splits: list[str]
+    pooled: list[str]
+    teacher: Figures
+    methods: dict[str, MethodSummary]
+
+
+class MeanInterval(NamedTuple):
+    mean: float
+    half: float | None
+
+
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """Return the mean over seeds and half of its 95% interval (Student's t), None for one seed."""
+    from scipy.stats import t
+
+    count = len(values)
+    if count < 2:
+        return MeanInterval(float(np.mean(values)), None)
+    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return MeanInterval(float(np.mean(values)), half)
+
+
+def summarize(config: Config, results: RunResults, depths: Mapping[str, int]) -> Summary:
+    """Return the content of compare.json.
+
+    Args:
+        results: At least one method with at least one seed.
+        depths: Method -> layers of its student.
+    """
+    metric = tasks.resolve(config.task).main_metric
+    one = next(iter(next(iter(results.values())).values()))
+    splits = ["dev", *one["splits"]]
+    pooled = splits if metric == "accuracy" else ["dev"]  # other metrics of a union are not the mean of its parts
+    methods: dict[str, MethodSummary] = {}
+    for name, by_seed in results.items():
+        figures = {seed: _figures(result, splits, pooled, metric) for seed, result in sorted(by_seed.items())}
+        keys = list(next(iter(figures.values())))
+        intervals = {key: mean_interval([figures[seed][key] for seed in figures]) for key in keys}
+        methods[name] = {
+            "seeds": {str(seed): values for seed, values in figures.items()},
+            "mean": {key: interval.mean for key, interval in intervals.items()},
+            "half_interval_95": {key: interval.half for key, interval in intervals.items()},
+            "layers": depths[name],
+        }
+    set_differences(methods)
+    return {
+        "task": one["task"],
+        "metric": metric,
+        "splits": splits,
+        "pooled": pooled,
+        "teacher": _figures(one, splits, pooled, metric, teacher=True),
+        "methods": methods,
+    }
+
+
+def set_differences(methods: Mapping[str, MethodSummary]) -> None:
+    """Set the key `minus FIRST` of each method: its difference, seed by seed, to the first method of its depth."""
+    for name, method in methods.items():
+        first = next(other for other in methods if methods[other]["layers"] == method["layers"])
+        seeds = [seed for seed in method["seeds"] if seed in methods[first]["seeds"] and name != first]
+        entries = cast("dict[str, object]", method)
+        for key in [key for key in entries if key.startswith("minus ")]:
+            del entries[key]
+        if seeds:
+            entries[f"minus {first}"] = {
+                key: _difference(method, methods[first], seeds, key) for key in ("score", "agreement")
+            }
+
+
+def _difference(method: MethodSummary, first: MethodSummary, seeds: Sequence[str], key: str) -> MeanDifference:
+    mean, half = mean_interval([method["seeds"][seed][key] - first["seeds"][seed][key] for seed in seeds])
+    return {"mean": mean, "half_interval_95": half}
+
+
+def _figures(
+    result: Results, splits: Sequence[str], pooled: Sequence[str], metric: str, teacher: bool = False
+) -> Figures:
+    """Return the figures of one model; each example of the pooled splits counts once."""
+
+    def of(side: ModelResults, key: str) -> float:
+        return float(cast(float, side[key]))
+
+    model = result["teacher" if teacher else "student"]
+    others = {name: part["teacher" if teacher else "student"] for name, part in result["splits"].items()}
+    sizes = {"dev": result["n"], **{name: part["n"] for name, part in result["splits"].items()}}
+    agreements = {"dev": result["compression"]["agreement"]}
+    agreements |= {name: part["agreement"] for name, part in result["splits"].items()}
+    scores = {split: of({"dev": model, **others}[split], metric) for split in splits}
+    weights = [sizes[split] for split in pooled]
+    return {
+        **scores,
+        "score": float(np.average([scores[split] for split in pooled], weights=weights)),
+        "agreement": float(np.average([1.0 if teacher else float(agreements[s]) for s in pooled], weights=weights)),
+        **{key: of(model, key) for key in ("parameters", "modelSize")},
+    }
+
+
+def one_line(result: Results) -> str:
+    """Return the scores and the agreement of one run, for its log line."""
+    scores = {"dev": result["student"]["main_metric"]}
+    scores |= {split: part["student"]["main_metric"] for split, part in result["splits"].items()}
+    shown = ", ".join(f"{split} {value:.4f}" for split, value in scores.items())
+    return f"{shown}, agreement {result['compression']['agreement']:.4f}"
+
+
+def rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Return the table as (header, rows of text), scores and agreement in percent."""
+    pooled, teacher = summary["pooled"], summary["teacher"]
+    scored = [*summary["splits"], *(["score"] if len(pooled) > 1 else []), "agreement"]
+    titles = {"score": " + ".join(pooled), "agreement": "agreement with the teacher"}
+    header = ["method", "layers", "seeds", *(titles.get(key, key) for key in scored), "parameters, M"]
+
+    def percent(mean: float, half: float | None = None) -> str:
+        return f"{100 * mean:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+    def millions(figures: Figures) -> str:
+        return f"{figures['parameters'] / 1e6:.1f}"
+
+    body = [["teacher", "", "", *(percent(teacher[key]) for key in scored), millions(teacher)]]
+    for name, method in summary["methods"].items():
+        mean, half = method["mean"], method["half_interval_95"]
+        counts = [str(method["layers"]), str(len(method["seeds"]))]
+        body.append([name, *counts, *(percent(mean[key], half[key]) for key in scored), millions(mean)])
+    return header, body
+
+
+def as_markdown(summary: Summary) -> str:
+    header, body = rows(summary)
+    lines = [header, ["---"] * len(header), *body]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{table}\n\n{summary['metric']} and agreement in percent: means over seeds, ± half of the 95% interval of the mean "
+        "(Student's t).\n"
+    )
+
+
+def plot(summary: Summary) -> Figure:
+    """Plot scores and agreement: a point per seed, each mean with its 95% interval, the teacher as a line."""
+    methods = summary["methods"]
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(methods)), layout="constrained")
+    label = summary["metric"] + " on " + " + ".join(summary["pooled"])
+    titles = {"score": f"{label}, %", "agreement": "agreement with the teacher, %"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        _plot_panel(axes, methods, key)
+        if key == "score":
+            axes.axvline(100 * summary["teacher"][key], color="#b5541c", linestyle="--", linewidth=1.2)
+            axes.set_title("dashed: the teacher", fontsize=9, loc="right", color="#b5541c")
+        axes.set_xlabel(title)
+    return figure
+
+
+def _plot_panel(axes: Axes, methods: Mapping[str, MethodSummary], key: str) -> None:
+    for place, method in enumerate(methods.values()):
+        values = [100 * figures[key] for figures in method["seeds"].values()]
+        axes.plot(values, [place] * len(values), "o", color="#8bb0d8", markersize=5)
+        half = method["half_interval_95"][key]
+        axes.errorbar(
+            [100 * method["mean"][key]], [place], xerr=None if half is None else [100 * half], fmt="D",
+            color="#1f4e8c", capsize=4, markersize=6,
+        )  # fmt: skip
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.set_ylim(len(methods) - 0.5, -0.5)
