@@ -28,8 +28,9 @@ import yaml
 from pkd_dist import __version__
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.schema import Config
-from pkd_dist.data import submission, tasks, text, tokens
+from pkd_dist.data import sources, submission, tasks, text, tokens
 from pkd_dist.data.class_weights import class_weights
+from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.prepare import DISTILL, prepare
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache
@@ -95,8 +96,8 @@ class Pipeline:
     def _preflight(self) -> None:
         config = self.config
         for split in [self.scores] if self.scores else ["train", "dev"]:
-            text.require(config.task.data, split, self.task)
-        text.unlabeled_paths(config.task.unlabeled, self.task)
+            sources.require(config.task.data, split, self.task)
+        sources.unlabeled_paths(config.task.unlabeled, self.task)
         length = config.task.max_length
         fit.require_compatible(self.base_config, self._tokenizer, length, config.teacher.model, "teacher.model")
         if config.teacher.finetune is None:
@@ -430,8 +431,8 @@ class Pipeline:
         task = self.config.task
         settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
         return {
-            **text.digests(task.data, text.available(task.data, self.task), self.task),
-            **{f"the text of {path}": sha256(path) for path in text.unlabeled_paths(task.unlabeled, self.task)},
+            **sources.digests(task.data, sources.available(task.data, self.task), self.task),
+            **{f"the text of {path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, self.task)},
             **{f"task.{key}": value for key, value in settings.items()},
             "tokenizer": encoder.tokenizer_digest(self.base),
         }
@@ -462,7 +463,7 @@ class Pipeline:
 
         return self.world.on_main(write)
 
-    def require_outputs(self, split: text.Split) -> None:
+    def require_outputs(self, split: Split) -> None:
         """Raises UserError where a model that is used as it is has not an output for each class of a split."""
         outputs = int(self.base_config.num_labels)
         if not self.task.regression and len(split.classes) != outputs:
@@ -965,11 +966,15 @@ def evaluate_folder(config: Config, split: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             pipeline = Pipeline(config, None, world, scores=split)
             classes = pipeline.class_order()
-            if classes is None and not pipeline.task.regression and text.find(config.task.data, "train", pipeline.task):
+            if (
+                classes is None
+                and not pipeline.task.regression
+                and sources.locate(config.task.data, "train", pipeline.task)
+            ):
                 classes = text.read(config.task.data, "train", pipeline.task).classes
             tokenizer = encoder.load_tokenizer(pipeline.base)
             part = text.read(config.task.data, split, pipeline.task, classes)
-            if not text.is_labelled(part.labels_N).all():
+            if not is_labelled(part.labels_N).all():
                 raise UserError(f"--split: {part.source} has no labels to score; `pkd predict` answers it")
             pipeline.require_outputs(part)
             made = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch))

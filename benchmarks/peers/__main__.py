@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.peers.bench import CONTESTANTS, OTHERS, Bench
 from pkd_dist.cli.launch import guarded, leave
-from pkd_dist.config.deepspeed import project_path
+from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 from pkd_dist.telemetry.log import log, to_terminal

@@ -319,6 +319,7 @@ def teacher() -> dict[str, Any]:
     Rows per processor second."""
     from pkd_dist.config.load import load
     from pkd_dist.data import tasks, text, tokens
+    from pkd_dist.data.examples import Split
     from pkd_dist.distillation.cache import Fingerprint
     from pkd_dist.distillation.cache_builder import LiveTeacher, build
     from pkd_dist.distributed.ranks import discover
@@ -342,9 +343,7 @@ def teacher() -> dict[str, Any]:
         out |= {"rows": len(made), "mean_length": float(made.lengths_N.mean())}
         out["length_deciles"] = np.quantile(made.lengths_N, np.arange(0, 1.01, 0.1)).tolist()
         torch.set_num_threads(1)
-        part = text.Split(
-            split.ids_N[:2048], tuple(c[:2048] for c in split.texts), split.labels_N[:2048], split.classes, ""
-        )
+        part = Split(split.ids_N[:2048], tuple(c[:2048] for c in split.texts), split.labels_N[:2048], split.classes, "")
         some = tokens.tokenize(part, tokenizer, config.task.max_length, Path(scratch) / "some")
         model = encoder.load_model(base, new_head=True, num_labels=2)
         live = LiveTeacher(model, (2, 4), "bfloat16", "float16", False, world.device)

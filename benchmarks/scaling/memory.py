@@ -28,7 +28,7 @@ from benchmarks import watch
 from benchmarks.faults.tiny import command
 from benchmarks.peers.bench import CONFIG, TEACHER
 from pkd_dist.cli.launch import guarded, leave
-from pkd_dist.config.deepspeed import project_path
+from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_json
 from pkd_dist.telemetry.log import log, to_terminal

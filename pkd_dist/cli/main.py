@@ -206,7 +206,9 @@ def prepare(
         from rich.console import Console
 
         from pkd_dist.data import summary, tasks
-        from pkd_dist.data.text import Split, available, read
+        from pkd_dist.data.examples import Split
+        from pkd_dist.data.sources import available
+        from pkd_dist.data.text import read
 
         overrides = ["run.dir=unused", *_task_overrides(task, data, text, label, kind)]
         resolved = tasks.resolve(config_load.load(None, [*overrides, f"task.max_length={max_length}"]).task)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import PRESETS, Config
-from pkd_dist.data import tasks, text
+from pkd_dist.data import sources, tasks
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.files import digest_of, sha256, write_atomically, write_json
 from pkd_dist.model import encoder
@@ -207,12 +207,12 @@ class Comparison:
     @cached_property
     def _files(self) -> dict[str, str]:
         task = tasks.resolve(self.base.task)
-        return text.digests(self.base.task.data, text.available(self.base.task.data, task), task)
+        return sources.digests(self.base.task.data, sources.available(self.base.task.data, task), task)
 
     def _text(self, config: Config) -> Any:
         """Whatever the cached text depends on."""
         task = config.task
-        more = [sha256(path) for path in text.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
+        more = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
         return [task.model_dump(mode="json"), more, self._files]
 
     # ------------------------------------------------------------------------------------------------------- running

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pkd_dist.config.paths import project_path
 from pkd_dist.config.schema import Config
 from pkd_dist.errors import UserError
 
@@ -38,13 +39,6 @@ DEEPSPEED_KEYS = (
 """Top-level keys that a DeepSpeed JSON may hold; a misspelt one would be ignored by DeepSpeed without a word."""
 
 PRECISIONS = ("torch_autocast", "bf16", "fp16")
-
-
-def project_path(name: str) -> Path:
-    """`name` as it is where that exists, else inside the checkout this package was installed from."""
-    path = Path(name).expanduser()
-    root = Path(__file__).resolve().parents[2]
-    return root / path if not path.exists() and not path.is_absolute() and (root / path).exists() else path
 
 
 def load_deepspeed(config: Config, config_file: str | Path | None = None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import Task
-from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.metrics import agreement, scores

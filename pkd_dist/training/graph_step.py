@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pkd_dist.data.batches import Batch
-from pkd_dist.data.on_device import Rows
+from pkd_dist.data.on_device import PendingBatch
 from pkd_dist.telemetry.log import log
 
 _WARM_UP = 2
@@ -121,7 +121,7 @@ class GraphStep:
         self._graphs: dict[tuple[int, ...], tuple[Any, torch.cuda.CUDAGraph] | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
-    def __call__(self, batch: Batch | Rows, rate: float, seed: int) -> Values:
+    def __call__(self, batch: Batch | PendingBatch, rate: float, seed: int) -> Values:
         """Does a step, or has the device do it.
 
         Args:
@@ -158,7 +158,7 @@ class GraphStep:
         on_gpu = self._device.type == "cuda"
         return torch.cuda.default_generators[self._device.index or 0] if on_gpu else torch.default_generator
 
-    def _step(self, batch: Batch | Rows) -> None:
+    def _step(self, batch: Batch | PendingBatch) -> None:
         sums = self._backward(batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         torch.stack([*sums, norm], out=self._values)
@@ -172,7 +172,7 @@ class GraphStep:
         adam.grad_scale = adam.found_inf = None
         adam.zero_grad(set_to_none=True)
 
-    def _backward(self, given: Batch | Rows) -> list[torch.Tensor]:
+    def _backward(self, given: Batch | PendingBatch) -> list[torch.Tensor]:
         batch = given.batch()
         terms = self._losses(self._lowered or self._module, batch)
         sums = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
@@ -181,7 +181,7 @@ class GraphStep:
             self._lowered.raise_gradients()
         return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in self._terms]
 
-    def _captured(self, batch: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph] | None:
+    def _captured(self, batch: Batch | PendingBatch) -> tuple[Any, torch.cuda.CUDAGraph] | None:
         if self._graphs is None:
             return None
         if batch.key not in self._graphs:
@@ -212,7 +212,7 @@ class GraphStep:
         generator = self._generator
         generator.graphsafe_set_state(generator.clone_state())  # its own still believes to be captured
 
-    def _capture(self, static: Batch | Rows) -> tuple[Any, torch.cuda.CUDAGraph]:
+    def _capture(self, static: Batch | PendingBatch) -> tuple[Any, torch.cuda.CUDAGraph]:
         """The step as a graph that reads `static`; changes nothing but `.grad`, which it empties."""
         aside, now = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(now)

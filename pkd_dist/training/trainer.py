@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from pkd_dist.config.schema import Checkpoint as CheckpointConfig
 from pkd_dist.data.batches import Batch, TrainingBatches, collate, micro_batches
-from pkd_dist.data.on_device import Rows, open_device_tokens
+from pkd_dist.data.on_device import PendingBatch, open_device_tokens
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
@@ -276,7 +276,7 @@ class Trainer:
             self._landed = began
         self.world.at(f"{self.job.name}, step {progress.step + 1}")
         ((rows, weight),) = self.batches.rows(order, step)
-        batch: Batch | Rows
+        batch: Batch | PendingBatch
         if self._resident:
             batch = self._resident.rows(rows, weight)
             made = time.perf_counter()

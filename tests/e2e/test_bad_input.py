@@ -75,7 +75,7 @@ CONFIGURATION = {
         ["train.deepspeed={at}/ds.json"],
         r"{at}/ds\.json: bf16 and fp16 are both enabled; one precision is allowed",
     ),
-    "data folder": ({}, ["task.data={at}/none"], r"task\.data: no such folder: {at}/none; it must hold train and dev"),
+    "data folder": ({}, ["task.data={at}/none"], r"task\.data: no such folder: {at}/none; it must contain train and dev"),
     "split": (
         {"own/train.tsv": GOOD_DEV},
         ["task.data={at}/own"],
