@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.peers.bench import CONTESTANTS, OTHERS, Bench
-from pkd_dist.config.deepspeed import project_path
+from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 from pkd_dist.telemetry.log import log

@@ -22,6 +22,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, get_linear_sc
 from benchmarks.scaling.model import Shape
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
+from pkd_dist.data.examples import Split
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
@@ -150,7 +151,7 @@ class Subject:
         chosen = paired_layers(config.distill.patience, self._teacher.config.num_hidden_layers, len(layers))
         self.pairs = tuple(enumerate(chosen, start=1))
 
-    def _encode(self, split: text.Split) -> list[dict[str, Any]]:
+    def _encode(self, split: Split) -> list[dict[str, Any]]:
         encoded = self.tokenizer(*map(list, split.texts), truncation=True, max_length=self.config.task.max_length)
         rows = (dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True))
         return [row | {"labels": int(label)} for row, label in zip(rows, split.labels_N, strict=True)]

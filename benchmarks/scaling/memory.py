@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import common, watch
 from benchmarks.faults.tiny import command
-from pkd_dist.config.deepspeed import project_path
+from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_json
 from pkd_dist.telemetry.log import log

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from pkd_dist.data.text import Split
+    from pkd_dist.data.examples import Split
 
 
 def prepare(
@@ -48,12 +48,12 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     from rich.console import Console
 
     from pkd_dist.config.load import load
-    from pkd_dist.data import summary, tasks, text
+    from pkd_dist.data import sources, summary, tasks, text
 
     task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
     token_lengths = _token_lengths(model) if model is not None else None
     splits: dict[str, Split] = {}
-    for name in dict.fromkeys(("train", "dev", *text.available(data, task))):
+    for name in dict.fromkeys(("train", "dev", *sources.available(data, task))):
         splits[name] = text.read(data, name, task, splits["train"].classes or None if splits else None)
     print("\n".join(summary.all_notes(splits)) + "\n")
     console = Console(highlight=False)

@@ -20,10 +20,11 @@ from typing import NoReturn
 import yaml
 
 from pkd_dist import __version__
-from pkd_dist.config.deepspeed import load_deepspeed, packaged_path, project_path
+from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
+from pkd_dist.config.paths import packaged_path, project_path
 from pkd_dist.config.schema import Config
-from pkd_dist.data import tasks, text
+from pkd_dist.data import sources, tasks
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
@@ -192,8 +193,8 @@ def _checked_config(options: argparse.Namespace) -> Config:
     config = load(options.config, options.overrides)
     load_deepspeed(config, options.config)
     task = tasks.resolve(config.task)
-    text.require(config.task.data, "train", task)
-    text.unlabeled_paths(config.task.unlabeled, task)
+    sources.require(config.task.data, "train", task)
+    sources.unlabeled_paths(config.task.unlabeled, task)
     return config
 
 

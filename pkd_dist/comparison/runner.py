@@ -31,7 +31,7 @@ from pkd_dist.comparison.methods import Overrides, as_arguments
 from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line, plot, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.data import tasks, text
+from pkd_dist.data import sources, tasks
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, sha256, write_atomically, write_json
@@ -163,7 +163,7 @@ class Comparison:
     def _cache_name(self, config: Config, depth: int, by_token: bool) -> str:
         """Return a name that runs share if they need the same teacher outputs."""
         task = config.task
-        unlabeled = [sha256(path) for path in text.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
+        unlabeled = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
         read = [task.model_dump(mode="json"), unlabeled, self._data_digests]
         pairs = [self._paired(config, depth), config.distill.pair_embeddings] if by_token else None
         digest = digest_of([self._teacher_identity, read, config.cache.model_dump(mode="json"), pairs])
@@ -177,7 +177,7 @@ class Comparison:
     @cached_property
     def _data_digests(self) -> dict[str, str]:
         task = tasks.resolve(self.base.task)
-        return text.digests(self.base.task.data, text.available(self.base.task.data, task), task)
+        return sources.digests(self.base.task.data, sources.available(self.base.task.data, task), task)
 
     def run(self) -> Summary:
         """Train what is not trained yet, write the table after each run, and return it.

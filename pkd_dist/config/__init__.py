@@ -1,1 +1,1 @@
-"""The typed schema of a run, its YAML, and its check against the DeepSpeed JSON."""
+"""The configuration of a run: schema, loading, the DeepSpeed JSON, and the generated reference."""

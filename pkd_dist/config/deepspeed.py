@@ -1,11 +1,7 @@
-"""The typed schema of a run: strict YAML in, one frozen `Config` out.
+"""Read the DeepSpeed JSON of a run and check it against the run's YAML.
 
-Data flow: YAML file + command-line overrides -> nested dict -> pydantic models (types, ranges, cross-checks) -> the
-DeepSpeed JSON it names (`load_deepspeed`), checked against the YAML. Every setting has one owner: batch, accumulation,
-learning rate and clipping belong to the YAML; ZeRO, precision and offload to the DeepSpeed JSON.
-
-Every mistake is a `UserError` of one line that names the file (and line), the key, what is allowed and, for an unknown
-key, the nearest known one.
+Each setting has one owner: batch size, accumulation, optimizer, schedule and clipping belong to the YAML; ZeRO, precision
+and offload belong to the DeepSpeed JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pkd_dist.config.paths import project_path
 from pkd_dist.config.schema import Config
 from pkd_dist.errors import UserError
 
@@ -27,7 +24,7 @@ OWNED_BY_YAML = {
     "optimizer": "train.learning_rate, train.weight_decay and train.adam_epsilon",
     "scheduler": "train.learning_rate and train.warmup_ratio",
 }
-"""Keys of a DeepSpeed JSON that belong to the run's YAML; there they may stand only as "auto"."""
+"""Keys of a DeepSpeed JSON -> keys of the YAML that set them. In the JSON they must be absent or "auto"."""
 
 DEEPSPEED_KEYS = (
     *OWNED_BY_YAML, "zero_optimization", "torch_autocast", "bf16", "fp16", "communication_data_type", "data_types",
@@ -35,80 +32,92 @@ DEEPSPEED_KEYS = (
     "activation_checkpointing", "compile", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "tensorboard", "wandb", "csv_monitor", "checkpoint",
 )  # fmt: skip
-"""Top-level keys that a DeepSpeed JSON may hold; a misspelt one would be ignored by DeepSpeed without a word."""
+"""Allowed top-level keys. DeepSpeed itself silently ignores a misspelled key."""
 
 PRECISIONS = ("torch_autocast", "bf16", "fp16")
 
-
-def packaged_path(name: str | Path) -> Path:
-    """Return where a file or folder that ships with pkd_dist is: in `pkd_dist/defaults/` of a wheel, or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "defaults" / name
-    return installed if installed.exists() else package.parent / name
+DeepSpeedConfig = dict[str, Any]
+"""The content of a DeepSpeed JSON."""
 
 
-def project_path(name: str | Path) -> Path:
-    """Return `name` if it exists or is absolute, else the file of that name that ships with pkd_dist, if there is one."""
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute():
-        return path
-    packaged = packaged_path(path)
-    return packaged if packaged.exists() else path
+def load_deepspeed(config: Config, config_file: str | Path | None = None) -> DeepSpeedConfig:
+    """Read the DeepSpeed JSON that `train.deepspeed` names and check it.
 
+    Args:
+        config: the run configuration.
+        config_file: its YAML file, for messages.
 
-def load_deepspeed(config: Config, config_file: str | Path | None = None) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON that `train.deepspeed` names and checks it against the YAML.
-
-    Returns the JSON's own content, without the keys that the YAML owns ("auto" there). `"enabled": "auto"` of
-    `torch_autocast` is left for the engine, which knows the device.
+    Returns:
+        The content of the JSON without the keys that the YAML owns. The value "auto" of `torch_autocast.enabled` is kept
+        for the engine, which knows the device.
 
     Raises:
-        UserError: unreadable, not an object, a key the YAML owns, more than one precision, an unknown ZeRO stage.
+        UserError: unreadable file, unknown key, a key that the YAML owns, several precisions, or an unknown ZeRO stage.
     """
     path = project_path(config.train.deepspeed)
     yaml_name = str(config_file) if config_file else "the run's YAML"
+    if not path.exists():
+        raise UserError(f"{yaml_name}: train.deepspeed: no such file: {path}")
+    data = _read_json(path)
+    _remove_keys_of_yaml(data, path, yaml_name)
+    _check_keys(data, path)
+    _check_precision(data, path)
+    _check_zero_stage(data, path)
+    return data
 
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
-            raise UserError(f"{path}: {repeated[0]} stands twice; keep one")
+
+def _read_json(path: Path) -> DeepSpeedConfig:
+    def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        duplicates = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+        if duplicates:
+            raise UserError(f"{path}: {duplicates[0]} is duplicated; keep one")
         return dict(pairs)
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
-    except FileNotFoundError:
-        raise UserError(f"{yaml_name}: train.deepspeed: no such file: {path}") from None
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold one JSON object, not a {type(data).__name__}")
+        raise UserError(f"{path}: must contain one JSON object, not a {type(data).__name__}")
+    return data
+
+
+def _remove_keys_of_yaml(data: DeepSpeedConfig, path: Path, yaml_name: str) -> None:
     for key, owner in OWNED_BY_YAML.items():
         if data.pop(key, "auto") != "auto":
             raise UserError(
-                f'{path}: {key} conflicts with {yaml_name}, where {owner} owns it; remove it from the JSON or set it to "auto"'
+                f'{path}: {key} conflicts with {yaml_name}, where {owner} sets it; remove it from the JSON or set it to "auto"'
             )
+
+
+def _check_keys(data: DeepSpeedConfig, path: Path) -> None:
     for key in data:
         if key not in DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
-            raise UserError(f"{path}: {key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+            similar = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
+            raise UserError(f"{path}: {key}: unknown key" + (f"; did you mean {similar[0]}?" if similar else ""))
     for key in (*PRECISIONS, "zero_optimization"):
         if not isinstance(data.get(key, {}), dict):
             example = '{"stage": 1}' if key == "zero_optimization" else '{"enabled": true}'
             raise UserError(f"{path}: {key} must be an object such as {example}")
+
+
+def _check_precision(data: DeepSpeedConfig, path: Path) -> None:
     for key in PRECISIONS:
         enabled = data.get(key, {}).get("enabled", False)
         if not isinstance(enabled, bool) and (key, enabled) != ("torch_autocast", "auto"):
-            also = ', or "auto"' if key == "torch_autocast" else ""
-            raise UserError(f"{path}: {key}.enabled: {enabled!r} is refused; allowed: true, false{also}")
+            auto = ', "auto"' if key == "torch_autocast" else ""
+            raise UserError(f"{path}: {key}.enabled: {enabled!r} is invalid; allowed: true, false{auto}")
     dtype = data.get("torch_autocast", {}).get("dtype", "auto")
     if dtype not in ("auto", "bfloat16", "float16"):
-        raise UserError(f"{path}: torch_autocast.dtype: {dtype!r} is refused; allowed: auto, bfloat16, float16")
-    on = [name for name in PRECISIONS if data.get(name, {}).get("enabled")]
-    if len(on) > 1:
-        raise UserError(f"{path}: {' and '.join(on)} are both enabled; one precision is allowed")
+        raise UserError(f"{path}: torch_autocast.dtype: {dtype!r} is invalid; allowed: auto, bfloat16, float16")
+    enabled_keys = [key for key in PRECISIONS if data.get(key, {}).get("enabled")]
+    if len(enabled_keys) > 1:
+        raise UserError(f"{path}: {' and '.join(enabled_keys)} are both enabled; enable one precision")
+
+
+def _check_zero_stage(data: DeepSpeedConfig, path: Path) -> None:
     stage = data.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-    return data

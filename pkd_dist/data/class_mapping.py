@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pkd_dist.data.examples import Split
 from pkd_dist.data.tasks import Task
-from pkd_dist.data.text import Split
 from pkd_dist.errors import UserError
 
 if TYPE_CHECKING:

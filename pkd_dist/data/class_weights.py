@@ -1,4 +1,4 @@
-"""Weights of the classes in the loss of labelled examples."""
+"""Class weights for the loss of labelled examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pkd_dist.data.text import is_labelled
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.errors import UserError
 
 
@@ -17,20 +17,20 @@ def class_weights(
     classes: Sequence[str],
     names: Sequence[str],
 ) -> np.ndarray | None:
-    """Weights of C classes.
+    """Return the weights of C classes.
 
     Args:
-        setting: `task.class_weights`. `balanced`: n / (C * count), so that all classes weigh the same together. A mapping:
-            by class name or value; a class that it does not name weighs 1.
-        labels_N: of the training split; those without a label do not count.
+        setting: `task.class_weights`. `balanced`: n / (C * count), which gives every class the same total weight. A
+            mapping: weights by class name or value; classes not in it weigh 1.
+        labels_N: labels of the training split; unlabelled examples are ignored.
         classes: values of the label column in class order.
-        names: what the model calls them, in the same order.
+        names: class names of the model, in the same order.
 
     Returns:
-        float32 (C,), or None where nothing is weighted. A class without examples has weight 0 when balanced.
+        float32 (C,), or None without a setting. If balanced, a class without examples has weight 0.
 
     Raises:
-        UserError: a regression, an unknown class, a class named twice.
+        UserError: regression task, unknown class, or a class given twice.
     """
     if setting is None:
         return None
@@ -42,15 +42,15 @@ def class_weights(
         return np.where(count_C > 0, weights_C, 0).astype(np.float32)
     index = {key: i for keys in (names, classes) for i, key in enumerate(keys)}
     out = np.ones(len(classes), np.float32)
-    named: set[int] = set()
+    seen: set[int] = set()
     for key, weight in setting.items():
         if key not in index:
             allowed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise UserError(f"task.class_weights: {key!r} is not a class; allowed: {allowed}")
-        if index[key] in named:
+        if index[key] in seen:
             raise UserError(
-                f"task.class_weights: the class {names[index[key]]} stands twice, by name and value; keep one"
+                f"task.class_weights: the class {names[index[key]]} is given twice, by name and by value; keep one"
             )
-        named.add(index[key])
+        seen.add(index[key])
         out[index[key]] = weight
     return out

@@ -1,7 +1,7 @@
-"""A data set on the GPU, with the teacher's answers to it: a batch is gathered there, from the numbers of its rows alone.
+"""Keep a token set and the teacher outputs in GPU memory, and gather batches there from row numbers.
 
-Batches made on the host would take it longer than a small student's whole step takes the GPU. Where the data set is too
-large for that, or the teacher answers live or for every token, the host makes them (`collate`).
+For a small student, collating a batch on the host takes longer than the whole step on the GPU. If the data does not fit, or
+the teacher runs live or gives states of all tokens, batches are collated on the host instead (`collate`).
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import torch
 from pkd_dist.data.batches import Batch, padded_length, pinned
 from pkd_dist.data.tokens import TokenSet
 
-_SHARE = 0.25
-"""Of the GPU's free memory that a data set may take."""
-_BYTES = 1 << 26
-"""That pass through the host's memory at once."""
-_NOBODY = np.empty(0, dtype=np.int64)
+_MAX_MEMORY_SHARE = 0.25
+"""Share of the GPU's free memory that the data may take."""
+_CHUNK_BYTES = 1 << 26
+"""Bytes copied through host memory at once."""
+_EMPTY = np.empty(0, dtype=np.int64)
 
 
 @runtime_checkable
 class TeacherRows(Protocol):
-    """The teacher's answers to a whole data set."""
+    """Teacher outputs that can be read for any examples, such as those of a cache."""
 
     def nbytes(self, examples: int) -> int:
-        """Of the answers to so many examples."""
+        """Return the size of the outputs of `examples` examples, in bytes."""
 
     def of(self, ids_N: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, C) and states (N, M, H) of [CLS]."""
+        """Return logits (N, C) and [CLS] states (N, M, H)."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch that is still to be gathered.
+class PendingBatch:
+    """The row numbers of a batch that is still to be gathered on the device.
 
     Attributes:
+        source: the data to gather from.
         rows_B: int64 positions in the token set.
         weight_B: as in `Batch`.
-        length: tokens of a row, padding included.
-        tokens: real tokens in it.
+        length: tokens per row, including padding.
+        tokens: number of tokens without padding.
     """
 
     source: DeviceTokens
@@ -53,47 +54,53 @@ class Rows:
 
     @property
     def key(self) -> tuple[int, ...]:
+        """As in `Batch`."""
         return len(self.rows_B), self.length
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> PendingBatch:
+        """Return a copy on a device."""
         return replace(self, rows_B=pinned(self.rows_B, device), weight_B=pinned(self.weight_B, device))
 
-    def fill(self, other: Rows) -> None:
-        """Takes over the rows of another batch of the same key, into the memory of its own."""
+    def fill(self, other: PendingBatch) -> None:
+        """Copy the rows of another batch with the same key into this batch's memory."""
         for mine, theirs in ((self.rows_B, other.rows_B), (self.weight_B, other.weight_B)):
             mine.copy_(theirs.pin_memory(), non_blocking=True)
 
     def batch(self) -> Batch:
-        """By operations of the device alone."""
+        """Return the gathered batch, using operations of the device only."""
         return self.source.gather(self)
 
 
 class DeviceTokens:
-    """A token set and the teacher's answers in a device's memory.
+    """A token set and the teacher outputs in device memory.
 
     Args:
-        answers: None: the losses need none.
+        tokens: the token set.
+        teacher: its outputs; None if the loss needs none.
+        pad_id: token id of padding.
+        device: where to keep them.
     """
 
-    def __init__(self, tokens: TokenSet, answers: TeacherRows | None, pad_id: int, device: torch.device):
-        def moved(array: np.ndarray) -> torch.Tensor:
-            parts = ((torch.from_numpy(np.array(part)),) for part in _parts(array, _BYTES // array.itemsize))
-            return _put_together(parts, len(array), device)[0]
+    def __init__(self, tokens: TokenSet, teacher: TeacherRows | None, pad_id: int, device: torch.device):
+        def upload(array: np.ndarray) -> torch.Tensor:
+            chunks = _chunks(array, _CHUNK_BYTES // array.itemsize)
+            return _upload(((torch.from_numpy(np.array(chunk)),) for chunk in chunks), len(array), device)[0]
 
         self._pad_id, self._lengths_N = pad_id, tokens.lengths_N
         self._input_ids_T, self._offsets_N1, self._labels_N = map(
-            moved, (tokens.input_ids_T, tokens.offsets_N1, tokens.labels_N)
+            upload, (tokens.input_ids_T, tokens.offsets_N1, tokens.labels_N)
         )
-        self._type_ids_T = None if tokens.type_ids_T is None else moved(tokens.type_ids_T)
+        self._type_ids_T = None if tokens.type_ids_T is None else upload(tokens.type_ids_T)
         self._logits_NC: torch.Tensor | None = None
         self._states_NMH: torch.Tensor | None = None
-        if answers:
-            parts = (answers.of(ids) for ids in _parts(tokens.ids_N, _BYTES // answers.nbytes(1)))
-            self._logits_NC, self._states_NMH = _put_together(parts, len(tokens), device)
+        if teacher:
+            outputs = (teacher.of(ids) for ids in _chunks(tokens.ids_N, _CHUNK_BYTES // teacher.nbytes(1)))
+            self._logits_NC, self._states_NMH = _upload(outputs, len(tokens), device)
 
-    def rows(self, rows_B: np.ndarray, weight_B: np.ndarray) -> Rows:
+    def rows(self, rows_B: np.ndarray, weight_B: np.ndarray) -> PendingBatch:
+        """Return the batch of these rows, on the host and not yet gathered."""
         lengths_B = self._lengths_N[rows_B]
-        return Rows(
+        return PendingBatch(
             self,
             torch.from_numpy(np.ascontiguousarray(rows_B)),
             torch.from_numpy(weight_B.astype(np.float32)),
@@ -101,59 +108,71 @@ class DeviceTokens:
             int(lengths_B[weight_B > 0].sum()),
         )
 
-    def gather(self, rows: Rows) -> Batch:
-        """What `collate` and the cache make of the same rows."""
-        rows_B = rows.rows_B
+    def gather(self, pending: PendingBatch) -> Batch:
+        """Return the batch that `collate` and the teacher cache would give for the same rows."""
+        rows_B = pending.rows_B
         starts_B, stops_B = self._offsets_N1[rows_B], self._offsets_N1[rows_B + 1]
-        within_L = torch.arange(rows.length, device=rows_B.device)
+        within_L = torch.arange(pending.length, device=rows_B.device)
         mask_BL = within_L < (stops_B - starts_B)[:, None]
         index_BL = torch.where(mask_BL, starts_B[:, None] + within_L, 0)
         types_BL = None if self._type_ids_T is None else torch.where(mask_BL, self._type_ids_T[index_BL], 0).long()
         return Batch(
-            rows_B=_NOBODY,
-            ids_B=_NOBODY,
+            rows_B=_EMPTY,
+            ids_B=_EMPTY,
             input_ids_BL=torch.where(mask_BL, self._input_ids_T[index_BL], self._pad_id).long(),
             attention_mask_BL=mask_BL.long(),
             type_ids_BL=types_BL,
             labels_B=self._labels_N[rows_B],
-            weight_B=rows.weight_B,
-            tokens=rows.tokens,
+            weight_B=pending.weight_B,
+            tokens=pending.tokens,
             teacher_logits_BC=None if self._logits_NC is None else self._logits_NC[rows_B],
             teacher_states=None if self._states_NMH is None else self._states_NMH[rows_B],
         )
 
 
-def _parts(array: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """An array in parts of `count`, so that the host does not hold all of it."""
-    count = max(1, count)
-    return (np.asarray(array[i : i + count]) for i in range(0, len(array), count))
+def _chunks(array: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Yield an array in chunks, so that the host never holds all of it."""
+    rows = max(1, rows)
+    return (np.asarray(array[i : i + rows]) for i in range(0, len(array), rows))
 
 
-def _put_together(parts: Iterable[Sequence[torch.Tensor]], length: int, device: torch.device) -> list[torch.Tensor]:
-    """Parts of tensors that belong together, `length` rows in all, one after the other in the device's memory."""
+def _upload(chunks: Iterable[Sequence[torch.Tensor]], rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Concatenate chunks in device memory.
+
+    Args:
+        chunks: each a sequence of tensors, one per result, with equal numbers of rows.
+        rows: total number of rows.
+        device: of the results.
+    """
     out: list[torch.Tensor] = []
     start = 0
-    for part in parts:
+    for chunk in chunks:
         if not out:
-            out = [torch.empty((length, *one.shape[1:]), dtype=one.dtype, device=device) for one in part]
-        for whole, one in zip(out, part, strict=True):
-            whole[start : start + len(one)] = one
-        start += len(part[0])
+            out = [torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=device) for tensor in chunk]
+        for target, tensor in zip(out, chunk, strict=True):
+            target[start : start + len(tensor)] = tensor
+        start += len(chunk[0])
     return out
 
 
 def open_device_tokens(
-    tokens: TokenSet, answers: object | None, pad_id: int, device: torch.device
+    tokens: TokenSet, teacher: object | None, pad_id: int, device: torch.device
 ) -> DeviceTokens | None:
-    """None where it is more than a part of the GPU's free memory, or the teacher cannot say all at once.
+    """Move a token set to the GPU if that is possible.
 
     Args:
-        answers: `TeacherRows`, or others that are of no use here; None: the losses need none.
+        tokens: the token set.
+        teacher: the teacher outputs; None if the loss needs none.
+        pad_id: token id of padding.
+        device: a GPU.
+
+    Returns:
+        None if the data takes more than a quarter of the free memory, or `teacher` is not `TeacherRows`.
     """
-    if answers is not None and not isinstance(answers, TeacherRows):
+    if teacher is not None and not isinstance(teacher, TeacherRows):
         return None
     arrays = (tokens.input_ids_T, tokens.type_ids_T, tokens.offsets_N1, tokens.labels_N)
     needed = sum(array.nbytes for array in arrays if array is not None)
-    needed += answers.nbytes(len(tokens)) if answers else 0
+    needed += teacher.nbytes(len(tokens)) if teacher else 0
     free, _ = torch.cuda.mem_get_info(device)
-    return DeviceTokens(tokens, answers, pad_id, device) if needed <= _SHARE * free else None
+    return DeviceTokens(tokens, teacher, pad_id, device) if needed <= _MAX_MEMORY_SHARE * free else None

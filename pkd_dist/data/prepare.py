@@ -22,8 +22,9 @@ from pkd_dist.config.schema import Task as TaskConfig
 from pkd_dist.data import text, tokens
 from pkd_dist.data.augment import augment
 from pkd_dist.data.columns import TextColumn
+from pkd_dist.data.examples import Split, is_labelled, without
+from pkd_dist.data.sources import available
 from pkd_dist.data.tasks import Task
-from pkd_dist.data.text import Split, is_labelled
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def prepare(
     """
     splits = {"train": text.read(config.data, "train", task, classes)}
     known = splits["train"].classes or None
-    for name in text.available(config.data, task)[1:]:
+    for name in available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
     if more := list(_unlabelled_splits(config, task, splits, tokenizer)):
@@ -105,11 +106,11 @@ def _unlabelled_splits(
     """Yield the unlabeled and the augmented text, without repeats and without texts of the splits."""
     unlabeled = []
     if config.unlabeled:
-        unlabeled = [text.without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
+        unlabeled = [without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
         yield from unlabeled
     if config.augment:
         augmented = augment(splits["train"], config.augment, tokenizer.mask_token)
-        yield text.without(augmented, *splits.values(), *unlabeled)
+        yield without(augmented, *splits.values(), *unlabeled)
 
 
 def _concatenate(splits: Sequence[Split]) -> Split:

@@ -1,7 +1,7 @@
-"""Files and hub data sets -> rows: the values of named columns, by line or row number.
+"""Read tables as rows: the values of named columns, with their line or row number.
 
-Rows are read one after the other, so that no file is in memory. Each reader is strict: a wrong line is refused by file and
-line number when its turn comes, never repaired in silence.
+Rows are streamed, so no file is held in memory. Readers are strict: an invalid line raises `UserError` with file and line
+number when it is reached, and is never repaired silently.
 """
 
 from __future__ import annotations
@@ -10,29 +10,35 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkd_dist.errors import UserError
 
-EXTENSIONS = ("tsv", "csv", "jsonl", "parquet")
-_BLANK = b"\xef\xbb\xbf \r\n\t"
-_PARQUET_BATCH = 4096
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
-Row = tuple[int, list[Any]]
-"""The number of a line or row, and the values of the wanted columns; None for a value that is not there."""
+EXTENSIONS = ("tsv", "csv", "jsonl", "parquet")
+_WHITESPACE = b"\xef\xbb\xbf \r\n\t"
+_PARQUET_BATCH_ROWS = 4096
+
+Fields = list[str | None]
+"""Values of the requested columns; None for a missing value."""
+
+Row = tuple[int, Fields]
+"""The number of a line or row, from 1, and its values."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What stands in one file, or in one split of a hub data set.
+class Table:
+    """The rows of one file or of one split of a hub data set.
 
     Attributes:
         name: the file, or `hub:NAME/SPLIT`.
-        rows: read as they are iterated, once; what is wrong with one raises UserError there.
-        unit: what its examples are counted in: `line` or `row`.
+        rows: can be iterated once; raises UserError at an invalid row.
+        unit: what the row numbers count: `line` or `row`.
     """
 
     name: str
@@ -40,19 +46,19 @@ class Rows:
     unit: str = "line"
 
     def at(self, number: int) -> str:
-        """Where a row stands, for messages."""
+        """Return the place of a row, for messages."""
         return f"{self.name}:{number}" if self.unit == "line" else f"{self.name}, row {number}"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to read.
+class TableSpec:
+    """The columns to read from a table.
 
     Attributes:
-        columns: in the order in which their values are returned.
-        optional: the column that may be absent.
-        headerless: all columns of a TSV whose first line does not name those wanted.
-        allow_short: a line with too few fields is a row without values; else it is refused.
+        columns: names, in the order in which values are returned.
+        optional: the one of them that may be missing.
+        headerless: all columns of a TSV file that has no header line.
+        allow_short: yield a line with too few fields as a row without values instead of raising an error.
     """
 
     columns: tuple[str, ...]
@@ -60,31 +66,32 @@ class Wanted:
     headerless: tuple[str, ...] = ()
     allow_short: bool = False
 
-    def missing(self, have: Sequence[str]) -> str | None:
-        """The first column that should be there and is not."""
-        return next((name for name in self.columns if name not in have and name != self.optional), None)
+    def missing(self, available: Collection[str]) -> str | None:
+        """Return the first required column that is not available."""
+        return next((name for name in self.columns if name not in available and name != self.optional), None)
 
 
-def read_file(path: Path, wanted: Wanted) -> Rows:
-    """Reads a table: `.csv`, `.jsonl`, `.parquet`, anything else as TSV.
+def read_file(path: Path, spec: TableSpec) -> Table:
+    """Open a table: `.csv`, `.jsonl`, `.parquet`, anything else as TSV.
 
     Raises:
-        UserError: whatever is wrong, with file and line; most of it once the rows are iterated.
+        UserError: invalid content, with file and line; mostly while the rows are iterated.
     """
     if path.suffix == ".parquet":
-        return _parquet(path, wanted)
-    return Rows(str(path), (_jsonl if path.suffix == ".jsonl" else _table)(path, wanted))
+        return _parquet(path, spec)
+    return Table(str(path), (_jsonl if path.suffix == ".jsonl" else _delimited)(path, spec))
 
 
-def read_lines(path: Path) -> Rows:
-    """A text file, one text a line; blank lines count for nothing. Iterated, raises UserError: empty, or not UTF-8."""
-    return Rows(str(path), ((number, [line]) for number, line in _lines(path)))
+def read_lines(path: Path) -> Table:
+    """Open a text file with one text per line. Blank lines are skipped. Iterating raises UserError if the file is empty or
+    not UTF-8."""
+    return Table(str(path), ((number, [line]) for number, line in _lines(path)))
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """What stands between two newlines, with the newline."""
+    """Yield each line with its newline, without a byte-order mark."""
     with open(path, "rb") as file:
-        if not any(line.strip(_BLANK) for line in file):
+        if not any(line.strip(_WHITESPACE) for line in file):
             raise UserError(f"{path}: is empty; expected a header line and examples")
         file.seek(0)
         for number, raw in enumerate(file, start=1):
@@ -104,9 +111,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """CSV as RFC 4180 has it: a quoted field may hold commas, quotation marks and newlines."""
+    """Yield (first line, fields) of each record. A quoted field may contain commas, quotes and newlines (RFC 4180)."""
     csv.field_size_limit(1 << 30)
-    lines = itertools.chain.from_iterable(io.StringIO(line, newline="") for line in _decoded(path))  # CR ends one, too
+    lines = itertools.chain.from_iterable(
+        io.StringIO(line, newline="") for line in _decoded(path)
+    )  # a CR ends a line too
     reader = csv.reader(lines, strict=True)
     start = 1
     try:
@@ -118,35 +127,39 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _table(path: Path, wanted: Wanted) -> Iterator[Row]:
-    """CSV, or TSV as GLUE ships it: unquoted, so that a quotation mark is an ordinary character."""
-    header: Sequence[str] = ()
-    places: list[int | None] = []
-    for line, fields in _csv(path) if path.suffix == ".csv" else ((n, text.split("\t")) for n, text in _lines(path)):
-        if not header:
-            header = [name.strip() for name in fields]
-            missing = wanted.missing(header)
-            headerless = missing is not None and len(fields) == len(wanted.headerless)
-            if missing and not headerless:
-                raise UserError(f"{path}:1: has no column {missing!r}; the header names {', '.join(map(repr, header))}")
-            twice = next((name for name in wanted.columns if header.count(name) > 1), None)
-            if twice and not headerless:
-                raise UserError(f"{path}:1: the header names {twice!r} twice; keep one")
-            header = wanted.headerless if headerless else header
-            places = [header.index(name) if name in header else None for name in wanted.columns]
-            if not headerless:
-                continue
+def _delimited(path: Path, spec: TableSpec) -> Iterator[Row]:
+    """Yield the rows of a CSV file, or of a TSV file as GLUE ships it: unquoted, so a quote is an ordinary character."""
+    records = _csv(path) if path.suffix == ".csv" else ((number, line.split("\t")) for number, line in _lines(path))
+    first = next(records, None)
+    if first is None:
+        return
+    header, has_header = _header(path, [name.strip() for name in first[1]], spec)
+    indices = [header.index(name) if name in header else None for name in spec.columns]
+    for line, fields in records if has_header else itertools.chain([first], records):
         if len(fields) == len(header):
-            yield line, [None if i is None else fields[i] for i in places]
-        elif len(fields) < len(header) and wanted.allow_short:
-            yield line, [None] * len(places)
+            yield line, [None if i is None else fields[i] for i in indices]
+        elif len(fields) < len(header) and spec.allow_short:
+            yield line, [None] * len(indices)
         else:
             raise UserError(
                 f"{path}:{line}: has {len(fields)} field(s) where the header names {len(header)}: {', '.join(header)}"
             )
 
 
-def _jsonl(path: Path, wanted: Wanted) -> Iterator[Row]:
+def _header(path: Path, names: list[str], spec: TableSpec) -> tuple[Sequence[str], bool]:
+    """Return the column names of a file, and whether its first line holds them."""
+    missing = spec.missing(names)
+    if missing and len(names) == len(spec.headerless):
+        return spec.headerless, False
+    if missing:
+        raise UserError(f"{path}:1: has no column {missing!r}; the header names {', '.join(map(repr, names))}")
+    duplicate = next((name for name in spec.columns if names.count(name) > 1), None)
+    if duplicate:
+        raise UserError(f"{path}:1: the header names {duplicate!r} twice; keep one")
+    return names, True
+
+
+def _jsonl(path: Path, spec: TableSpec) -> Iterator[Row]:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -154,103 +167,107 @@ def _jsonl(path: Path, wanted: Wanted) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg}") from None
         if not isinstance(record, dict):
-            raise UserError(f"{where}: must be a JSON object with the keys {', '.join(wanted.columns)}")
-        if missing := wanted.missing(list(record)):
+            raise UserError(f"{where}: must be a JSON object with the keys {', '.join(spec.columns)}")
+        if missing := spec.missing(record):
             raise UserError(f"{where}: has no column {missing!r}; its keys are {', '.join(map(repr, record))}")
-        for name in wanted.columns:
+        for name in spec.columns:
             if isinstance(record.get(name), (list, dict)):
                 raise UserError(f"{where}: {name} must be text or a number, not {json.dumps(record[name])[:40]}")
-        yield number, [_as_text(record.get(name)) for name in wanted.columns]
+        yield number, [_as_text(record.get(name)) for name in spec.columns]
 
 
-def _parquet(path: Path, wanted: Wanted) -> Rows:
+def _parquet(path: Path, spec: TableSpec) -> Table:
     from datasets import Features
     from pyarrow.parquet import ParquetFile
 
-    def refusal(error: Exception) -> UserError:
+    def unreadable(error: Exception) -> UserError:
         return UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}")
 
     try:
         table = ParquetFile(path, memory_map=True)
         features = Features.from_arrow_schema(table.schema_arrow)
-    except Exception as error:  # pyarrow and datasets raise many kinds
-        raise refusal(error) from None
-    twice = next((name for name in wanted.columns if table.schema_arrow.names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{path}: has two columns {twice!r}; keep one")
+    except Exception as error:  # pyarrow and datasets raise many types
+        raise unreadable(error) from None
+    duplicate = next((name for name in spec.columns if table.schema_arrow.names.count(name) > 1), None)
+    if duplicate:
+        raise UserError(f"{path}: has two columns {duplicate!r}; keep one")
 
-    def records(columns: list[str]) -> Iterator[dict[str, Any]]:
+    def records(columns: list[str]) -> Iterator[dict[str, object]]:
         try:
-            for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
+            for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
         except Exception as error:
-            raise refusal(error) from None
+            raise unreadable(error) from None
 
-    return _records(str(path), features, records, wanted)
+    return _typed(str(path), features, records, spec)
 
 
-def load_hub(name: str) -> Any:
-    """The splits of a data set of the hub, or of a local folder in its layout.
+def load_hub(name: str) -> DatasetDict:
+    """Return the splits of a hub data set, or of a local folder in its layout.
 
     Args:
         name: `NAME` or `NAME:CONFIGURATION`.
 
     Raises:
-        UserError: no network, no such data set, no such configuration.
+        UserError: no network, no such data set or configuration.
     """
     from datasets import load_dataset
 
     try:
         return load_dataset(*name.split(":"))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         raise UserError(
             f"hub:{name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
             "task.data",
         ) from None
 
 
-def read_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Rows:
-    """Reads the first of `splits` that a data set of the hub has.
+def read_hub(name: str, splits: Sequence[str], spec: TableSpec) -> Table:
+    """Open the first of `splits` that a hub data set has.
 
     Raises:
-        UserError: it has none of them, or not the columns.
+        UserError: the data set has none of them, or a column is missing.
     """
     tables = load_hub(name)
     for split in splits:
         if split in tables:
-            return _records(f"hub:{name}/{split}", tables[split].features, tables[split].select_columns, wanted)
+            return _typed(f"hub:{name}/{split}", tables[split].features, tables[split].select_columns, spec)
     raise UserError(f"hub:{name} has no split {splits[0]!r}; it has {', '.join(tables)}", "task.data")
 
 
-def _records(
+def _typed(
     name: str,
-    features: Mapping[str, Any],
-    select: Callable[[list[str]], Iterable[Mapping[str, Any]]],
-    wanted: Wanted,
-) -> Rows:
-    """Rows of a table whose columns have types.
+    features: Mapping[str, object],
+    select: Callable[[list[str]], Iterable[Mapping[str, object]]],
+    spec: TableSpec,
+) -> Table:
+    """Return a table whose columns have types.
 
     Args:
-        features: of each column, as `datasets` has them.
-        select: names of columns -> a dictionary a row.
+        name: of the table, for messages.
+        features: column -> its `datasets` feature.
+        select: column names -> one mapping per row.
+        spec: columns to read.
     """
-    if missing := wanted.missing(list(features)):
+    if missing := spec.missing(features):
         raise UserError(f"{name}: has no column {missing!r}; it has {', '.join(map(repr, features))}")
-    names = [getattr(features.get(column), "names", None) for column in wanted.columns]
+    class_names = [getattr(features.get(column), "names", None) for column in spec.columns]
 
     def rows() -> Iterator[Row]:
-        there = [column for column in wanted.columns if column in features]
-        for number, record in enumerate(select(there), start=1):
-            values: list[Any] = [record.get(column) for column in wanted.columns]
-            for i, own in enumerate(names):
-                if own and isinstance(values[i], int):
-                    values[i] = own[values[i]] if values[i] >= 0 else None
-            yield number, [_as_text(value) for value in values]
+        present = [column for column in spec.columns if column in features]
+        for number, record in enumerate(select(present), start=1):
+            fields: Fields = []
+            for column, names in zip(spec.columns, class_names, strict=True):
+                value = record.get(column)
+                if names and isinstance(value, int):
+                    value = names[value] if value >= 0 else None
+                fields.append(_as_text(value))
+            yield number, fields
 
-    return Rows(name, rows(), "row")
+    return Table(name, rows(), "row")
 
 
-def _as_text(value: Any) -> str | None:
+def _as_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return str(int(value)) if isinstance(value, (bool, int)) else str(value)

@@ -1,4 +1,4 @@
-"""Predictions of a split in the format that GLUE's server takes."""
+"""Write predictions in the format of GLUE's evaluation server."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from pkd_dist.files import write_atomically
 
 
 def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> Path:
-    """Writes `index<TAB>prediction` lines under the name that GLUE expects (`SPLIT.tsv` where it expects none).
+    """Write `index<TAB>prediction` lines to the file that GLUE expects, or `SPLIT.tsv` for other splits.
 
     Args:
-        folder: where to; must exist.
-        logits_NC: one row an example, in the order of the file; (N, 1) for a regression.
-        classes: values of the label column in the order of the logits, written as they are.
+        folder: existing folder to write to.
+        split: name of the split.
+        task: its file names and kind.
+        logits_NC: one row per example, in the order of the data file; (N, 1) for regression.
+        classes: values of the label column in the order of the logits.
 
     Returns:
-        The file.
+        The path of the file.
     """
     path = folder / task.submissions.get(split, f"{split}.tsv")
     table = [("index", "prediction"), *enumerate(_predictions(task, logits_NC, classes))]
@@ -38,6 +40,8 @@ def _predictions(task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> I
     if not task.regression:
         yield from (classes[i] for i in logits_NC.argmax(axis=1))
     elif task.value_range:
-        yield from (f"{value:.3f}" for value in np.clip(logits_NC[:, 0], *task.value_range) + 0.0)  # never -0.000
+        yield from (
+            f"{value:.3f}" for value in np.clip(logits_NC[:, 0], *task.value_range) + 0.0
+        )  # + 0.0: never -0.000
     else:
         yield from map(str, logits_NC[:, 0])

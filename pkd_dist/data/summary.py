@@ -1,52 +1,54 @@
-"""What is in a data set, as tables for `pkd prepare`."""
+"""Tables that describe a data set, for `pkd prepare`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.tasks import Task
-from pkd_dist.data.text import Split, is_labelled
 
-_CLASSES_SHOWN = 20
-Encode = Callable[[Split], np.ndarray]
+_MAX_CLASSES = 20
+TokenLengths = Callable[[Split], np.ndarray]
+"""Split -> number of tokens of each example (N,), not truncated."""
 
 
 def overlap(split: Split, train: Split | None) -> tuple[int, int]:
-    """Examples whose text stands in `train` too, and how many of those have a label that it does not have there.
+    """Count the examples whose text is also in `train`, and those of them whose label never occurs there.
 
     Args:
-        train: None: the split itself, of which only what stands before counts.
+        split: its texts are looked up.
+        train: None: look up each text among the earlier ones of `split` itself.
     """
     labels_of: dict[tuple[str, ...], set[float]] = {}
     if train is not None:
         for fields, label in zip(zip(*train.texts, strict=True), train.labels_N.tolist(), strict=True):
             labels_of.setdefault(fields, set()).add(label)
-    found = other = 0
+    found = relabelled = 0
     labelled_N = is_labelled(split.labels_N).tolist()
     for fields, label, labelled in zip(
         zip(*split.texts, strict=True), split.labels_N.tolist(), labelled_N, strict=True
     ):
         if fields in labels_of:
             found += 1
-            other += labelled and label not in labels_of[fields]
+            relabelled += labelled and label not in labels_of[fields]
         if train is None:
             labels_of.setdefault(fields, set()).add(label)
-    return found, other
+    return found, relabelled
 
 
-def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: Encode | None) -> Table:
-    """A row a split: sizes, lengths, repeats, and what stands in train too.
+def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: TokenLengths | None) -> Table:
+    """Return a table with one row per split: size, lengths, repeated texts, and texts that are also in train.
 
     Args:
-        splits: by name, train among them.
-        token_lengths: split -> tokens of each example, uncut; None: no such column.
+        splits: by name; includes train.
+        max_length: longest input, in tokens.
+        token_lengths: None: without the column of token counts.
     """
-    table = _table("", "examples", "words p50, p95, most", "repeated", "in train too", "labels")
+    table = _table("", "examples", "words p50, p95, max", "repeated", "also in train", "labels")
     if token_lengths:
         table.add_column(f"tokens p50, p95; over {max_length}", justify="right")
     for name, split in splits.items():
@@ -61,21 +63,24 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: En
 
 
 def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
-    """A row a class, the commonest first where there are too many to show: count and share in each labelled split."""
+    """Return a table with one row per class: count and share in each labelled split.
+
+    Beyond 20 classes, only the most frequent are shown.
+    """
     classes = splits["train"].classes
     labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
     count_SC = np.array([np.bincount(s.labels_N, minlength=len(classes)) for s in labelled.values()])
     table = _table("class", *labelled)
 
-    def add(name: str, count_S: Any) -> None:
+    def add(name: str, count_S: np.ndarray) -> None:
         shares = zip(count_S, count_SC.sum(axis=1), strict=True)
         table.add_row(name, *(f"{count:,} ({count / total:.1%})" for count, total in shares))
 
     names = task.names_of(classes)
-    order = np.argsort(-count_SC[0], kind="stable") if len(classes) > _CLASSES_SHOWN else np.arange(len(classes))
-    for i in order[:_CLASSES_SHOWN]:
+    order = np.argsort(-count_SC[0], kind="stable") if len(classes) > _MAX_CLASSES else np.arange(len(classes))
+    for i in order[:_MAX_CLASSES]:
         add(names[i], count_SC[:, i])
-    rest = order[_CLASSES_SHOWN:]
+    rest = order[_MAX_CLASSES:]
     if len(rest):
         low, high = count_SC[0, rest].min(), count_SC[0, rest].max()
         add(f"{len(rest)} more, {low:,} to {high:,} each in train", count_SC[:, rest].sum(axis=1))
@@ -93,8 +98,8 @@ def _quantiles(values_N: np.ndarray) -> str:
     return ", ".join(f"{value:.0f}" for value in np.percentile(values_N, [50, 95]))
 
 
-def _overlap(found: int, other: int) -> str:
-    return f"{found:,}" + (f" ({other:,} with another label)" if other else "")
+def _overlap(found: int, relabelled: int) -> str:
+    return f"{found:,}" + (f" ({relabelled:,} with another label)" if relabelled else "")
 
 
 def _labels(split: Split) -> str:
@@ -107,7 +112,7 @@ def _labels(split: Split) -> str:
 
 
 def all_notes(splits: Mapping[str, Split]) -> Iterator[str]:
-    """Where each split was read from, and what was left out."""
+    """Yield lines that say where each split was read from and what was skipped."""
     for name, split in splits.items():
         yield f"{name}: {split.source}"
         yield from (f"  {note}" for note in split.notes)

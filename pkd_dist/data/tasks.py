@@ -1,6 +1,7 @@
-"""What a task is: its columns, its classes, the metric that chooses the best epoch, and how GLUE and the hub ship it.
+"""Tasks: columns, classes, the metric that selects the best epoch, and the file layouts of GLUE and of the hub.
 
-A GLUE task is a row of `GLUE`. All that is special about its files stands in that row; one reader (`text.py`) reads them.
+Each GLUE task is one entry of `GLUE`, which holds everything that is special about its files; `sources.py` and `text.py`
+read all of them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ MAIN_METRICS = {
     "f1": "f_1",
     "pearson_spearman": "pearson_spearman",
 }
-"""`task.metric` -> key of `results_eval.json` (`pearson_spearman`: the mean of both)."""
+"""`task.metric` -> key of `results_eval.json` (`pearson_spearman` is the mean of both)."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A data set as its authors released it: two labelled files, and a list of the training pairs that GLUE made dev.
+    """A data set as its authors released it: two labelled files, and the list of training pairs that are GLUE's dev split.
 
     Attributes:
-        dev_ids: without it there is no dev split; the test file serves as dev then, and there is no test split.
+        train, test: names of the labelled files.
+        dev_ids: name of the list; without that file, the test file is used as dev and there is no test split.
         id_columns: the columns of `train` that the two columns of `dev_ids` refer to.
     """
 
@@ -43,20 +45,20 @@ class Task:
         text: the one or two text columns.
         label: the label column.
         classes: values of the label column in class order; None: taken from the training split, sorted.
-        class_names: what the exported model calls the classes; None: the values themselves. Data may use either.
+        class_names: names of the classes in the exported model, also accepted as labels; None: the values themselves.
         metric: a key of `MAIN_METRICS`.
-        positive: of two outputs the one that precision, recall and F1 are of.
-        regression: the label is a number.
-        splits: names of its splits, train first. Those that start with `test` may be without labels.
-        value_range: the least and the greatest value of a regression; None: any.
-        files: split -> how GLUE calls its file (without the ending), where that is not the split's name.
-        headerless: columns of a file whose first line does not name them.
-        release: the original release, which serves where a folder has no file of any split.
-        leave_out_broken: lines with too few fields or an empty text are left out and counted; else they are refused.
-        no_label: label value of examples that nobody could decide on; they are left out and counted.
-        hub_columns: own column -> the hub's, where they differ.
-        hub_splits: own split -> the hub's, where they differ.
-        submissions: split -> the file that GLUE's server takes for it.
+        positive: index of the positive class for precision, recall and F1 of binary tasks.
+        regression: whether the label is a number.
+        splits: names of its splits, train first. Labels are optional in those that start with `test`.
+        value_range: least and greatest regression target; None: any.
+        files: split -> GLUE's file name without extension, where it differs from the split's name.
+        headerless: all columns of a file that has no header line.
+        release: the original release, used if a folder has no file of any split.
+        skip_broken: whether lines with too few fields or an empty text are skipped and counted instead of being an error.
+        no_label: label value of examples without a gold label, which are skipped and counted.
+        hub_columns: column -> its name on the hub, where they differ.
+        hub_splits: split -> its name on the hub, where they differ.
+        submissions: split -> file name that GLUE's server expects.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Task:
     files: Mapping[str, str] = field(default_factory=dict)
     headerless: tuple[str, ...] = ()
     release: Release | None = None
-    leave_out_broken: bool = False
+    skip_broken: bool = False
     no_label: str | None = None
     hub_columns: Mapping[str, str] = field(default_factory=dict)
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {"dev": "validation"})
@@ -83,7 +85,7 @@ class Task:
         return MAIN_METRICS[self.metric]
 
     def names_of(self, classes: Sequence[str]) -> list[str]:
-        """What the exported model calls these values of the label column."""
+        """Return the names of these label values in the exported model."""
         own = dict(zip(self.classes or (), self.class_names or (), strict=False))
         return [own.get(value, value) for value in classes]
 
@@ -107,7 +109,7 @@ GLUE = {
         ),
         Task(
             "qqp", ("question1", "question2"), "is_duplicate", _BINARY, ("not_duplicate", "duplicate"),
-            leave_out_broken=True, hub_columns={"is_duplicate": "label"}, submissions={"test": "QQP.tsv"},
+            skip_broken=True, hub_columns={"is_duplicate": "label"}, submissions={"test": "QQP.tsv"},
         ),
         Task(
             "stsb", _PAIR, "score", metric="pearson_spearman", regression=True, value_range=(0.0, 5.0),
@@ -129,10 +131,10 @@ GLUE = {
 
 
 def resolve(config: TaskConfig) -> Task:
-    """The task that a configuration names.
+    """Return the task that a configuration names.
 
     Raises:
-        UserError: an unknown name.
+        UserError: unknown name, or a metric that does not suit the task.
     """
     if config.name == "custom":
         assert config.text and config.label, "checked by the schema"
@@ -143,9 +145,9 @@ def resolve(config: TaskConfig) -> Task:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
     except KeyError:
         raise UserError(
-            f"{config.name!r} is not known; allowed: {', '.join(sorted(GLUE))}, custom",
+            f"unknown task {config.name!r}; allowed: {', '.join(sorted(GLUE))}, custom",
             "task.name",
         ) from None
     if config.metric and task.regression != (config.metric == "pearson_spearman"):
-        raise UserError(f"{config.metric} does not fit {task.name}; its own is {task.metric}", "task.metric")
+        raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
     return replace(task, metric=config.metric or task.metric)

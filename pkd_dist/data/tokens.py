@@ -1,15 +1,15 @@
-"""Examples -> flat arrays of token ids on disk, with a digest.
+"""Tokenize examples into flat arrays on disk.
 
-A token set is a folder of `.npy` files that are read by memory map:
+A token set is a folder of `.npy` files, which are read by memory map:
 
     input_ids.npy  int32 (T,)     all tokens, example after example
-    type_ids.npy   uint8 (T,)     only where the tokenizer makes token types
-    offsets.npy    int64 (N+1,)   example i owns tokens offsets[i]:offsets[i+1]
-    ids.npy        int64 (N,)     example ids, see `text.py`
+    type_ids.npy   uint8 (T,)     only if the tokenizer has token types
+    offsets.npy    int64 (N+1,)   example i has the tokens offsets[i]:offsets[i+1]
+    ids.npy        int64 (N,)     example ids, see `examples.py`
     labels.npy     int64 or float32 (N,)
-    meta.json      digest and counts, written last
+    meta.json      digests and counts, written last
 
-Texts are tokenised in chunks, whose tokens go to the files at once.
+Text is tokenized in chunks, and the tokens of each chunk are written at once.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from pkd_dist.data.text import Split
+from pkd_dist.data.examples import Split
 from pkd_dist.files import remove, write_atomically, write_json, written_atomically
 
-_CHUNK = 2048
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK_EXAMPLES = 2048
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """One tokenised split; see the head of this module for shapes and dtypes.
+    """One tokenized split. See the module docstring for shapes and dtypes.
 
     Attributes:
-        digest: changes with any token, id, label or their order.
-        input_digest: of ids and tokens alone, whatever their order: what a teacher's answers depend on.
-        truncated: number of examples that were cut to the maximal length.
+        digest: of all tokens, ids, labels and their order.
+        input_digest: of ids and tokens in any order, which is all that teacher outputs depend on.
+        truncated: number of examples truncated to the maximum length.
     """
 
     input_ids_T: np.ndarray
@@ -56,128 +59,158 @@ class TokenSet:
 
     @property
     def lengths_N(self) -> np.ndarray:
+        """Tokens of each example, int64 (N,)."""
         return np.diff(self.offsets_N1)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of some examples, without a look at the others."""
+        """Return the tokens of some examples without reading the offsets of the others."""
         return np.asarray(self.offsets_N1[rows + 1] - self.offsets_N1[rows])
 
 
 def tokenize(
-    split: Split, tokenizer: Any, max_length: int, folder: Path, check: Callable[[], None] = lambda: None
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    folder: Path,
+    check: Callable[[], None] = lambda: None,
 ) -> TokenSet:
-    """Tokenises a split into `folder` and opens it.
+    """Tokenize a split into `folder` and open the result.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; a pair of columns becomes a pair of segments.
-        max_length: tokens, special ones included.
-        check: called now and then; what it raises ends the work.
+        split: one or two text columns; a pair of texts becomes a pair of segments.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: in tokens, including special tokens; longer examples are truncated.
+        folder: created if missing.
+        check: called between chunks; an exception it raises stops the work.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, Any] = {"input_ids": np.int32}
+    dtypes: dict[str, type] = {"input_ids": np.int32}
     if "token_type_ids" in tokenizer.model_input_names:
-        kinds["type_ids"] = np.uint8
+        dtypes["type_ids"] = np.uint8
     lengths: list[np.ndarray] = []
-    truncated = total = 0
+    truncated = hash_sum = 0
     with contextlib.ExitStack() as files:
-        appends = [files.enter_context(_appending(folder / f"{name}.npy", dtype)) for name, dtype in kinds.items()]
-        for start in range(0, len(split), _CHUNK):
+        appends = [files.enter_context(_open_npy(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()]
+        for start in range(0, len(split), _CHUNK_EXAMPLES):
             check()
-            rows = slice(start, start + _CHUNK)
-            made, cut = _encoded(tokenizer, [column[rows] for column in split.texts], len(kinds), max_length)
-            arrays = [_flat(lists, dtype) for lists, dtype in zip(made, kinds.values(), strict=True)]
+            rows = slice(start, start + _CHUNK_EXAMPLES)
+            encoded, long = _encode(tokenizer, [column[rows] for column in split.texts], len(dtypes), max_length)
+            arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):
                 append(array)
-            lengths.append(np.fromiter(map(len, made[0]), np.int64, len(made[0])))
-            truncated += cut
-            total += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
-    if "type_ids" not in kinds:
-        remove(folder / "type_ids.npy")  # another tokenizer's
-    whole = {"offsets": np.cumsum(np.concatenate([[0], *lengths])), "ids": split.ids_N, "labels": split.labels_N}
-    for name, array in whole.items():
-        write_atomically(folder / f"{name}.npy", partial(_save, array=array))
+            lengths.append(np.fromiter(map(len, encoded[0]), np.int64, len(encoded[0])))
+            truncated += long
+            hash_sum += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
+    if "type_ids" not in dtypes:
+        remove(folder / "type_ids.npy")  # left by another tokenizer
+    per_example = {"offsets": np.cumsum(np.concatenate([[0], *lengths])), "ids": split.ids_N, "labels": split.labels_N}
+    for name, array in per_example.items():
+        write_atomically(folder / f"{name}.npy", partial(_save_npy, array=array))
     meta = {
         "digest": _digest(_map(folder)),
-        "input_digest": f"{total % (1 << 128):032x}"[:16],
+        "input_digest": f"{hash_sum % (1 << 128):032x}"[:16],
         "truncated": truncated,
         "examples": len(split),
+        "tokens": int(per_example["offsets"][-1]),
     }
-    write_json(folder / "meta.json", meta | {"tokens": int(whole["offsets"][-1])})
+    write_json(folder / "meta.json", meta)
     return open_tokens(folder)
 
 
-def _encoded(
-    tokenizer: Any, columns: Sequence[Sequence[str]], kinds: int, max_length: int
-) -> tuple[list[list[list[int]]], int]:
-    """What `_called` makes of each text or pair, cut to the maximal length; and how many were cut."""
-    made = _called(tokenizer, columns, kinds)
-    long = [row for row, tokens in enumerate(made[0]) if len(tokens) > max_length]
+Encoded = list[list[list[int]]]
+"""Token ids and, if the tokenizer has them, token types: [kind][example][token]."""
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], kinds: int, max_length: int
+) -> tuple[Encoded, int]:
+    """Return the tokens of each text or pair, truncated to `max_length`, and the number of truncated examples.
+
+    Everything is tokenized in full first, and long examples again with truncation, because truncated output does not show
+    whether it was truncated.
+    """
+    encoded = _call_tokenizer(tokenizer, columns, kinds)
+    long = [row for row, tokens in enumerate(encoded[0]) if len(tokens) > max_length]
     if long:
         texts = [[column[row] for row in long] for column in columns]
-        for whole, cut in zip(made, _called(tokenizer, texts, kinds, max_length), strict=True):
-            for row, tokens in zip(long, cut, strict=True):
-                whole[row] = tokens
-    return made, len(long)
+        for full, truncated in zip(encoded, _call_tokenizer(tokenizer, texts, kinds, max_length), strict=True):
+            for row, tokens in zip(long, truncated, strict=True):
+                full[row] = tokens
+    return encoded, len(long)
 
 
-def _called(
-    tokenizer: Any, columns: Sequence[Sequence[str]], kinds: int, max_length: int | None = None
-) -> list[list[list[int]]]:
-    """Token ids and, of two kinds, types of each text or pair, as the tokenizer's call gives them. Where its class leaves
-    that call to a backend, the backend is asked alone: the call has it find where in the text each token stands, too, and
-    wraps all it gives, which takes half more time."""
+def _call_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[Sequence[str]],
+    kinds: int,
+    max_length: int | None = None,
+) -> Encoded:
+    """Return what calling the tokenizer gives for each text or pair.
+
+    If its class leaves the call to the Rust backend, the backend is used directly: the call would also compute character
+    offsets and wrap every result, which takes 1.5 times as long.
+    """
     from transformers import PreTrainedTokenizerFast as Fast
 
     own = type(tokenizer)
     if own.__call__ is not Fast.__call__ or getattr(own, "_encode_plus", None) is not Fast._encode_plus:
-        cut = {"truncation": max_length is not None, "max_length": max_length}
-        made = tokenizer(*columns, **cut, return_attention_mask=False, verbose=False)
-        return [made[name] for name in ("input_ids", "token_type_ids")[:kinds]]
-    backend = tokenizer.backend_tokenizer
+        result = tokenizer(
+            *columns,
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [result[name] for name in ("input_ids", "token_type_ids")[:kinds]]
+    backend = cast(Fast, tokenizer).backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
     if max_length is not None:
         backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
     encodings = backend.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
-    return [[getattr(each, name) for each in encodings] for name in ("ids", "type_ids")[:kinds]]
+    return [[getattr(encoding, name) for encoding in encodings] for name in ("ids", "type_ids")[:kinds]]
 
 
-def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
+def _flatten(lists: list[list[int]], dtype: type) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(lists), dtype, sum(map(len, lists)))
 
 
 @contextlib.contextmanager
-def _appending(path: Path, dtype: Any) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that appends to the array of a `.npy` file, which in the end is as `np.save` would write it."""
+def _open_npy(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield a function that appends to the array of a `.npy` file. The finished file equals that of `np.save`."""
     about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
     length = 0
     with written_atomically(path) as temporary, open(temporary, "wb") as file:
 
-        def head() -> None:
+        def write_header() -> None:
             file.seek(0)
-            np.lib.format.write_array_header_1_0(file, about | {"shape": (length,)})  # has room for any length
+            np.lib.format.write_array_header_1_0(
+                file, about | {"shape": (length,)}
+            )  # its size is the same for any length
 
         def append(array: np.ndarray) -> None:
             nonlocal length
             file.write(array.data)
             length += len(array)
 
-        head()
+        write_header()
         yield append
-        head()
+        write_header()
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def _save_npy(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
 def _sum_of_hashes(ids_B: np.ndarray, arrays: Sequence[np.ndarray], lengths_B: np.ndarray) -> int:
-    """The sum of a 128-bit hash of each example's id and tokens: the same for any order of the examples.
+    """Return the sum of a 128-bit hash of each example, which is the same for any order of the examples.
 
     Args:
-        arrays: token ids, and types where there are any, of all of them.
+        ids_B: example ids.
+        arrays: flat token ids and, if there are any, token types.
+        lengths_B: tokens of each example.
     """
     contents = [(array.tobytes(), array.itemsize) for array in arrays]
     hashes = bytearray()
@@ -187,7 +220,7 @@ def _sum_of_hashes(ids_B: np.ndarray, arrays: Sequence[np.ndarray], lengths_B: n
         content = example.tobytes() + b"".join([array[start * size : stop * size] for array, size in contents])
         hashes += hashlib.blake2b(content, digest_size=16).digest()
     words = np.frombuffer(hashes, "<u4").reshape(-1, 4).sum(axis=0, dtype=np.uint64).tolist()
-    return sum(word << (32 * place) for place, word in enumerate(words))
+    return sum(word << (32 * i) for i, word in enumerate(words))
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
@@ -207,7 +240,7 @@ def _map(folder: Path) -> dict[str, np.ndarray]:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a token set cannot be used, in words; None where it is what was written."""
+    """Return why a token set cannot be used, or None if it is intact."""
     if not (folder / "meta.json").is_file():
         return f"{folder / 'meta.json'} is missing"
     try:
@@ -218,7 +251,7 @@ def problem(folder: Path) -> str | None:
 
 
 def open_tokens(folder: Path) -> TokenSet:
-    """Opens a token set by memory map: its memory use does not grow with the number of examples."""
+    """Open a token set by memory map, so that memory use does not grow with the number of examples."""
     meta, arrays = json.loads((folder / "meta.json").read_text()), _map(folder)
     return TokenSet(
         arrays["input_ids"],

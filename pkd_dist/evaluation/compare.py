@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pkd_dist.config.schema import Evaluate
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import Task
-from pkd_dist.data.text import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.metrics import agreement, score_split

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkd_dist.config import schema
-from pkd_dist.data import tasks, text, tokens
+from pkd_dist.data import sources, tasks, text, tokens
 from pkd_dist.data.class_mapping import (
     class_order,
     require_outputs,
     require_outputs_for_split,
     with_positive_class,
 )
+from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
@@ -47,7 +48,7 @@ def evaluate_folder(
     task = tasks.resolve(task_settings)
     folder = encoder.locate(model, MODEL_OPTION)
     config = encoder.load_config(folder, MODEL_OPTION)
-    text.require(task_settings.data, split, task)
+    sources.require(task_settings.data, split, task)
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
     require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
     if not encoder.is_fine_tuned(folder, MODEL_OPTION):
@@ -77,11 +78,11 @@ def evaluate_folder(
         world.close()
 
 
-def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> text.Split:
+def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> Split:
     """Read a labelled split; a task without fixed classes takes them from the training split, if there is one."""
-    if classes is None and not task.regression and text.find(data, "train", task):
+    if classes is None and not task.regression and sources.locate(data, "train", task):
         classes = text.read(data, "train", task).classes
     examples = text.read(data, split, task, classes)
-    if not text.is_labelled(examples.labels_N).all():
+    if not is_labelled(examples.labels_N).all():
         raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")
     return examples

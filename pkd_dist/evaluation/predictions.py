@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pkd_dist.data.text import is_labelled
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.results import SIDES

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.schema import Config
-from pkd_dist.data import class_mapping, tasks, text
+from pkd_dist.data import class_mapping, sources, tasks
 from pkd_dist.data.tasks import Task
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
@@ -208,8 +208,8 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     source_config = encoder.load_config(source)
     tokenizer = encoder.load_tokenizer(source)
     for split in ("train", "dev"):
-        text.require(config.task.data, split, task)
-    text.unlabeled_paths(config.task.unlabeled, task)
+        sources.require(config.task.data, split, task)
+    sources.unlabeled_paths(config.task.unlabeled, task)
     require_compatible(source_config, tokenizer, config.task.max_length, config.teacher.model, "teacher.model")
     order = task.classes
     if config.teacher.finetune is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pkd_dist.data import class_mapping, text, tokens
+from pkd_dist.data import class_mapping, sources, tokens
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
 from pkd_dist.data.tasks import Task
@@ -57,11 +57,11 @@ VERSION = 1
 
 def inputs(context: Context) -> Inputs:
     run, task = context.resolved, context.resolved.config.task
-    files = text.digests(task.data, text.available(task.data, run.task), run.task)
+    files = sources.digests(task.data, sources.available(task.data, run.task), run.task)
     settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
     return {
         **{f"task.data:{file}": digest for file, digest in files.items()},
-        **{f"task.unlabeled:{path}": sha256(path) for path in text.unlabeled_paths(task.unlabeled, run.task)},
+        **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
         **{f"task.{key}": value for key, value in settings.items()},
         "teacher.tokenizer": encoder.tokenizer_digest(run.source),
     }

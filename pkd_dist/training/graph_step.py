@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pkd_dist.data.batches import Batch, collate
-from pkd_dist.data.on_device import DeviceTokens, Rows, open_device_tokens
+from pkd_dist.data.on_device import DeviceTokens, PendingBatch, open_device_tokens
 from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
@@ -35,7 +35,7 @@ _WARM_UP = 2
 """Passes before a capture, in which libraries choose their kernels and allocate their memory."""
 
 Captured = tuple[Any, torch.cuda.CUDAGraph]
-"""The static batch that a graph reads (`Batch` or `Rows`), and the graph."""
+"""The static batch that a graph reads (`Batch` or `PendingBatch`), and the graph."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GraphStep:
             self._landed = began
         inputs, job = self._inputs, self._inputs.job
         ((rows, weight),) = inputs.batches.rows(*inputs.position(step))
-        batch: Batch | Rows
+        batch: Batch | PendingBatch
         if self._resident:
             batch = self._resident.rows(rows, weight)
             made = time.perf_counter()
@@ -211,7 +211,7 @@ class GraphUpdate:
         self._graphs: dict[tuple[int, ...], Captured | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
-    def __call__(self, batch: Batch | Rows, rate: float, seed: int) -> Values:
+    def __call__(self, batch: Batch | PendingBatch, rate: float, seed: int) -> Values:
         """Launch a step.
 
         Args:
@@ -248,7 +248,7 @@ class GraphUpdate:
         on_gpu = self._device.type == "cuda"
         return torch.cuda.default_generators[self._device.index or 0] if on_gpu else torch.default_generator
 
-    def _step(self, batch: Batch | Rows) -> None:
+    def _step(self, batch: Batch | PendingBatch) -> None:
         sums = self._backward(batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         torch.stack([*sums, norm], out=self._values)
@@ -261,7 +261,7 @@ class GraphUpdate:
         adam.grad_scale = adam.found_inf = None
         adam.zero_grad(set_to_none=True)
 
-    def _backward(self, given: Batch | Rows) -> list[torch.Tensor]:
+    def _backward(self, given: Batch | PendingBatch) -> list[torch.Tensor]:
         batch = given.batch()
         terms = self._losses(self._module, batch)
         sums = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
@@ -270,7 +270,7 @@ class GraphUpdate:
             self._cast.cast_gradients()
         return [sums[name].detach().float() if name in sums else self._rate.new_zeros(()) for name in LOSS_TERMS]
 
-    def _captured(self, batch: Batch | Rows) -> Captured | None:
+    def _captured(self, batch: Batch | PendingBatch) -> Captured | None:
         if self._graphs is None:
             return None
         if batch.key not in self._graphs:
@@ -301,7 +301,7 @@ class GraphUpdate:
         generator = self._generator
         generator.graphsafe_set_state(generator.clone_state())  # the old state still believes it is captured
 
-    def _capture(self, static: Batch | Rows) -> Captured:
+    def _capture(self, static: Batch | PendingBatch) -> Captured:
         """Return the step as a graph that reads `static`. Changes nothing but `.grad`, which it clears."""
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)

@@ -70,7 +70,7 @@ def test_a_whole_run(case, data, tmp_path):
     ("rows", "message"),
     [
         ("good,1\nbad,2\n", "--model: .* has 3 classes, .*dev.csv has 2 (1, 2); give a model of this task"),
-        (None, "--data: no such folder: .*data; it must hold"),
+        (None, "--data: no such folder: .*data; it must contain"),
     ],
 )
 def test_a_model_that_does_not_fit_the_split_is_refused_in_the_words_of_the_command(tmp_path, rows, message):

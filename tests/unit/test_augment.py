@@ -1,4 +1,4 @@
-"""More text out of the training text: what a copy is made of, and that it depends on nothing else."""
+"""Augmentation: how copies are made, and what they depend on."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from pkd_dist.config.schema import Augment
 from pkd_dist.data import augment as module
 from pkd_dist.data.augment import augment
-from pkd_dist.data.text import Split, example_ids, is_labelled
+from pkd_dist.data.examples import Split, example_ids, is_labelled
 from pkd_dist.errors import UserError
 
 WORDS = ["the", "a", "film", "plot", "is", "was", "good", "bad", "very", "not", "dull", "fine", "actor", "scene"]
@@ -37,11 +37,11 @@ def rows(split):
 SINGLE = split_of(random_texts(400, 1))
 PAIRS = split_of(random_texts(600, 2), random_texts(600, 3))
 UNLIKE = split_of([" ".join(f"{word}{i}" for word in WORDS) for i in range(500)])
-"""No word stands in two texts, so that no copy of one is a copy of another."""
+"""No word is in two texts, so no two texts have a common copy."""
 ALL = {"copies": 3, "mask": 0.1, "replace": 0.1, "ngram": 0.25}
 
 
-def test_words_are_masked_and_replaced_as_often_as_asked():
+def test_words_are_masked_and_replaced_with_the_given_probabilities():
     made = copies(split_of([" ".join(WORDS * 20) + f" {i}" for i in range(50)]), mask=0.2, replace=0.3)
     words = [word for text in made.texts[0] for word in text.split()]
     assert len(words) == 50 * (len(WORDS) * 20 + 1), "no word is lost"
@@ -65,10 +65,10 @@ def test_runs_of_one_to_five_words():
     whole = " | ".join(SINGLE.texts[0])
     assert all(text in whole for text in made.texts[0])
     part = copies(UNLIKE, ngram=0.4)
-    assert len(part) / 500 == pytest.approx(0.4, abs=0.1), "the others are as they were, so they are left out"
+    assert len(part) / 500 == pytest.approx(0.4, abs=0.1), "the others are unchanged, so they are removed"
 
 
-def test_of_pairs_either_or_both_are_changed():
+def test_one_or_both_texts_of_a_pair_are_changed():
     made = copies(split_of(UNLIKE.texts[0], UNLIKE.texts[0]), mask=0.5)
     masked = [tuple("[MASK]" in text for text in pair) for pair in zip(*made.texts, strict=True)]
     for what in ((True, False), (False, True), (True, True)):
@@ -76,7 +76,7 @@ def test_of_pairs_either_or_both_are_changed():
 
 
 @pytest.mark.parametrize("split", [SINGLE, PAIRS], ids=["single", "pairs"])
-def test_a_copy_depends_on_seed_example_and_number_alone(split):
+def test_a_copy_depends_only_on_seed_example_and_number(split):
     made = copies(split, **ALL)
     again = copies(split, **ALL)
     assert made.texts == again.texts and np.array_equal(made.ids_N, again.ids_N)
@@ -86,33 +86,35 @@ def test_a_copy_depends_on_seed_example_and_number_alone(split):
     )
     assert rows(copies(shuffled, **ALL)) == rows(made)
     assert set(copies(shuffled, **ALL).ids_N) == set(made.ids_N)
-    assert rows(copies(split, **ALL | {"copies": 2})) < rows(made), "a copy more changes none of the others"
+    assert rows(copies(split, **ALL | {"copies": 2})) < rows(made), "one more copy changes none of the others"
     assert rows(copies(split, 2, **ALL)) != rows(made)
 
 
 @pytest.mark.parametrize("split", [SINGLE, PAIRS], ids=["single", "pairs"])
-def test_copies_are_the_same_in_any_blocks(split, monkeypatch):
+def test_copies_do_not_depend_on_the_block_size(split, monkeypatch):
     made = copies(split, **ALL)
-    monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr(module, "_BLOCK_EXAMPLES", 7)
     again = copies(split, **ALL)
     assert made.texts == again.texts and np.array_equal(made.ids_N, again.ids_N)
 
 
-def test_no_text_twice_and_none_of_training():
+def test_no_repeats_and_no_training_text():
     made = copies(SINGLE, **ALL)
     assert len(rows(made)) == len(made) and not rows(made) & rows(SINGLE)
     assert not set(made.ids_N) & set(SINGLE.ids_N) and len(set(made.ids_N)) == len(made)
-    assert made.notes[0].startswith(f"{1200 - len(made)} of 1200 texts are left out: ")
-    assert "in train.tsv" in made.notes[0] and "repeated" in made.notes[0]
+    assert made.notes[0].startswith(f"removed {1200 - len(made)} of 1200 texts: ")
+    assert "already in train.tsv" in made.notes[0] and "repeated" in made.notes[0]
     assert made.labels_N.dtype == np.int64 and not is_labelled(made.labels_N).any()
     assert (made.classes, made.source) == (("0", "1"), "train.tsv, augmented")
     number = copies(split_of(random_texts(9, 1), regression=True), mask=0.5)
     assert number.labels_N.dtype == np.float32 and not is_labelled(number.labels_N).any()
 
 
-def test_what_cannot_be_made():
-    with pytest.raises(UserError, match=r"^task\.augment\.mask: the teacher's tokenizer has no mask token; give 0$"):
+def test_errors():
+    with pytest.raises(
+        UserError, match=r"^task\.augment\.mask: the teacher's tokenizer has no mask token; set it to 0$"
+    ):
         copies(SINGLE, mask_token=None, mask=0.1)
     assert len(copies(SINGLE, mask_token=None, replace=0.5))
-    with pytest.raises(UserError, match="augmented: nothing is left, 400 of 400 texts are left out"):
+    with pytest.raises(UserError, match="augmented: no text is left: removed 400 of 400 texts"):
         copies(dataclasses.replace(SINGLE))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pkd_dist.data.class_mapping import class_order, require_outputs, require_outputs_for_split, with_positive_class
+from pkd_dist.data.examples import Split
 from pkd_dist.data.tasks import GLUE, Task
-from pkd_dist.data.text import Split
 from pkd_dist.errors import UserError
 
 CUSTOM = Task("custom", ("text",), "label")

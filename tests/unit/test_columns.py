@@ -1,4 +1,4 @@
-"""Text on disk: what goes in comes out, and nothing stays."""
+"""Text on disk: it reads back unchanged, and no file is left."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ TEXTS = ["one", "", "zwei\nZeilen\r\n", "\ufeffдва", "half \ud83d", "\x1f\t",
 @pytest.fixture(autouse=True)
 def scratch(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(columns, "_CHUNK", 4)
+    monkeypatch.setattr(columns, "_CHUNK_TEXTS", 4)
     return tmp_path
 
 
@@ -52,10 +52,10 @@ def test_equal_to_any_sequence_of_the_same_texts():
     column = TextColumn(TEXTS)
     assert column == TEXTS == column and column == TextColumn(TEXTS) and (column,) == (TEXTS,)
     assert column != TEXTS[:-1] and column != [*TEXTS[:-1], "other"] and column != 3
-    assert TextColumn("ab") != "ab", "a string is no column"
+    assert TextColumn("ab") != "ab", "a string is not a column"
 
 
-def test_nothing_stays_on_disk(scratch):
+def test_no_file_is_left(scratch):
     column = TextColumn(TEXTS)
     descriptor = column._descriptor
     assert list(scratch.iterdir()) == [] and os.fstat(descriptor).st_size > 0
@@ -64,15 +64,13 @@ def test_nothing_stays_on_disk(scratch):
         os.fstat(descriptor)
 
 
-def test_no_folder_for_it_is_said(scratch, monkeypatch):
+def test_no_folder_for_temporary_files(scratch, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(scratch / "none"))
-    with pytest.raises(
-        UserError, match=r"^no folder for temporary files can be used \(No such file .*set TMPDIR to one$"
-    ):
+    with pytest.raises(UserError, match=r"^no usable folder for temporary files \(No such file .*set TMPDIR to one$"):
         TextColumn()
 
 
-def test_a_full_disk_is_said_with_its_folder(scratch, monkeypatch):
+def test_a_full_disk_is_reported_with_its_folder(scratch, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,22 +1,24 @@
-"""The schema: defaults, strictness with places and near names, overrides, and the DeepSpeed JSON beside it."""
+"""The configuration: defaults, errors with place and suggestion, overrides, and the DeepSpeed JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from pkd_dist.config import deepspeed as ds_config
-from pkd_dist.config import schema
+from pkd_dist.config import paths
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.reference import reference
 from pkd_dist.config.schema import Config
+from pkd_dist.config.section import fields
 from pkd_dist.errors import UserError
 
 
 def refused(text, folder, *overrides):
-    """The message of a YAML that must not load."""
+    """The error message of an invalid YAML."""
     path = folder / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
@@ -26,7 +28,7 @@ def refused(text, folder, *overrides):
     return message.replace(str(path), "run.yaml")
 
 
-def test_defaults_are_whole_and_are_those_of_the_paper():
+def test_defaults_are_complete_and_follow_the_paper():
     config = load(None, ["run.dir=x"])
     assert (config.distill.alpha, config.distill.beta, config.distill.temperature) == (0.5, 100, 5)
     assert (config.distill.patience, config.distill.normalize) == ("skip", True)
@@ -37,7 +39,7 @@ def test_defaults_are_whole_and_are_those_of_the_paper():
 
 
 def test_every_key_is_documented_and_the_document_is_up_to_date():
-    keys = [(name, field) for name, field in schema._fields(Config) if "." in name]
+    keys = [(name, field) for name, field in fields(Config) if "." in name]
     assert len(keys) > 50
     text = reference()
     for name, field in keys:
@@ -47,12 +49,12 @@ def test_every_key_is_documented_and_the_document_is_up_to_date():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
-def test_every_configuration_that_is_shipped_loads(path):
+def test_every_shipped_configuration_loads(path):
     load_deepspeed(load(path), path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
-def test_every_deepspeed_configuration_that_is_shipped_loads(path):
+def test_every_shipped_deepspeed_configuration_loads(path):
     loaded = load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed=ds_configs/{path.name}"]))
     assert loaded == json.loads(path.read_text())
     assert loaded["zero_optimization"]["stage"] == int(path.name[4])
@@ -69,35 +71,35 @@ def test_every_deepspeed_configuration_that_is_shipped_loads(path):
         ("run: {dir: x}\nzzz: 3\n", "run.yaml:2: zzz: unknown key; `pkd config reference` lists the known keys"),
         (
             "run: {dir: x}\ntrain:\n  epochs: 3\n  epochs: 4\n",
-            "run.yaml:4: train.epochs stands twice (first on line 3)",
+            "run.yaml:4: train.epochs is duplicated (first on line 3)",
         ),
-        ("run: {dir: x}\nrun: {dir: y}\n", "run.yaml:2: run stands twice (first on line 1)"),
+        ("run: {dir: x}\nrun: {dir: y}\n", "run.yaml:2: run is duplicated (first on line 1)"),
         ("run: {dir: x}\ntrain:\n  epochs: true\n", "run.yaml:3: train.epochs: a true/false value is not allowed here"),
         ("run: {dir: x}\ndistill: {alpha: no}\n", "run.yaml:2: distill.alpha: a true/false value is not allowed here"),
         (
             "run: {dir: x}\ntrain: {epochs: 1.5}\n",
-            "run.yaml:2: train.epochs: 1.5 is refused: input should be a valid int",
+            "run.yaml:2: train.epochs: 1.5 is invalid: input should be a valid int",
         ),
-        ("run: {dir: x}\ndistill: {alpha: .nan}\n", "run.yaml:2: distill.alpha: nan is refused"),
+        ("run: {dir: x}\ndistill: {alpha: .nan}\n", "run.yaml:2: distill.alpha: nan is invalid"),
         (
             "run: {dir: x}\ndistill: {beta: .inf}\n",
-            "run.yaml:2: distill.beta: inf is refused: input should be a finite",
+            "run.yaml:2: distill.beta: inf is invalid: input should be a finite",
         ),
         (
             "run: {dir: x}\ncheckpoint: {keep: 1}\n",
-            "run.yaml:2: checkpoint.keep: 1 is refused: input should be greater th",
+            "run.yaml:2: checkpoint.keep: 1 is invalid: input should be greater th",
         ),
         (
             "run: {dir: x}\ncache: {dtype: int8}\n",
-            "cache.dtype: 'int8' is refused: input should be 'float16', 'bfloat16'",
+            "cache.dtype: 'int8' is invalid: input should be 'float16', 'bfloat16'",
         ),
         (
             "run: {dir: x}\ndistill: {patience: [0]}\n",
-            "distill.patience: [0] is refused: input should be 'skip' or 'last'",
+            "distill.patience: [0] is invalid: input should be 'skip' or 'last'",
         ),
         ("run: {dir: x}\ndistill: {patience: [2, 1]}\n", "must be increasing without repeats, not [2, 1]"),
         ("run: {dir: x}\nstudent: {layers: []}\n", "run.yaml:2: student.layers is empty; it must name at least one"),
-        ("run: {dir: x}\nstudent: {layers: [-1, 2]}\n", "student.layers.0: -1 is refused"),
+        ("run: {dir: x}\nstudent: {layers: [-1, 2]}\n", "student.layers.0: -1 is invalid"),
         (
             "run: {dir: x}\nstudent: {layers: [1], num_layers: 2}\n",
             "student.num_layers 2 contradicts student.layers [1]",
@@ -107,47 +109,47 @@ def test_every_deepspeed_configuration_that_is_shipped_loads(path):
         ("run: {dir: x}\ntask: {name: custom}\n", "task.name custom needs task.text: [column] or [column_a, column_b]"),
         (
             "run: {dir: x}\ntask: {label: y}\n",
-            "run.yaml:2: task.label is allowed only with task.name custom; sst2 fixes it",
+            "run.yaml:2: task.label is allowed only with task.name custom; sst2 defines its own",
         ),
         (
             "run: {dir: x}\ntask: {unlabeled: more.txt}\n",
-            "task.unlabeled: 'more.txt' is refused: input should be a valid li",
+            "task.unlabeled: 'more.txt' is invalid: input should be a valid li",
         ),
-        ("run: {dir: x}\ntask: {augment: {copies: 0}}\n", "run.yaml:2: task.augment.copies: 0 is refused"),
+        ("run: {dir: x}\ntask: {augment: {copies: 0}}\n", "run.yaml:2: task.augment.copies: 0 is invalid"),
         (
             "run: {dir: x}\ntask: {augment: {mask: .7, replace: .4}}\n",
-            "task.augment.mask 0.7 and replace 0.4 must not be",
+            "task.augment.mask 0.7 and task.augment.replace 0.4 must add up to at most 1",
         ),
         (
             "run: {dir: x}\ntask: {class_weights: even}\n",
-            "task.class_weights: 'even' is refused: input should be 'balanced'",
+            "task.class_weights: 'even' is invalid: input should be 'balanced'",
         ),
         (
             "run: {dir: x}\ntask: {class_weights: {a: 0}}\n",
             "task.class_weights: input should be 'balanced'; or input should be gr",
         ),
         ("run: {dir: x}\ntask: {class_weights: {no: 2}}\n", "put a class name such as 'no' in quotes"),
-        ("- run\n", "run.yaml: must hold sections such as `run:` and `task:`, not a list"),
+        ("- run\n", "run.yaml: must contain sections such as `run:` and `task:`, not a list"),
         ("", "run.yaml: run is missing"),
         ("run: {dir: x\n", "run.yaml:2: not valid YAML: expected ',' or '}'"),
         ("run: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML: could not determine a constructor"),
         (b"run: {dir: \xff}\n", "run.yaml: cannot be read as UTF-8 text"),
     ],
 )
-def test_a_mistake_is_named_by_file_line_and_key(tmp_path, text, message):
+def test_errors_name_file_line_and_key(tmp_path, text, message):
     assert message in refused(text, tmp_path)
 
 
-def test_numbers_as_people_write_them(tmp_path):
+def test_number_formats(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("\ufeffrun: {dir: x}\ntrain: {learning_rate: 1e-4, warmup_ratio: 0}\n")
-    assert isinstance(yaml.safe_load("1e-4"), str), "YAML 1.1 does not take it for a number; the schema must"
+    assert isinstance(yaml.safe_load("1e-4"), str), "text in YAML 1.1, but the schema accepts it"
     assert load(path).train.learning_rate == 1e-4
     assert load(path).train.warmup_ratio == 0.0
     assert load(path, ["train.learning_rate=2E-05"]).train.learning_rate == 2e-5
 
 
-def test_more_text_and_class_weights(tmp_path):
+def test_unlabeled_text_augmentation_and_class_weights(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "run: {dir: x}\ntask:\n  unlabeled: [a.txt, b.tsv]\n  augment: {}\n  class_weights: {0: 2, 'no': 1e-1}\n"
@@ -164,7 +166,7 @@ def test_more_text_and_class_weights(tmp_path):
     assert load(path, ["task.class_weights=balanced"]).task.class_weights == "balanced"
 
 
-def test_the_command_line_wins_and_is_named(tmp_path):
+def test_the_command_line_takes_precedence_and_is_named_in_errors(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("run: {dir: x}\nstudent: {layers: [1]}\n")
     config = load(
@@ -177,7 +179,7 @@ def test_the_command_line_wins_and_is_named(tmp_path):
         "train.epochs": "'train.epochs' is not of the form section.key=value",
         "=3": "'=3' is not of the form section.key=value",
         "train.epochs=[": "the value is not valid YAML",
-        "train.epochs=0": "train.epochs: 0 is refused",
+        "train.epochs=0": "train.epochs: 0 is invalid",
         "train.epoch=1": "train.epoch: unknown key; did you mean train.epochs?",
         "student.layers.0=1": "student.layers is a value, not a section",
     }.items():
@@ -200,24 +202,27 @@ def deepspeed(folder, text):
     ("text", "message"),
     [
         ("", "ds.json:1: not valid JSON"),
-        ("[1]", "ds.json: must hold one JSON object, not a list"),
-        ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "bf16 and fp16 are both enabled; one precision"),
+        ("[1]", "ds.json: must contain one JSON object, not a list"),
+        (
+            '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}',
+            "bf16 and fp16 are both enabled; enable one precision",
+        ),
         ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": "auto"}}', "torch_autocast and bf16 are both"),
         ('{"zero_optimization": {"stage": 4}}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3"),
         ('{"zero_optimization": {"stage": true}}', "ds.json: zero_optimization.stage must be 0, 1, 2 or 3, not True"),
         ('{"zero_optimization": 1}', 'ds.json: zero_optimization must be an object such as {"stage": 1}'),
         ('{"zero_optimisation": {"stage": 1}}', "unknown key; did you mean zero_optimization?"),
         ('{"bf16": true}', 'ds.json: bf16 must be an object such as {"enabled": true}'),
-        ('{"fp16": {"enabled": "auto"}}', "ds.json: fp16.enabled: 'auto' is refused; allowed: true, false"),
+        ('{"fp16": {"enabled": "auto"}}', "ds.json: fp16.enabled: 'auto' is invalid; allowed: true, false"),
         (
             '{"torch_autocast": {"enabled": true, "dtype": "foo"}}',
-            "torch_autocast.dtype: 'foo' is refused; allowed: auto",
+            "torch_autocast.dtype: 'foo' is invalid; allowed: auto",
         ),
-        ('{"bf16": {"enabled": true}, "bf16": {}}', "ds.json: bf16 stands twice"),
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "ds.json: bf16 is duplicated"),
         *[
             (
                 json.dumps({key: value}),
-                f"ds.json: {key} conflicts with my.yaml, where {ds_config.OWNED_BY_YAML[key]} owns it",
+                f"ds.json: {key} conflicts with my.yaml, where {ds_config.OWNED_BY_YAML[key]} sets it",
             )
             for key, value in {
                 "train_batch_size": 32,
@@ -236,7 +241,7 @@ def test_a_deepspeed_json_that_contradicts_the_run(tmp_path, text, message):
     assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_auto_is_allowed_and_left_out(tmp_path):
+def test_auto_is_allowed_and_removed(tmp_path):
     given = {
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
@@ -248,13 +253,29 @@ def test_auto_is_allowed_and_left_out(tmp_path):
         load_deepspeed(load(None, ["run.dir=x", "train.deepspeed=nowhere.json"]), "my.yaml")
 
 
-def test_every_key_that_the_yaml_owns_is_a_key_of_the_schema():
-    known = {name for name, _ in schema._fields(Config)}
+def test_owned_keys_are_in_the_schema():
+    known = {name for name, _ in fields(Config)}
     for owners in ds_config.OWNED_BY_YAML.values():
         assert set(owners.replace(" and ", ", ").split(", ")) <= known
 
 
-def test_first_k_needs_to_know_the_model_before_fine_tuning():
+def test_first_k_requires_finetune():
     with pytest.raises(UserError, match=r"student\.init first_k .* give that model's folder as student\.init"):
         load(None, ["run.dir=x", "student.init=first_k"])
     assert load(None, ["run.dir=x", "student.init=first_k", "teacher.finetune.epochs=1"]).student.init == "first_k"
+
+
+def test_project_files_are_found_in_the_checkout_and_in_an_installed_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site/pkd_dist"
+    for folder in (package / "defaults/ds_configs", tmp_path / "site/ds_configs", tmp_path / "ds_configs"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(paths, "_PACKAGE", package)
+    name = "ds_configs/zero1.json"
+    assert paths.project_path(name) == Path(name), "found nowhere: as the user wrote it"
+    for place in (package / "defaults", tmp_path / "site"):
+        (place / name).write_text("{}")
+        assert paths.project_path(name) == place / name
+    Path(name).write_text("{}")
+    assert paths.project_path(name) == Path(name)
+    assert paths.project_path(tmp_path / "none") == tmp_path / "none"

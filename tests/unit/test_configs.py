@@ -1,4 +1,4 @@
-"""The ready configurations hold what METHOD's tables say, written down here once more."""
+"""The shipped configurations have the values of the tables in METHOD."""
 
 from pathlib import Path
 

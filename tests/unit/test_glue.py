@@ -1,4 +1,4 @@
-"""Every GLUE task as GLUE ships it, as the hub has it, and what goes back to GLUE's server."""
+"""Every GLUE task as GLUE ships it and as the hub has it, and submissions to GLUE's server."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ import pytest
 import sklearn.metrics as sk
 from glue_folders import BOM, CRLF, FOLDERS, lines, mnli, put
 
-from pkd_dist.data import submission, text
+from pkd_dist.data import sources, submission, text
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.metrics import score
@@ -23,21 +24,21 @@ FIRST = {
 @pytest.mark.parametrize("name", GLUE)
 def test_the_folder_as_glue_ships_it(tmp_path, name):
     task, data = GLUE[name], put(tmp_path, **FOLDERS[name])
-    assert text.available(data, task) == list(task.splits)
+    assert sources.available(data, task) == list(task.splits)
     train, *others = (text.read(data, split, task) for split in task.splits)
     texts, label = FIRST[name]
     assert [column[0] for column in train.texts] == texts and train.labels_N[0] == label
     assert [len(split) for split in (train, *others)] == [3] + [2] * len(others)
     for split, part in zip(task.splits[1:], others, strict=True):
-        assert text.is_labelled(part.labels_N).tolist() == [not split.startswith("test")] * 2
+        assert is_labelled(part.labels_N).tolist() == [not split.startswith("test")] * 2
         assert part.labels_N.dtype == (np.float32 if task.regression else np.int64)
         assert part.classes == (task.classes or ())
     notes = {split: part.notes for split, part in zip(task.splits, (train, *others), strict=True) if part.notes}
     assert notes == {
-        "qqp": {"train": ("3 left out, broken, with too few fields or an empty text: line 3, 4, 5",)},
+        "qqp": {"train": ("skipped 3 lines with too few fields or an empty text: 3, 4, 5",)},
         "mnli": {
-            "train": ("1 left out, nobody could decide (gold_label is '-'): line 4",),
-            "dev_mismatched": ("1 left out, nobody could decide (gold_label is '-'): line 2",),
+            "train": ("skipped 1 line without a label (gold_label is '-'): 4",),
+            "dev_mismatched": ("skipped 1 line without a label (gold_label is '-'): 2",),
         },
     }.get(name, {})
 
@@ -78,18 +79,21 @@ def test_the_plain_layout_with_named_columns(tmp_path, name, extension):
         ("wnli", "train__tsv", lines("sentence1|sentence2|label", "a|b|-1"), r"train\.tsv:2: label '-1' is not one of"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_refused_by_file_and_line(tmp_path, name, file, content, message):
+def test_errors_name_file_and_line(tmp_path, name, file, content, message):
     data = put(tmp_path, **{file: content})
     split = {"dev_matched": "dev"}.get(file.removesuffix("__tsv"), file.removesuffix("__tsv"))
     with pytest.raises(UserError, match=message):
         text.read(data, split, GLUE[name])
 
 
-def test_broken_lines_of_a_test_file_are_left_out_with_a_warning(tmp_path):
+def test_broken_lines_of_a_test_file_are_skipped_with_a_warning(tmp_path):
     data = put(tmp_path, test__tsv=lines("id|question1|question2", "0|a|b", "1|c", "d|e", "2|f|g"))
     part = text.read(data, "test", GLUE["qqp"])
     assert part.texts == (["a", "f"], ["b", "g"])
-    assert part.notes[0].endswith("line 3, 4") and "refuse a submission" in part.notes[1]
+    assert (
+        part.notes[0].endswith("skipped 2 lines with too few fields or an empty text: 3, 4")
+        and "refuse a submission" in part.notes[1]
+    )
 
 
 # -------------------------------------------------------------------------------------- MRPC as its authors released it
@@ -104,15 +108,15 @@ DEV_IDS = lines("#1 ID|#2 ID", "21|22", "31|32", end=CRLF)
 
 def test_the_original_release_with_the_list_of_dev_pairs(tmp_path):
     data, task = put(tmp_path, **RELEASE, dev_ids__tsv=DEV_IDS), GLUE["mrpc"]
-    assert text.available(data, task) == ["train", "dev", "test"]
+    assert sources.available(data, task) == ["train", "dev", "test"]
     train, dev, test = (text.read(data, split, task) for split in task.splits)
     assert (train.texts[0], dev.texts[0], test.texts[0]) == (['"a', "g"], ["c", "e"], ["i", "k", "m"])
     assert test.labels_N.tolist() == [1, 0, 0]
     assert not train.notes and not dev.notes
-    before = text.digests(data, ["train", "dev"], task)
+    before = sources.digests(data, ["train", "dev"], task)
     assert set(before) == {"msr_paraphrase_train.txt", "dev_ids.tsv"}
     put(tmp_path, dev_ids__tsv=lines("21|22", "99|98"))
-    assert text.digests(data, ["train", "dev"], task) != before
+    assert sources.digests(data, ["train", "dev"], task) != before
     assert text.read(data, "dev", task).notes == ("1 pair(s) of dev_ids.tsv are not in " + dev.source,)
     put(tmp_path, dev_ids__tsv=lines("21|22", "31"))
     with pytest.raises(UserError, match=r"dev_ids\.tsv:2: has 1 field\(s\); expected the two ids"):
@@ -121,26 +125,26 @@ def test_the_original_release_with_the_list_of_dev_pairs(tmp_path):
 
 def test_the_original_release_alone_has_no_test_split(tmp_path):
     data, task = put(tmp_path, **RELEASE), GLUE["mrpc"]
-    assert text.available(data, task) == ["train", "dev"]
+    assert sources.available(data, task) == ["train", "dev"]
     assert len(text.read(data, "train", task)) == 4
     dev = text.read(data, "dev", task)
     assert dev.labels_N.tolist() == [1, 0, 0]
-    assert "there is no dev_ids.tsv: the release's labelled test file serves as dev" in dev.notes[0]
+    assert "no dev_ids.tsv: the labelled test file of the release is used as dev" in dev.notes[0]
     with pytest.raises(UserError, match=r"has no split 'test'; expected one of test\.tsv, .*msr_paraphrase_train\.txt"):
         text.read(data, "test", task)
 
 
-def test_files_made_of_the_release_win_over_it(tmp_path):
+def test_files_made_from_the_release_take_precedence(tmp_path):
     data = put(tmp_path, **RELEASE, dev_ids__tsv=DEV_IDS, **FOLDERS["mrpc"])
     assert len(text.read(data, "train", GLUE["mrpc"])) == 3
     (tmp_path / "dev.tsv").unlink()
-    assert text.find(data, "dev", GLUE["mrpc"]) is None, "half of each would mix training into dev"
+    assert sources.locate(data, "dev", GLUE["mrpc"]) is None, "half of each would mix training into dev"
 
 
 def test_two_files_of_one_split(tmp_path):
     data = put(tmp_path, dev__tsv="x", dev_matched__tsv="x")
-    with pytest.raises(UserError, match=r"dev\.tsv and dev_matched\.tsv both hold the split dev; keep one"):
-        text.find(data, "dev", GLUE["mnli"])
+    with pytest.raises(UserError, match=r"dev\.tsv and dev_matched\.tsv both contain the split dev; keep one"):
+        sources.locate(data, "dev", GLUE["mnli"])
 
 
 # --------------------------------------------------------------------------------------------------------- the hub
@@ -160,7 +164,7 @@ HUB = {
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A local folder in the layout of `nyu-mll/glue`: one configuration a task."""
+    """A local folder in the layout of `nyu-mll/glue`: one configuration per task."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     folder = tmp_path_factory.mktemp("glue")
@@ -186,7 +190,7 @@ def test_the_hub_layout(hub, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     task, data = GLUE[name], f"hub:{hub}:{name}"
-    assert text.available(data, task) == list(task.splits)
+    assert sources.available(data, task) == list(task.splits)
     for split in task.splits:
         part = text.read(data, split, task)
         there = {"dev": "validation", "dev_mismatched": "validation_mismatched"}.get(split, split)
@@ -194,12 +198,12 @@ def test_the_hub_layout(hub, tmp_path, monkeypatch, name):
         assert part.source == f"hub:{hub}:{name}/{there}"
         assert part.texts[0] == [f"{there} {HUB[name][0][0]} {i}" for i in range(3)]
         if split.startswith("test"):
-            assert not text.is_labelled(part.labels_N).any()
+            assert not is_labelled(part.labels_N).any()
         else:
             assert part.labels_N.tolist() == ([1.5, 0.0, 5.0] if task.regression else [1, 0, 1])
 
 
-def test_undecided_examples_of_the_hub_are_left_out_and_new_content_is_another_digest(tmp_path, monkeypatch):
+def test_hub_examples_without_a_label_are_skipped_and_new_content_changes_the_digest(tmp_path, monkeypatch):
     import datasets
     from datasets import ClassLabel, Dataset, Features, Value
 
@@ -212,8 +216,8 @@ def test_undecided_examples_of_the_hub_are_left_out_and_new_content_is_another_d
         Dataset.from_dict(rows, features).to_parquet(tmp_path / "data/train.parquet")
         part = text.read(data, "train", task)
         assert part.classes == ("no", "yes") and len(part) == 3 and "c" not in part.texts[0] or labels[2] == 1
-        assert any("nobody could decide (verdict is 'missing')" in note for note in part.notes)
-        seen.append(text.digests(data, ["train", "test"], task))
+        assert any("without a label (verdict is missing)" in note for note in part.notes)
+        seen.append(sources.digests(data, ["train", "test"], task))
     assert list(seen[0]) == ["train"] and seen[0] != seen[1]
 
 

@@ -134,9 +134,9 @@ def test_documentation_is_current():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["tls_cert=a.pem"], "metrics.tls_cert needs metrics.tls_key beside it"),
-        (["tls_key=a.pem"], "metrics.tls_key needs metrics.tls_cert beside it"),
-        *((["pushgateway=" + url], "must be a URL such as http://gateway:9091") for url in
+        (["tls_cert=a.pem"], "metrics.tls_cert requires metrics.tls_key"),
+        (["tls_key=a.pem"], "metrics.tls_key requires metrics.tls_cert"),
+        *((["pushgateway=" + url], "must be an HTTP URL without a user, such as http://gateway:9091") for url in
           ("gateway:9091", "ftp://gateway", "http://me:secret@gateway:9091", "http://", "http://gateway:port")),
     ],
 )  # fmt: skip

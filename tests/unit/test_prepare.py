@@ -17,7 +17,7 @@ def pkd(*arguments):
 
 
 def row(output, first):
-    """The cells of the table row that starts so."""
+    """The cells of the table row that starts with `first`."""
     line = next(line for line in output.splitlines() if re.match(rf"{re.escape(first)}\s\s", line))
     return re.split(r"\s{2,}", line.strip())[1:]
 
@@ -25,7 +25,7 @@ def row(output, first):
 @pytest.mark.parametrize(
     "command", ["prepare", "finetune", "cache", "init-student", "distill", "evaluate", "export", "report", "config"]
 )
-def test_every_help_can_be_read(command):
+def test_every_command_has_help(command):
     status, output, _ = pkd(command, "--help")
     assert status == 0 and "Usage" in output
 
@@ -38,17 +38,20 @@ def test_help_lists_the_tasks():
 def test_every_split_of_mnli(tmp_path):
     status, output, _ = pkd("prepare", "--task", "mnli", "--data", put(tmp_path, **FOLDERS["mnli"]))
     assert status == 0
-    assert f"dev_mismatched: {tmp_path}/dev_mismatched.tsv\n  1 left out, nobody could decide" in output
+    assert (
+        f"dev_mismatched: {tmp_path}/dev_mismatched.tsv\n  skipped 1 line without a label (gold_label is '-'): 2"
+        in output
+    )
     for name in GLUE["mnli"].splits:
         examples, words, *rest = row(output, name)
         assert (examples, words) == ("3" if name == "train" else "2", "2, 2, 2")
         assert rest[-1] == (
             "unlabelled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes"
         )
-    assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labelled splits alone"
+    assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labelled splits only"
 
 
-def test_what_stands_twice(tmp_path, body):
+def test_repeats_and_overlap_with_train(tmp_path, body):
     train = ["good\t1", "good\t0", "bad\t0", "so so so\t1", "so so so\t1"]
     dev = ["good\t1", "bad\t1", "new one\t0", "so so so\t0"]
     for name, rows in (("train", train), ("dev", dev), ("test", ["bad", "more words than these"])):
@@ -78,7 +81,7 @@ def test_many_classes_and_regression(tmp_path, count):
 
 
 @pytest.mark.parametrize("missing", ["train", "dev"])
-def test_a_split_that_must_be_there(tmp_path, missing):
+def test_a_required_split_is_missing(tmp_path, missing):
     files = {name: content for name, content in FOLDERS["rte"].items() if not name.startswith(missing)}
     status, _, error = pkd("prepare", "--task", "rte", "--data", put(tmp_path, **files))
     assert status == 2

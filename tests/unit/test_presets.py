@@ -1,4 +1,4 @@
-"""The three meanings of the loss, each against a formula written down here in float64 numpy."""
+"""The three presets of the loss, each against its formula in float64 numpy."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_seed():
     assert total(distill("distill.preset=seed"), mine, theirs, torch.ones(B, L)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_preset_on_the_command_line_wins_over_the_file(tmp_path):
+def test_a_preset_on_the_command_line_overrides_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("run: {dir: x}\ndistill: {alpha: 0.3, beta: 7, preset: paper, patience: last}\n")
     from_file = load(tmp_path / "run.yaml").distill
     assert (from_file.alpha, from_file.beta, from_file.preset) == (0.3, 7, "paper")
@@ -76,13 +76,13 @@ def test_a_preset_on_the_command_line_wins_over_the_file(tmp_path):
     assert settings.model_dump().items() >= {**PRESETS["seed"], "beta": 3, "patience": "last"}.items()
 
 
-def test_a_preset_fills_in_what_is_not_given():
+def test_a_preset_sets_the_keys_that_are_not_given():
     settings = distill("distill.preset=seed", "distill.alpha=0.7")
     assert settings.alpha == 0.7 and {k: getattr(settings, k) for k in PRESETS["seed"]} == PRESETS["seed"] | {
         "alpha": 0.7
     }
     assert distill("distill.preset=null") == distill()
     with pytest.raises(
-        UserError, match=r"distill\.preset: 'papers' is refused: input should be 'paper', 'authors' or 'seed'"
+        UserError, match=r"distill\.preset: 'papers' is invalid: input should be 'paper', 'authors' or 'seed'"
     ):
         distill("distill.preset=papers")

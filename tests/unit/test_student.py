@@ -100,7 +100,7 @@ def test_pkd_init_student_writes_chosen_layers_bit_for_bit(teacher, tmp_path):
     [
         ("3,12", "student.layers: layer 12 is out of range; the teacher has 12 layers, counted 0 to 11"),
         ("6,2", "student.layers must be increasing without repeats, not [6, 2]"),
-        ("a,b", "student.layers.0: 'a' is refused: input should be a valid integer"),
+        ("a,b", "student.layers.0: 'a' is invalid: input should be a valid integer"),
         ("", "student.layers is empty; it must name at least one teacher layer"),
     ],
 )

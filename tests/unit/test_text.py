@@ -1,4 +1,4 @@
-"""Files to examples: every format, every quirk, and every mistake by file and line."""
+"""Reading splits: every format, every quirk, and errors that name file and line."""
 
 import collections
 import hashlib
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from pkd_dist.config.schema import Task as TaskConfig
-from pkd_dist.data import text as text_module
+from pkd_dist.data import examples
+from pkd_dist.data.examples import Split, example_ids, is_labelled, unlabelled, without
 from pkd_dist.data.prepare import prepare
 from pkd_dist.data.tasks import GLUE, Task
-from pkd_dist.data.text import Split, example_ids, is_labelled, read, read_unlabeled, unlabelled, without
+from pkd_dist.data.text import read, read_unlabeled
 from pkd_dist.errors import UserError
 
 SST2 = GLUE["sst2"]
@@ -73,7 +74,7 @@ def test_jsonl_and_parquet_give_the_same_examples(tmp_path):
     assert np.array_equal(left.ids_N, right.ids_N)
 
 
-def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+def test_a_parquet_file_with_a_duplicate_column_is_rejected(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,7 +106,7 @@ def test_ids_are_stable_under_reordering_and_unique_for_repeats(tmp_path):
 
 
 def plain_ids(texts):
-    """The formula of an id, example by example."""
+    """Ids by their definition, example by example."""
     seen = collections.Counter()
     for fields in zip(*texts, strict=True):
         content = "\x1f".join(fields).encode()
@@ -120,25 +121,25 @@ def random_texts(seed, count, different):
 
 
 @pytest.mark.parametrize("different", [1, 40, 3000])
-def test_ids_are_those_of_the_formula(different):
+def test_ids_match_their_definition(different):
     first, second = random_texts(1, 700, different), random_texts(2, 700, different)
     for texts in ((first,), (first, second), (first, first)):
         assert example_ids(texts).tolist() == list(plain_ids(texts))
 
 
-def test_two_texts_of_one_id_are_refused(monkeypatch):
-    monkeypatch.setattr(text_module, "_hash", lambda content, repeat: content[:1].ljust(7) + bytes([repeat]))
+def test_two_texts_with_one_id_are_rejected(monkeypatch):
+    monkeypatch.setattr(examples, "_hash", lambda content, repeat: content[:1].ljust(7) + bytes([repeat]))
     assert len(example_ids((["a", "b", "a"],))) == 3
     with pytest.raises(UserError, match="two different texts have the same 64-bit id"):
         example_ids((["a1", "b", "a2"],))
 
 
 def plain_without(split, *others):
-    """Rows that stay, and how many go for which reason, by sets of texts."""
+    """The rows that `without` keeps, and the counts of its note, computed with a dictionary of texts."""
     seen, dropped, stay = {}, collections.Counter(), []
     for other in others:
         for fields in zip(*other.texts, strict=True):
-            seen.setdefault(fields, f"in {other.source}")
+            seen.setdefault(fields, f"already in {other.source}")
     for row, fields in enumerate(zip(*split.texts, strict=True)):
         if fields in seen:
             dropped[seen[fields]] += 1
@@ -150,7 +151,7 @@ def plain_without(split, *others):
 
 @pytest.mark.parametrize("different", [60, 500, 10**9])
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pairs"])
-def test_what_stands_elsewhere_goes_as_by_sets_of_texts(different, pair):
+def test_without_matches_a_dictionary_of_texts(different, pair):
     def split(name, seed, count):
         texts = (random_texts(seed, count, different),) + ((["same"] * count,) if pair else ())
         return Split(example_ids(texts), texts, np.arange(count), (), name)
@@ -160,7 +161,7 @@ def test_what_stands_elsewhere_goes_as_by_sets_of_texts(different, pair):
     left = without(more, *others)
     assert left.texts == tuple([column[row] for row in stay] for column in more.texts)
     assert left.labels_N.tolist() == stay and left.ids_N.tolist() == list(plain_ids(left.texts))
-    assert left.notes == ((f"{300 - len(stay)} of 300 texts are left out: {reasons}",) if reasons else ())
+    assert left.notes == ((f"removed {300 - len(stay)} of 300 texts: {reasons}",) if reasons else ())
 
 
 def test_regression_labels_are_numbers(tmp_path):
@@ -188,7 +189,7 @@ def test_regression_labels_are_numbers(tmp_path):
         (b"sentence\tlabel\nfine\t1\n\xff\xfe\t0\n", "train.tsv:3: byte 0xff is not valid UTF-8"),
     ],
 )
-def test_a_wrong_tsv_is_refused_by_file_and_line(tmp_path, content, message):
+def test_errors_in_a_tsv_name_file_and_line(tmp_path, content, message):
     put(tmp_path, "train.tsv", content)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path), "train", SST2)
@@ -201,14 +202,14 @@ def test_a_wrong_tsv_is_refused_by_file_and_line(tmp_path, content, message):
         ("train.csv", "a,b,y\n1,2,3\n1,2,3,4\n", r"train.csv:3: has 4 field\(s\)"),
         ("train.jsonl", '{"a": "1", "b": "2", "y": 0}\n{"a": \n', "train.jsonl:2: not valid JSON"),
         ("train.jsonl", '{"a": "1", "y": 0}\n', "train.jsonl:1: has no column 'b'"),
-        ("train.jsonl", '{"a": "x \\ud83d", "b": "2", "y": 0}\n', "train.jsonl:1: a holds half of a surrogate pair"),
+        ("train.jsonl", '{"a": "x \\ud83d", "b": "2", "y": 0}\n', "train.jsonl:1: a contains an unpaired surrogate"),
         ("train.jsonl", '{"a": ["x"], "b": "2", "y": 0}\n', "train.jsonl:1: a must be text or a number, not "),
         ("train.jsonl", "[1]\n", "train.jsonl:1: must be a JSON object"),
         ("train.jsonl", '{"a": null, "b": "2", "y": 0}\n', "train.jsonl:1: a is empty"),
         ("train.parquet", "not parquet", "train.parquet: cannot be read as Parquet"),
     ],
 )
-def test_other_formats_are_refused_too(tmp_path, name, content, message):
+def test_errors_in_other_formats_name_file_and_line(tmp_path, name, content, message):
     put(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path), "train", CUSTOM)
@@ -226,7 +227,7 @@ def test_other_formats_are_refused_too(tmp_path, name, content, message):
         ("train.jsonl", b'{"sentence": 1\n', r"train\.jsonl:20001: not valid JSON"),
     ],
 )
-def test_a_wrong_last_line_is_refused_before_anything_is_written(tmp_path, name, last, message):
+def test_an_invalid_last_line_is_found_before_anything_is_written(tmp_path, name, last, message):
     if name.endswith("jsonl"):
         rows = [json.dumps({"sentence": f"text {i}", "label": i % 2}) for i in range(20_000)]
     else:
@@ -242,7 +243,7 @@ def test_a_wrong_last_line_is_refused_before_anything_is_written(tmp_path, name,
 
 
 @pytest.mark.parametrize("extension", ["tsv", "csv", "jsonl"])
-def test_memory_is_a_few_numbers_an_example(tmp_path, extension):
+def test_memory_is_a_few_numbers_per_example(tmp_path, extension):
     def peak(count):
         rows = ({"sentence": f"a film of the number {i}", "label": i % 2} for i in range(count))
         if extension == "jsonl":
@@ -261,11 +262,11 @@ def test_memory_is_a_few_numbers_an_example(tmp_path, extension):
         return peak
 
     few, many = 5_000, 45_000
-    assert (peak(many) - peak(few)) / (many - few) < 80, "bytes an example"
+    assert (peak(many) - peak(few)) / (many - few) < 80, "bytes per example"
 
 
 def replace_ids(split):
-    """A split of as many examples, none of which is in the other."""
+    """A split of the same size whose ids differ from those of `split`."""
     return Split(split.ids_N + 1, split.texts, split.labels_N, (), "other")
 
 
@@ -295,12 +296,12 @@ def test_many_classes_keep_their_names(tmp_path, count, text):
         (["2", "nan", "10"], ["10", "2", "nan"]),
     ],
 )
-def test_classes_have_one_order(tmp_path, values, order):
+def test_the_order_of_classes_is_deterministic(tmp_path, values, order):
     put(tmp_path, "train.jsonl", "".join(json.dumps({"a": "x", "b": "x", "y": v}) + "\n" for v in values))
     assert list(read(str(tmp_path), "train", CUSTOM).classes) == order
 
 
-def test_a_class_that_is_called_minus_one_is_a_label(tmp_path):
+def test_minus_one_can_be_a_class(tmp_path):
     put(tmp_path, "train.jsonl", '{"a": "1", "b": "2", "y": -1}\n{"a": "1", "b": "2", "y": 1}\n')
     put(tmp_path, "test.jsonl", '{"a": "1", "b": "2", "y": -1}\n')
     classes = read(str(tmp_path), "train", CUSTOM).classes
@@ -309,7 +310,7 @@ def test_a_class_that_is_called_minus_one_is_a_label(tmp_path):
     assert not is_labelled(read(str(tmp_path), "test", CUSTOM, classes).labels_N).any()
 
 
-def test_a_test_file_whose_labels_are_empty_has_none(tmp_path):
+def test_a_test_file_with_empty_labels_is_unlabelled(tmp_path):
     put(tmp_path, "test.tsv", "sentence\tlabel\none\t\ntwo\t \n")
     assert not is_labelled(read(str(tmp_path), "test", SST2).labels_N).any()
     put(tmp_path, "test.tsv", "sentence\tlabel\none\t\ntwo\t1\n")
@@ -317,7 +318,7 @@ def test_a_test_file_whose_labels_are_empty_has_none(tmp_path):
         read(str(tmp_path), "test", SST2)
 
 
-def test_what_is_labelled_in_either_library():
+def test_is_labelled_for_numpy_and_torch():
     import torch
 
     for labels in (np.array([0, -1, 2]), np.array([0.5, np.nan, -1.0], np.float32)):
@@ -337,18 +338,18 @@ def test_text_without_labels(tmp_path):
     train = read(str(tmp_path), "train", SST2)
     left = without(more, train)
     assert left.texts == (["three", " four\ttabs", "five, six"],)
-    assert left.notes == (f"3 of 6 texts are left out: 2 in {train.source}, 1 repeated",)
+    assert left.notes == (f"removed 3 of 6 texts: 2 already in {train.source}, 1 repeated",)
     assert not set(left.ids_N) & set(train.ids_N) and len(left.labels_N) == 3
     assert without(left, train) == left
-    with pytest.raises(UserError, match=r"more\.csv: nothing is left, 6 of 6 texts are left out: 6 in .*give other"):
+    with pytest.raises(UserError, match=r"more\.csv: no text is left: removed 6 of 6 texts: 6 already in .*give other"):
         without(more, more)
 
 
-def test_pairs_without_labels_and_lines_that_are_broken(tmp_path):
+def test_unlabelled_pairs_and_broken_lines(tmp_path):
     put(tmp_path, "more.tsv", "question1\tquestion2\na?\tb?\nno tab\nc?\td?\n")
     more = read_unlabeled([f"{tmp_path}/more.tsv"], GLUE["qqp"])
     assert more.texts == (["a?", "c?"], ["b?", "d?"])
-    assert more.notes == ("more.tsv: 1 left out, broken, with too few fields or an empty text: line 3",)
+    assert more.notes == ("more.tsv: skipped 1 line with too few fields or an empty text: 3",)
     put(tmp_path, "score.jsonl", '{"sentence1": "a", "sentence2": "b"}\n')
     assert np.isnan(read_unlabeled([f"{tmp_path}/score.jsonl"], GLUE["stsb"]).labels_N).all()
 
@@ -358,7 +359,12 @@ def test_pairs_without_labels_and_lines_that_are_broken(tmp_path):
     [
         ("none.txt", None, SST2, r"^task\.unlabeled: no such file: .*none\.txt$"),
         ("more.pdf", "x", SST2, r"^task\.unlabeled: .*more\.pdf is not one of \.txt, \.tsv, \.csv"),
-        ("more.txt", "x", GLUE["rte"], r"holds single texts, rte needs pairs; .* columns sentence1 and sentence2$"),
+        (
+            "more.txt",
+            "x",
+            GLUE["rte"],
+            r"contains single texts, but rte needs pairs; .* columns sentence1 and sentence2$",
+        ),
         ("more.txt", "", SST2, r"more\.txt: is empty"),
         ("more.txt", b"fine\n\xff\n", SST2, r"more\.txt:2: byte 0xff is not valid UTF-8"),
         ("more.tsv", "text\nfine\n", SST2, r"more\.tsv:1: has no column 'sentence'"),
@@ -366,22 +372,22 @@ def test_pairs_without_labels_and_lines_that_are_broken(tmp_path):
         ("more.jsonl", '{"sentence": ""}\n', SST2, r"more\.jsonl:1: sentence is empty"),
     ],
 )
-def test_more_text_that_cannot_be_read(tmp_path, name, content, task, message):
+def test_errors_in_unlabelled_text(tmp_path, name, content, task, message):
     if content is not None:
         put(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         read_unlabeled([f"{tmp_path}/{name}"], task)
 
 
-def test_a_label_that_training_never_saw(tmp_path):
+def test_a_label_not_seen_in_training(tmp_path):
     put(tmp_path, "dev.jsonl", '{"a": "1", "b": "2", "y": "maybe"}\n')
     message = refused(tmp_path, CUSTOM, "dev", ("no", "yes"))
     assert "dev.jsonl:1: y 'maybe' is not one of the labels seen in training: no, yes" in message
 
 
-def test_missing_folder_split_and_two_files_of_a_split(tmp_path):
+def test_missing_folder_missing_split_and_duplicate_files(tmp_path):
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "has no split 'train'; expected one of train.tsv, train.csv" in refused(tmp_path)
     put(tmp_path, "train.tsv", "x")
     put(tmp_path, "train.csv", "x")
-    assert "both hold the split train" in refused(tmp_path)
+    assert "both contain the split train" in refused(tmp_path)

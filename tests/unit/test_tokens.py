@@ -1,4 +1,4 @@
-"""Examples to flat arrays."""
+"""Token sets: contents, files, digests, memory."""
 
 import hashlib
 import io
@@ -10,8 +10,9 @@ from families import BERT_SPECIAL, ROBERTA_SPECIAL, make_tokenizer
 
 from pkd_dist.data import tokens
 from pkd_dist.data.columns import TextColumn
+from pkd_dist.data.examples import Split, example_ids
 from pkd_dist.data.tasks import GLUE
-from pkd_dist.data.text import Split, example_ids, read
+from pkd_dist.data.text import read
 from pkd_dist.data.tokens import open_tokens, problem, tokenize
 from pkd_dist.model.encoder import load_tokenizer
 
@@ -21,7 +22,7 @@ def tokenizer(body):
     return load_tokenizer(str(body))
 
 
-def test_tokens_are_the_tokenizers_own(data, tokenizer, tmp_path):
+def test_tokens_match_the_tokenizer(data, tokenizer, tmp_path):
     split = read(str(data), "dev", GLUE["sst2"])
     made = tokenize(split, tokenizer, 32, tmp_path / "dev")
     for i in (0, 17, 40):
@@ -50,7 +51,7 @@ def test_pairs_have_two_segments(tokenizer, tmp_path):
 
 
 def some_split(count, pair=False):
-    """Texts of 1 to 12 words; labels are numbers where they come in pairs."""
+    """Texts of 1 to 12 words; pairs have regression labels."""
     rng = np.random.default_rng(count)
     words = ["good", "bad", "film", "plot", "the", "unheard", "x", "[SEP]"]
     texts = tuple([" ".join(rng.choice(words, rng.integers(1, 13))) for _ in range(count)] for _ in range(1 + pair))
@@ -79,8 +80,8 @@ def set_to(**settings):
 
 TOKENIZERS = {
     "types": lambda: make_tokenizer(BERT_SPECIAL),
-    "cut at the start": lambda: set_to(truncation_side="left"),
-    "special words are words": lambda: set_to(split_special_tokens=True),
+    "truncated on the left": lambda: set_to(truncation_side="left"),
+    "special tokens are split": lambda: set_to(split_special_tokens=True),
     "no types": untyped_tokenizer,
     "in Python": character_tokenizer,
 }
@@ -89,11 +90,11 @@ TOKENIZERS = {
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pairs"])
 @pytest.mark.parametrize("max_length", [7, 11, 200])
-def test_every_example_is_what_the_tokenizers_call_makes_of_it(tmp_path, monkeypatch, kind, pair, max_length):
-    monkeypatch.setattr(tokens, "_CHUNK", 16)
+def test_every_example_matches_a_call_of_the_tokenizer(tmp_path, monkeypatch, kind, pair, max_length):
+    monkeypatch.setattr(tokens, "_CHUNK_EXAMPLES", 16)
     tokenizer, split = TOKENIZERS[kind](), some_split(50, pair)
     typed = "token_type_ids" in tokenizer.model_input_names
-    tokenizer("state is left behind", truncation=True, padding="max_length", max_length=5)
+    tokenizer("this call leaves padding and truncation set", truncation=True, padding="max_length", max_length=5)
     made = tokenize(split, tokenizer, max_length, tmp_path)
     truncated = 0
     for i, fields in enumerate(zip(*split.texts, strict=True)):
@@ -107,8 +108,8 @@ def test_every_example_is_what_the_tokenizers_call_makes_of_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["types", "no types"])
-def test_files_and_digests_are_those_of_whole_arrays(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(tokens, "_CHUNK", 16)
+def test_chunked_files_and_digests_match_whole_arrays(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tokens, "_CHUNK_EXAMPLES", 16)
     made = tokenize(some_split(50, True), TOKENIZERS[kind](), 9, tmp_path)
     names = {path.stem for path in tmp_path.glob("*.npy")}
     assert names == {"input_ids", "offsets", "ids", "labels"} | ({"type_ids"} if kind == "types" else set())
@@ -129,14 +130,14 @@ def test_files_and_digests_are_those_of_whole_arrays(tmp_path, monkeypatch, kind
     assert made.input_digest == f"{total % 2**128:032x}"[:16]
 
 
-def test_a_folder_is_used_again_by_a_tokenizer_without_types(tmp_path):
+def test_a_folder_can_be_reused_by_a_tokenizer_without_types(tmp_path):
     assert tokenize(some_split(5), TOKENIZERS["types"](), 9, tmp_path).type_ids_T is not None
     assert tokenize(some_split(5), TOKENIZERS["no types"](), 9, tmp_path).type_ids_T is None
     assert problem(tmp_path) is None
 
 
-def test_work_that_ends_early_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_CHUNK", 16)
+def test_interrupted_work_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_CHUNK_EXAMPLES", 16)
     checks = iter([None, None, KeyboardInterrupt()])
 
     def check():
@@ -148,7 +149,7 @@ def test_work_that_ends_early_leaves_no_file(tmp_path, monkeypatch):
     assert list((tmp_path / "train").iterdir()) == []
 
 
-def test_memory_is_a_few_numbers_an_example(tmp_path):
+def test_memory_is_a_few_numbers_per_example(tmp_path):
     def peak(count):
         texts = (TextColumn("good film" if i % 2 else f"the plot of x {i}" for i in range(count)),)
         split = Split(np.arange(count), texts, np.zeros(count, np.int64), ("0", "1"), "")
@@ -162,10 +163,10 @@ def test_memory_is_a_few_numbers_an_example(tmp_path):
     tokenizer = make_tokenizer(BERT_SPECIAL)
     few, many = 5_000, 45_000
     peak(few)  # imports
-    assert (peak(many) - peak(few)) / (many - few) < 40, "bytes an example"
+    assert (peak(many) - peak(few)) / (many - few) < 40, "bytes per example"
 
 
-def test_an_altered_or_missing_array_is_noticed(data, tokenizer, tmp_path):
+def test_an_altered_or_missing_array_is_detected(data, tokenizer, tmp_path):
     folder = tmp_path / "dev"
     assert "meta.json is missing" in str(problem(folder))
     tokenize(read(str(data), "dev", GLUE["sst2"]), tokenizer, 32, folder)
@@ -187,7 +188,7 @@ def test_digests(tokenizer, tmp_path):
     base = digests(["good film\t1", "bad film\t0"], "a")
     assert digests(["good film\t1", "bad film\t0"], "b") == base
     swapped = digests(["bad film\t0", "good film\t1"], "c")
-    assert swapped[0] != base[0] and swapped[1] == base[1], "the teacher does not care for order"
+    assert swapped[0] != base[0] and swapped[1] == base[1], "teacher outputs do not depend on the order"
     relabelled = digests(["good film\t0", "bad film\t1"], "d")
-    assert relabelled[0] != base[0] and relabelled[1] == base[1], "nor for labels"
+    assert relabelled[0] != base[0] and relabelled[1] == base[1], "nor on labels"
     assert digests(["good plot\t1", "bad film\t0"], "e")[1] != base[1]

@@ -1,0 +1,144 @@
+"""Find the files of a data set.
+
+A split is `FOLDER/SPLIT.{tsv,csv,jsonl,parquet}`, a file under its GLUE name, a part of the authors' original release, or
+a split of a Hugging Face data set (`hub:NAME`). `tasks.py` holds the names of each task. Nothing is read here except the
+contents that `digests` hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd_dist.config.paths import project_path
+from pkd_dist.data.rows import EXTENSIONS, load_hub
+from pkd_dist.data.tasks import Task
+from pkd_dist.errors import UserError
+from pkd_dist.files import sha256
+
+_HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of one split are.
+
+    Attributes:
+        place: a file, or the name of a hub data set (`NAME` or `NAME:CONFIGURATION`).
+        dev_ids: file with the id pairs of the dev examples; None if all rows of `place` belong to the split.
+        is_dev: whether the split is the rows of `place` that `dev_ids` lists, or the others.
+        notes: what a user should know about the choice.
+    """
+
+    place: Path | str
+    dev_ids: Path | None = None
+    is_dev: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def locate(data: str, split: str, task: Task) -> Source | None:
+    """Return the source of a split, or None if the folder does not have it. A hub data set is not checked.
+
+    Raises:
+        UserError: no such folder, or two files of one split.
+    """
+    if data.startswith(_HUB):
+        return Source(data.removeprefix(_HUB))
+    folder = project_path(data)
+    if not folder.is_dir():
+        raise UserError(
+            f"no such folder: {data}; it must contain train and dev as {', '.join(EXTENSIONS)}", "task.data"
+        )
+    files = _split_files(folder, split, task)
+    if len(files) > 1:
+        raise UserError(f"{files[0]} and {files[1].name} both contain the split {split}; keep one", "task.data")
+    if files:
+        return Source(files[0])
+    if task.release is None or any(_split_files(folder, name, task) for name in task.splits):
+        return None
+    return _locate_in_release(folder, split, task)
+
+
+def require(data: str, split: str, task: Task) -> Source:
+    """Return the source of a split.
+
+    Raises:
+        UserError: as `locate`, or the folder does not have the split.
+    """
+    source = locate(data, split, task)
+    if source is None:
+        names = [f"{stem}.{extension}" for stem in _stems(split, task) for extension in EXTENSIONS]
+        names += [task.release.train] if task.release else []
+        raise UserError(f"{data} has no split {split!r}; expected one of {', '.join(names)}", "task.data")
+    return source
+
+
+def available(data: str, task: Task) -> list[str]:
+    """Return the task's splits that a folder or a hub data set has, in the task's order."""
+    if data.startswith(_HUB):
+        tables = load_hub(data.removeprefix(_HUB))
+        return [split for split in task.splits if any(name in tables for name in hub_names(split, task))]
+    return [split for split in task.splits if locate(data, split, task) is not None]
+
+
+def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
+    """Return what identifies the content of splits: file name -> sha256, or for the hub split -> name and fingerprint."""
+    if data.startswith(_HUB):
+        tables = load_hub(data.removeprefix(_HUB))
+        names = {split: name for split in splits for name in reversed(hub_names(split, task)) if name in tables}
+        return {split: f"{data} {tables[name]._fingerprint}" for split, name in names.items()}
+    sources = {split: source for split in splits if (source := locate(data, split, task))}
+    files = [path for s in sources.values() for path in (s.place, s.dev_ids) if isinstance(path, Path)]
+    return {path.name: sha256(path) for path in dict.fromkeys(files)}
+
+
+def hub_names(split: str, task: Task) -> tuple[str, ...]:
+    """Return the names that a split may have on the hub, most specific first."""
+    return tuple(dict.fromkeys((task.hub_splits.get(split, split), split)))
+
+
+def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
+    """Return the paths of the files of `task.unlabeled`.
+
+    Raises:
+        UserError: a file is missing or of a kind that cannot be read.
+    """
+    for name in files:
+        path = project_path(name)
+        if not path.is_file():
+            raise UserError(f"task.unlabeled: no such file: {name}")
+        if path.suffix.removeprefix(".") not in (*EXTENSIONS, "txt"):
+            raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
+        if path.suffix == ".txt" and len(task.text) > 1:
+            raise UserError(
+                f"task.unlabeled: {name}: a .txt file contains single texts, but {task.name} needs pairs; give a table "
+                f"with the columns {' and '.join(task.text)}"
+            )
+    return [project_path(name) for name in files]
+
+
+def _stems(split: str, task: Task) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((split, task.files.get(split, split))))
+
+
+def _split_files(folder: Path, split: str, task: Task) -> list[Path]:
+    paths = [folder / f"{stem}.{extension}" for stem in _stems(split, task) for extension in EXTENSIONS]
+    return [path for path in paths if path.is_file()]
+
+
+def _locate_in_release(folder: Path, split: str, task: Task) -> Source | None:
+    """Return the source of a split in the authors' original release: see `Release`."""
+    assert task.release is not None
+    train, test, dev_ids = (folder / n for n in (task.release.train, task.release.test, task.release.dev_ids))
+    if dev_ids.is_file():
+        sources = {
+            "train": Source(train, dev_ids),
+            "dev": Source(train, dev_ids, is_dev=True),
+            "test": Source(test),
+        }
+    else:
+        note = f"no {dev_ids.name}: the labelled test file of the release is used as dev, and there is no test split"
+        sources = {"train": Source(train), "dev": Source(test, notes=(note,))}
+    source = sources.get(split)
+    return source if source and Path(source.place).is_file() else None
