@@ -13,7 +13,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.pipeline import STAGES, Pipeline
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import to_terminal
-from pkd_dist.training.trainer import Job
+from pkd_dist.training.job import Job
 
 Use = Callable[[Job, World, Telemetry], Any]
 
@@ -28,7 +28,7 @@ def with_student_job(config_file: str | Path, overrides: Sequence[str], use: Use
     folder.
 
     Args:
-        use: called as `Trainer` is, on every rank.
+        use: called in place of `train`, on every rank.
 
     Returns:
         What `use` returned.
@@ -39,12 +39,12 @@ def with_student_job(config_file: str | Path, overrides: Sequence[str], use: Use
     world = World(ranks, config.run.timeout_seconds)
     results: list[Any] = []
 
-    def trainer(job: Job, world: World, telemetry: Telemetry) -> Any:
+    def train(job: Job, world: World, telemetry: Telemetry) -> Any:
         results.append(use(job, world, telemetry))
         raise _HandedOverError
 
     try:
-        with patch("pkd_dist.pipeline.Trainer", trainer):
+        with patch("pkd_dist.pipeline.train", train):
             Pipeline(config, config_file, world).run(STAGES[: STAGES.index("distill") + 1])
     except _HandedOverError:
         pass

@@ -1,10 +1,11 @@
-"""A step of ours without DeepSpeed, under its engine, and in the whole training loop: the same lean student, the same
-batches, in turn in blocks of some steps, on one rank.
+"""A training step in a hand-written loop, through the project's engine, and in its training loop.
+
+The same student and the same batches, alternating in blocks of steps, on one rank.
 
     plain     a hand-written loop: autocast, backward, clipping, torch's fused AdamW
-    engine    the same loop through the project's engine, so through DeepSpeed
+    engine    the same loop through the project's engine
     loop      a step of the project's training loop: that, and metrics, records, agreement on stop signals; on a GPU
-              the whole step as one launch, in place of the engine's
+              the step in one launch, in place of the engine's
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from benchmarks.probe import with_student_job
 from pkd_dist.data.batches import Batch
 from pkd_dist.distributed.world import World
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.engine import linear_warmup, resolve_precision
-from pkd_dist.training.trainer import Job, Trainer
+from pkd_dist.training.engine import resolve_precision
+from pkd_dist.training.job import Job
+from pkd_dist.training.optimization import Schedule
+from pkd_dist.training.step import StepInputs
+from pkd_dist.training.trainer import Trainer, open_trainer
 
 WARMUP = 3
 
 
 class Plain:
-    """A student without DeepSpeed. Called as the engine is: inputs, layers, tokens -> logits and states."""
+    """A student without an engine, with the interface of one: inputs, layers, tokens -> logits and states."""
 
-    def __init__(self, job: Job, total_steps: int, device: torch.device):
+    def __init__(self, job: Job, schedule: Schedule, device: torch.device):
         self.job, self.module, self.device = job, job.module.to(device), device
         config, _ = resolve_precision(job.deepspeed, device)
         autocast = config.get("torch_autocast", {})
@@ -42,10 +46,10 @@ class Plain:
         matrices = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim > 1]
         others = [p for n, p in self.module.named_parameters() if p.requires_grad and p.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": job.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=job.learning_rate, eps=job.adam_epsilon, fused=True,
+            [{"params": matrices, "weight_decay": job.settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=job.settings.learning_rate, eps=job.settings.adam_epsilon, fused=True,
         )  # fmt: skip
-        self._factor, self._done = linear_warmup(total_steps, job.warmup_ratio), 0
+        self._schedule, self._done = schedule, 0
         self.module.train()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -57,16 +61,16 @@ class Plain:
             batch = batch.to(self.device)
             terms = self.job.losses(self, batch)
             (terms["total"] * batch.weight_B).sum().backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.settings.max_grad_norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.job.learning_rate * self._factor(self._done)
+            group["lr"] = self._schedule.learning_rate(self._done)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._done += 1
 
 
-def _batches(trainer: Trainer, order: np.ndarray, step: int) -> list[Batch]:
-    return [trainer.answered(batch) for batch in trainer.batches.step(order, step)]
+def _batches(inputs: StepInputs, step: int) -> list[Batch]:
+    return [inputs.with_teacher(batch) for batch in inputs.batches.step(*inputs.position(step))]
 
 
 def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
@@ -76,7 +80,7 @@ def _through_the_engine(trainer: Trainer, micro: list[Batch], step: int) -> None
         terms = trainer.job.losses(engine, batch)
         engine.backward((terms["total"] * batch.weight_B).sum())
         if i + 1 < len(micro):
-            engine.micro_step()
+            engine.end_micro_batch()
     engine.step(step)
 
 
@@ -88,30 +92,30 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
         # before an engine changes the module in place; a graph would not capture what another engine has trained
         modules = [copy.deepcopy(job.module) for _ in range(2)]
         apart = replace(job, module=modules[1], folder=job.folder / "engine", records=job.folder / "engine.jsonl")
-        through, trainer = Trainer(apart, world, telemetry), Trainer(job, world, telemetry)
-        plain = Plain(replace(job, module=modules[0]), trainer.total_steps, world.device)
+        through, trainer = open_trainer(apart, world, telemetry), open_trainer(job, world, telemetry)
+        inputs = StepInputs(job, world, trainer.engine)
+        plain = Plain(replace(job, module=modules[0]), trainer.engine.schedule, world.device)
         through.engine.train()
         trainer.engine.train()
-        order = trainer.batches.order(0)
 
         def engine_step(step: int) -> None:
-            _through_the_engine(through, _batches(through, order, step), through.progress.step)
+            _through_the_engine(through, _batches(inputs, step), through.progress.step)
             through.progress.step += 1
 
         def loop_step(step: int) -> None:
-            trainer._step(order, step)
+            trainer.train_step()  # its own position: the epoch's batches in the same order
 
         ways: dict[str, Callable[[int], None]] = {
-            "plain": lambda step: plain.step(_batches(trainer, order, step)),
+            "plain": lambda step: plain.step(_batches(inputs, step)),
             "engine": engine_step,
             "loop": loop_step,
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for step in range(WARMUP):
             for way in ways.values():
-                way(step % trainer.batches.steps)
+                way(step % trainer.steps_per_epoch)
         for number in range(blocks):
-            steps = [(number * block + i) % trainer.batches.steps for i in range(block)]
+            steps = [(number * block + i) % trainer.steps_per_epoch for i in range(block)]
             for name in [*ways][number % 3 :] + [*ways][: number % 3]:
                 clock = Clock()
                 with clock.running():
@@ -125,7 +129,7 @@ def measure(config_file: str | Path, overrides: list[str], block: int, blocks: i
             "overhead": {
                 name: float(np.median(np.array(seconds[name]) / np.array(seconds["plain"]))) for name in seconds
             },
-            "precision": trainer.precision,
+            "precision": resolve_precision(job.deepspeed, world.device)[1],
             "zero_stage": trainer.job.deepspeed["zero_optimization"]["stage"],
         }
 

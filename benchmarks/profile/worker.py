@@ -31,18 +31,22 @@ from pkd_dist.distillation.objective import DistillationLoss  # noqa: E402
 from pkd_dist.distributed.world import World  # noqa: E402
 from pkd_dist.files import write_json  # noqa: E402
 from pkd_dist.telemetry import Telemetry  # noqa: E402
-from pkd_dist.training.engine import Engine  # noqa: E402
-from pkd_dist.training.graph_step import GraphStep  # noqa: E402
-from pkd_dist.training.trainer import Job, Trainer  # noqa: E402
+from pkd_dist.training.deepspeed_engine import DeepSpeedEngine  # noqa: E402
+from pkd_dist.training.engine import resolve_precision  # noqa: E402
+from pkd_dist.training.graph_step import GraphUpdate  # noqa: E402
+from pkd_dist.training.job import Job  # noqa: E402
+from pkd_dist.training.plain_engine import PlainEngine  # noqa: E402
+from pkd_dist.training.trainer import Trainer, open_trainer  # noqa: E402
 
+ENGINES = (PlainEngine, DeepSpeedEngine)
 PHASES: dict[str, tuple[tuple[type, str], ...]] = {
-    "step": ((Trainer, "_step"),),
+    "step": ((Trainer, "train_step"),),
     "data": ((TrainingBatches, "step"), (CacheReader, "rows_of")),
     "loss": ((DistillationLoss, "__call__"),),
-    "forward": ((Engine, "__call__"),),
-    "backward": ((Engine, "backward"), (Engine, "micro_step")),
-    "engine step": ((Engine, "step"),),
-    "whole step": ((GraphStep, "__call__"),),
+    "forward": tuple((engine, "__call__") for engine in ENGINES),
+    "backward": tuple((engine, name) for engine in ENGINES for name in ("backward", "end_micro_batch")),
+    "engine step": tuple((engine, "step") for engine in ENGINES),
+    "whole step": ((GraphUpdate, "__call__"),),
 }
 """Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
 metrics, records, and the agreement of the ranks."""
@@ -57,16 +61,12 @@ def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Pat
         for phase, functions in PHASES.items():
             for owner, name in functions:
                 stack.enter_context(patch.object(owner, name, spans.wrapped(getattr(owner, name), phase)))
-        trainer = Trainer(job, world, telemetry)
+        trainer = open_trainer(job, world, telemetry)
         trainer.engine.train()
-        orders: dict[int, Any] = {}
 
         def do(count: int) -> None:
             for _ in range(count):
-                epoch, step = divmod(trainer.progress.step, trainer.batches.steps)
-                if epoch not in orders:
-                    orders[epoch] = trainer.batches.order(epoch)
-                trainer._step(orders[epoch], step)
+                trainer.train_step()
 
         do(WARMUP[world.device.type])
         _wait(world)
@@ -90,8 +90,8 @@ def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Pat
     phases["rest"] = phases.pop("step")
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        "ranks": world.size, "threads": torch.get_num_threads(), "steps": steps, "precision": trainer.precision,
-        "batch_size": job.batch_size, "tokens_per_step": tokens / steps,
+        "ranks": world.size, "threads": torch.get_num_threads(), "steps": steps, "precision": resolve_precision(job.deepspeed, world.device)[1],
+        "batch_size": job.settings.batch_size, "tokens_per_step": tokens / steps,
         "step_seconds": wall / steps, "profiled_step_seconds": profiled / steps,
         "phase_seconds": {phase: seconds / steps for phase, seconds in phases.items()},
         **_tables(profiler, profiled, steps, cuda),

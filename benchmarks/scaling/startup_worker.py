@@ -37,8 +37,7 @@ FOLLOWED: dict[str, dict[str, str]] = {
     "pkd_dist.data.tokens": {"problem": "data: checksums", "open_tokens": "data: opened"},
     "pkd_dist.distillation.cache": {"shard_problem": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},
-    "pkd_dist.training.engine": {"Engine.__init__": "engine"},
-    "pkd_dist.training.trainer": {"Trainer._resume": "checkpoint", "Trainer._step": "first step"},
+    "pkd_dist.training.trainer": {"open_engine": "engine", "resume": "checkpoint", "Trainer.train_step": "first step"},
 }
 """Module -> function -> the part of the start that it is."""
 IMPORTS, REST, INTERPRETER = "imports", "rest", "interpreter"

@@ -17,11 +17,13 @@ from benchmarks.scaling.counting import StepCounter, live_bytes  # noqa: E402
 from benchmarks.scaling.model import Shape  # noqa: E402
 from pkd_dist.config.deepspeed import load_deepspeed  # noqa: E402
 from pkd_dist.config.load import load  # noqa: E402
+from pkd_dist.config.schema import Train  # noqa: E402
 from pkd_dist.distillation.losses import hard_loss  # noqa: E402
 from pkd_dist.distributed.ranks import discover  # noqa: E402
 from pkd_dist.distributed.world import World  # noqa: E402
 from pkd_dist.model.encoder import Encoder  # noqa: E402
-from pkd_dist.training.engine import Engine, Optimization, resolve_precision  # noqa: E402
+from pkd_dist.training.engine import open_engine  # noqa: E402
+from pkd_dist.training.optimization import Schedule  # noqa: E402
 
 WARMUP, BUCKET = 3, 500_000_000
 
@@ -43,11 +45,9 @@ def make_inputs(rows: int, length: int, vocabulary: int) -> tuple[dict[str, torc
 
 def main(deepspeed: str, shape: Shape, rows: int, length: int, steps: int, accumulation: int) -> None:
     world = World(discover(), 120)
-    config, _ = resolve_precision(
-        load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"])), world.device
-    )
-    plan = Optimization(1e-4, 0.01, 0.1, 1.0, 1e-8, 1000, rows * world.size * accumulation, rows, accumulation)
-    engine = Engine(Encoder(make_model(shape)), config, plan, world)
+    config = load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"]))
+    settings = Train(batch_size=rows * world.size * accumulation, micro_batch_size=rows)
+    engine = open_engine(Encoder(make_model(shape)), config, Schedule(settings, 1000, rows, accumulation), world)
     engine.train()
 
     def step() -> tuple[float, float]:
@@ -57,7 +57,7 @@ def main(deepspeed: str, shape: Shape, rows: int, length: int, steps: int, accum
             inputs, labels_B = make_inputs(rows, length, shape.vocabulary)
             engine.backward(hard_loss(engine(inputs)[0], labels_B).mean() / (world.size * accumulation))
             if i + 1 < accumulation:
-                engine.micro_step()
+                engine.end_micro_batch()
         engine.step()
         return time.perf_counter() - start[0], time.process_time() - start[1]
 

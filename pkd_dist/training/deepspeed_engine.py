@@ -93,7 +93,7 @@ class DeepSpeedEngine:
     def __call__(
         self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._engine(inputs, layers, tokens)  # type: ignore[no-any-return]
+        return self._engine(inputs, layers, tokens)
 
     def train(self) -> None:
         self._engine.train(True)
@@ -131,7 +131,7 @@ class DeepSpeedEngine:
                 return parameter.detach().clone()
         if isinstance(self.state, ReplicatedState):
             return self.state.master(parameter)
-        return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
+        return safe_get_full_fp32_param(parameter)
 
 
 class _Autocast(nn.Module):
@@ -165,7 +165,7 @@ def _initialize(module: nn.Module, adam: torch.optim.AdamW, config: dict[str, An
         raise UserError(f"train.deepspeed: DeepSpeed rejects {error.title}: {key}: {first['msg']}") from None
 
 
-class SharedMemoryBackend(TorchBackend):  # type: ignore[misc]
+class SharedMemoryBackend(TorchBackend):
     """DeepSpeed's communication on CPUs: torch.distributed, with large sums and gathers through shared memory.
 
     `TorchBackend.__init__` (deepspeed.comm.torch) would compile the extension `deepspeed_shm_comm` for inference, so this
