@@ -31,24 +31,21 @@ from pkd_dist.distillation.objective import DistillationLoss  # noqa: E402
 from pkd_dist.distributed.world import World  # noqa: E402
 from pkd_dist.files import write_json  # noqa: E402
 from pkd_dist.telemetry import Telemetry  # noqa: E402
-from pkd_dist.training.deepspeed_engine import DeepSpeedEngine  # noqa: E402
 from pkd_dist.training.engine import resolve_precision  # noqa: E402
 from pkd_dist.training.graph_step import GraphUpdate  # noqa: E402
 from pkd_dist.training.job import Job  # noqa: E402
-from pkd_dist.training.plain_engine import PlainEngine  # noqa: E402
 from pkd_dist.training.trainer import Trainer, open_trainer  # noqa: E402
 
-ENGINES = (PlainEngine, DeepSpeedEngine)
-PHASES: dict[str, tuple[tuple[type, str], ...]] = {
+PHASES: dict[str, tuple[tuple[type | None, str], ...]] = {
     "step": ((Trainer, "train_step"),),
     "data": ((TrainingBatches, "step"), (CacheReader, "rows_of")),
     "loss": ((DistillationLoss, "__call__"),),
-    "forward": tuple((engine, "__call__") for engine in ENGINES),
-    "backward": tuple((engine, name) for engine in ENGINES for name in ("backward", "end_micro_batch")),
-    "engine step": tuple((engine, "step") for engine in ENGINES),
+    "forward": ((None, "__call__"),),
+    "backward": ((None, "backward"), (None, "end_micro_batch")),
+    "engine step": ((None, "step"),),
     "whole step": ((GraphUpdate, "__call__"),),
 }
-"""Phase -> the functions whose time it is, without that of the phases they call. What is left of a step is `rest`:
+"""Phase -> the methods (None: of the engine) whose time it is, without that of the phases they call. What is left of a step is `rest`:
 metrics, records, and the agreement of the ranks."""
 WARMUP = {"cpu": 5, "cuda": 300}
 """Steps before the first that counts; a GPU's graphs are made in them, one for each length."""
@@ -57,12 +54,13 @@ WARMUP = {"cpu": 5, "cuda": 300}
 def look_at(job: Job, world: World, telemetry: Telemetry, steps: int, trace: Path) -> dict[str, Any]:
     """Trains 2 x `steps` steps; returns this rank's table."""
     spans = Spans()
+    trainer = open_trainer(job, world, telemetry)
+    trainer.engine.train()
     with contextlib.ExitStack() as stack:
-        for phase, functions in PHASES.items():
-            for owner, name in functions:
-                stack.enter_context(patch.object(owner, name, spans.wrapped(getattr(owner, name), phase)))
-        trainer = open_trainer(job, world, telemetry)
-        trainer.engine.train()
+        for phase, methods in PHASES.items():
+            for owner, name in methods:
+                kind = owner or type(trainer.engine)
+                stack.enter_context(patch.object(kind, name, spans.wrapped(getattr(kind, name), phase)))
 
         def do(count: int) -> None:
             for _ in range(count):

@@ -18,6 +18,8 @@ from pkd_dist.model.encoder import Encoder
 TERMS = ("total", "ce", "ds", "pt")
 """Loss terms that a step reports, in this order everywhere."""
 
+DeepSpeedJson = dict[str, Any]
+"""A DeepSpeed JSON as `load_deepspeed` returns it: checked, with DeepSpeed's own types."""
 Forward = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 """(inputs, layers, tokens) -> logits and hidden states: an `Encoder`, or an engine around one."""
 LossTerms = Callable[[Forward, Batch], dict[str, torch.Tensor]]
@@ -51,7 +53,7 @@ class Job:
     settings: Train
     evaluate: Evaluate
     checkpoint: Checkpoint
-    deepspeed: dict[str, Any]
+    deepspeed: DeepSpeedJson
     folder: Path
     records: Path
     fingerprint: str
@@ -71,4 +73,4 @@ class Progress:
     best_metric: float = float("-inf")
     best_file: str | None = None
     best_sha256: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
