@@ -213,7 +213,7 @@ def _discard(path: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> State:
-    return json.loads((checkpoint / STATE).read_text())  # type: ignore[no-any-return]
+    return json.loads((checkpoint / STATE).read_text())
 
 
 def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], None]) -> tuple[Path, State] | None:

@@ -28,6 +28,7 @@ from pkd_dist.distributed.shared_memory import SharedMemory, open_shared_memory
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import (
     Schedule,
     autocast,
@@ -40,6 +41,8 @@ from pkd_dist.training.optimizer_state import FlatState, OptimizerState, Replica
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing deepspeed sets WARNING
 _NEVER = 10**9
+Group, Work = Any, Any
+"""torch.distributed's process group and pending collective, which only `distributed/` imports; None: all ranks, done."""
 
 
 class DeepSpeedEngine:
@@ -53,7 +56,7 @@ class DeepSpeedEngine:
         UserError: DeepSpeed rejects the JSON.
     """
 
-    def __init__(self, module: Encoder, config: dict[str, Any], schedule: Schedule, world: World):
+    def __init__(self, module: Encoder, config: DeepSpeedJson, schedule: Schedule, world: World):
         zero = config.get("zero_optimization", {})
         self.module, self.schedule, self.stage = module, schedule, int(zero.get("stage", 0))
         settings = schedule.settings
@@ -93,7 +96,7 @@ class DeepSpeedEngine:
     def __call__(
         self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._engine(inputs, layers, tokens)  # type: ignore[no-any-return]
+        return self._engine(inputs, layers, tokens)
 
     def train(self) -> None:
         self._engine.train(True)
@@ -131,7 +134,7 @@ class DeepSpeedEngine:
                 return parameter.detach().clone()
         if isinstance(self.state, ReplicatedState):
             return self.state.master(parameter)
-        return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
+        return safe_get_full_fp32_param(parameter)
 
 
 class _Autocast(nn.Module):
@@ -147,12 +150,12 @@ class _Autocast(nn.Module):
         self.module = module
         self._autocast = autocast(device, dtype)
 
-    def forward(self, *arguments: Any) -> Any:
+    def forward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self._autocast:
             return self.module(*arguments)
 
 
-def _initialize(module: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any]) -> Any:
+def _initialize(module: nn.Module, adam: torch.optim.AdamW, config: DeepSpeedJson) -> deepspeed.DeepSpeedEngine:
     """Return DeepSpeed's engine, without its messages about its own set-up."""
     try:
         with warnings.catch_warnings():
@@ -165,7 +168,7 @@ def _initialize(module: nn.Module, adam: torch.optim.AdamW, config: dict[str, An
         raise UserError(f"train.deepspeed: DeepSpeed rejects {error.title}: {key}: {first['msg']}") from None
 
 
-class SharedMemoryBackend(TorchBackend):  # type: ignore[misc]
+class SharedMemoryBackend(TorchBackend):
     """DeepSpeed's communication on CPUs: torch.distributed, with large sums and gathers through shared memory.
 
     `TorchBackend.__init__` (deepspeed.comm.torch) would compile the extension `deepspeed_shm_comm` for inference, so this
@@ -188,22 +191,22 @@ class SharedMemoryBackend(TorchBackend):  # type: ignore[misc]
         self.initialized = True
 
     def all_reduce(
-        self, tensor: torch.Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False
-    ) -> Any:
+        self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM, group: Group = None, async_op: bool = False
+    ) -> Work:
         memory = self._usable(group, async_op)
         if memory is None or op != ReduceOp.SUM or not memory.accepts(tensor):
             return super().all_reduce(tensor, op, group, async_op)
         return memory.sum(tensor)
 
     def all_gather_into_tensor(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
-    ) -> Any:
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Group = None, async_op: bool = False
+    ) -> Work:
         memory = self._usable(group, async_op)
         if memory is None or not (memory.accepts(output_tensor) and memory.accepts(input_tensor)):
             return super().all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
         return memory.gather(output_tensor, input_tensor)
 
-    def _usable(self, group: Any, async_op: bool) -> SharedMemory | None:
+    def _usable(self, group: Group, async_op: bool) -> SharedMemory | None:
         """Return the shared memory if a collective over this group may use it: synchronous, and of all ranks."""
         return None if async_op or self.get_world_size(group) != self.world.size else self._memory
 

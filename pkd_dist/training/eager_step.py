@@ -89,7 +89,7 @@ class EagerStep:
         good: list[torch.Tensor] = []
         for parameter in self._job.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(lambda gradient: good.append(torch.isfinite(gradient).all()))  # type: ignore[no-untyped-call]
+                parameter.register_hook(lambda gradient: good.append(torch.isfinite(gradient).all()))
         self._draw_from(self._inputs.seed(step))
         for i, batch in enumerate(micro_batches):
             terms = self._job.losses(self._engine, self._inputs.with_teacher(batch).to(self._world.device))

@@ -13,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.distributed.world import World
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import Schedule
 from pkd_dist.training.optimizer_state import OptimizerState
 from pkd_dist.training.plain_engine import PlainEngine
@@ -76,7 +77,7 @@ class Engine(Protocol):
         """Return every parameter (its float32 master) and buffer, unsharded, on the CPU; collective."""
 
 
-def open_engine(module: Encoder, deepspeed: dict[str, Any], schedule: Schedule, world: World) -> Engine:
+def open_engine(module: Encoder, deepspeed: DeepSpeedJson, schedule: Schedule, world: World) -> Engine:
     """Return the engine for a module; collective.
 
     Args:
@@ -93,12 +94,12 @@ def open_engine(module: Encoder, deepspeed: dict[str, Any], schedule: Schedule, 
     return PlainEngine(module, schedule, world.device, dtype)
 
 
-def needs_deepspeed(deepspeed: Mapping[str, Any], world_size: int) -> bool:
+def needs_deepspeed(deepspeed: DeepSpeedJson, world_size: int) -> bool:
     """Return whether a training with this JSON runs on DeepSpeed rather than on the plain engine."""
     return world_size > 1 or bool(deepspeed_features(deepspeed))
 
 
-def deepspeed_features(deepspeed: Mapping[str, Any]) -> list[str]:
+def deepspeed_features(deepspeed: DeepSpeedJson) -> list[str]:
     """Return the keys of a DeepSpeed JSON that ask for something only DeepSpeed has."""
     zero = deepspeed.get("zero_optimization", {})
     found = [f"zero_optimization.{key}" for key in ("offload_optimizer", "offload_param") if key in zero]
@@ -120,7 +121,7 @@ def load_in_background() -> None:
     threading.Thread(target=load, daemon=True).start()
 
 
-def resolve_precision(deepspeed: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
+def resolve_precision(deepspeed: DeepSpeedJson, device: torch.device) -> tuple[DeepSpeedJson, str]:
     """Resolve `torch_autocast`'s "auto" values for a device.
 
     Returns:

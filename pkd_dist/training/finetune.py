@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_model, save_model
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.job import Forward, Job, Progress
+from pkd_dist.training.job import DeepSpeedJson, Forward, Job, Progress
 from pkd_dist.training.trainer import train
 
 
@@ -53,13 +52,13 @@ class TeacherJob:
     config: Config
     base: str
     tokenizer: PreTrainedTokenizerBase
-    labels: dict[str, Any]
+    labels: dict[str, object]
     task: Task
     train: TokenSet
     dev: TokenSet
     class_weights_C: torch.Tensor | None
     used_V: np.ndarray
-    deepspeed: dict[str, Any]
+    deepspeed: DeepSpeedJson
     output: Path
     fingerprint: str
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,9 @@ from torch import nn
 
 from pkd_dist.data.batches import Batch, collate
 from pkd_dist.data.on_device import DeviceTokens, PendingBatch, open_device_tokens
-from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
-from pkd_dist.training.job import LossTerms
+from pkd_dist.training.job import LOSS_TERMS, Forward, LossTerms
 from pkd_dist.training.optimization import autocast, set_learning_rate
 from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import StepInputs, StepResult
@@ -123,8 +121,8 @@ def open_graph_step(inputs: StepInputs, engine: PlainEngine, capture: bool = Tru
     """
     job = inputs.job
     engine.state.allocate()
-    resident = open_device_tokens(job.train, job.teacher_outputs, job.pad_id, engine.device)
-    return GraphStep(inputs, GraphUpdate(engine, job.losses, capture), resident)
+    update = GraphUpdate(engine, job.losses, capture)
+    return GraphStep(inputs, update, open_device_tokens(job.train, job.teacher_outputs, job.pad_id, engine.device))
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class _CastModule:
         self._copies = {name: torch.empty_like(p, dtype=dtype).requires_grad_() for name, p in named}
         self._gradients = [torch.empty_like(p) for p in self._masters]
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         with torch.no_grad():
             torch._foreach_copy_(list(self._copies.values()), self._masters)
         with self._autocast:
@@ -206,7 +204,7 @@ class GraphUpdate:
             group["capturable"] = device.type == "cuda"
         self._parameters = [p for group in self._adam.param_groups for p in group["params"]]
         self._cast = _CastModule(engine.module, device, dtype) if dtype else None
-        self._module: Callable[..., Any] = self._cast or engine.module
+        self._module: Forward = self._cast or engine.module
         self._values = torch.zeros(len(LOSS_TERMS) + 1, device=device)
         self._graphs: dict[tuple[int, ...], Captured | None] | None = {} if capture else None
         self._pool = torch.cuda.graph_pool_handle() if capture else None

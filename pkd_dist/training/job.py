@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ class Job:
     settings: Train
     evaluate: Evaluate
     checkpoint: Checkpoint
-    deepspeed: dict[str, Any]
+    deepspeed: DeepSpeedJson
     folder: Path
     records: Path
     fingerprint: str
@@ -68,4 +67,4 @@ class Progress:
     best_metric: float = float("-inf")
     best_file: str | None = None
     best_sha256: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)

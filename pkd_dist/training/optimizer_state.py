@@ -20,6 +20,11 @@ from torch import nn
 
 from pkd_dist.training.checkpoint import MOMENTS, WEIGHT, Counters, Shards, Slice
 
+DeepSpeedParameter = Any
+"""An `nn.Parameter` with the attributes that DeepSpeed adds: `ds_tensor`, `ds_shape`, `ds_numel`, `_hp_mapping`."""
+DeepSpeedOptimizer = Any
+"""DeepSpeed's wrapper of AdamW, of another class at each stage and precision; None on the plain engine."""
+
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -46,11 +51,16 @@ class OptimizerState(ABC):
         module: as the engine has it.
         adam: torch's AdamW.
         rank, world_size: of this process.
-        optimizer: DeepSpeed's wrapper of `adam`, which may hold fp16 loss scalers; None on the plain engine.
+        optimizer: DeepSpeed's, which may hold fp16 loss scalers.
     """
 
     def __init__(
-        self, module: nn.Module, adam: torch.optim.AdamW, rank: int = 0, world_size: int = 1, optimizer: Any = None
+        self,
+        module: nn.Module,
+        adam: torch.optim.AdamW,
+        rank: int = 0,
+        world_size: int = 1,
+        optimizer: DeepSpeedOptimizer = None,
     ):
         self.module, self.adam, self.rank, self.world_size = module, adam, rank, world_size
         self._scalers = _loss_scalers(optimizer)
@@ -58,22 +68,22 @@ class OptimizerState(ABC):
     # what a stage defines
 
     @abstractmethod
-    def _owned(self, parameter: Any) -> _Owned | None:
+    def _owned(self, parameter: DeepSpeedParameter) -> _Owned | None:
         """Return this rank's part of a trained parameter, or None."""
 
     def _writes(self, index: int) -> bool:
         """Return whether this rank writes what it owns of the parameter with this index."""
         return True
 
-    def _shape(self, parameter: Any) -> tuple[int, ...]:
+    def _shape(self, parameter: DeepSpeedParameter) -> tuple[int, ...]:
         """Return a parameter's unsharded shape."""
         return tuple(parameter.shape)
 
-    def _frozen(self, name: str, parameter: Any) -> list[Slice]:
+    def _frozen(self, name: str, parameter: DeepSpeedParameter) -> list[Slice]:
         """Return this rank's slices of a parameter that is not trained."""
         return [_complete(name, parameter)] if self.rank == 0 else []
 
-    def _fill(self, name: str, parameter: Any, shards: Shards) -> None:
+    def _fill(self, name: str, parameter: DeepSpeedParameter, shards: Shards) -> None:
         """Set what the forward pass reads of a parameter, in its own precision."""
         parameter.copy_(shards.tensor(WEIGHT, name))
 
@@ -157,7 +167,12 @@ class ReplicatedState(OptimizerState):
     """The plain engine and ZeRO 0. In half precision the float32 masters are copies, else the parameters themselves."""
 
     def __init__(
-        self, module: nn.Module, adam: torch.optim.AdamW, rank: int = 0, world_size: int = 1, optimizer: Any = None
+        self,
+        module: nn.Module,
+        adam: torch.optim.AdamW,
+        rank: int = 0,
+        world_size: int = 1,
+        optimizer: DeepSpeedOptimizer = None,
     ):
         super().__init__(module, adam, rank, world_size, optimizer)
         halves, fulls = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
@@ -178,7 +193,7 @@ class ReplicatedState(OptimizerState):
 class FlatState(OptimizerState):
     """ZeRO 1 and 2. DeepSpeed notes on each parameter where its fragment is (`_hp_mapping`)."""
 
-    def _owned(self, parameter: Any) -> _Owned | None:
+    def _owned(self, parameter: DeepSpeedParameter) -> _Owned | None:
         fragment = parameter._hp_mapping
         if fragment is None:
             return None
@@ -194,29 +209,31 @@ class FlatState(OptimizerState):
 class ShardedState(OptimizerState):
     """ZeRO 3. DeepSpeed gives each parameter its shard (`ds_tensor`), its numel and its shape."""
 
-    def __init__(self, module: nn.Module, adam: torch.optim.AdamW, rank: int, world_size: int, optimizer: Any):
+    def __init__(
+        self, module: nn.Module, adam: torch.optim.AdamW, rank: int, world_size: int, optimizer: DeepSpeedOptimizer
+    ):
         super().__init__(module, adam, rank, world_size, optimizer)
         self._optimizer = optimizer
 
-    def _shard(self, parameter: Any) -> tuple[int, int]:
+    def _shard(self, parameter: DeepSpeedParameter) -> tuple[int, int]:
         """Return the first element and the number of elements of this rank's shard, without padding."""
         size = parameter.ds_tensor.ds_numel
         return self.rank * size, max(0, min(size, parameter.ds_numel - self.rank * size))
 
-    def _owned(self, parameter: Any) -> _Owned:
+    def _owned(self, parameter: DeepSpeedParameter) -> _Owned:
         start, count = self._shard(parameter)
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         return _Owned(start, count, self._optimizer.fp32_partitioned_groups_flat[group], offset)
 
-    def _shape(self, parameter: Any) -> tuple[int, ...]:
+    def _shape(self, parameter: DeepSpeedParameter) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)
 
-    def _frozen(self, name: str, parameter: Any) -> list[Slice]:
+    def _frozen(self, name: str, parameter: DeepSpeedParameter) -> list[Slice]:
         start, count = self._shard(parameter)
         values = parameter.ds_tensor.detach()[:count]
         return [Slice(WEIGHT, name, start, values, self._shape(parameter))] if count else []
 
-    def _fill(self, name: str, parameter: Any, shards: Shards) -> None:
+    def _fill(self, name: str, parameter: DeepSpeedParameter, shards: Shards) -> None:
         start, count = self._shard(parameter)
         if count:
             parameter.ds_tensor[:count].copy_(shards.read(WEIGHT, name, start, count))
@@ -228,7 +245,7 @@ def _complete(name: str, tensor: torch.Tensor) -> Slice:
     return Slice(WEIGHT, name, 0, tensor.detach().reshape(-1), tuple(tensor.shape))
 
 
-def _loss_scalers(optimizer: Any) -> list[Any]:
+def _loss_scalers(optimizer: DeepSpeedOptimizer) -> list[Any]:
     """Return the dynamic fp16 loss scalers of a DeepSpeed optimizer, which has them under two names."""
     found = (getattr(optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
     return [scaler for scaler in found if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))]

@@ -63,7 +63,12 @@ def main(deepspeed, output, micro, bad_rank, bad_step, *more):
         training.open_step = lambda inputs: open_graph_step(inputs, inputs.engine, capture=False)
         torch.cuda.mem_get_info = lambda device: (1 << 30, 1 << 30)
     trainer = training.open_trainer(job, world, Telemetry(RunMetrics(), False))
-    leave(guarded(trainer.run, world.agree_on_end))
+
+    def run():
+        trainer.run()
+        print("loaded DeepSpeed:", "deepspeed" in sys.modules, flush=True)
+
+    leave(guarded(run, world.agree_on_end))
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_a_complete_training(tmp_path, ways):
     """The records lack no step at an evaluation or the end; checkpoints are `min_seconds` apart."""
     done = trained(tmp_path, 99, *ways)
     assert done.returncode == 0, done.stderr
+    assert "loaded DeepSpeed: False" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line.get("split")) for line in lines] == [
         *((step, None) for step in range(1, 10)), (9, "dev"), *((step, None) for step in range(10, 19)), (18, "dev")

@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one of two ranks, at ZeRO stages: which rank, which step, and no update."""
+"""A gradient that is not finite on one of two ranks: the message names rank and step, and nothing is updated."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from conftest import ROOT, bare_ranks
     ("deepspeed", "micro"),
     [("zero0_fp32", 6), ("zero1_fp32", 3), ("zero1_bf16", 6), ("zero3_fp32", 6)],
 )
-def test_the_rank_is_named_and_nothing_of_the_step_is_kept(tmp_path, deepspeed, micro):
+def test_the_message_names_the_rank_and_nothing_of_the_step_is_kept(tmp_path, deepspeed, micro):
     arguments = f"ds_configs/{deepspeed}.json", tmp_path, micro, 1, 4
     done = forked.run(Path(__file__).parent / "nonfinite.py", arguments, ROOT, bare_ranks(2), timeout=90)
     said = [line for line in done.stderr.splitlines() if line.startswith("pkd: ")]

@@ -111,18 +111,11 @@ def main(deepspeed, micro, output, start, stop):
             first, second = run.engine.full_weights(), again.engine.full_weights()
             same = again.losses == run.losses[HALF:] and all(torch.equal(first[n], second[n]) for n in first)
     weights = run.engine.full_weights()
+    loaded = "deepspeed" in sys.modules
+    probed = loaded and "__compatible_ops__" in vars(sys.modules["deepspeed.ops"])
     if world.main:
-        (output / "out.json").write_text(
-            json.dumps(
-                {
-                    "losses": run.losses,
-                    "norms": run.norms,
-                    "same": same,
-                    "deepspeed": "deepspeed" in sys.modules,
-                    **exchanges,
-                }
-            )
-        )
+        found = {"losses": run.losses, "norms": run.norms, "same": same, "deepspeed": loaded, "compilers probed": probed}
+        (output / "out.json").write_text(json.dumps({**found, **exchanges}))
         save_file(weights, output / "weights.safetensors")
     world.barrier()
     world.close()

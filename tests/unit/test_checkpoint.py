@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the newest intact one, never another run's; read whatever wrote them."""
+"""Checkpoints: complete or absent; the newest intact one of the same run; readable whatever ranks wrote them."""
 
 import json
 
@@ -21,7 +21,7 @@ def world():
 
 
 def write(world, folder, step, best=None, keep=2, fingerprint="mine"):
-    """Saves a checkpoint as training does; its best weights, where they are new, stand before it."""
+    """Save a checkpoint as training does: new best weights are written before it."""
     folder.mkdir(exist_ok=True)
     if best is not None and not (folder / best_name(best)).exists():
         (folder / best_name(best)).write_bytes(b"best %d" % best)
@@ -35,7 +35,7 @@ def names(folder):
 
 
 def look(world, folder, fingerprint="mine"):
-    """What a resume finds (the step, or None), and what it says."""
+    """Return what a resume finds (the step, or None) and what it reports."""
     said = []
     found = find(world, folder, fingerprint, said.append)
     if found:
@@ -43,7 +43,7 @@ def look(world, folder, fingerprint="mine"):
     return found and found[1]["step"], said
 
 
-def test_what_is_saved_is_found(tmp_path, world):
+def test_a_saved_checkpoint_is_found(tmp_path, world):
     folder = tmp_path / "checkpoints"
     assert look(world, folder) == (None, [])
     size = write(world, folder, 5)
@@ -65,14 +65,14 @@ def test_a_folder_without_its_marker_does_not_exist(tmp_path, world):
     (tmp_path / "step-00000010/commit.json").unlink()  # killed just before the commit
     (tmp_path / ".step-00000015.tmp").mkdir()  # killed in the middle of a save
     assert committed(tmp_path) == [tmp_path / "step-00000005"]
-    assert look(world, tmp_path) == (5, []), "nothing is wrong, so nothing is said"
+    assert look(world, tmp_path) == (5, []), "nothing is wrong, so nothing is reported"
     write(world, tmp_path, 10)
-    assert names(tmp_path) == ["step-00000005", "step-00000010"], "done again; what was left over is gone"
+    assert names(tmp_path) == ["step-00000005", "step-00000010"], "saved again, and leftovers are removed"
     assert look(world, tmp_path) == (10, [])
 
 
 def test_a_second_save_of_a_step_never_leaves_none(tmp_path, world, monkeypatch):
-    """After a stop in an evaluation: killed between the two renames, the earlier one of the step is still there."""
+    """After a stop in an evaluation: a kill between the two renames leaves the step's earlier checkpoint."""
     write(world, tmp_path, 5)
     final, happened = tmp_path / step_name(5), []
 
@@ -96,7 +96,7 @@ def test_a_second_save_of_a_step_never_leaves_none(tmp_path, world, monkeypatch)
     assert names(tmp_path) == [step_name(6), step_name(7)]
 
 
-def test_what_a_resume_passed_over_is_not_kept_in_place_of_an_intact_one(tmp_path, world):
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_an_intact_one(tmp_path, world):
     write(world, tmp_path, 5)
     write(world, tmp_path, 10)
     shorten(tmp_path / "step-00000010/state.json")
@@ -105,7 +105,7 @@ def test_what_a_resume_passed_over_is_not_kept_in_place_of_an_intact_one(tmp_pat
     assert names(tmp_path) == [step_name(5), step_name(7)]
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, world):
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, world):
     write(world, tmp_path, 5)
     huge = Slice(WEIGHT, "w", 0, torch.empty(1 << 48, dtype=torch.uint8, device="meta"), (1 << 48,))
     with pytest.raises(
@@ -121,14 +121,16 @@ def test_retention_keeps_the_newest_and_the_best_they_refer_to(tmp_path, world, 
         write(world, tmp_path, step, best, keep)
         assert len(committed(tmp_path)) == min(step, keep)
         for path in committed(tmp_path):
-            assert (tmp_path / checkpoint.read_state(path)["best_file"]).exists(), "never a best that is referred to"
+            assert (tmp_path / checkpoint.read_state(path)["best_file"]).exists(), (
+                "best weights that are referred to are kept"
+            )
     assert names(tmp_path) == [best_name(3), *[step_name(step) for step in range(7 - keep, 7)]]
 
 
-def test_a_best_that_only_an_older_checkpoint_refers_to_stays(tmp_path, world):
+def test_best_weights_that_only_an_older_checkpoint_refers_to_are_kept(tmp_path, world):
     write(world, tmp_path, 1, best=1)
     write(world, tmp_path, 2, best=2)
-    assert {best_name(1), best_name(2)} <= set(names(tmp_path)), "a resume may go back to step 1"
+    assert {best_name(1), best_name(2)} <= set(names(tmp_path)), "a resume may fall back to step 1"
     write(world, tmp_path, 3, best=2)
     assert best_name(1) not in names(tmp_path)
 
@@ -152,7 +154,7 @@ def flip(path):
     ],
     ids=["short", "altered", "missing"],
 )
-def test_any_damaged_file_sends_back_to_the_one_before(tmp_path, world, name, damage, words):
+def test_any_damaged_file_makes_a_resume_fall_back(tmp_path, world, name, damage, words):
     write(world, tmp_path, 5)
     write(world, tmp_path, 10)
     damage(tmp_path / "step-00000010" / name)
@@ -167,7 +169,7 @@ def test_any_damaged_file_sends_back_to_the_one_before(tmp_path, world, name, da
 
 
 @pytest.mark.parametrize(("damage", "words"), [(lambda p: p.unlink(), "is missing"), (flip, "was altered")])
-def test_best_weights_that_are_not_there_or_not_the_same_send_back_too(tmp_path, world, damage, words):
+def test_missing_or_altered_best_weights_make_a_resume_fall_back(tmp_path, world, damage, words):
     write(world, tmp_path, 5, best=5)
     write(world, tmp_path, 10, best=10)
     damage(tmp_path / best_name(10))
@@ -175,7 +177,7 @@ def test_best_weights_that_are_not_there_or_not_the_same_send_back_too(tmp_path,
     assert step == 5 and said.startswith(f"resuming from step-00000005: {tmp_path / best_name(10)} {words}")
 
 
-def test_a_torn_marker_sends_back_too(tmp_path, world):
+def test_a_torn_marker_makes_a_resume_fall_back(tmp_path, world):
     write(world, tmp_path, 5)
     write(world, tmp_path, 10)
     marker = tmp_path / "step-00000010/commit.json"
@@ -186,7 +188,7 @@ def test_a_torn_marker_sends_back_too(tmp_path, world):
     )
 
 
-def test_another_run_is_refused(tmp_path, world):
+def test_another_run_is_rejected(tmp_path, world):
     write(world, tmp_path, 5)
     with pytest.raises(
         UserError, match=r"step-00000005: belongs to a run with other settings; use --fresh, or another"

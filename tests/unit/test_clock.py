@@ -1,4 +1,4 @@
-"""The parts of a step's time add up, each to the work that was done in it."""
+"""The parts of a step's time add up."""
 
 import time
 
