@@ -22,9 +22,10 @@ from torch import nn
 
 from pkd_dist.data.batches import Batch, collate
 from pkd_dist.data.on_device import DeviceTokens, PendingBatch, open_device_tokens
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
-from pkd_dist.training.job import LOSS_TERMS, Forward, LossTerms
+from pkd_dist.training.job import Forward, LossTerms
 from pkd_dist.training.optimization import autocast, set_learning_rate
 from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import StepInputs, StepResult

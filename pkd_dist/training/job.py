@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.model.encoder import Encoder
 
+DeepSpeedJson = dict[str, Any]
+"""A DeepSpeed JSON as `load_deepspeed` returns it: checked, with DeepSpeed's own types."""
 Forward = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 """(inputs, layers, tokens) -> logits and hidden states: an `Encoder`, or an engine around one."""
 LossTerms = Callable[[Forward, Batch], dict[str, torch.Tensor]]

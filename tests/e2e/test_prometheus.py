@@ -1,4 +1,4 @@
-"""Real runs under a real Prometheus and a real Pushgateway: what they know of a run is what the run wrote down."""
+"""Real runs with Prometheus and a Pushgateway: their series equal what the run has written."""
 
 import contextlib
 import itertools
@@ -57,7 +57,7 @@ def program(*argv, log):
 
 
 class Prometheus:
-    """The project's own configuration, scraping twice a second; `targets` and `gateways` are its folders."""
+    """Prometheus with the configuration of the project, scraping twice a second; has folders `targets` and `gateways`."""
 
     def __init__(self, folder, **replaced):
         self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
@@ -93,17 +93,17 @@ class Prometheus:
         return [target for target in found if target["labels"]["job"] == "pkd"]
 
     def query(self, expression):
-        """The answer's series: (labels, values or value)."""
+        """Return the resulting series: (labels, values or value)."""
         answer = json.loads(fetch(f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"))
         return [(series["metric"], series.get("values", series.get("value"))) for series in answer["data"]["result"]]
 
     def samples(self, selector):
-        """{time of the scrape: value} of one series, every sample there is."""
+        """Map the time of each scrape to the value, for one series."""
         [(_, values)] = self.query(f"{selector}[1h]")
         return {at: float(value) for at, value in values}
 
     def value(self, expression):
-        """Of one series, now; None where there is none."""
+        """Return the current value of one series; None if there is none."""
         found = self.query(expression)
         return float(found[0][1][1]) if found else None
 
@@ -116,7 +116,7 @@ def prometheus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gateway(prometheus):
-    """A Pushgateway that Prometheus scrapes -> its URL."""
+    """Start a Pushgateway that Prometheus scrapes, and return its URL."""
     address = f"127.0.0.1:{free_port()}"
     with program(
         "prometheus-pushgateway",
@@ -139,7 +139,7 @@ def watched(body, data, folder, prometheus, gateway):
 
 @pytest.fixture(scope="module")
 def run(prometheus, gateway, body, data, tmp_path_factory):
-    """A run on two ranks from its start to its end: its folder, and what it said and served while it trained."""
+    """Run on two ranks; return the run folder, target files, targets, a scrape during training, and the output."""
     folder = tmp_path_factory.mktemp("watched")
     config = write_config(watched(body, data, folder, prometheus, gateway), folder)
     argv = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *command("--config", config)[1:]]
@@ -157,33 +157,33 @@ def run(prometheus, gateway, body, data, tmp_path_factory):
     return folder / "run", files, targets, served, out
 
 
-def test_prometheus_finds_a_run_while_it_lives(run, prometheus):
+def test_prometheus_finds_a_live_run(run, prometheus):
     folder, files, targets, _, out = run
     assert len(files) == len(targets) == 1, "one endpoint for the two ranks of a node"
     labels = {"instance": f"{folder}/0", "job": "pkd", "node": "0", "run": str(folder)}
     assert (targets[0]["health"], targets[0]["labels"]) == ("up", labels)
     assert f"metrics: {targets[0]['scrapeUrl']}\n" in out
-    assert not list(prometheus.targets.iterdir()), "the file is gone with the run"
+    assert not list(prometheus.targets.iterdir()), "the file is removed at the end of the run"
     until(lambda: not prometheus.active(), "Prometheus forgets the target")
 
 
-def test_what_is_served_is_clean(run):
+def test_served_metrics_pass_promtool(run):
     checked = subprocess.run(["promtool", "check", "metrics"], input=run[3], capture_output=True, text=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     assert all(f"# TYPE {metric.name} " in run[3] for metric in RunMetrics().documented)
 
 
-def test_what_prometheus_knows_is_what_the_run_wrote(run, prometheus):
+def test_scraped_values_are_those_the_run_wrote(run, prometheus):
     folder = run[0]
     records = list(read(folder / "metrics.jsonl"))
     lines = {record["step"]: record for record in records if "split" not in record}
     live = f'job="pkd", run="{folder}"'
-    patience = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')  # the student's alone is not 0
+    patience = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')  # nonzero only for the student
     steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if patience.get(at)}
     assert len(set(steps.values())) >= 3
     for term, key in (("total", "loss"), ("ce", "loss_ce"), ("ds", "loss_ds"), ("pt", "loss_pt")):
         found = prometheus.samples(f'pkd_loss{{{live}, term="{term}"}}')
-        for at, step in steps.items():  # training goes on while a scrape reads one metric after the other
+        for at, step in steps.items():  # training continues while a scrape reads the metrics one by one
             near = [lines[number][key] for number in (step - 1, step, step + 1) if number in lines]
             assert found[at] in near, (term, step)
     written = {record["main_metric"] for record in records if "split" in record}
@@ -209,10 +209,10 @@ def test_the_last_values_are_pushed(run, prometheus, gateway):
     assert prometheus.value(f"pkd_step_seconds_count{{{last}}}") == 13 * (2 + 60)
 
 
-def test_the_same_command_again_tells_where_the_run_stands(run, gateway):
+def test_rerun_pushes_the_final_values(run, gateway):
     folder = run[0]
 
-    def told():
+    def pushed():
         metrics = text_string_to_metric_families(fetch(f"{gateway}/metrics"))
         samples = [sample for family in metrics for sample in family.samples if sample.labels.get("run") == str(folder)]
         return {
@@ -221,7 +221,7 @@ def test_the_same_command_again_tells_where_the_run_stands(run, gateway):
             if sample.name.startswith("pkd_") and not sample.name.startswith(("pkd_checkpoint_", "pkd_info"))
         }
 
-    before = told()
+    before = pushed()
     assert before
     again = subprocess.run(
         command("--config", folder / "config.yaml"),
@@ -234,7 +234,7 @@ def test_the_same_command_again_tells_where_the_run_stands(run, gateway):
     assert again.returncode == 0 and "distill: done" in again.stdout and "distill: runs" not in again.stdout, (
         again.stderr
     )
-    assert told() == before
+    assert pushed() == before
 
 
 def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp_path):
@@ -255,7 +255,7 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
             until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
             processes[-1].send_signal(stop)
             assert processes[-1].wait(60) == status
-            until(lambda: not list(prometheus.targets.iterdir()), "its target file goes")
+            until(lambda: not list(prometheus.targets.iterdir()), "its target file is removed")
         processes.append(start())
         out, _ = processes[-1].communicate(timeout=240)
         assert processes[-1].returncode == 0, out
@@ -268,16 +268,16 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     assert prometheus.value(f"changes(process_start_time_seconds{{{live}}}[1h])") == 2, "three processes"
     assert prometheus.value(f"max_over_time(pkd_preemptions_total{{{live}}}[1h])") == 1
     counted = json.loads((tmp_path / "run/counters/node-0.json").read_text())["pkd_samples_total"]
-    assert counted >= 203 * 62, "nothing is lost; what was done again may count again"
+    assert counted >= 203 * 62, "nothing is lost; repeated steps may count again"
     assert prometheus.value(f"last_over_time(pkd_samples_total{{{live}}}[1h])") <= counted
     times = prometheus.samples(f"pkd_checkpoint_last_success_timestamp_seconds{{{live}}}")
     known = [time for time in times.values() if time]
-    assert known and all(b > a - 1 for a, b in itertools.pairwise(known)), "of the checkpoint that it goes on from"
+    assert known and all(b > a - 1 for a, b in itertools.pairwise(known)), "of the checkpoint that it resumes from"
     assert out.count("metrics: cannot push to http://127.0.0.1:1 (") == 1 and "the run continues" in out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_fires_the_alert(prometheus, gateway, body, data, tmp_path):
-    """What nobody could scrape any more is pushed; and the next process counts on from it."""
+def test_nonfinite_loss_ends_the_run_and_fires_the_alert(prometheus, gateway, body, data, tmp_path):
+    """The count cannot be scraped any more: it is pushed, and the next process continues from it."""
     settings = watched(body, data, tmp_path, prometheus, gateway)
     settings["teacher"]["finetune"]["learning_rate"] = 1e30
     argv = command("--config", write_config(settings, tmp_path), "--stages", "data,teacher")
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_fires_the_alert(prometheus, 
     assert RunMetrics(tmp_path / "run/counters/node-0.json").value("pkd_nonfinite_total") == 1
 
 
-def test_prometheus_gets_through_tls_and_a_password(tmp_path):
+def test_scrape_with_tls_and_password(tmp_path):
     certificate, key = make_certificate(tmp_path)
     for name, content in (("users", "scraper:secret\n"), ("scraper.password", "secret")):
         (tmp_path / name).write_text(content)
@@ -312,7 +312,7 @@ def test_prometheus_gets_through_tls_and_a_password(tmp_path):
     endpoint.close()
 
 
-def test_try_sh_shows_the_targets(tmp_path):
+def test_try_sh_prints_the_targets(tmp_path):
     metrics = RunMetrics()
     endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(load(None, ["run.dir=x"]).metrics))
     target = Target(tmp_path / "targets", tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=False)
@@ -332,7 +332,7 @@ def test_try_sh_shows_the_targets(tmp_path):
         assert answers(f"{url}/-/ready")
         shown.send_signal(signal.SIGTERM)
         shown.wait(30)
-        assert not answers(f"{url}/-/ready") and not list(scratch.iterdir()), "nothing stays"
+        assert not answers(f"{url}/-/ready") and not list(scratch.iterdir()), "nothing is left"
     target.close()
     endpoint.close()
     refused = subprocess.run([ROOT / "monitoring/try.sh", "nothing"], capture_output=True, text=True, env=environment())
@@ -340,7 +340,7 @@ def test_try_sh_shows_the_targets(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["tls", "password"])
-def test_a_run_with_files_that_cannot_be_used_ends_before_it_begins(settings, tmp_path, key):
+def test_unusable_files_end_the_run_before_it_starts(settings, tmp_path, key):
     given = {"tls": {"tls_cert": "a.pem", "tls_key": "b.pem"}, "password": {"password_file": "c"}}[key]
     settings["metrics"] = {"port": 0, **given}
     argv = command("--config", write_config(settings, tmp_path))

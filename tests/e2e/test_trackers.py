@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases say what metrics.jsonl says, also of a run that was killed and went on."""
+"""TensorBoard and Weights & Biases hold the records of metrics.jsonl, also after a kill and a resume."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ _BLOCK = 32768
 
 
 def expected(path):
-    """(name, step) -> value, of all lines of a metrics file."""
+    """Map (name, step) to the value, for all lines of a metrics file."""
     return {(name, line["step"]): value for line in records.read(path) for name, value in scalars(line)}
 
 
@@ -24,13 +24,16 @@ def of_tensorboard(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     points = [(name, e.step, e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
     found = {(name, step): value for name, step, value in points}
-    assert len(points) == len(found), "no point stands twice"
+    assert len(points) == len(found), "no duplicate points"
     return found
 
 
 def logged(path):
-    """The records of a .wandb file: blocks of chunks, each with a checksum, a length and its place in a record (1: the
-    whole, 2: the first, 4: the last)."""
+    """Yield the records of a .wandb file.
+
+    It has blocks of chunks, each with a checksum, a length and its kind (1: a complete record, 2: the first chunk of a record,
+    4: the last).
+    """
     content, place, parts = path.read_bytes(), 7, []
     assert content.startswith(b":W&B")
     while place + 7 <= len(content):
@@ -46,7 +49,7 @@ def logged(path):
 
 
 def of_wandb(folder):
-    """The points, and the identities and projects that the files name."""
+    """Return the points, and the (id, project) pairs in the files."""
     found, runs = {}, set()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in logged(path):
@@ -57,12 +60,12 @@ def of_wandb(folder):
             for name in items:
                 if not name.startswith("_"):
                     key = name, items["_step"]
-                    assert key not in found, "no point stands twice"
+                    assert key not in found, "no duplicate points"
                     found[key] = items[name]
     return found, runs
 
 
-def test_a_run_that_was_killed_and_went_on(settings, tmp_path):
+def test_killed_and_resumed_run(settings, tmp_path):
     settings["trackers"] = {"tensorboard": True, "wandb": "offline", "wandb_project": "reviews"}
     config, stages = write_config(settings, tmp_path), ("--stages", "data,teacher,cache,init,distill")
     run = tmp_path / "run"
@@ -84,12 +87,12 @@ def test_a_run_that_was_killed_and_went_on(settings, tmp_path):
         assert runs == {((run / f"{prefix}wandb/id").read_text(), "reviews")}
     assert launch("--config", config).returncode == 0
     report = (run / "report.html").read_text()
-    assert "The stage distill ended early twice, killed or by an error, and went on" in report
-    assert "A training step" in report and "The stage distill</strong>" not in report
+    assert "The distill stage was killed or failed twice and resumed" in report
+    assert "Training step</strong>" in report and "Distill stage</strong>" not in report
 
 
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])
-def test_a_library_that_is_missing_is_named_before_anything_is_written(settings, tmp_path, key, value):
+def test_missing_library_is_named_before_anything_is_written(settings, tmp_path, key, value):
     (tmp_path / "without").mkdir()
     (tmp_path / "without/sitecustomize.py").write_text(f"import sys\nsys.modules[{key!r}] = None\n")
     config = write_config(settings, tmp_path)
@@ -101,7 +104,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_written(settings,
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_online_without_a_key_is_refused_before_the_first_step(settings, tmp_path):
+def test_wandb_online_without_a_key_fails_before_the_first_step(settings, tmp_path):
     nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}
     refused = launch("--config", write_config(settings, tmp_path), "trackers.wandb=online", **nowhere)
     assert refused.returncode == 2, refused.stdout + refused.stderr
@@ -113,7 +116,7 @@ def test_wandb_online_without_a_key_is_refused_before_the_first_step(settings, t
     )
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(caplog):
+def test_failing_tracker_is_dropped_and_the_others_continue(caplog):
     class Broken:
         name = "Broken"
 

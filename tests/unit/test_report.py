@@ -161,7 +161,7 @@ def test_one_epoch_and_a_given_teacher(tmp_path, history):
     run = make_run(tmp_path / "run", epochs=1, history=history, steps=1)
     page = written(run)[1]
     assert "1 epoch, 1 step of batch size 32" in page.text
-    assert "ring: best epoch, 80.0%; dashed: teacher, 82.0%" in page.text
+    assert "ring: best, 80.0%; dashed: teacher, 82.0%" in page.text
     assert ("teacher during fine-tuning" in page.text) == history
 
 
@@ -314,3 +314,25 @@ def test_other_splits_and_unlabeled_text(tmp_path):
     _, page = written(run)
     assert "Text for distillation 2,300 examples, 1,500 without a label" in page.text
     assert "dev mismatched, 1,234 examples 71.3% (69.3% to 73.3%) 69.4% (67.4% to 71.4%) 87.7%" in page.text
+
+
+def test_damaged_predictions_are_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    file = run / "answers.safetensors"
+    intact = file.read_bytes()
+    for content in (intact[:-100], b"", b"words"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(f"{file}: cannot be read")):
+            read(run, STAGES)
+    file.unlink()
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        read(run, STAGES)
+
+
+def test_marker_without_copied_layers(tmp_path):
+    """Markers of earlier versions do not list them; the chart then shows only what the student learns from."""
+    run = make_run(tmp_path / "run")
+    assert read(run, STAGES).copied_layers == (1, 3, 5)
+    assert "dotted: copied layers" in written(run)[1].text
+    change(run, "init", lambda out: out.pop("layers"))
+    assert "dotted: copied layers" not in written(run)[1].text

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
@@ -20,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLORS = {name: f"#fe01{i:02x}" for i, name in enumerate(("ink", "muted", "line", "teacher", "student"))}
 """CSS variable -> placeholder color."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals, which f-strings are not
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,

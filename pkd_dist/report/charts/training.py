@@ -36,7 +36,7 @@ def curves(run: Run) -> Iterator[Plot]:
         if values_S.any():
             means_S = running_mean(values_S)
             title = LOSS_TITLES[term]
-            note = f"running mean: {means_S[0]:.3g} at the start, {means_S[-1]:.3g} at the end"
+            note = f"running mean from {means_S[0]:.3g} to {means_S[-1]:.3g}"
             yield plot(title, note, f"{title} by step: {note}", _by_step(run, means_S, values_S))
     rates_S = run.steps.learning_rate_S
     if len(rates_S):
@@ -88,6 +88,6 @@ def _dev(run: Run) -> Plot:
             form = "{:.0%}" if high - low > 0.08 else "{:.1%}"
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form.format(y)))
 
-    note = f"ring: best epoch, {run.metric_value(best.main_metric)}; dashed: teacher, {run.metric_value(teacher)}"
+    note = f"ring: best, {run.metric_value(best.main_metric)}; dashed: teacher, {run.metric_value(teacher)}"
     title = f"{run.results.split} {run.metric} by epoch"
     return plot(title[0].upper() + title[1:], note, f"{title}; {note}", draw)
