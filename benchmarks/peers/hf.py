@@ -74,7 +74,7 @@ def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> M
             output_dir=scratch, use_cpu=subject.device.type == "cpu", bf16=bf16, seed=subject.config.run.seed,
             num_train_epochs=settings.epochs, max_steps=-1 if steps is None else WARMUP + steps,
             learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, adam_epsilon=settings.adam_epsilon,
-            max_grad_norm=settings.max_grad_norm, warmup_steps=subject.schedule_arguments()["num_warmup_steps"],
+            max_grad_norm=settings.max_grad_norm, warmup_steps=subject.warmup_steps,
             train_sampling_strategy="group_by_length", save_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=True, optim="adamw_torch_fused",
         )  # fmt: skip

@@ -28,45 +28,34 @@ from pkd_dist.model.student import take_layers
 
 
 class Clock:
-    """A stopwatch that can be stopped and started again."""
+    """A stopwatch that can be stopped and started again; waits for the GPU, if there is one, at each of them."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._since: float | None = None
+        self.seconds, self._since = 0.0, 0.0
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def start(self) -> None:
-        _wait_for_gpu()
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     def stop(self) -> None:
-        if self._since is not None:
-            _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
+        self.seconds += self._now() - self._since
 
     @contextmanager
     def running(self) -> Iterator[None]:
         self.start()
-        try:
-            yield
-        finally:
-            self.stop()
+        yield
+        self.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time inside."""
-        was_running = self._since is not None
+        """Do not count the time inside; the clock must be running."""
         self.stop()
-        try:
-            yield
-        finally:
-            if was_running:
-                self.start()
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        yield
+        self.start()
 
 
 @dataclass
@@ -156,12 +145,8 @@ class Subject:
         return [row | {"labels": int(label)} for row, label in zip(rows, split.labels_N, strict=True)]
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train) // self.config.train.batch_size)
-
-    @property
     def total_steps(self) -> int:
-        return self.config.train.epochs * self.steps_per_epoch
+        return self.config.train.epochs * -(-len(self.train) // self.config.train.batch_size)
 
     def collator(self, padded: bool) -> DataCollatorWithPadding:
         """Return a collator that pads to the maximum length if `padded`, else to the longest of a batch."""
@@ -188,36 +173,25 @@ class Subject:
         settings = self.config.train
         return adamw(model, settings.weight_decay, settings.learning_rate, settings.adam_epsilon)
 
-    def schedule_arguments(self) -> dict[str, int]:
-        return {
-            "num_warmup_steps": int(self.total_steps * self.config.train.warmup_ratio),
-            "num_training_steps": self.total_steps,
-        }
+    @property
+    def warmup_steps(self) -> int:
+        return int(self.total_steps * self.config.train.warmup_ratio)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        return get_linear_schedule_with_warmup(optimizer, **self.schedule_arguments())
+        return get_linear_schedule_with_warmup(optimizer, self.warmup_steps, self.total_steps)
 
     def loss(
-        self,
-        logits_BC: torch.Tensor,
-        states_BMH: torch.Tensor,
-        teacher_logits_BC: torch.Tensor,
-        teacher_states_BMH: torch.Tensor,
-        labels_B: torch.Tensor,
-    ) -> torch.Tensor:
+        self, logits_BC: torch.Tensor, states_BMH: torch.Tensor, teacher_logits_BC: torch.Tensor,
+        teacher_states_BMH: torch.Tensor, labels_B: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the loss of the authors' code: (1 - alpha) CE + alpha T^2 KL (mean over examples and classes) + beta
         times the mean squared error of the normalised states."""
-        d = self.config.distill
-        soft = F.kl_div(
-            F.log_softmax(logits_BC.float() / d.temperature, dim=1),
-            F.softmax(teacher_logits_BC.float() / d.temperature, dim=1),
-            reduction="none",
-        ).mean() * (d.temperature**2)
-        hard = F.cross_entropy(logits_BC.float(), labels_B)
-        patience = F.mse_loss(
-            F.normalize(teacher_states_BMH.float(), p=2, dim=2), F.normalize(states_BMH.float(), p=2, dim=2)
-        )
-        return (1 - d.alpha) * hard + d.alpha * soft + d.beta * patience
+        d, student, teacher = self.config.distill, logits_BC.float(), teacher_logits_BC.float()
+        log_p, target = F.log_softmax(student / d.temperature, dim=1), F.softmax(teacher / d.temperature, dim=1)
+        soft = F.kl_div(log_p, target, reduction="none").mean() * (d.temperature**2)
+        unit_states, unit_targets = (F.normalize(x.float(), p=2, dim=2) for x in (states_BMH, teacher_states_BMH))
+        patience = F.mse_loss(unit_targets, unit_states)
+        return (1 - d.alpha) * F.cross_entropy(student, labels_B) + d.alpha * soft + d.beta * patience
 
     @staticmethod
     def first_states(hidden_states: Sequence[torch.Tensor], layers: Sequence[int]) -> torch.Tensor:

@@ -28,11 +28,11 @@ class CountedBatches(Batches):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.shapes: list[tuple[int, int]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def of(self, rows_B: np.ndarray) -> Batch:
         batch = super().of(rows_B)
-        self.shapes.append((batch.input_ids_BL.shape[0], batch.input_ids_BL.shape[1]))
+        self.shapes.append(tuple(batch.input_ids_BL.shape))
         return batch
 
 
@@ -44,12 +44,11 @@ def measure(config: Config, passes: int = 4) -> dict[str, Any]:
     model, tokenizer = load_model(config.teacher.model), load_tokenizer(config.teacher.model)
     shape, precision = shape_of(model.config), resolve_teacher_precision(config.cache.precision, device)
     layers = paired_layers(config.distill.patience, shape.layers, len(config.student.layers or ()))
-    task = tasks.resolve(config.task)
+    task, seconds, together = tasks.resolve(config.task), [], SORTED_ROWS[device.type]
     with tempfile.TemporaryDirectory() as scratch:
         split = text.read(config.task.data, "train", task, task.classes)
         tokens = tokenize(split, tokenizer, config.task.max_length, Path(scratch) / "tokens")
         teacher = LiveTeacher(model, layers, precision, config.cache.dtype, False, device)
-        seconds, together = [], SORTED_ROWS[device.type]
         for _ in range(passes):
             batches, clock = CountedBatches(tokens, tokenizer.pad_token_id, device), Clock()
             with clock.running():
@@ -58,6 +57,6 @@ def measure(config: Config, passes: int = 4) -> dict[str, Any]:
             seconds.append(clock.seconds)
     return {
         "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),
-        "flops": sum(shape.forward_flops(rows, length) for rows, length in batches.shapes),
+        "flops": sum(shape.forward_flops(*shapes) for shapes in batches.shapes),
         "peak_flops_per_second": peak(torch.bfloat16, device),
     }  # fmt: skip

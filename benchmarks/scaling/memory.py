@@ -61,7 +61,7 @@ def multiply(source: Path, folder: Path, factor: int) -> None:
 def of_ranks(watched: watch.Watched) -> dict[str, float]:
     """Return the maximum over the ranks of each kind of memory, in bytes, and the contention of the cores."""
     ranks = [asdict(found) for found in watched.memory.values() if watch.is_rank(found.command)]
-    names = ("peak", "anonymous", "file", "shared", "proportional")
+    names = ("peak", "anonymous", "file")
     largest = {f"{name}_bytes": max(found[name] for found in ranks) for name in names}
     return largest | {"waiting_share": watched.waiting_share}
 
@@ -124,7 +124,7 @@ class Size:
             "metrics.enabled=false", "--stages", stages, ranks=ranks,
         )  # fmt: skip
         log_file = self.output / "logs" / f"{self.factor}-{stages.rpartition(',')[2]}.log"
-        return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, True, enough)
+        return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
 
 
 def _size(folder: Path) -> int:

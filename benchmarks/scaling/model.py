@@ -58,18 +58,21 @@ BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the end of backward. `bucket`: reserved by DeepSpeed to reduce gradients in."""
+    """Bytes of one rank at the end of backward.
 
-    weights: float
-    gradients: float
-    optimizer: float
+    Attributes:
+        kept: weights, gradients and optimizer.
+        gathered: weights of other ranks.
+        bucket: reserved by DeepSpeed to reduce gradients in.
+    """
+
+    kept: float
     gathered: float
     bucket: float
 
     @property
     def model(self) -> float:
-        """Everything but the bucket."""
-        return self.weights + self.gradients + self.optimizer + self.gathered
+        return self.kept + self.gathered
 
 
 def zero_memory(parameters: int, stage: int, precision: str, ranks: int, bucket: int = BUCKET_ELEMENTS) -> Memory:
@@ -83,40 +86,28 @@ def zero_memory(parameters: int, stage: int, precision: str, ranks: int, bucket:
     weight, gradient = PRECISIONS[precision]
     shard = parameters / ranks
     optimizer = 8 if stage == 0 and precision == "autocast" else 12
-    return Memory(
-        weights=weight * (shard if stage == 3 else parameters),
-        gradients=gradient * (parameters if stage < 2 else shard),
-        optimizer=optimizer * (parameters if stage == 0 else shard),
-        gathered=weight * parameters if stage == 3 and ranks > 1 else 0,
-        bucket=gradient * bucket if stage >= 2 else 0,
-    )
+    kept = weight * (shard if stage == 3 else parameters) + gradient * (parameters if stage < 2 else shard)
+    kept += optimizer * (parameters if stage == 0 else shard)
+    gathered = weight * parameters if stage == 3 and ranks > 1 else 0
+    return Memory(kept, gathered, gradient * bucket if stage >= 2 else 0)
 
 
-@dataclass(frozen=True)
-class Messages:
-    """Collectives of a step: `calls` of one kind, which carry `models` times the bytes of all weights."""
-
-    kind: str
-    models: float
-    calls: int
-
-
-def zero_messages(stage: int, layers: int, micro_batches: int) -> list[Messages]:
-    """Return the collectives of a step.
+def zero_messages(stage: int, layers: int, micro_batches: int) -> list[tuple[str, float, int]]:
+    """Return the collectives of a step: kind, bytes as a multiple of the bytes of all weights, number of calls.
 
     Differences from the paper, as counted: stages 1 and 2 all-reduce all gradients and then gather the weights, 3 times
     (n-1)/n of the model instead of 2. Stage 3 gathers the model once per micro-batch, in one call, instead of twice,
     and after the step gathers each parameter below `stage3_param_persistence_threshold` (biases, LayerNorms) alone.
     """
     if stage == 0:
-        return [Messages("all_reduce", 1, 1)]
+        return [("all_reduce", 1, 1)]
     if stage < 3:
         times = micro_batches if stage == 2 else 1
-        return [Messages("all_reduce", times, times), Messages("all_gather", 1, 2)]
+        return [("all_reduce", times, times), ("all_gather", 1, 2)]
     return [
-        Messages("all_gather", micro_batches, micro_batches),
-        Messages("all_gather", 0, 10 * layers + 6),
-        Messages("reduce_scatter", micro_batches, micro_batches),
+        ("all_gather", micro_batches, micro_batches),
+        ("all_gather", 0, 10 * layers + 6),
+        ("reduce_scatter", micro_batches, micro_batches),
     ]
 
 
@@ -129,7 +120,8 @@ def wire_bytes(kind: str, payload_bytes: float, ranks: int) -> float:
 def step_wire_bytes(shape: Shape, stage: int, precision: str, ranks: int, micro_batches: int = 1) -> float:
     """Return the bytes that one rank sends in one optimizer step."""
     model = PRECISIONS[precision][1] * shape.parameters
-    return sum(wire_bytes(m.kind, m.models * model, ranks) for m in zero_messages(stage, shape.layers, micro_batches))
+    messages = zero_messages(stage, shape.layers, micro_batches)
+    return sum(wire_bytes(kind, models * model, ranks) for kind, models, _ in messages)
 
 
 def activation_bytes(shape: Shape, tokens: int, per_layer: float, rest: float) -> float:

@@ -62,8 +62,7 @@ class Settings:
 
 def make_lengths(rows: int, deciles: list[float], seed: int) -> np.ndarray:
     """Return token lengths, distributed as those of the embedded data."""
-    out = np.empty(rows, dtype=np.int64)
-    rng = np.random.default_rng([seed, 2])
+    out, rng = np.empty(rows, dtype=np.int64), np.random.default_rng([seed, 2])
     for start in range(0, rows, 1 << 22):
         part = out[start : start + (1 << 22)]
         part[:] = np.interp(rng.random(len(part)), np.linspace(0, 1, len(deciles)), deciles)
@@ -79,9 +78,8 @@ def present_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np
 
 def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
     """Yield the order by whole shards, window by window; only the last piece has a short batch."""
-    rng = np.random.default_rng([s.seed, epoch])
+    rng, tail = np.random.default_rng([s.seed, epoch]), []
     shards = rng.permutation(s.shards)
-    tail = []
     for start in range(0, s.shards, s.lanes * s.window):
         chosen = shards[start : start + s.lanes * s.window]
         rows = (chosen[:, None] * s.shard_rows + np.arange(s.shard_rows)).reshape(-1)
@@ -111,18 +109,14 @@ ORDERS = {"present": present_order, "sharded": sharded_order}
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
     """Return statistics of one epoch; `expected_in_uniform` has their values for a uniform shuffle.
 
+    every_row_once: 1 if so. rank_correlation_*: Spearman's, of the position in the epoch with that in the cache, or in
+    epoch 0. mean_distance: of neighbours in a batch, in the cache, as a share of it. batch_mean_variance: of the batches'
+    mean position in the cache, over that of independent draws: the effect on a label sorted along the cache (ids are
+    hashes of the text, so no label is). met_again: neighbours in a batch that shared a batch in epoch 0, over the
+    expected number. shards_of_batch: different shards in a batch, mean over some hundreds.
+
     Args:
         first_N: int32; filled with the position of every row in epoch 0, compared with the positions in later epochs.
-
-    Returns:
-        every_row_once: 1 if so, else 0.
-        rank_correlation_with_cache: Spearman's, of the position in the epoch and in the cache.
-        rank_correlation_of_epochs: Spearman's, of the positions in this epoch and in epoch 0.
-        mean_distance: between neighbours in a batch, in the cache, as a share of it.
-        batch_mean_variance: of the batches' mean position in the cache, over that of independent draws: the effect on
-            a label sorted along the cache. (Ids are hashes of the text, so no label is.)
-        met_again: neighbours in a batch that shared a batch in epoch 0, over the expected number.
-        shards_of_batch: different shards in a batch, mean over some hundreds.
     """
     seen, position = np.zeros(s.rows, dtype=bool), 0
     with_cache = with_first = distance = neighbours = together = 0.0
@@ -132,10 +126,10 @@ def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch
         seen[piece] = True
         here = np.arange(position, position + len(piece))
         with_cache += float(np.square((piece - here).astype(np.float64)).sum())
-        if epoch == 0:
-            first_N[piece] = here
-        else:
+        if epoch:
             with_first += float(np.square((first_N[piece] - here).astype(np.float64)).sum())
+        else:
+            first_N[piece] = here
         full = len(piece) // s.batch
         batches = piece[: full * s.batch].reshape(full, s.batch)
         means.append(batches.mean(axis=1))
@@ -163,14 +157,10 @@ def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch
 
 def expected_in_uniform(s: Settings) -> dict[str, float]:
     return {
-        "every_row_once": 1.0,
-        "rank_correlation_with_cache": 0.0,
-        "mean_distance": 1 / 3,
-        "batch_mean_variance": 1.0 - s.batch / s.rows,
+        "every_row_once": 1.0, "rank_correlation_with_cache": 0.0, "rank_correlation_of_epochs": 0.0,
+        "mean_distance": 1 / 3, "batch_mean_variance": 1.0 - s.batch / s.rows, "met_again": 1.0,
         "shards_of_batch": s.shards * (1 - (1 - 1 / s.shards) ** s.batch),
-        "rank_correlation_of_epochs": 0.0,
-        "met_again": 1.0,
-    }
+    }  # fmt: skip
 
 
 def expected_batch_mean_variance(s: Settings) -> float:
@@ -182,11 +172,9 @@ def expected_batch_mean_variance(s: Settings) -> float:
 def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ranks: int) -> dict[str, float]:
     """Return how rows, tokens and shards fall on the ranks, each of which takes every `ranks`-th row of a batch.
 
-    Returns:
-        padding: tokens computed (the longest of a rank's share, rounded up) over real ones.
-        slowest_rank: computed tokens of the fullest rank over the mean, mean over steps.
-        tokens_spread: largest over smallest number of real tokens of a rank in the epoch.
-        shard_reads: how often a rank opens a shard if it keeps all shards of a piece: (window, rank, shard) triples.
+    padding: tokens computed (the longest of a rank's share, rounded up) over real ones. slowest_rank: computed tokens of
+    the fullest rank over the mean, mean over steps. tokens_spread: largest over smallest number of real tokens of a rank.
+    shard_reads: how often a rank opens a shard if it keeps all shards of a piece.
     """
     tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
     for piece in pieces:
@@ -204,11 +192,9 @@ def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ra
             opened[shards_TBR[:, :, r]] = True
             reads += int(opened.sum())
     return {
-        "padding": computed / float(tokens_R.sum()),
-        "slowest_rank": slowest / steps,
-        "tokens_spread": float(tokens_R.max() / tokens_R.min()),
-        "shard_reads": reads,
-    }
+        "padding": computed / float(tokens_R.sum()), "slowest_rank": slowest / steps,
+        "tokens_spread": float(tokens_R.max() / tokens_R.min()), "shard_reads": reads,
+    }  # fmt: skip
 
 
 def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
@@ -216,12 +202,10 @@ def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
     held: OrderedDict[int, None] = OrderedDict()
     for block in accesses:
         hit = block in held
-        if hit:
-            held.move_to_end(block)
-        else:
-            held[block] = None
-            if len(held) > capacity:
-                held.popitem(last=False)
+        held[block] = None
+        held.move_to_end(block)
+        if len(held) > capacity:
+            held.popitem(last=False)
         yield not hit
 
 
@@ -233,11 +217,10 @@ def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, 
         share_cached: page cache of a node over the teacher cache.
         nodes: that share the rows of an epoch.
     """
-    rng = np.random.default_rng(seed)
-    epochs = [rng.permutation(rows)[: rows // nodes] // rows_per_block for _ in range(3)]
-    capacity = max(1, round(share_cached * rows / rows_per_block))
-    missed = list(lru_misses(np.concatenate(epochs).tolist(), capacity))
-    return sum(missed[-(rows // nodes) :]) / (rows // nodes)
+    rng, used = np.random.default_rng(seed), rows // nodes
+    epochs = [rng.permutation(rows)[:used] // rows_per_block for _ in range(3)]
+    missed = list(lru_misses(np.concatenate(epochs).tolist(), max(1, round(share_cached * rows / rows_per_block))))
+    return sum(missed[-used:]) / used
 
 
 def peak_bytes() -> int:
