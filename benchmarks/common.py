@@ -40,7 +40,7 @@ def choices(text: str, allowed: Iterable[Any], option: str, made: argparse.Argum
     """Split a comma-separated option; exit with an error if it has an unknown name."""
     names, known = text.split(","), [str(name) for name in allowed]
     if unknown := [name for name in names if name not in known]:
-        made.error(f"{option}: {unknown[0]!r} is not known; allowed: {', '.join(known)}")
+        made.error(f"{option}: unknown name {unknown[0]!r}; allowed: {', '.join(known)}")
     return names
 
 

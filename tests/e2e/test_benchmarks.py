@@ -70,7 +70,7 @@ def refused(monkeypatch, capsys):
 
 
 def test_bad_input_is_refused_and_a_failure_names_its_log(refused, tmp_path, data):
-    assert "--only: 'mine' is not known; allowed: authors, textbrewer-padded" in refused(
+    assert "--only: unknown name 'mine'; allowed: authors, textbrewer-padded" in refused(
         "peers.__main__", "--only", "authors,mine"
     )
     teacher, output = tmp_path / "teacher", tmp_path / "out"
