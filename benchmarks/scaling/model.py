@@ -32,8 +32,7 @@ class Shape:
     def forward_flops(self, rows: int, length: int, cls_only: bool = True) -> float:
         """Return the FLOPs of the matrix products of a forward pass, 2 per multiply-add.
 
-        Args:
-            cls_only: the last layer computes [CLS] alone, as the project's encoder does; else all tokens.
+        With `cls_only` the last layer computes [CLS] alone, as the project's encoder does; else all tokens.
         """
         h, i = self.hidden, self.intermediate
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
@@ -58,13 +57,7 @@ BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the end of backward.
-
-    Attributes:
-        kept: weights, gradients and optimizer.
-        gathered: weights of other ranks.
-        bucket: reserved by DeepSpeed to reduce gradients in.
-    """
+    """Bytes of one rank. kept: weights, gradients, optimizer. gathered: weights of other ranks. bucket: to reduce in."""
 
     kept: float
     gathered: float
@@ -104,11 +97,8 @@ def zero_messages(stage: int, layers: int, micro_batches: int) -> list[tuple[str
     if stage < 3:
         times = micro_batches if stage == 2 else 1
         return [("all_reduce", times, times), ("all_gather", 1, 2)]
-    return [
-        ("all_gather", micro_batches, micro_batches),
-        ("all_gather", 0, 10 * layers + 6),
-        ("reduce_scatter", micro_batches, micro_batches),
-    ]
+    passes = [(kind, float(micro_batches), micro_batches) for kind in ("all_gather", "reduce_scatter")]
+    return [*passes, ("all_gather", 0, 10 * layers + 6)]
 
 
 def wire_bytes(kind: str, payload_bytes: float, ranks: int) -> float:
@@ -121,23 +111,10 @@ def step_wire_bytes(shape: Shape, stage: int, precision: str, ranks: int, micro_
     """Return the bytes that one rank sends in one optimizer step."""
     model = PRECISIONS[precision][1] * shape.parameters
     messages = zero_messages(stage, shape.layers, micro_batches)
-    return sum(wire_bytes(kind, models * model, ranks) for kind, models, _ in messages)
-
-
-def activation_bytes(shape: Shape, tokens: int, per_layer: float, rest: float) -> float:
-    """Return the bytes kept for backward.
-
-    Args:
-        per_layer, rest: bytes per token and unit of hidden size of a full layer, and of everything else; counted.
-    """
-    return tokens * shape.hidden * (per_layer * (shape.layers - 1) + rest)
+    return sum(wire_bytes(kind, times * model, ranks) for kind, times, _ in messages)
 
 
 def cache_row_bytes(pairs: int, hidden: int, classes: int, value_bytes: int = 2, tokens: float | None = None) -> float:
-    """Return the bytes of a row of the teacher cache: id, logits, states.
-
-    Args:
-        tokens: mean length, if the states of all tokens are kept.
-    """
+    """Return the bytes of a row of the teacher cache: id, logits, states. `tokens`: mean length, if all are kept."""
     states = pairs * hidden * value_bytes
     return 8 + classes * value_bytes + (states if tokens is None else tokens * states + 8)

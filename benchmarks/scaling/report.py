@@ -8,19 +8,13 @@ The arithmetic is in model.py; counts of real steps are in benchmarks/results/sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
-from benchmarks.scaling.model import (
-    PRECISIONS,
-    activation_bytes,
-    bert,
-    cache_row_bytes,
-    step_wire_bytes,
-    zero_memory,
-)
+from benchmarks.scaling.model import PRECISIONS, bert, cache_row_bytes, step_wire_bytes, zero_memory
 from benchmarks.scaling.shuffle import ORDERS, Settings
 
 DOCUMENT = DOCS / "scaling.md"
@@ -54,30 +48,26 @@ def numbers(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def memory() -> str:
     rows = []
-    for layers in (3, 6, 12):
-        for precision in PRECISIONS:
-            for stage in range(4):
-                cells = [zero_memory(bert(layers).parameters, stage, precision, n) for n in (1, 8, 256)]
-                rows.append(
-                    (f"{layers}", precision, str(stage), *(c.model / 1e9 for c in cells), cells[0].bucket / 1e9)
-                )
+    for layers, precision, stage in itertools.product((3, 6, 12), PRECISIONS, range(4)):
+        cells = [zero_memory(bert(layers).parameters, stage, precision, n) for n in (1, 8, 256)]
+        rows.append((f"{layers}", precision, str(stage), *(c.model / 1e9 for c in cells), cells[0].bucket / 1e9))
     return numbers(("layers", "precision", "ZeRO", "1 GPU", "8", "256", "plus the bucket"), rows)
 
 
 def activations() -> str:
-    saved = constants()["counts"]["saved_per_layer"], constants()["counts"]["saved_rest"]
-    sizes, depths = (64, 512, 4096), (3, 6, 12)
-    rows = [(str(d), *(activation_bytes(bert(d), n * LENGTH, *saved) / 1e9 for n in sizes)) for d in depths]
+    """Bytes kept for backward, from counts of bytes per token and unit of hidden size, by layer and elsewhere."""
+    layer, rest = constants()["counts"]["saved_per_layer"], constants()["counts"]["saved_rest"]
+    sizes = (64, 512, 4096)
+    rows = [(str(d), *(n * LENGTH * 768 * (layer * (d - 1) + rest) / 1e9 for n in sizes)) for d in (3, 6, 12)]
     return numbers(("layers", *(f"{n:,} rows" for n in sizes)), rows)
 
 
 def wire() -> str:
     cases = (("autocast", 2, 1), ("autocast", 8, 1), ("autocast", 256, 1), ("autocast", 256, 4), ("bf16", 256, 1))
-    rows = [
-        (str(d), str(stage), *(step_wire_bytes(bert(d), stage, p, n, a) / 1e6 for p, n, a in cases))
-        for d in (3, 6, 12)
-        for stage in range(4)
-    ]
+    rows = []
+    for layers, stage in itertools.product((3, 6, 12), range(4)):
+        cells = (step_wire_bytes(bert(layers), stage, p, n, a) / 1e6 for p, n, a in cases)
+        rows.append((str(layers), str(stage), *cells))
     return numbers(("layers", "ZeRO", "2 GPUs", "8", "256", "256, 4 micro-batches", "256, bf16"), rows)
 
 
