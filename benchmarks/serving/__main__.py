@@ -52,39 +52,27 @@ def main() -> None:
 
 def run(folder: Path, requests: int, load_seconds: float) -> dict[str, Any]:
     """Return all results."""
-    made = manifest.verify(folder / "export")
+    export, dev = folder / "export", folder / "data/dev"
+    made, labels_N = manifest.verify(export), np.asarray(open_tokens(dev).labels_N)
     teacher = Path(json.loads((folder / "stages/teacher.json").read_text())["outputs"]["folder"])
-    models = {TEACHER: teacher, STUDENT: folder / "export"}
-    models |= {
-        f"student, {name}": folder / "export" / file for name, file in ONNX_FILES.items() if file in made["files"]
-    }
-    dev, tokenizer = folder / "data/dev", folder / "export"
-    labels_N = np.asarray(open_tokens(dev).labels_N)
-    results: dict[str, Any] = {
-        "taken": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
-        "task": made["task"], "examples": len(labels_N), "requests": requests, "models": {},
-    }  # fmt: skip
-    found = accuracies(models, tokenizer, dev)
-    for name, logits_NC in found.items():
-        share = float((logits_NC.argmax(1) == labels_N).mean())
-        path = models[name]
-        size = (path / "model.safetensors" if path.is_dir() else path).stat().st_size
-        results["models"][name] = {
+    onnx = {f"student, {name}": export / file for name, file in ONNX_FILES.items() if file in made["files"]}
+    paths = {TEACHER: teacher, STUDENT: export} | onnx
+    logits, models = accuracies(paths, export, dev), {}
+    for name, path in paths.items():
+        share = float((logits[name].argmax(1) == labels_N).mean())
+        models[name] = {
             "accuracy": share, "accuracy_interval_95": list(interval(share, len(labels_N))),
-            "agreement_with_teacher": agreement(logits_NC, found[TEACHER]), "bytes": size,
+            "agreement_with_teacher": agreement(logits[name], logits[TEACHER]),
+            "bytes": (path / "model.safetensors" if path.is_dir() else path).stat().st_size,
         }  # fmt: skip
     for threads in sorted({1, cores()}):
-        for name, figures in measure(models, tokenizer, dev, threads, requests).items():
-            results["models"][name][f"threads_{threads}"] = figures
-    every = f"threads_{cores()}"
-    speed = {name: model[every]["per_second"] for name, model in results["models"].items()}
-    for key, name in (("int8", "student, onnx-int8"), ("fp32", "student, onnx"), ("pytorch", STUDENT)):
-        if name in speed:
-            results[f"{key}_over_teacher_fp32_batch1"] = speed[name] / speed[TEACHER]
-    if load_seconds:
-        results["load"] = under_load(folder, load_seconds)
-    return results
+        for name, figures in measure(paths, export, dev, threads, requests).items():
+            models[name][f"threads_{threads}"] = figures
+    return {
+        "taken": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+        "task": made["task"], "examples": len(labels_N), "requests": requests, "models": models,
+    } | ({"load": under_load(folder, load_seconds)} if load_seconds else {})  # fmt: skip
 
 
 def under_load(folder: Path, seconds: float) -> dict[str, Any]:
@@ -92,11 +80,11 @@ def under_load(folder: Path, seconds: float) -> dict[str, Any]:
     from pkd_dist.serve.model import ServedModel
 
     texts = json.loads((folder / "data/sample.json").read_text())["texts"][0]
-    rng = np.random.default_rng(0)
-    words = " ".join(texts).split()
+    rng, words = np.random.default_rng(0), " ".join(texts).split()
     texts += [" ".join(rng.choice(words, size=rng.integers(1, 120))) for _ in range(200)]
     alone = ServedModel(folder / "export", "onnx", 1)
     wanted = {text: alone.answer([(text,)])[0] for text in texts}
+    memory: list[int] = []
     worst = 0.0
 
     def check(text: str, answer: dict[str, Any]) -> None:
@@ -105,7 +93,6 @@ def under_load(folder: Path, seconds: float) -> dict[str, Any]:
             worst = max(worst, abs(answer["probabilities"][name] - share))
         assert worst < 1e-4, f"{text!r}: {answer} instead of {wanted[text]}"
 
-    memory: list[int] = []
     with server(folder / "export", "--format", "onnx", "--max-queue", "1024") as (process, port):
 
         def watch() -> None:
@@ -114,10 +101,8 @@ def under_load(folder: Path, seconds: float) -> dict[str, Any]:
         counts = asyncio.run(load(port, texts, check, seconds=seconds, watch=watch))
         process.terminate()
         status = process.wait(60)
-    settled = memory[len(memory) // 4 :]
     return counts | {
-        "status_at_the_end": status, "largest_difference_of_a_probability": worst, "memory_bytes": memory,
-        "memory_growth": max(settled[len(settled) // 2 :]) / max(settled[: len(settled) // 2]) - 1,
+        "status_at_the_end": status, "largest_difference_of_a_probability": worst, "memory_bytes": memory
     }  # fmt: skip
 
 

@@ -136,15 +136,9 @@ async def _client(
 
 
 async def load(
-    port: int,
-    texts: Sequence[str],
-    check: Callable[[str, Any], None],
-    clients: int = 64,
-    requests: int | None = None,
-    seconds: float = 0.0,
-    seed: int = 1,
-    watch: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+    port: int, texts: Sequence[str], check: Callable[[str, Any], None], clients: int = 64, requests: int | None = None,
+    seconds: float = 0.0, seed: int = 1, watch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
     """Run concurrent clients, each for `requests` requests or for `seconds`; about a third of the requests are invalid.
 
     Args:
@@ -164,12 +158,10 @@ async def load(
             watch()
             await asyncio.sleep(1)
 
-    watcher = asyncio.create_task(watching())
-    start = time.monotonic()
+    watcher, start = asyncio.create_task(watching()), time.monotonic()
+    runs = (_client(port, random.Random(f"{seed} {i}"), texts, check, more) for i in range(clients))
     try:
-        found = await asyncio.gather(
-            *(_client(port, random.Random(f"{seed} {i}"), texts, check, more) for i in range(clients))
-        )
+        found = await asyncio.gather(*runs)
     finally:
         watcher.cancel()
     return {"clients": clients, "seconds": time.monotonic() - start, **sum(found, Counter())}

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,9 @@ class Worker:
 
 
 @contextmanager
-def workers(models: dict[str, Path], tokenizer: Path, data: Path, threads: int) -> Iterator[dict[str, Worker]]:
+def workers(models: dict[str, Path], *arguments: Any) -> Iterator[dict[str, Worker]]:
     with ExitStack() as stack:
-        made = {}
-        for name, path in models.items():
-            made[name] = Worker(path, tokenizer, data, threads)
-            stack.callback(made[name].close)
-        yield made
+        yield {name: stack.enter_context(closing(Worker(path, *arguments))) for name, path in models.items()}
 
 
 def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str, np.ndarray]:
@@ -73,10 +69,7 @@ def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str
 def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
     """Return for each model `latency_ms_p50`, `_p95`, `_p99` and `per_second` at batch 1, and the rate by batch size.
 
-    Args:
-        models: Hugging Face folders and .onnx files.
-        data: token set from which sentences are drawn, the same for all models.
-        requests: single sentences timed for each model.
+    `requests` single sentences are timed for each model, the same for all, drawn from the token set `data`.
     """
     length, rng = len(open_tokens(data)), np.random.default_rng(0)
     latency: dict[str, list[float]] = {name: [] for name in models}
@@ -97,10 +90,7 @@ def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, 
 
 def _figures(latency: list[float], rates: dict[int, list[float]]) -> dict[str, Any]:
     by_batch = {str(batch): float(np.median(found)) for batch, found in rates.items()}
-    p50, p95, p99 = np.percentile(latency, [50, 95, 99]) * 1e3
     best = max(by_batch, key=by_batch.__getitem__)
-    return {
-        "latency_ms_p50": float(p50), "latency_ms_p95": float(p95), "latency_ms_p99": float(p99),
-        "per_second": len(latency) / sum(latency), "batches": by_batch, "best_batch": int(best),
-        "best_per_second": by_batch[best],
-    }  # fmt: skip
+    shares = {f"latency_ms_p{p}": float(np.percentile(latency, p) * 1e3) for p in (50, 95, 99)}
+    rate = {"per_second": len(latency) / sum(latency), "batches": by_batch}
+    return shares | rate | {"best_batch": int(best), "best_per_second": by_batch[best]}
