@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks import watch
 from benchmarks.faults.tiny import ROOT, command
 from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.evaluation.speed import machine
-from pkd_dist.files import write_json
+from pkd_dist.files import write_atomically, write_json
 from pkd_dist.telemetry.log import log, to_terminal
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -39,7 +40,7 @@ def choices(text: str, allowed: Iterable[Any], option: str, made: argparse.Argum
     """Split a comma-separated option; exit with an error if it has an unknown name."""
     names, known = text.split(","), [str(name) for name in allowed]
     if unknown := [name for name in names if name not in known]:
-        made.error(f"{option}: {unknown[0]!r} is not known; allowed: {', '.join(known)}")
+        made.error(f"{option}: unknown name {unknown[0]!r}; allowed: {', '.join(known)}")
     return names
 
 
@@ -106,3 +107,22 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(head), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def filled(page: Path, figures: Mapping[str, Callable[[], str]]) -> str:
+    """Return the text of a page with the figures between `<!-- figures: NAME -->` and `<!-- end -->` replaced."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{figures[match[2]]()}<!-- end -->"
+
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"(<!-- figures: (\S+) -->)\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def write_page(page: Path, figures: Mapping[str, Callable[[], str]]) -> None:
+    text = filled(page, figures)
+    write_atomically(page, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def write_plot(path: Path, figure: Any) -> None:
+    write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))

@@ -18,7 +18,7 @@ from benchmarks.faults.tiny import ROOT, environment
 from pkd_dist.errors import UserError
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-_STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file", "RssShmem": "shared"}
+_STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 
 
 @dataclass
@@ -30,16 +30,12 @@ class Memory:
         peak: resident set as the kernel counts it, pages of mapped files included.
         anonymous: its own memory, which the kernel cannot drop.
         file: resident pages of mapped files, which the kernel drops when it needs memory.
-        shared: shared memory.
-        proportional: resident set with each page divided among the processes that share it (PSS); 0 if not measured.
     """
 
     command: str
     peak: int = 0
     anonymous: int = 0
     file: int = 0
-    shared: int = 0
-    proportional: int = 0
 
 
 @dataclass
@@ -47,17 +43,16 @@ class Watched:
     """A finished command.
 
     Attributes:
-        seconds: wall time.
-        waiting_share: share of that time in which some task waited for a core.
+        waiting_share: share of its time in which some task waited for a core.
         started: time of the start, seconds since 1970.
         memory: by process id.
         stopped: whether `stop_when` ended it.
     """
 
-    seconds: float
-    status: int
-    waiting_share: float
-    started: float
+    status: int = 0
+    seconds: float = 0.0
+    waiting_share: float = 0.0
+    started: float = field(default_factory=time.time)
     memory: dict[int, Memory] = field(default_factory=dict)
     stopped: bool = False
 
@@ -83,21 +78,12 @@ def is_rank(argv: str) -> bool:
     return bool(found) and "deepspeed" not in before and "torch.distributed" not in before
 
 
-def _stop_a_rank(family: Sequence[psutil.Process]) -> bool:
-    """Send SIGTERM to one rank, which makes all stop; False if there is none."""
-    ranks = [each for each in family if is_rank(" ".join(each.cmdline()))]
-    if ranks:
-        os.kill(ranks[0].pid, signal.SIGTERM)
-    return bool(ranks)
-
-
 def run(
     argv: Sequence[str | Path],
     log: Path,
     threads: int = 1,
     extra: Mapping[str, str] | None = None,
     interval_seconds: float = 0.5,
-    proportional: bool = False,
     stop_when: Callable[[], bool] | None = None,
 ) -> Watched:
     """Run a command in the project's folder, with its output in `log`.
@@ -106,25 +92,24 @@ def run(
         threads: of each of its processes.
         extra: additions to the environment.
         interval_seconds: between two looks at its memory.
-        proportional: also read PSS, which costs milliseconds each time.
-        stop_when: asked at each look; once true, one rank gets SIGTERM.
+        stop_when: called at each look; once true, one rank gets SIGTERM, which makes all stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore", **(extra or {}))
-    waited, clock = waited_seconds(), time.perf_counter()
-    watched = Watched(0.0, 0, 0.0, time.time())
+    waited, clock, watched, ended = waited_seconds(), time.perf_counter(), Watched(), threading.Event()
     with open(log, "wb") as output:
         process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=chosen, stdout=output, stderr=subprocess.STDOUT)
-    ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(interval_seconds):
             with contextlib.suppress(psutil.Error):
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 for each in family:
-                    _look_at(each, watched.memory, proportional)
+                    _look_at(each, watched.memory)
                 if stop_when and not watched.stopped and stop_when():
-                    watched.stopped = _stop_a_rank(family)
+                    for rank in [each for each in family if is_rank(" ".join(each.cmdline()))][:1]:
+                        os.kill(rank.pid, signal.SIGTERM)
+                        watched.stopped = True
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
@@ -149,24 +134,20 @@ def run_checked(
     ranks: int = 1,
     gpu: bool = False,
     interval_seconds: float = 0.5,
-    proportional: bool = False,
     stop_when: Callable[[], bool] | None = None,
 ) -> Watched:
     """Run a command whose `ranks` processes share the cores. Raises UserError, which names the log, if it fails."""
     threads, extra = max(1, cores() // max(1, ranks)), {} if gpu else WITHOUT_GPU
-    watched = run(argv, log, threads, extra, interval_seconds, proportional, stop_when)
+    watched = run(argv, log, threads, extra, interval_seconds, stop_when)
     if watched.status and not watched.stopped:
         raise UserError(f"{program}: {log.stem} ended with status {watched.status}; see {log}")
     return watched
 
 
-def _look_at(process: psutil.Process, memory: dict[int, Memory], proportional: bool) -> None:
+def _look_at(process: psutil.Process, memory: dict[int, Memory]) -> None:
     with contextlib.suppress(psutil.Error, OSError):
         known = memory.setdefault(process.pid, Memory(" ".join(process.cmdline())))
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
             if kept := _STATUS_FIELDS.get(name):
                 setattr(known, kept, max(getattr(known, kept), int(value.split()[0]) * 1024))
-        if proportional:
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            known.proportional = max(known.proportional, int(text.split("\nPss:")[1].split()[0]) * 1024)

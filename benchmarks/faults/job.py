@@ -92,13 +92,6 @@ class Start:
                     out.setdefault(int(rank), process)
         return out
 
-    def child(self) -> psutil.Process | None:
-        """Return the child of the launcher's command, which starts the ranks of its node."""
-        try:
-            return next(iter(psutil.Process(self.launchers[0].pid).children()), None)
-        except psutil.NoSuchProcess:
-            return None
-
     def ended(self) -> bool:
         return not self.members()
 
@@ -129,11 +122,21 @@ class Start:
         statuses = [launcher.wait() for launcher in self.launchers]
         return next((128 - status if status < 0 else status for status in statuses if status), 0)
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to all processes, as a terminal does."""
-        for launcher in self.launchers:
-            with suppress(ProcessLookupError):
-                os.killpg(launcher.pid, number)
+    def send(self, number: signal.Signals, target: str) -> None:
+        """Send a signal to the launcher's `command`, to its `child`, which starts the ranks, or to the whole `group`."""
+        if target == "group":
+            for launcher in self.launchers:
+                with suppress(ProcessLookupError):
+                    os.killpg(launcher.pid, number)
+            return
+        child = None
+        with suppress(psutil.NoSuchProcess):
+            child = next(iter(psutil.Process(self.launchers[0].pid).children()), None)
+        if target == "child" and child:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        else:
+            self.launchers[0].send_signal(number)
 
     def _text(self, suffix: str) -> str:
         return "\n".join(Path(f"{path}{suffix}").read_text(errors="replace") for path in self._logs)

@@ -53,8 +53,8 @@ class Plan:
     where: float
 
 
-def _step(rng: random.Random, records: str) -> str:
-    return f"{records}:{rng.randint(1, EPOCHS * (EPOCH_STEPS + 1))}"
+def _step(rng: random.Random, records: str, first: int = 1) -> str:
+    return f"{records}:{rng.randint(first, EPOCHS * (EPOCH_STEPS + 1))}"
 
 
 def _save(rng: random.Random, folder: str) -> str:
@@ -65,30 +65,31 @@ def _commit(rng: random.Random, folder: str) -> str:
     return f"{folder}/step-{rng.choice(SAVE_STEPS):08d}/commit.json"
 
 
-_TRAINING: tuple[Callable[[random.Random], str], ...] = (
+_Draw = Callable[[random.Random], str]
+_TRAINING: tuple[_Draw, ...] = (
     lambda rng: _step(rng, "teacher_metrics.jsonl"),
     lambda rng: _step(rng, "metrics.jsonl"),
     lambda rng: _save(rng, "teacher_checkpoints"),
     lambda rng: _save(rng, "checkpoints"),
     lambda rng: _commit(rng, "checkpoints"),
 )
-_COMMITTED: tuple[Callable[[random.Random], str], ...] = (
+_COMMITTED: tuple[_Draw, ...] = (
     lambda rng: _commit(rng, "teacher_checkpoints"),
     lambda rng: _commit(rng, "checkpoints"),
     lambda rng: _save(rng, "checkpoints"),
 )
-_BEST: tuple[Callable[[random.Random], str], ...] = (
-    lambda rng: f"metrics.jsonl:{rng.randint(EPOCH_STEPS + 1, EPOCHS * (EPOCH_STEPS + 1))}",
-    lambda rng: f"teacher_metrics.jsonl:{rng.randint(EPOCH_STEPS + 1, EPOCHS * (EPOCH_STEPS + 1))}",
+_BEST: tuple[_Draw, ...] = (
+    lambda rng: _step(rng, "metrics.jsonl", EPOCH_STEPS + 1),
+    lambda rng: _step(rng, "teacher_metrics.jsonl", EPOCH_STEPS + 1),
     lambda rng: _commit(rng, "checkpoints"),
     lambda rng: rng.choice(("stages/evaluate.json", "export/*")),
 )
-_CACHE: tuple[Callable[[random.Random], str], ...] = (
+_CACHE: tuple[_Draw, ...] = (
     lambda rng: f"cache/shard-{rng.randrange(SHARDS):05d}*",
     lambda rng: "cache/manifest.json",
     lambda rng: _step(rng, "metrics.jsonl"),
 )
-_ELSEWHERE: tuple[Callable[[random.Random], str], ...] = (
+_ELSEWHERE: tuple[_Draw, ...] = (
     lambda rng: rng.choice(("data/*/*", "stages/data.json")),
     lambda rng: f"{rng.choice(('teacher_checkpoints', 'checkpoints'))}/*best-*",
     lambda rng: rng.choice((".teacher*", "teacher/*", "stages/cache.json")),

@@ -81,14 +81,11 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
         "run": {"dir": str(run), "timeout_seconds": timeout_seconds},
         "task": {"name": "sst2", "data": str(data), "max_length": 32},
         "teacher": {"model": str(body), "finetune": {"epochs": EPOCHS, "learning_rate": 3e-3, "batch_size": 16}},
-        "student": {"layers": [1, 3]},
+        "student": {"layers": [1, 3]}, "cache": {"shard_rows": 50}, "metrics": {"port": 0},
         "train": {"epochs": EPOCHS, "batch_size": 16, "learning_rate": 3e-4, "deepspeed": "ds_configs/zero1.json"},
-        "cache": {"shard_rows": 50},
-        "checkpoint": {"every_steps": 5, "min_seconds": 0},
-        "evaluate": {"latency_samples": 10},
+        "checkpoint": {"every_steps": 5, "min_seconds": 0}, "evaluate": {"latency_samples": 10},
         "export": {"formats": ["safetensors"]},
-        "metrics": {"port": 0},
-    }
+    }  # fmt: skip
 
 
 def outcome(run: Path) -> Outcome:
@@ -110,11 +107,8 @@ def _metrics(run: Path) -> str | None:
 
 def left_behind(run: Path) -> list[str]:
     """Return the locks and temporary files in a run folder; a run that has ended must leave none."""
-    return sorted(
-        str(p.relative_to(run))
-        for p in run.rglob("*")
-        if p.name == "run.lock" or p.name.startswith(".") or p.suffix == ".tmp"
-    )
+    found = (p for p in run.rglob("*") if p.name == "run.lock" or p.name.startswith(".") or p.suffix == ".tmp")
+    return sorted(str(p.relative_to(run)) for p in found)
 
 
 def complete(run: Path) -> bool:
@@ -236,14 +230,15 @@ class Trial:
     def _strike(self, start: Start, after: ExitStack) -> None:
         """Strike once; `after` undoes it when the job has ended."""
         plan, site = self.plan, self.site
-        if plan.fault == "kill-rank":
-            self._signal_rank(start, signal.SIGKILL)
-        elif plan.fault == "stop-rank":
-            self._signal_rank(start, signal.SIGSTOP)
-        elif plan.fault == "signal-rank":
-            self._signal_rank(start, signal.Signals[plan.stop_signal])
+        signals = {"kill-rank": "SIGKILL", "stop-rank": "SIGSTOP", "signal-rank": plan.stop_signal}
+        if plan.fault in signals:
+            self.row.detail = f"{signals[plan.fault]} to rank {plan.rank}"
+            if process := start.await_rank(self.watch, plan.rank, self.deadline_seconds):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.Signals[signals[plan.fault]])
         elif plan.fault == "signal-launcher":
-            self._signal_launcher(start, signal.Signals[plan.stop_signal])
+            self.row.detail = f"{plan.stop_signal} to the launcher's {plan.target}"
+            start.send(signal.Signals[plan.stop_signal], plan.target)
         elif isinstance(site, TwoNodes):
             site.cut()
             after.callback(site.restore)
@@ -262,23 +257,6 @@ class Trial:
             if plan.kill_after_seconds is not None:
                 start.await_end(self.watch, plan.kill_after_seconds)
                 start.kill()
-
-    def _signal_rank(self, start: Start, number: signal.Signals) -> None:
-        self.row.detail = f"{number.name} to rank {self.plan.rank}"
-        if process := start.await_rank(self.watch, self.plan.rank, self.deadline_seconds):
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-    def _signal_launcher(self, start: Start, number: signal.Signals) -> None:
-        self.row.detail = f"{number.name} to the launcher's {self.plan.target}"
-        child = start.child()
-        if self.plan.target == "group":
-            start.send(number)
-        elif self.plan.target == "child" and child:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        else:
-            start.launchers[0].send_signal(number)
 
     def _damage(self) -> None:
         """Damage one file, if the fault is of that kind and there is such a file."""

@@ -1,1 +1,1 @@
-"""Methods, depths and seeds on real tasks; see README.md."""
+"""Methods, depths and seeds on real tasks."""

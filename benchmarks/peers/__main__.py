@@ -56,14 +56,12 @@ def main() -> None:
         from benchmarks.performance import peers_file
 
         output, data, slow_steps, blocks = options.output.resolve(), options.data, options.slow_steps, (20, 9)
-        overrides = options.overrides
+        extra: tuple[str, ...] = ()
         if options.quick:
-            data, slow_steps, blocks = _short(output, data, 96, 64), 2, (1, 3)
-            overrides = ["train.epochs=1", *overrides]
-        bench = Bench(
-            output, common.located(options.teacher), data, tuple(range(1, options.seeds + 1)), tuple(only), slow_steps,
-            blocks, tuple(overrides), options.device, options.slices,
-        )  # fmt: skip
+            data, slow_steps, blocks, extra = _short(output, data, 96, 64), 2, (1, 3), ("train.epochs=1",)
+        settings = (f"task.data={data}", *extra, *options.overrides)
+        seeds, teacher = tuple(range(1, options.seeds + 1)), common.located(options.teacher)
+        bench = Bench(output, teacher, seeds, tuple(only), slow_steps, blocks, settings, options.device, options.slices)
         if not options.report:
             bench.run()
         results = options.results or (output if options.quick else common.RESULTS) / peers_file(options.device)

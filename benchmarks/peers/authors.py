@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
-
-WARMUP = 2
-"""Steps before the clock starts, if only some steps are timed."""
+from benchmarks.peers.subject import WARMUP, Clock, Measured, Subject, Tally, shape_of
 
 
 def measure(subject: Subject, steps: int | None = None) -> Measured:
@@ -43,11 +40,9 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
         batch = subject.moved(batch)
         place_B, labels_B = batch.pop("place"), batch.pop("labels")
         out = student(**batch, output_hidden_states=True)
-        loss = subject.loss(
-            out.logits, subject.first_states(out.hidden_states, ours), teacher_logits_NC[place_B],
-            teacher_states_NMH[place_B], labels_B,
-        )  # fmt: skip
-        loss.backward()
+        states_BMH = subject.first_states(out.hidden_states, ours)
+        targets = teacher_logits_NC[place_B], teacher_states_NMH[place_B]
+        subject.loss(out.logits, states_BMH, *targets, labels_B).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.train.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -61,11 +56,10 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
         with clock.running():
             for _, batch in zip(range(steps), loader, strict=False):
                 step(batch)
-    else:
-        for _ in range(config.train.epochs):
-            with clock.running():
-                for batch in loader:
-                    step(batch)
-            measured.accuracies.append(subject.accuracy(student))
+    for _ in range(config.train.epochs if steps is None else 0):
+        with clock.running():
+            for batch in loader:
+                step(batch)
+        measured.accuracies.append(subject.accuracy(student))
     measured.training_seconds = clock.seconds
     return measured

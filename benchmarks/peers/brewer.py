@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.authors import WARMUP
-from benchmarks.peers.subject import Clock, Measured, Subject, Tally, shape_of
+from benchmarks.peers.subject import WARMUP, Clock, Measured, Subject, Tally, shape_of
 
 with warnings.catch_warnings():  # it compares strings with `is`
     warnings.simplefilter("ignore")
@@ -31,11 +29,9 @@ with warnings.catch_warnings():  # it compares strings with `is`
 
 def distillation(subject: Subject) -> DistillationConfig:
     d, teacher = subject.config.distill, subject.teacher().config
-    matches = [
-        {"layer_T": theirs, "layer_S": ours, "feature": "hidden", "loss": "pkd",
-         "weight": d.beta / (len(subject.pairs) * teacher.hidden_size)}
-        for ours, theirs in subject.pairs
-    ]  # fmt: skip
+    weight = d.beta / (len(subject.pairs) * teacher.hidden_size)
+    matches = [{"layer_T": theirs, "layer_S": ours, "feature": "hidden", "loss": "pkd", "weight": weight}
+               for ours, theirs in subject.pairs]  # fmt: skip
     return DistillationConfig(
         temperature=d.temperature, kd_loss_type="ce", kd_loss_weight=d.alpha * d.temperature**2 / teacher.num_labels,
         hard_label_weight=1 - d.alpha, intermediate_matches=matches,
@@ -51,41 +47,34 @@ def measure(subject: Subject, steps: int | None = None, padded: bool = True) -> 
     """Train all epochs, or `steps` steps."""
     teacher, student, tally, clock = subject.teacher(), subject.student(), Tally(), Clock()
     passes = ((shape_of(student.config), 3), (shape_of(teacher.config), 1))
-    collate = subject.collator(padded)
-    loader: Any = DataLoader(
-        subject.train, subject.config.train.batch_size, shuffle=True, collate_fn=lambda rows: dict(collate(rows))
-    )
+    collate, measured, train = subject.collator(padded), Measured(0.0, tally), subject.config.train
+    loader: Any = DataLoader(subject.train, train.batch_size, shuffle=True, collate_fn=lambda rows: dict(collate(rows)))
 
     def student_adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:
         tally.add(batch["attention_mask"], *passes)
         return adaptor(batch, out)
 
-    measured = Measured(0.0, tally)
-
     def scored(model: Any, step: int) -> None:
-        with clock.paused():
-            measured.accuracies.append(subject.accuracy(model))
+        clock.stop()
+        measured.accuracies.append(subject.accuracy(model))
+        clock.start()
 
     optimizer = subject.optimizer(student)
-    arguments: dict[str, Any] = {
-        "max_grad_norm": subject.config.train.max_grad_norm, "output_hidden_states": True,
-        "scheduler": subject.schedule(optimizer),
-    }  # fmt: skip
+    arguments: dict[str, Any] = {"max_grad_norm": train.max_grad_norm, "output_hidden_states": True,
+                                 "scheduler": subject.schedule(optimizer)}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingConfig(
-            output_dir=str(Path(scratch)), log_dir=None, device=subject.device, ckpt_steps=10**9, ckpt_frequency=1
+            output_dir=scratch, log_dir=None, device=subject.device, ckpt_steps=10**9, ckpt_frequency=1
         )
         distiller = GeneralDistiller(settings, distillation(subject), teacher, student, adaptor, student_adaptor)
         with distiller:
-            if steps is None:
-                with clock.running():
-                    distiller.train(
-                        optimizer, loader, num_epochs=subject.config.train.epochs, callback=scored, **arguments
-                    )
-            else:
+            if steps is not None:
                 distiller.train(optimizer, loader, num_steps=WARMUP, **arguments)
                 vars(tally).update(vars(Tally()))
-                with clock.running():
-                    distiller.train(optimizer, loader, num_steps=steps, **arguments)
+                arguments |= {"num_steps": steps}
+            else:
+                arguments |= {"num_epochs": train.epochs, "callback": scored}
+            with clock.running():
+                distiller.train(optimizer, loader, **arguments)
     measured.training_seconds = clock.seconds
     return measured

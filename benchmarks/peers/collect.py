@@ -32,18 +32,19 @@ def collect(bench: Bench) -> dict[str, Any]:
     config = load(common.CONFIG, bench.overrides(bench.seeds[0]))
     tokens, shapes, peaks = _tokens(bench, config), _shapes(bench, config), _peaks(bench)
     needed = sum(useful(*shapes, tokens, config.train.epochs))
-    stamp = common.stamp()
+    stamp, versions = common.stamp(), {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
+    settings = {
+        "tokens": int(tokens.offsets_N1[-1]), "examples": len(tokens), "epochs": config.train.epochs,
+        "seeds": list(bench.seeds), "batch_size": config.train.batch_size, "learning_rate": config.train.learning_rate,
+        "student_layers": config.student.layers, "teacher_layers": shapes[0].layers, "hidden_size": shapes[0].hidden,
+        "slow_steps": bench.slow_steps, "max_length": config.task.max_length, "data": config.task.data,
+    }  # fmt: skip
     out: dict[str, Any] = {
-        "date": stamp.pop("date"),
-        "machine": stamp | {"device": device, "versions": {"python": platform.python_version()} | _versions()},
-        "settings": {
-            "tokens": _count(tokens), "examples": len(tokens), "epochs": config.train.epochs, "seeds": list(bench.seeds),
-            "batch_size": config.train.batch_size, "learning_rate": config.train.learning_rate,
-            "student_layers": config.student.layers, "teacher_layers": shapes[0].layers,
-            "hidden_size": shapes[0].hidden, "slow_steps": bench.slow_steps, "max_length": config.task.max_length,
-            "data": config.task.data,
-        },
+        "date": stamp.pop("date"), "machine": stamp | {"device": device, "versions": versions}, "settings": settings,
         "peak_flops_per_second": peaks, "useful_flops": needed, "contestants": {},
     }  # fmt: skip
     for name in CONTESTANTS:
@@ -52,18 +53,6 @@ def collect(bench: Bench) -> dict[str, Any]:
                 found[key] = _share(flops, found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
     return out | _engine(bench) | _teacher(bench) | _job(bench) | _ratios(out["contestants"], peaks)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _count(tokens: TokenSet) -> int:
-    return int(tokens.offsets_N1[-1])
 
 
 def _tokens(bench: Bench, config: Config) -> TokenSet:
@@ -108,7 +97,7 @@ def _contestant(
         executed = executed_by_ours(*shapes, tokens, config, ranks)
     else:
         # with several ranks the first one is measured, which gets its share of every batch
-        total = _count(tokens) * config.train.epochs
+        total = int(tokens.offsets_N1[-1]) * config.train.epochs
         scale = [total / (found["tally"]["tokens"] * found["ranks"]) for found in rounds]
         teacher = [_of_all(found, "teacher_seconds", tokens) for found in rounds]
         training = [found["training_seconds"] * s for found, s in zip(rounds, scale, strict=True)]
@@ -124,7 +113,6 @@ def _contestant(
         "samples_per_second": len(tokens) * config.train.epochs / seconds,
         "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if full else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
-        "largest_process_bytes": max(found["largest_process_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],
         "waiting_share": [found["waiting_share"] for found in rounds],
         **_accuracy(_read(bench, contestant.scored_by or name, True)), "scored_by": contestant.scored_by,
@@ -146,27 +134,19 @@ def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _engine(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "engine")
-    if not rounds:
+    if not (rounds := _read(bench, "engine")):
         return {}
-    first = rounds[0]
-    overhead, steps = (
-        {way: statistics.median(found[key][way] for found in rounds) for way in first["overhead"]}
-        for key in ("overhead", "step_seconds")
-    )
-    return {
-        "engine_overhead": overhead["engine"],
-        "engine": {
-            "overhead": overhead, "overhead_each": [found["overhead"] for found in rounds], "step_seconds": steps,
-            **{key: first[key] for key in ("precision", "zero_stage", "threads")},
-            "waiting_share": [found["waiting_share"] for found in rounds],
-        },
-    }  # fmt: skip
+    overhead, steps = (_medians(rounds, key) for key in ("overhead", "step_seconds"))
+    made = {key: rounds[0][key] for key in ("precision", "zero_stage", "threads")}
+    return {"engine_overhead": overhead["engine"], "engine": {**made, "overhead": overhead, "step_seconds": steps}}
+
+
+def _medians(rounds: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    return {name: statistics.median(found[key][name] for found in rounds) for name in rounds[0][key]}
 
 
 def _teacher(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "teacher")
-    if not rounds:
+    if not (rounds := _read(bench, "teacher")):
         return {}
     seconds = statistics.median(second for found in rounds for second in found["seconds"])
     peak = statistics.median(found["peak_flops_per_second"] for found in rounds)
@@ -175,15 +155,11 @@ def _teacher(bench: Bench) -> dict[str, Any]:
 
 
 def _job(bench: Bench) -> dict[str, Any]:
-    rounds = _read(bench, "job")
-    if not rounds:
+    if not (rounds := _read(bench, "job")):
         return {}
-    stages = {name: statistics.median(found["stages"][name] for found in rounds) for name in rounds[0]["stages"]}
-    each = [sum(found["stages"].values()) for found in rounds]
-    times = {"seconds": statistics.median(each), "seconds_each": each}
-    return {
-        "job": {"stages": stages, **times, "command_seconds": statistics.median(f["command_seconds"] for f in rounds)}
-    }
+    seconds = statistics.median(sum(found["stages"].values()) for found in rounds)
+    command = statistics.median(found["command_seconds"] for found in rounds)
+    return {"job": {"stages": _medians(rounds, "stages"), "seconds": seconds, "command_seconds": command}}
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """FLOPs: the peak of the machine, the work that the task needs, and the work that our run does.
 
-FLOPs of matrix products are counted from shapes (`benchmarks.scaling.model.Shape.forward_flops`), 2 per multiply-add; a
-backward pass counts as two forward passes. *Executed* is what a contestant computes, padding included. *Useful* is what
-the task needs in any implementation: each sentence once through the teacher and once per epoch through the student,
-without padding, with the last layers for [CLS] only.
+FLOPs of matrix products are counted from shapes (`benchmarks.scaling.model.Shape.forward_flops`); a backward pass counts
+as two forward passes. *Executed* is what a contestant computes, padding included. *Useful* is what the task needs in any
+implementation: each sentence once through the teacher and once per epoch through the student, without padding, with the
+last layers for [CLS] only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -24,12 +23,10 @@ _SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768,
 
 def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = 0.4) -> float:
     """Return the FLOP/s of matrix products on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
-    device = device or torch.device("cpu")
-    best = 0.0
+    device, best = device or torch.device("cpu"), 0.0
     for m, k, n in _SIZES:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-        out = a @ b
-        until = time.perf_counter() + seconds
+        out, until = a @ b, time.perf_counter() + seconds
         while time.perf_counter() < until:
             start = time.perf_counter()
             for _ in range(4):
@@ -41,13 +38,12 @@ def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float 
 
 
 def peaks(device: torch.device) -> dict[str, float]:
-    """Return the peak by precision."""
     return {name: peak(getattr(torch, name), device) for name in ("float32", "bfloat16")}
 
 
-def _by_length(shape: Shape, lengths: Iterable[int]) -> float:
-    values, counts = np.unique(np.asarray(lengths), return_counts=True)
-    return sum(int(n) * shape.forward_flops(1, int(length)) for length, n in zip(values, counts, strict=True))
+def _by_length(shape: Shape, lengths_N: np.ndarray) -> float:
+    lengths, counts = np.unique(lengths_N, return_counts=True)
+    return sum(int(n) * shape.forward_flops(1, int(length)) for length, n in zip(lengths, counts, strict=True))
 
 
 def useful(teacher: Shape, student: Shape, tokens: TokenSet, epochs: int) -> tuple[float, float]:
@@ -59,15 +55,14 @@ def executed_by_ours(
     teacher: Shape, student: Shape, tokens: TokenSet, config: Config, ranks: int
 ) -> tuple[float, float]:
     """Return the FLOPs of the same parts as our run executes them, from its batches."""
-    rounded = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # the cache sorts its batches by length
     settings, training = config.train, 0.0
     for rank in range(ranks):
         batches = TrainingBatches(
             tokens, settings.batch_size, settings.micro_batch_size, config.run.seed, rank, ranks, 0
         )
-        for epoch in range(settings.epochs):
-            order = batches.order(epoch)
+        for order in map(batches.order, range(settings.epochs)):
             for step in range(batches.steps):
-                for batch in batches.step(order, step):
-                    training += 3 * student.forward_flops(*batch.input_ids_BL.shape)
-    return _by_length(teacher, rounded), training
+                shapes = (batch.input_ids_BL.shape for batch in batches.step(order, step))
+                training += sum(3 * student.forward_flops(*shape) for shape in shapes)
+    rounded_N = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # the cache sorts its batches by length
+    return _by_length(teacher, rounded_N), training

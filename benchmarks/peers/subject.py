@@ -1,7 +1,6 @@
 """What every contestant trains with, in plain transformers and torch: data, teacher, student, loss, optimizer, scoring.
 
 The settings come from `movie-reviews.yaml`, which our run reads as well. Each contestant times itself with a `Clock`.
-
 Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
 """
 
@@ -22,52 +21,35 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, get_linear_sc
 from benchmarks.scaling.model import Shape
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
-from pkd_dist.data.examples import Split
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
 
+WARMUP = 2
+"""Steps before the clock starts, if only some steps are timed."""
+
 
 class Clock:
-    """A stopwatch that can be stopped and started again."""
+    """A stopwatch that can be stopped and started again; waits for the GPU, if there is one, at each of them."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._since: float | None = None
+    seconds = since = 0.0
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def start(self) -> None:
-        _wait_for_gpu()
-        self._since = time.perf_counter()
+        self.since = self._now()
 
     def stop(self) -> None:
-        if self._since is not None:
-            _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
+        self.seconds += self._now() - self.since
 
     @contextmanager
     def running(self) -> Iterator[None]:
         self.start()
-        try:
-            yield
-        finally:
-            self.stop()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time inside."""
-        was_running = self._since is not None
+        yield
         self.stop()
-        try:
-            yield
-        finally:
-            if was_running:
-                self.start()
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass
@@ -80,11 +62,7 @@ class Tally:
     flops: float = 0.0
 
     def add(self, mask_BL: torch.Tensor, *passes: tuple[Shape, int]) -> None:
-        """Add one batch, padding included.
-
-        Args:
-            passes: (shape of a model, number of forward passes its work equals: 1 for the teacher, 3 for the student).
-        """
+        """Add one batch, padding included. `passes`: shape of a model, and forward passes (3 with backward)."""
         rows, length = mask_BL.shape
         self.steps += 1
         self.rows += rows
@@ -110,22 +88,18 @@ class Measured:
     accuracies: list[float] = field(default_factory=list)
 
 
-def shape_of(config: Any) -> Shape:
+def shape_of(c: Any) -> Shape:
     """Return the shape of a model from its configuration."""
-    return Shape(
-        config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-        config.vocab_size, config.max_position_embeddings, config.type_vocab_size, config.num_labels,
-    )  # fmt: skip
+    return Shape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size,
+                 c.max_position_embeddings, c.type_vocab_size, c.num_labels)  # fmt: skip
 
 
 def adamw(model: torch.nn.Module, weight_decay: float, learning_rate: float, epsilon: float) -> torch.optim.AdamW:
     """Return torch's fused AdamW, with weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, eps=epsilon, fused=True)
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=learning_rate, eps=epsilon, fused=True)
 
 
 class Subject:
@@ -138,31 +112,22 @@ class Subject:
     """
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config, self.layers = config, config.student.layers or ()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(config.teacher.model)
-        task = tasks.resolve(config.task)
-        self.train, self.dev = (
-            self._encode(text.read(config.task.data, split, task, task.classes)) for split in ("train", "dev")
-        )
+        self.train, self.dev = self._encoded("train"), self._encoded("dev")
         self._teacher = load_model(config.teacher.model)
-        layers = config.student.layers
-        assert layers is not None
-        chosen = paired_layers(config.distill.patience, self._teacher.config.num_hidden_layers, len(layers))
+        chosen = paired_layers(config.distill.patience, self._teacher.config.num_hidden_layers, len(self.layers))
         self.pairs = tuple(enumerate(chosen, start=1))
+        self.total_steps = config.train.epochs * -(-len(self.train) // config.train.batch_size)
+        self.warmup_steps = int(self.total_steps * config.train.warmup_ratio)
 
-    def _encode(self, split: Split) -> list[dict[str, Any]]:
+    def _encoded(self, name: str) -> list[dict[str, Any]]:
+        task = tasks.resolve(self.config.task)
+        split = text.read(self.config.task.data, name, task, task.classes)
         encoded = self.tokenizer(*map(list, split.texts), truncation=True, max_length=self.config.task.max_length)
         rows = (dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True))
         return [row | {"labels": int(label)} for row, label in zip(rows, split.labels_N, strict=True)]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train) // self.config.train.batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.train.epochs * self.steps_per_epoch
 
     def collator(self, padded: bool) -> DataCollatorWithPadding:
         """Return a collator that pads to the maximum length if `padded`, else to the longest of a batch."""
@@ -174,12 +139,9 @@ class Subject:
 
     def student(self) -> PreTrainedModel:
         """Seed all generators; return a student made of the teacher's layers, with its dropout."""
-        seed = self.config.run.seed
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        student = take_layers(load_model(self.config.teacher.model), self.config.student.layers or ())
-        return student.to(self.device).train()
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(self.config.run.seed)
+        return take_layers(load_model(self.config.teacher.model), self.layers).to(self.device).train()
 
     def moved(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a batch as a plain dictionary on the device."""
@@ -189,35 +151,20 @@ class Subject:
         settings = self.config.train
         return adamw(model, settings.weight_decay, settings.learning_rate, settings.adam_epsilon)
 
-    def schedule_arguments(self) -> dict[str, int]:
-        return {
-            "num_warmup_steps": int(self.total_steps * self.config.train.warmup_ratio),
-            "num_training_steps": self.total_steps,
-        }
-
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        return get_linear_schedule_with_warmup(optimizer, **self.schedule_arguments())
+        return get_linear_schedule_with_warmup(optimizer, self.warmup_steps, self.total_steps)
 
     def loss(
-        self,
-        logits_BC: torch.Tensor,
-        states_BMH: torch.Tensor,
-        teacher_logits_BC: torch.Tensor,
-        teacher_states_BMH: torch.Tensor,
-        labels_B: torch.Tensor,
-    ) -> torch.Tensor:
+        self, logits_BC: torch.Tensor, states_BMH: torch.Tensor, teacher_logits_BC: torch.Tensor,
+        teacher_states_BMH: torch.Tensor, labels_B: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the loss of the authors' code: (1 - alpha) CE + alpha T^2 KL (mean over examples and classes) + beta
         times the mean squared error of the normalised states."""
-        d = self.config.distill
-        soft = F.kl_div(
-            F.log_softmax(logits_BC.float() / d.temperature, dim=1),
-            F.softmax(teacher_logits_BC.float() / d.temperature, dim=1),
-            reduction="none",
-        ).mean() * (d.temperature**2)
-        hard = F.cross_entropy(logits_BC.float(), labels_B)
-        patience = F.mse_loss(
-            F.normalize(teacher_states_BMH.float(), p=2, dim=2), F.normalize(states_BMH.float(), p=2, dim=2)
-        )
+        d, student, teacher = self.config.distill, logits_BC.float(), teacher_logits_BC.float()
+        log_p, target = F.log_softmax(student / d.temperature, dim=1), F.softmax(teacher / d.temperature, dim=1)
+        soft = F.kl_div(log_p, target, reduction="none").mean() * (d.temperature**2)
+        states, targets = (F.normalize(x.float(), p=2, dim=2) for x in (states_BMH, teacher_states_BMH))
+        hard, patience = F.cross_entropy(student, labels_B), F.mse_loss(targets, states)
         return (1 - d.alpha) * hard + d.alpha * soft + d.beta * patience
 
     @staticmethod
@@ -228,13 +175,12 @@ class Subject:
     @torch.inference_mode()
     def accuracy(self, model: PreTrainedModel) -> float:
         """Return the accuracy on dev; the training mode of the model is restored."""
-        mode, collate = model.training, self.collator(padded=False)
+        mode, collate, right = model.training, self.collator(padded=False), 0
         model.eval()
-        order = sorted(range(len(self.dev)), key=lambda i: len(self.dev[i]["input_ids"]))
-        right = 0
-        for start in range(0, len(order), 64):
-            batch = self.moved(collate([self.dev[i] for i in order[start : start + 64]]))
+        rows = sorted(self.dev, key=lambda row: len(row["input_ids"]))
+        for start in range(0, len(rows), 64):
+            batch = self.moved(collate(rows[start : start + 64]))
             labels_B = batch.pop("labels")
             right += int((model(**batch).logits.argmax(dim=1) == labels_B).sum())
         model.train(mode)
-        return right / len(self.dev)
+        return right / len(rows)

@@ -1,6 +1,6 @@
 """Take one measurement in its own process: python -m benchmarks.peers.worker '{"what": ..., ...}'
 
-Rank 0 writes the output file when all is done.
+Rank 0 writes the output file when all is done. A contestant imports only what it needs, because its memory is measured.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pkd_dist.kernels.allocator import keep_freed_blocks
 
 
 def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
+    settings = given["config"], given["overrides"]
     if what == "engine":
         keep_freed_blocks()  # like the launcher, before torch is imported
-        from benchmarks.peers import engine
+    if what in ("engine", "teacher"):
+        from benchmarks.peers import own
 
-        return engine.measure(given["config"], given["overrides"], given["block"], given["blocks"])
+        return own.engine(*settings, *given["blocks"]) if what == "engine" else own.teacher_pass(*settings)
     import torch
 
     from benchmarks.peers import flops
@@ -28,12 +30,7 @@ def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
 
     if what == "peaks":
         return flops.peaks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    config, steps = load(given["config"], given["overrides"]), given["steps"]
-    if what == "teacher":
-        from benchmarks.peers import teacher
-
-        return teacher.measure(config)
-    subject = Subject(config)
+    subject, steps = Subject(load(*settings)), given["steps"]
     if what == "authors":
         from benchmarks.peers import authors
 
@@ -47,7 +44,7 @@ def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
     return asdict(hf.measure(subject, steps, bf16="bfloat16" in what))
 
 
-def main() -> None:
+if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     found = measure(given["what"], given)
     import torch
@@ -58,12 +55,7 @@ def main() -> None:
 
     ranks = discover()
     if ranks.main:
-        extra = {"threads": torch.get_num_threads(), "ranks": ranks.world_size}
-        write_json(Path(given["output"]), found | extra)
+        write_json(Path(given["output"]), found | {"threads": torch.get_num_threads(), "ranks": ranks.world_size})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     leave(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -106,7 +106,10 @@ def _tables(profiler: Any, seconds: float, steps: int, cuda: bool) -> dict[str, 
         if cuda != is_kernel:
             continue  # on a GPU its kernels count; the host shows as idle time
         own = (event.device_time_total if is_kernel else event.self_cpu_time_total) / 1e6 / steps
-        parents = _parents(event)
+        parents, parent = [], event.cpu_parent
+        while parent is not None:
+            parents.append(parent.name)
+            parent = parent.cpu_parent
         phase = next((name for name in parents if name in PHASES), "backward")
         group = groups.of_kernel(event.name) if is_kernel else groups.of_operation(event.name, parents, phase)
         by_group[group] += own
@@ -115,27 +118,14 @@ def _tables(profiler: Any, seconds: float, steps: int, cuda: bool) -> dict[str, 
         known = by_name.setdefault(event.name, [0.0, 0.0])
         known[0] += own
         known[1] += 1 / steps
-    remainder = seconds / steps - sum(by_group.values())
-    by_group[groups.IDLE if cuda else groups.HOST] = max(0.0, remainder)
+    rest = seconds / steps - sum(by_group.values())
     most = sorted(by_name.items(), key=lambda item: -item[1][0])[:20]
     return {
-        "group_seconds": by_group,
+        "group_seconds": by_group | {groups.IDLE if cuda else groups.HOST: max(0.0, rest)},
         "phase_group_seconds": {} if cuda else by_phase,
-        "operations": [{"name": n[:120], "seconds": s, "calls": c, "group": _group_of(n, cuda)} for n, (s, c) in most],
-        "operations_per_step": sum(c for _, c in by_name.values()),
+        "operations": [{"name": name[:120], "seconds": s, "calls": calls} for name, (s, calls) in most],
+        "operations_per_step": sum(calls for _, calls in by_name.values()),
     }
-
-
-def _group_of(name: str, cuda: bool) -> str:
-    return groups.of_kernel(name) if cuda else groups.of_operation(name, (), "")
-
-
-def _parents(event: Any) -> list[str]:
-    names, parent = [], event.cpu_parent
-    while parent is not None:
-        names.append(parent.name)
-        parent = parent.cpu_parent
-    return names
 
 
 def main() -> None:

@@ -58,12 +58,11 @@ def multiply(source: Path, folder: Path, factor: int) -> None:
                 file.write("\t".join(fields) + "\n")
 
 
-def of_ranks(watched: watch.Watched) -> dict[str, float]:
-    """Return the maximum over the ranks of each kind of memory, in bytes, and the contention of the cores."""
+def of_ranks(watched: watch.Watched, seconds_per_example: float) -> dict[str, float]:
+    """Return the maximum over the ranks of each kind of memory, in bytes, and the time of an example."""
     ranks = [asdict(found) for found in watched.memory.values() if watch.is_rank(found.command)]
-    names = ("peak", "anonymous", "file", "shared", "proportional")
-    largest = {f"{name}_bytes": max(found[name] for found in ranks) for name in names}
-    return largest | {"waiting_share": watched.waiting_share}
+    largest = {f"{name}_bytes": max(found[name] for found in ranks) for name in ("peak", "anonymous", "file")}
+    return largest | {"waiting_share": watched.waiting_share, "seconds_per_example": seconds_per_example}
 
 
 @dataclass(frozen=True)
@@ -71,64 +70,44 @@ class Size:
     """One size of the data. `overrides`: settings of the run, including its teacher."""
 
     output: Path
-    source: Path
     factor: int
     ranks: int
-    steps: int
     overrides: list[str]
 
-    @property
-    def data(self) -> Path:
-        return self.output / f"data-{self.factor}"
-
-    @property
-    def run(self) -> Path:
-        return self.output / f"run-{self.factor}"
-
-    def measure(self) -> dict[str, Any]:
+    def measure(self, source: Path, steps: int) -> dict[str, Any]:
         """Run the stages of this size. Raises UserError if one fails."""
-        remove(self.run)
-        multiply(self.source, self.data, self.factor)
-        watched = self._stages("data,teacher", 0)
-        data, meta = (
-            json.loads((self.run / name).read_text()) for name in ("stages/data.json", "data/train/meta.json")
-        )
-        examples = data["outputs"]["train"]["examples"]
-        out: dict[str, Any] = {
-            "factor": self.factor, "examples": examples, "tokens": meta["tokens"],
-            "token_bytes": _size(self.run / "data/train"),
-            "data": of_ranks(watched) | {"seconds_per_example": data["seconds"] / examples},
-        }  # fmt: skip
-        watched = self._stages("data,teacher,cache", self.ranks)
-        seconds = json.loads((self.run / "stages/cache.json").read_text())["seconds"]
-        out["cache_bytes"] = _size(self.run / "cache")
-        out["cache"] = of_ranks(watched) | {"seconds_per_example": seconds / examples}
-        watched = self._stages("data,teacher,cache,init,distill", self.ranks, self.steps)
-        paces = [1 / r["samples_per_second"] for r in read(self.run / "metrics.jsonl") if "split" not in r]
-        settled = paces[min(SETTLED, len(paces) // 2) :]
-        out["distill"] = of_ranks(watched) | {
-            "steps": len(paces), "seconds_per_example": float(np.median(settled)),
-        }  # fmt: skip
-        remove(self.run)
-        remove(self.data)
-        return out
-
-    def _stages(self, stages: str, ranks: int, stop_after: int | None = None) -> watch.Watched:
-        metrics = self.run / "metrics.jsonl"
+        data, run = self.output / f"data-{self.factor}", self.output / f"run-{self.factor}"
+        remove(run)
+        multiply(source, data, self.factor)
+        settings = [*self.overrides, f"task.data={data}", f"run.dir={run}", "metrics.enabled=false"]
 
         def enough() -> bool:
-            return stop_after is not None and metrics.exists() and metrics.read_bytes().count(b"\n") >= stop_after
+            return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
 
-        argv = command(
-            "--config", common.CONFIG, *self.overrides, f"task.data={self.data}", f"run.dir={self.run}",
-            "metrics.enabled=false", "--stages", stages, ranks=ranks,
-        )  # fmt: skip
-        log_file = self.output / "logs" / f"{self.factor}-{stages.rpartition(',')[2]}.log"
-        return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, True, enough)
+        def stages(names: str, ranks: int) -> watch.Watched:
+            argv = command("--config", common.CONFIG, *settings, "--stages", names, ranks=ranks)
+            log_file = self.output / "logs" / f"{self.factor}-{names.rpartition(',')[2]}.log"
+            return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
 
+        def known(path: str) -> dict[str, Any]:
+            return json.loads((run / path).read_text())
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        watched = stages("data,teacher", 0)
+        examples = known("stages/data.json")["outputs"]["train"]["examples"]
+        out: dict[str, Any] = {
+            "factor": self.factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
+            "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),
+        }  # fmt: skip
+        watched = stages("data,teacher,cache", self.ranks)
+        out["cache"] = of_ranks(watched, known("stages/cache.json")["seconds"] / examples)
+        out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
+        watched = stages("data,teacher,cache,init,distill", self.ranks)
+        paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]
+        settled = float(np.median(paces[min(SETTLED, len(paces) // 2) :]))
+        out["distill"] = of_ranks(watched, settled) | {"steps": len(paces)}
+        remove(run)
+        remove(data)
+        return out
 
 
 def main() -> None:
@@ -150,8 +129,8 @@ def main() -> None:
             kept = output / f"memory-{factor}-ranks-{options.ranks}.json"
             if not kept.exists():
                 log.info("scaling: %d times the data", factor)
-                size = Size(output, project_path(options.data), factor, options.ranks, options.steps, overrides)
-                write_json(kept, size.measure())
+                size = Size(output, factor, options.ranks, overrides)
+                write_json(kept, size.measure(project_path(options.data), options.steps))
             sizes.append(json.loads(kept.read_text()))
         settings = {
             "ranks": max(1, options.ranks), "overrides": options.overrides,

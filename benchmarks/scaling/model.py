@@ -32,8 +32,7 @@ class Shape:
     def forward_flops(self, rows: int, length: int, cls_only: bool = True) -> float:
         """Return the FLOPs of the matrix products of a forward pass, 2 per multiply-add.
 
-        Args:
-            cls_only: the last layer computes [CLS] alone, as the project's encoder does; else all tokens.
+        With `cls_only` the last layer computes [CLS] alone, as the project's encoder does; else all tokens.
         """
         h, i = self.hidden, self.intermediate
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
@@ -58,18 +57,15 @@ BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the end of backward. `bucket`: reserved by DeepSpeed to reduce gradients in."""
+    """Bytes of one rank. kept: weights, gradients, optimizer. gathered: weights of other ranks. bucket: to reduce in."""
 
-    weights: float
-    gradients: float
-    optimizer: float
+    kept: float
     gathered: float
     bucket: float
 
     @property
     def model(self) -> float:
-        """Everything but the bucket."""
-        return self.weights + self.gradients + self.optimizer + self.gathered
+        return self.kept + self.gathered
 
 
 def zero_memory(parameters: int, stage: int, precision: str, ranks: int, bucket: int = BUCKET_ELEMENTS) -> Memory:
@@ -83,41 +79,26 @@ def zero_memory(parameters: int, stage: int, precision: str, ranks: int, bucket:
     weight, gradient = PRECISIONS[precision]
     shard = parameters / ranks
     optimizer = 8 if stage == 0 and precision == "autocast" else 12
-    return Memory(
-        weights=weight * (shard if stage == 3 else parameters),
-        gradients=gradient * (parameters if stage < 2 else shard),
-        optimizer=optimizer * (parameters if stage == 0 else shard),
-        gathered=weight * parameters if stage == 3 and ranks > 1 else 0,
-        bucket=gradient * bucket if stage >= 2 else 0,
-    )
+    kept = weight * (shard if stage == 3 else parameters) + gradient * (parameters if stage < 2 else shard)
+    kept += optimizer * (parameters if stage == 0 else shard)
+    gathered = weight * parameters if stage == 3 and ranks > 1 else 0
+    return Memory(kept, gathered, gradient * bucket if stage >= 2 else 0)
 
 
-@dataclass(frozen=True)
-class Messages:
-    """Collectives of a step: `calls` of one kind, which carry `models` times the bytes of all weights."""
-
-    kind: str
-    models: float
-    calls: int
-
-
-def zero_messages(stage: int, layers: int, micro_batches: int) -> list[Messages]:
-    """Return the collectives of a step.
+def zero_messages(stage: int, layers: int, micro_batches: int) -> list[tuple[str, float, int]]:
+    """Return the collectives of a step: kind, bytes as a multiple of the bytes of all weights, number of calls.
 
     Differences from the paper, as counted: stages 1 and 2 all-reduce all gradients and then gather the weights, 3 times
     (n-1)/n of the model instead of 2. Stage 3 gathers the model once per micro-batch, in one call, instead of twice,
     and after the step gathers each parameter below `stage3_param_persistence_threshold` (biases, LayerNorms) alone.
     """
     if stage == 0:
-        return [Messages("all_reduce", 1, 1)]
+        return [("all_reduce", 1, 1)]
     if stage < 3:
         times = micro_batches if stage == 2 else 1
-        return [Messages("all_reduce", times, times), Messages("all_gather", 1, 2)]
-    return [
-        Messages("all_gather", micro_batches, micro_batches),
-        Messages("all_gather", 0, 10 * layers + 6),
-        Messages("reduce_scatter", micro_batches, micro_batches),
-    ]
+        return [("all_reduce", times, times), ("all_gather", 1, 2)]
+    passes = [(kind, float(micro_batches), micro_batches) for kind in ("all_gather", "reduce_scatter")]
+    return [*passes, ("all_gather", 0, 10 * layers + 6)]
 
 
 def wire_bytes(kind: str, payload_bytes: float, ranks: int) -> float:
@@ -129,23 +110,11 @@ def wire_bytes(kind: str, payload_bytes: float, ranks: int) -> float:
 def step_wire_bytes(shape: Shape, stage: int, precision: str, ranks: int, micro_batches: int = 1) -> float:
     """Return the bytes that one rank sends in one optimizer step."""
     model = PRECISIONS[precision][1] * shape.parameters
-    return sum(wire_bytes(m.kind, m.models * model, ranks) for m in zero_messages(stage, shape.layers, micro_batches))
-
-
-def activation_bytes(shape: Shape, tokens: int, per_layer: float, rest: float) -> float:
-    """Return the bytes kept for backward.
-
-    Args:
-        per_layer, rest: bytes per token and unit of hidden size of a full layer, and of everything else; counted.
-    """
-    return tokens * shape.hidden * (per_layer * (shape.layers - 1) + rest)
+    messages = zero_messages(stage, shape.layers, micro_batches)
+    return sum(wire_bytes(kind, times * model, ranks) for kind, times, _ in messages)
 
 
 def cache_row_bytes(pairs: int, hidden: int, classes: int, value_bytes: int = 2, tokens: float | None = None) -> float:
-    """Return the bytes of a row of the teacher cache: id, logits, states.
-
-    Args:
-        tokens: mean length, if the states of all tokens are kept.
-    """
+    """Return the bytes of a row of the teacher cache: id, logits, states. `tokens`: mean length, if all are kept."""
     states = pairs * hidden * value_bytes
     return 8 + classes * value_bytes + (states if tokens is None else tokens * states + 8)

@@ -8,23 +8,13 @@ The arithmetic is in model.py; counts of real steps are in benchmarks/results/sc
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-from benchmarks.common import DOCS, RESULTS, read_json, table
-from benchmarks.scaling.model import (
-    PRECISIONS,
-    activation_bytes,
-    bert,
-    cache_row_bytes,
-    minilm,
-    step_wire_bytes,
-    wire_bytes,
-    zero_memory,
-    zero_messages,
-)
+from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
+from benchmarks.scaling.model import PRECISIONS, bert, cache_row_bytes, step_wire_bytes, zero_memory
 from benchmarks.scaling.shuffle import ORDERS, Settings
 
 DOCUMENT = DOCS / "scaling.md"
@@ -45,12 +35,6 @@ def simulation() -> dict[str, Any]:
     return read_json(RESULTS / "scaling_shuffle.json")
 
 
-def counted(config: str, ranks: int, layers: int = 3, accumulation: int = 1) -> dict[str, Any]:
-    """Return the counts of a real step with these settings."""
-    wanted = {"config": config, "ranks": ranks, "layers": layers, "accumulation": accumulation}
-    return next(step for step in constants()["steps"] + constants()["counted"] if wanted.items() <= step.items())
-
-
 def number(value: Any) -> str:
     """Return a number with three significant digits; a text as it is."""
     if isinstance(value, str):
@@ -62,64 +46,28 @@ def numbers(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return table(head, ([number(cell) for cell in row] for row in rows))
 
 
-def precision_of(config: str) -> str:
-    return "bf16" if "bf16" in config else "autocast"
-
-
-def check_memory() -> str:
-    rows = []
-    configs = [(f"zero{stage}", n) for stage in range(4) for n in (1, 2, 4)]
-    for config, ranks in [*configs, *((f"zero{stage}_bf16", 2) for stage in range(4))]:
-        got = counted(config, ranks)
-        expected = zero_memory(minilm(3).parameters, int(config[4]), precision_of(config), ranks)
-        rows.append((f"`{config}`", str(ranks), expected.model / 1e6, got["backward_bytes"] / 1e6,
-                     expected.model / got["backward_bytes"], expected.bucket / 1e9, got["bucket_bytes"] / 1e9))  # fmt: skip
-    head = ("config", "ranks", "computed, MB", "counted, MB", "ratio", "bucket computed, GB", "bucket counted, GB")
-    return numbers(head, rows)
-
-
-def check_bytes() -> str:
-    names = {"allreduce": "all_reduce", "allgather_base": "all_gather", "reduce_scatter_base": "reduce_scatter"}
-    cases = [(f"zero{stage}", 3, micro) for micro in (1, 2) for stage in range(4)]
-    cases += [*((f"zero{stage}_bf16", 3, 1) for stage in range(4)), ("zero3", 6, 1)]
-    rows = []
-    for config, layers, micro in cases:
-        got, stage = counted(config, 2, layers, micro), int(config[4])
-        expected = step_wire_bytes(minilm(layers), stage, precision_of(config), 2, micro)
-        sent = sum(wire_bytes(names[k], v, 2) for k, v in got["payload_bytes"].items())
-        calls = sum(m.calls for m in zero_messages(stage, layers, micro))
-        rows.append((f"`{config}`", str(layers), str(micro), expected / 1e6, sent / 1e6, expected / sent,
-                     f"{calls} / {sum(got['collectives'].values())}"))  # fmt: skip
-    head = ("config", "layers", "micro-batches", "computed, MB", "counted, MB", "ratio", "calls computed / counted")
-    return numbers(head, rows)
-
-
 def memory() -> str:
     rows = []
-    for layers in (3, 6, 12):
-        for precision in PRECISIONS:
-            for stage in range(4):
-                cells = [zero_memory(bert(layers).parameters, stage, precision, n) for n in (1, 8, 256)]
-                rows.append(
-                    (f"{layers}", precision, str(stage), *(c.model / 1e9 for c in cells), cells[0].bucket / 1e9)
-                )
+    for layers, precision, stage in itertools.product((3, 6, 12), PRECISIONS, range(4)):
+        cells = [zero_memory(bert(layers).parameters, stage, precision, n) for n in (1, 8, 256)]
+        rows.append((f"{layers}", precision, str(stage), *(c.model / 1e9 for c in cells), cells[0].bucket / 1e9))
     return numbers(("layers", "precision", "ZeRO", "1 GPU", "8", "256", "plus the bucket"), rows)
 
 
 def activations() -> str:
-    saved = constants()["counts"]["saved_per_layer"], constants()["counts"]["saved_rest"]
-    sizes, depths = (64, 512, 4096), (3, 6, 12)
-    rows = [(str(d), *(activation_bytes(bert(d), n * LENGTH, *saved) / 1e9 for n in sizes)) for d in depths]
+    """Bytes kept for backward, from counts of bytes per token and unit of hidden size, by layer and elsewhere."""
+    layer, rest = constants()["counts"]["saved_per_layer"], constants()["counts"]["saved_rest"]
+    sizes = (64, 512, 4096)
+    rows = [(str(d), *(n * LENGTH * 768 * (layer * (d - 1) + rest) / 1e9 for n in sizes)) for d in (3, 6, 12)]
     return numbers(("layers", *(f"{n:,} rows" for n in sizes)), rows)
 
 
 def wire() -> str:
     cases = (("autocast", 2, 1), ("autocast", 8, 1), ("autocast", 256, 1), ("autocast", 256, 4), ("bf16", 256, 1))
-    rows = [
-        (str(d), str(stage), *(step_wire_bytes(bert(d), stage, p, n, a) / 1e6 for p, n, a in cases))
-        for d in (3, 6, 12)
-        for stage in range(4)
-    ]
+    rows = []
+    for layers, stage in itertools.product((3, 6, 12), range(4)):
+        cells = (step_wire_bytes(bert(layers), stage, p, n, a) / 1e6 for p, n, a in cases)
+        rows.append((str(layers), str(stage), *cells))
     return numbers(("layers", "ZeRO", "2 GPUs", "8", "256", "256, 4 micro-batches", "256, bf16"), rows)
 
 
@@ -186,19 +134,10 @@ def storage() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "memory": memory, "check-memory": check_memory, "activations": activations, "wire": wire, "check-bytes": check_bytes,
+    "memory": memory, "activations": activations, "wire": wire,
     "cache-size": cache_size, "mixing": mixing, "reading": reading, "storage": storage,
 }  # fmt: skip
 
 
-def filled(document: str) -> str:
-    """Return the document with every table written again."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", fill, document, flags=re.DOTALL)
-
-
 if __name__ == "__main__":
-    DOCUMENT.write_text(filled(DOCUMENT.read_text()))
+    write_page(DOCUMENT, TABLES)

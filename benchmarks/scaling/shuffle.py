@@ -62,8 +62,7 @@ class Settings:
 
 def make_lengths(rows: int, deciles: list[float], seed: int) -> np.ndarray:
     """Return token lengths, distributed as those of the embedded data."""
-    out = np.empty(rows, dtype=np.int64)
-    rng = np.random.default_rng([seed, 2])
+    out, rng = np.empty(rows, dtype=np.int64), np.random.default_rng([seed, 2])
     for start in range(0, rows, 1 << 22):
         part = out[start : start + (1 << 22)]
         part[:] = np.interp(rng.random(len(part)), np.linspace(0, 1, len(deciles)), deciles)
@@ -79,9 +78,8 @@ def present_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np
 
 def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
     """Yield the order by whole shards, window by window; only the last piece has a short batch."""
-    rng = np.random.default_rng([s.seed, epoch])
+    rng, tail = np.random.default_rng([s.seed, epoch]), []
     shards = rng.permutation(s.shards)
-    tail = []
     for start in range(0, s.shards, s.lanes * s.window):
         chosen = shards[start : start + s.lanes * s.window]
         rows = (chosen[:, None] * s.shard_rows + np.arange(s.shard_rows)).reshape(-1)
@@ -95,10 +93,9 @@ def sharded_order(s: Settings, lengths_N: np.ndarray, epoch: int) -> Iterator[np
 
 def _bucketed(lanes_KL: np.ndarray, s: Settings, lengths_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sort each lane by length inside pools of batches, then shuffle the batches."""
-    deep = s.batch // s.lanes
-    out = np.empty(lanes_KL.shape, dtype=np.int64)
-    for start in range(0, len(lanes_KL), POOL_BATCHES * deep):
-        pool_KL = lanes_KL[start : start + POOL_BATCHES * deep]
+    out, deep = np.empty(lanes_KL.shape, dtype=np.int64), POOL_BATCHES * (s.batch // s.lanes)
+    for start in range(0, len(lanes_KL), deep):
+        pool_KL = lanes_KL[start : start + deep]
         by_length_KL = np.argsort(lengths_N[pool_KL], axis=0, kind="stable")
         out[start : start + len(pool_KL)] = np.take_along_axis(pool_KL, by_length_KL, axis=0)
     batches = out.reshape(-1, s.batch)
@@ -111,50 +108,38 @@ ORDERS = {"present": present_order, "sharded": sharded_order}
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
     """Return statistics of one epoch; `expected_in_uniform` has their values for a uniform shuffle.
 
-    Args:
-        first_N: int32; filled with the position of every row in epoch 0, compared with the positions in later epochs.
-
-    Returns:
-        every_row_once: 1 if so, else 0.
-        rank_correlation_with_cache: Spearman's, of the position in the epoch and in the cache.
-        rank_correlation_of_epochs: Spearman's, of the positions in this epoch and in epoch 0.
-        mean_distance: between neighbours in a batch, in the cache, as a share of it.
-        batch_mean_variance: of the batches' mean position in the cache, over that of independent draws: the effect on
-            a label sorted along the cache. (Ids are hashes of the text, so no label is.)
-        met_again: neighbours in a batch that shared a batch in epoch 0, over the expected number.
-        shards_of_batch: different shards in a batch, mean over some hundreds.
+    every_row_once: 1 if so. rank_correlation_*: Spearman's, of the position in the epoch with that in the cache, or in
+    epoch 0. mean_distance: of neighbours in a batch, in the cache, as a share of it. batch_mean_variance: of the batches'
+    mean position in the cache, over that of independent draws: the effect on a label sorted along the cache (ids are
+    hashes of the text, so no label is). met_again: neighbours in a batch that shared a batch in epoch 0, over the
+    expected number. shards_of_batch: different shards in a batch, mean over some hundreds. `first_N` (int32) is filled
+    with the position of every row in epoch 0.
     """
-    seen, position = np.zeros(s.rows, dtype=bool), 0
+    seen, position, means, shards = np.zeros(s.rows, dtype=bool), 0, [], []
     with_cache = with_first = distance = neighbours = together = 0.0
-    means: list[np.ndarray] = []
-    shards: list[int] = []
     for piece in pieces:
         seen[piece] = True
-        here = np.arange(position, position + len(piece))
-        with_cache += float(np.square((piece - here).astype(np.float64)).sum())
-        if epoch == 0:
-            first_N[piece] = here
-        else:
-            with_first += float(np.square((first_N[piece] - here).astype(np.float64)).sum())
-        full = len(piece) // s.batch
+        here, full = np.arange(position, position + len(piece)), len(piece) // s.batch
         batches = piece[: full * s.batch].reshape(full, s.batch)
+        with_cache += float(np.square((piece - here).astype(np.float64)).sum())
+        if epoch:
+            with_first += float(np.square((first_N[piece] - here).astype(np.float64)).sum())
+            first = first_N[batches] // s.batch
+            together += float((first[:, 1:] == first[:, :-1]).sum())
+        else:
+            first_N[piece] = here
         means.append(batches.mean(axis=1))
         distance += float(np.abs(np.diff(batches, axis=1)).sum())
         neighbours += full * (s.batch - 1)
-        if epoch:
-            first = first_N[batches] // s.batch
-            together += float((first[:, 1:] == first[:, :-1]).sum())
         shards += [len(np.unique(batch // s.shard_rows)) for batch in batches[:: max(1, full // 16)]]
         position += len(piece)
     cube = s.rows * (s.rows**2 - 1.0)
     variance = np.square((np.concatenate(means) + 0.5) / s.rows - 0.5).mean()
     out = {
-        "every_row_once": float(position == s.rows and seen.all()),
-        "rank_correlation_with_cache": 1 - 6 * with_cache / cube,
-        "mean_distance": distance / neighbours / s.rows,
+        "every_row_once": float(position == s.rows and seen.all()), "mean_distance": distance / neighbours / s.rows,
+        "rank_correlation_with_cache": 1 - 6 * with_cache / cube, "shards_of_batch": float(np.mean(shards)),
         "batch_mean_variance": float(variance * 12 * s.batch),
-        "shards_of_batch": float(np.mean(shards)),
-    }
+    }  # fmt: skip
     if epoch:
         out["rank_correlation_of_epochs"] = 1 - 6 * with_first / cube
         out["met_again"] = together / (neighbours * (s.batch - 1) / (s.rows - 1))
@@ -163,14 +148,10 @@ def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch
 
 def expected_in_uniform(s: Settings) -> dict[str, float]:
     return {
-        "every_row_once": 1.0,
-        "rank_correlation_with_cache": 0.0,
-        "mean_distance": 1 / 3,
-        "batch_mean_variance": 1.0 - s.batch / s.rows,
+        "every_row_once": 1.0, "rank_correlation_with_cache": 0.0, "rank_correlation_of_epochs": 0.0,
+        "mean_distance": 1 / 3, "batch_mean_variance": 1.0 - s.batch / s.rows, "met_again": 1.0,
         "shards_of_batch": s.shards * (1 - (1 - 1 / s.shards) ** s.batch),
-        "rank_correlation_of_epochs": 0.0,
-        "met_again": 1.0,
-    }
+    }  # fmt: skip
 
 
 def expected_batch_mean_variance(s: Settings) -> float:
@@ -182,62 +163,50 @@ def expected_batch_mean_variance(s: Settings) -> float:
 def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ranks: int) -> dict[str, float]:
     """Return how rows, tokens and shards fall on the ranks, each of which takes every `ranks`-th row of a batch.
 
-    Returns:
-        padding: tokens computed (the longest of a rank's share, rounded up) over real ones.
-        slowest_rank: computed tokens of the fullest rank over the mean, mean over steps.
-        tokens_spread: largest over smallest number of real tokens of a rank in the epoch.
-        shard_reads: how often a rank opens a shard if it keeps all shards of a piece: (window, rank, shard) triples.
+    padding: tokens computed (the longest of a rank's share, rounded up) over real ones. slowest_rank: computed tokens of
+    the fullest rank over the mean, mean over steps. tokens_spread: largest over smallest number of real tokens of a rank.
+    shard_reads: how often a rank opens a shard if it keeps all shards of a piece.
     """
     tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
     for piece in pieces:
         full = len(piece) // s.batch
         rows_TBR = piece[: full * s.batch].reshape(full, s.batch // ranks, ranks)
-        lengths = lengths_N[rows_TBR]
+        lengths, shards_TBR = lengths_N[rows_TBR], rows_TBR // s.shard_rows
         tokens_R += lengths.sum(axis=(0, 1))
         longest_TR = -(-lengths.max(axis=1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         computed += float(longest_TR.sum()) * (s.batch // ranks)
         slowest += float((longest_TR.max(axis=1) / longest_TR.mean(axis=1)).sum())
         steps += full
-        shards_TBR = rows_TBR // s.shard_rows
         for r in range(ranks):
             opened = np.zeros(s.shards, dtype=bool)
             opened[shards_TBR[:, :, r]] = True
             reads += int(opened.sum())
     return {
-        "padding": computed / float(tokens_R.sum()),
-        "slowest_rank": slowest / steps,
-        "tokens_spread": float(tokens_R.max() / tokens_R.min()),
-        "shard_reads": reads,
-    }
+        "padding": computed / float(tokens_R.sum()), "slowest_rank": slowest / steps,
+        "tokens_spread": float(tokens_R.max() / tokens_R.min()), "shard_reads": reads,
+    }  # fmt: skip
 
 
 def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
     """Yield whether each access misses an LRU cache of `capacity` blocks; exact."""
     held: OrderedDict[int, None] = OrderedDict()
     for block in accesses:
-        hit = block in held
-        if hit:
-            held.move_to_end(block)
-        else:
-            held[block] = None
-            if len(held) > capacity:
-                held.popitem(last=False)
-        yield not hit
+        yield block not in held
+        held[block] = None
+        held.move_to_end(block)
+        if len(held) > capacity:
+            held.popitem(last=False)
 
 
 def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, seed: int) -> float:
     """Return the blocks that a node reads in its third epoch, per row it uses, under a global permutation; exact LRU.
 
-    Args:
-        rows: of a cache small enough to simulate: the result depends on ratios only.
-        share_cached: page cache of a node over the teacher cache.
-        nodes: that share the rows of an epoch.
+    The result depends on ratios only, so `rows` can be few. `share_cached`: page cache of a node over the teacher cache.
     """
-    rng = np.random.default_rng(seed)
-    epochs = [rng.permutation(rows)[: rows // nodes] // rows_per_block for _ in range(3)]
-    capacity = max(1, round(share_cached * rows / rows_per_block))
-    missed = list(lru_misses(np.concatenate(epochs).tolist(), capacity))
-    return sum(missed[-(rows // nodes) :]) / (rows // nodes)
+    rng, used = np.random.default_rng(seed), rows // nodes
+    epochs = [rng.permutation(rows)[:used] // rows_per_block for _ in range(3)]
+    missed = list(lru_misses(np.concatenate(epochs).tolist(), max(1, round(share_cached * rows / rows_per_block))))
+    return sum(missed[-used:]) / used
 
 
 def peak_bytes() -> int:
@@ -259,8 +228,7 @@ def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
         if epoch == 0:
             out["ranks"] = {str(n): balance(pieces, s, lengths_N, n) for n in (8, 64, 256)}
         del pieces
-    out["process_peak_bytes"] = peak_bytes()
-    return out
+    return out | {"process_peak_bytes": peak_bytes()}
 
 
 def main() -> None:
@@ -269,9 +237,8 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_shuffle.json")
     given = vars(parser.parse_args())
-    output, s = given.pop("output"), Settings(**given)
+    output, s, start = given.pop("output"), Settings(**given), time.perf_counter()
     deciles = read_json(RESULTS / "scaling_constants.json")["teacher"]["length_deciles"]
-    start = time.perf_counter()
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards},
         "uniform": expected_in_uniform(s), "expected_batch_mean_variance": expected_batch_mean_variance(s),
@@ -285,9 +252,8 @@ def main() -> None:
          "blocks_per_row": page_cache(240_000, k, share, nodes, 0)}
         for k in (1, 40) for nodes in (1, 4) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
     ]  # fmt: skip
-    result["wall_seconds"] = time.perf_counter() - start
-    write_json(output, result)
-    print(f"{output}: {result['wall_seconds']:.0f} s")
+    write_json(output, result | {"wall_seconds": time.perf_counter() - start})
+    print(f"{output}: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Startup:
             new[:] = [r for r in read(run / "metrics.jsonl") if r["step"] not in known and "split" not in r]
             return len(new) >= steps
 
-        watched = watch.run_checked("scaling", argv, self._log(name), ranks, False, 0.1, False, enough)
+        watched = watch.run_checked("scaling", argv, self._log(name), ranks, False, 0.1, enough)
         if not watched.stopped:
             raise UserError(f"scaling: startup-{name} ended before it was stopped; see {self._log(name)}")
         return new[0]["time"] - watched.started

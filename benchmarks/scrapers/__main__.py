@@ -51,15 +51,12 @@ def run(folder: Path, port: int, hidden: int) -> Iterator[Path]:
         write_tsv(folder / f"data/{split}.tsv", equal_sentences(count, len(split)))
     never = 10**6
     settings = {
-        "run": {"dir": str(folder / "run")},
+        "run": {"dir": str(folder / "run")}, "metrics": {"port": port}, "student": {"layers": [1, 3, 5]},
         "task": {"name": "sst2", "data": str(folder / "data"), "max_length": 64},
         "teacher": {"model": str(body), "finetune": {"epochs": 1}},
-        "student": {"layers": [1, 3, 5]},
         "train": {"epochs": never, "batch_size": 32, "deepspeed": "ds_configs/zero1_fp32.json"},
-        "checkpoint": {"every_steps": 10**9},
-        "evaluate": {"every_epochs": never},
-        "metrics": {"port": port},
-    }
+        "checkpoint": {"every_steps": 10**9}, "evaluate": {"every_epochs": never},
+    }  # fmt: skip
     with open(folder / "log", "wb") as log:
         argv = command("--config", write_config(settings, folder))
         process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=log, stderr=log)
@@ -130,18 +127,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     without, beside = (percentiles(durations[on]) for on in (False, True))
     machine = stamp()
     return {
-        "date": machine.pop("date"),
-        "machine": machine | {"python": platform.python_version()},
+        "date": machine.pop("date"), "machine": machine | {"python": platform.python_version()},
         "settings": {name: value for name, value in vars(options).items() if name != "output"},
         "steps": {"without": len(durations[False]), "beside": len(durations[True])},
-        "step_ms_without": without,
-        "step_ms_beside": beside,
+        "step_ms_without": without, "step_ms_beside": beside,
         "change_percent": {name: 100 * (beside[name] / without[name] - 1) for name in without},
-        "change_percent_of_pairs": changes,
-        "median_change_percent_of_pairs": statistics.median(changes),
-        "scrapes_answered": len(took),
-        "scrape_ms": percentiles(took),
-    }
+        "change_percent_of_pairs": changes, "median_change_percent_of_pairs": statistics.median(changes),
+        "scrapes_answered": len(took), "scrape_ms": percentiles(took),
+    }  # fmt: skip
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

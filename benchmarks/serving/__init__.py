@@ -1,1 +1,1 @@
-"""Latency, throughput and steadiness of what a run exports."""
+"""Latency, throughput and load of an export."""

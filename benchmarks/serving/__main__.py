@@ -1,4 +1,4 @@
-"""`make bench-serving`: what the export of a finished run gains, and how `pkd serve` bears 64 clients for a minute.
+"""`make bench-serving`: speed and accuracy of the export of a finished run, and `pkd serve` under 64 clients.
 
 Example: python -m benchmarks.serving --run runs/demo
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,91 +16,75 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.common import DOCS, RESULTS, run_program
 from benchmarks.serving.load import load, server
-from benchmarks.serving.measure import accuracies, cores, measure
+from benchmarks.serving.measure import accuracies, measure
 from benchmarks.serving.report import write
+from benchmarks.watch import cores
 from pkd_dist.data.tokens import open_tokens
-from pkd_dist.errors import UserError
-from pkd_dist.evaluation.metrics import agreement, wilson_interval
+from pkd_dist.evaluation.metrics import agreement, interval
 from pkd_dist.evaluation.speed import machine
 from pkd_dist.export import manifest
-from pkd_dist.export.runtime import ONNX_FILES
+from pkd_dist.export.build import ONNX_FILES
+from pkd_dist.files import write_json
 
 TEACHER, STUDENT = "teacher, PyTorch", "student, PyTorch"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.serving", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished run of a classification task")
     parser.add_argument("--requests", type=int, default=500, help="single sentences timed for each model")
-    parser.add_argument("--load-seconds", type=float, default=60.0, help="of 64 clients; 0: none")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/serving.json"))
-    parser.add_argument(
-        "--page", type=Path, default=Path("docs/serving.md"), help="its table and its plot are replaced"
-    )
-    asked = parser.parse_args()
-    try:
-        results = run(asked.run, asked.requests, asked.load_seconds)
-    except UserError as error:
-        print(f"benchmarks.serving: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
-    asked.results.write_text(json.dumps(results, indent=1) + "\n")
-    write(results, asked.page)
-    print(f"results: {asked.results}\npage:    {asked.page}")
+    parser.add_argument("--load-seconds", type=float, default=60.0, help="of the load by 64 clients; 0: none")
+    parser.add_argument("--results", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "serving.md", help="page whose table and plot are replaced")
+    options = parser.parse_args()
+
+    def work() -> None:
+        results = run(options.run, options.requests, options.load_seconds)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.results, results)
+        write(results, options.page)
+        print(f"results: {options.results}\npage:    {options.page}")
+
+    run_program(work)
 
 
 def run(folder: Path, requests: int, load_seconds: float) -> dict[str, Any]:
-    """Everything that stands in the results."""
-    made = manifest.verify(folder / "export")
+    """Return all results."""
+    export, dev = folder / "export", folder / "data/dev"
+    made, labels_N = manifest.verify(export), np.asarray(open_tokens(dev).labels_N)
     teacher = Path(json.loads((folder / "stages/teacher.json").read_text())["outputs"]["folder"])
-    models = {TEACHER: teacher, STUDENT: folder / "export"}
-    models |= {
-        f"student, {name}": folder / "export" / file for name, file in ONNX_FILES.items() if file in made["files"]
-    }
-    dev, tokenizer = folder / "data/dev", folder / "export"
-    labels_N = np.asarray(open_tokens(dev).labels_N)
-    results: dict[str, Any] = {
-        "taken": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
-        "task": made["task"],
-        "examples": len(labels_N),
-        "requests": requests,
-        "models": {},
-    }
-    found = accuracies(models, tokenizer, dev)
-    for name, logits_NC in found.items():
-        share = float((logits_NC.argmax(1) == labels_N).mean())
-        path = models[name]
-        size = (path / "model.safetensors" if path.is_dir() else path).stat().st_size
-        results["models"][name] = {
-            "accuracy": share, "accuracy_interval_95": list(wilson_interval(share, len(labels_N))),
-            "agreement_with_teacher": agreement(logits_NC, found[TEACHER]), "bytes": size,
+    onnx = {f"student, {name}": export / file for name, file in ONNX_FILES.items() if file in made["files"]}
+    paths = {TEACHER: teacher, STUDENT: export} | onnx
+    logits, models = accuracies(paths, export, dev), {}
+    for name, path in paths.items():
+        share = float((logits[name].argmax(1) == labels_N).mean())
+        models[name] = {
+            "accuracy": share, "accuracy_interval_95": list(interval(share, len(labels_N))),
+            "agreement_with_teacher": agreement(logits[name], logits[TEACHER]),
+            "bytes": (path / "model.safetensors" if path.is_dir() else path).stat().st_size,
         }  # fmt: skip
     for threads in sorted({1, cores()}):
-        for name, figures in measure(models, tokenizer, dev, threads, requests).items():
-            results["models"][name][f"threads_{threads}"] = figures
-    every = f"threads_{cores()}"
-    speed = {name: model[every]["per_second"] for name, model in results["models"].items()}
-    for key, name in (("int8", "student, onnx-int8"), ("fp32", "student, onnx"), ("pytorch", STUDENT)):
-        if name in speed:
-            results[f"{key}_over_teacher_fp32_batch1"] = speed[name] / speed[TEACHER]
-    if load_seconds:
-        results["load"] = bear(folder, load_seconds)
-    return results
+        for name, figures in measure(paths, export, dev, threads, requests).items():
+            models[name][f"threads_{threads}"] = figures
+    return {
+        "taken": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+        "task": made["task"], "examples": len(labels_N), "requests": requests, "models": models,
+    } | ({"load": under_load(folder, load_seconds)} if load_seconds else {})  # fmt: skip
 
 
-def bear(folder: Path, seconds: float) -> dict[str, Any]:
-    """64 clients at once against `pkd serve`, a third of their requests bad; raises where an answer is wrong."""
+def under_load(folder: Path, seconds: float) -> dict[str, Any]:
+    """Run `pkd serve` under 64 clients, a third of whose requests are invalid; raise if an answer is wrong."""
     from pkd_dist.serve.model import ServedModel
 
     texts = json.loads((folder / "data/sample.json").read_text())["texts"][0]
-    rng = np.random.default_rng(0)
-    words = " ".join(texts).split()
+    rng, words = np.random.default_rng(0), " ".join(texts).split()
     texts += [" ".join(rng.choice(words, size=rng.integers(1, 120))) for _ in range(200)]
     alone = ServedModel(folder / "export", "onnx", 1)
     wanted = {text: alone.answer([(text,)])[0] for text in texts}
+    memory: list[int] = []
     worst = 0.0
 
     def check(text: str, answer: dict[str, Any]) -> None:
@@ -111,7 +94,6 @@ def bear(folder: Path, seconds: float) -> dict[str, Any]:
         assert worst < 1e-4, f"{text!r}: {answer} instead of {wanted[text]}"
 
     with server(folder / "export", "--format", "onnx", "--max-queue", "1024") as (process, port):
-        memory: list[int] = []
 
         def watch() -> None:
             memory.append(psutil.Process(process.pid).memory_info().rss)
@@ -119,10 +101,8 @@ def bear(folder: Path, seconds: float) -> dict[str, Any]:
         counts = asyncio.run(load(port, texts, check, seconds=seconds, watch=watch))
         process.terminate()
         status = process.wait(60)
-    settled = memory[len(memory) // 4 :]
     return counts | {
-        "status_at_the_end": status, "largest_difference_of_a_probability": worst, "memory_bytes": memory,
-        "memory_growth": max(settled[len(settled) // 2 :]) / max(settled[: len(settled) // 2]) - 1,
+        "status_at_the_end": status, "largest_difference_of_a_probability": worst, "memory_bytes": memory
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Clients of `pkd serve`: good requests and bad ones, over plain sockets, each with the answer it must get."""
+"""Clients of `pkd serve` over plain sockets: valid and invalid requests, each with the response it must get."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON = "application/json"
 
 @contextmanager
 def server(export: Path, *options: str, prefix: Sequence[str] = ("-m", "pkd_dist.cli")) -> Any:
-    """`pkd serve` on a free port, in a process of its own; yields (process, port). Stopped in the end, if it still runs."""
+    """Run `pkd serve` on a free port; yield (process, port); stop it at the end."""
     process = subprocess.Popen(
         [sys.executable, *prefix, "serve", str(export), "--port", "0", *options],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -44,14 +44,14 @@ def head(method: str, path: str, kind: str, length: int) -> bytes:
 
 
 class Client:
-    """One connection, kept open while the server keeps it."""
+    """One connection, kept open as long as the server keeps it."""
 
     def __init__(self, port: int):
         self.port = port
         self.reader: asyncio.StreamReader | None = None
 
     async def send(self, raw: bytes) -> tuple[int, Any]:
-        """(status, body read as JSON, or None) of a raw request; status 0: closed without an answer."""
+        """Return (status, body, parsed if JSON) of a raw request; (0, None) if the server closes without a response."""
         if self.reader is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
@@ -95,31 +95,34 @@ BAD: dict[str, tuple[Any, str, int]] = {
     "a list": (["a"], JSON, 422),
     "another kind": (b"text=a", "application/x-www-form-urlencoded", 415),
 }
-"""What is sent -> (content, content-type, the status it gets)."""
+"""Name -> (content, content-type, status of the response)."""
+
+
+async def _send_bad(client: Client, rng: random.Random) -> None:
+    name = rng.choice([*BAD, "not HTTP"])
+    if name == "not HTTP":
+        status, _ = await client.send(rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n")
+        assert status in (0, 400), f"{name}: {status}"
+        client.close()
+    else:
+        content, kind, wanted = BAD[name]
+        status, body = await client.post(content, kind)
+        assert status == wanted and body["error"], f"{name}: {status} {body}"
 
 
 async def _client(
-    port: int, rng: random.Random, texts: Sequence[str], check: Callable[[str, Any], None], go_on: Callable[[int], bool]
+    port: int, rng: random.Random, texts: Sequence[str], check: Callable[[str, Any], None], more: Callable[[int], bool]
 ) -> Counter[str]:
-    client, counts = Client(port), Counter[str]()
-    done = 0
-    while go_on(done):
+    client, counts, done = Client(port), Counter[str](), 0
+    while more(done):
         done += 1
         if rng.random() < 0.3:
-            name = rng.choice([*BAD, "not HTTP"])
-            if name == "not HTTP":
-                status, _ = await client.send(rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n")
-                assert status in (0, 400), f"{name}: {status}"
-                client.close()
-            else:
-                content, kind, wanted = BAD[name]
-                status, body = await client.post(content, kind)
-                assert status == wanted and body["error"], f"{name}: {status} {body}"
+            await _send_bad(client, rng)
             counts["refused"] += 1
         else:
             chosen = rng.choices(texts, k=rng.randrange(1, 9))
             status, body = await client.post({"texts": chosen} if len(chosen) > 1 else {"text": chosen[0]})
-            if status == 429:  # to come again later is all that it is asked for
+            if status == 429:
                 counts["busy"] += 1
                 await asyncio.sleep(0.01)
                 continue
@@ -133,27 +136,21 @@ async def _client(
 
 
 async def load(
-    port: int,
-    texts: Sequence[str],
-    check: Callable[[str, Any], None],
-    clients: int = 64,
-    requests: int | None = None,
-    seconds: float = 0.0,
-    seed: int = 1,
-    watch: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Clients at once, each with so many requests, or for so many seconds; about a third of the requests are bad.
+    port: int, texts: Sequence[str], check: Callable[[str, Any], None], clients: int = 64, requests: int | None = None,
+    seconds: float = 0.0, seed: int = 1, watch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run concurrent clients, each for `requests` requests or for `seconds`; about a third of the requests are invalid.
 
     Args:
-        check: (text, answer) of each good one; raises where it is wrong.
-        watch: called each second.
+        check: called with each text and its answer; raises if it is wrong.
+        watch: called every second.
 
     Raises:
-        AssertionError: a request did not get the status or the answer it should.
+        AssertionError: a response has the wrong status or content.
     """
     end = time.monotonic() + seconds
 
-    def go_on(done: int) -> bool:
+    def more(done: int) -> bool:
         return time.monotonic() < end if requests is None else done < requests
 
     async def watching() -> None:
@@ -161,12 +158,10 @@ async def load(
             watch()
             await asyncio.sleep(1)
 
-    watcher = asyncio.create_task(watching())
-    start = time.monotonic()
+    watcher, start = asyncio.create_task(watching()), time.monotonic()
+    runs = (_client(port, random.Random(f"{seed} {i}"), texts, check, more) for i in range(clients))
     try:
-        found = await asyncio.gather(
-            *(_client(port, random.Random(f"{seed} {i}"), texts, check, go_on) for i in range(clients))
-        )
+        found = await asyncio.gather(*runs)
     finally:
         watcher.cancel()
     return {"clients": clients, "seconds": time.monotonic() - start, **sum(found, Counter())}

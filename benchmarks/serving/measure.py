@@ -1,13 +1,12 @@
-"""Latency and throughput of teacher and student, as PyTorch and as each ONNX file, in turns."""
+"""Latency and throughput of teacher and student in turn, with PyTorch and from each ONNX file."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from pkd_dist.data.tokens import open_tokens
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 5
-"""Requests of each turn that are not counted: the caches are another model's."""
+"""Requests at the start of a turn that do not count, because the caches hold another model."""
 TURN = 25
-"""Requests of one turn."""
+"""Requests of a turn."""
 
 
 class Worker:
@@ -40,9 +39,9 @@ class Worker:
             raise RuntimeError(f"{' '.join(self._process.args[2:])} ended")  # type: ignore[arg-type]
         return json.loads(line)
 
-    def ask(self, **what: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -56,31 +55,23 @@ class Worker:
 
 
 @contextmanager
-def workers(models: dict[str, Path], tokenizer: Path, data: Path, threads: int) -> Iterator[dict[str, Worker]]:
+def workers(models: dict[str, Path], *arguments: Any) -> Iterator[dict[str, Worker]]:
     with ExitStack() as stack:
-        made = {}
-        for name, path in models.items():
-            made[name] = Worker(path, tokenizer, data, threads)
-            stack.callback(made[name].close)
-        yield made
+        yield {name: stack.enter_context(closing(Worker(path, *arguments))) for name, path in models.items()}
 
 
 def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str, np.ndarray]:
-    """Logits of every example, one at a time."""
+    """Return the logits of every example, computed one at a time."""
     with workers(models, tokenizer, data, 1) as made:
         return {name: np.asarray(worker.ask(score=True)["logits"]) for name, worker in made.items()}
 
 
 def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
-    """name -> `latency_ms_p50`, `_p95`, `_p99` and `per_second` at batch 1, and `batches`: sentences per second by batch.
+    """Return for each model `latency_ms_p50`, `_p95`, `_p99` and `per_second` at batch 1, and the rate by batch size.
 
-    Args:
-        models: Hugging Face folders and .onnx files.
-        data: token set whose sentences are drawn, the same for all models.
-        requests: of single sentences for each model.
+    `requests` single sentences are timed for each model, the same for all, drawn from the token set `data`.
     """
-    length = len(open_tokens(data))
-    rng = np.random.default_rng(0)
+    length, rng = len(open_tokens(data)), np.random.default_rng(0)
     latency: dict[str, list[float]] = {name: [] for name in models}
     rates: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in models}
     with workers(models, tokenizer, data, threads) as made:
@@ -94,18 +85,12 @@ def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, 
                 for name, worker in made.items():
                     seconds = worker.seconds(rows, batch)[1:]
                     rates[name][batch].append(batch * len(seconds) / sum(seconds))
-    out = {}
-    for name in models:
-        by_batch = {str(batch): float(np.median(found)) for batch, found in rates[name].items()}
-        p50, p95, p99 = np.percentile(latency[name], [50, 95, 99]) * 1e3
-        best = max(by_batch, key=by_batch.__getitem__)
-        out[name] = {
-            "latency_ms_p50": float(p50), "latency_ms_p95": float(p95), "latency_ms_p99": float(p99),
-            "per_second": len(latency[name]) / sum(latency[name]), "batches": by_batch,
-            "best_batch": int(best), "best_per_second": by_batch[best],
-        }  # fmt: skip
-    return out
+    return {name: _figures(latency[name], rates[name]) for name in models}
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _figures(latency: list[float], rates: dict[int, list[float]]) -> dict[str, Any]:
+    by_batch = {str(batch): float(np.median(found)) for batch, found in rates.items()}
+    best = max(by_batch, key=by_batch.__getitem__)
+    shares = {f"latency_ms_p{p}": float(np.percentile(latency, p) * 1e3) for p in (50, 95, 99)}
+    rate = {"per_second": len(latency) / sum(latency), "batches": by_batch}
+    return shares | rate | {"best_batch": int(best), "best_per_second": by_batch[best]}

@@ -1,7 +1,7 @@
-"""One model in one process of its own, which answers when it is asked to: thread pools of several would disturb each other.
+"""One model in its own process, so that thread pools of several models do not disturb each other.
 
-Reads a JSON line {"rows": [...], "batch": n}, answers with {"seconds": [one for each batch]}, first {"ready": true} and, of
-the first line {"score": true}, {"logits": [...]}.
+First prints {"ready": true}. Then answers each JSON line: {"rows": [...], "batch": n} with {"seconds": [one for each
+batch]}, {"score": true} with {"logits": [...]}.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import open_tokens
-from pkd_dist.evaluation.scoring import predict_logits_single
+from pkd_dist.evaluation.scoring import answers
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.model.encoder import accepted, load_model, load_tokenizer
 
 
 def forward_of(path: Path, threads: int) -> Any:
-    """A tokenizer's outputs -> logits: of a Hugging Face folder by PyTorch, of an .onnx file by ONNX Runtime."""
+    """Return inputs -> logits: by ONNX Runtime for an .onnx file, by PyTorch for a Hugging Face folder."""
     torch.set_num_threads(threads)
     if path.suffix == ".onnx":
         return OnnxModel(path, threads)
@@ -38,19 +38,19 @@ def main() -> None:
     pad_id, dev = load_tokenizer(tokenizer).pad_token_id, open_tokens(Path(data))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "score" in asked:
-            told: dict[str, Any] = {"logits": predict_logits_single(forward, dev, 1, pad_id).tolist()}
+        request = json.loads(line)
+        if "score" in request:
+            response: dict[str, Any] = {"logits": answers(forward, dev, 1, pad_id).tolist()}
         else:
-            rows, seconds = np.asarray(asked["rows"]), []
-            for start in range(0, len(rows), asked["batch"]):
-                part = rows[start : start + asked["batch"]]
+            rows, seconds = np.asarray(request["rows"]), []
+            for start in range(0, len(rows), request["batch"]):
+                part = rows[start : start + request["batch"]]
                 inputs = collate(dev, part, np.ones(len(part)), pad_id).inputs
                 before = time.perf_counter()
                 forward(inputs)
                 seconds.append(time.perf_counter() - before)
-            told = {"seconds": seconds}
-        print(json.dumps(told), flush=True)
+            response = {"seconds": seconds}
+        print(json.dumps(response), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks are made of: spans, watching a process, groups of operations, ratios, and the document."""
+"""Parts of the benchmarks: spans, watching a process, groups of operations, ratios, and the page of performance."""
 
 import json
 import sys
@@ -6,12 +6,13 @@ import time
 
 import pytest
 
-from benchmarks import performance, watch
+from benchmarks import common, performance, watch
 from benchmarks.peers import collect
 from benchmarks.profile import groups
-from benchmarks.scaling.memory import is_rank, multiply
+from benchmarks.scaling.memory import multiply
 from benchmarks.scaling.startup import by_package
 from benchmarks.spans import Spans
+from benchmarks.watch import is_rank
 from pkd_dist.config.schema import Task as TaskConfig
 from pkd_dist.data import tasks, text
 
@@ -43,17 +44,16 @@ def test_a_second_counts_once_for_the_innermost_span(monkeypatch):
 
 def test_a_process_is_watched(tmp_path):
     code = "import time; held = bytearray(b'x') * (200 << 20); time.sleep(1); print(len(held))"
-    ticks = []
+    looks = []
     watched = watch.run(
-        [sys.executable, "-c", code], tmp_path / "log", 1, seconds_between=0.05, proportional=True, tick=ticks.append
+        [sys.executable, "-c", code], tmp_path / "log", interval_seconds=0.05, stop_when=lambda: looks.append(1)
     )
     (found,) = watched.memory.values()
-    assert watched.status == 0 and (tmp_path / "log").read_text() == f"{200 << 20}\n" and ticks
+    assert watched.status == 0 and (tmp_path / "log").read_text() == f"{200 << 20}\n" and looks and not watched.stopped
     assert found.command.startswith(sys.executable) and 1 <= watched.seconds < 60
     assert 200 << 20 <= found.anonymous < 260 << 20
-    assert found.peak >= found.anonymous and found.proportional > 200 << 20
-    assert watched.peak_bytes == found.peak
-    assert watch.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 1).status == 3
+    assert found.peak >= found.anonymous and watched.peak_bytes == found.peak
+    assert watch.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log").status == 3
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,16 @@ def test_an_accuracy_is_the_mean_of_best_epochs_with_its_standard_error():
     assert collect._accuracy([{"accuracies": [0.8]}])["accuracy_error"] is None
 
 
-def test_the_document_says_what_is_measured():
-    text = (performance.DOCS / "performance.md").read_text(encoding="utf-8")
+def test_the_page_says_what_is_measured():
+    text = performance.PAGE.read_text(encoding="utf-8")
     assert text == performance.document(performance.read()), "run: python -m benchmarks.performance"
-    for name, found in performance.read().items():
+    for name in ("peers", "peers-cuda"):
         plot = f"performance-{name}.png"
-        assert (plot in text) == (performance.DOCS / plot).exists() == (bool(found) and name != "scaling"), plot
+        assert plot in text and (common.DOCS / plot).exists() == bool(performance.read()[name]), plot
 
 
-def test_a_document_of_nothing_says_so(tmp_path):
+def test_a_page_of_nothing_says_so(tmp_path):
     (tmp_path / "peers.json").write_text(json.dumps({"contestants": {}}))
     text = performance.document(performance.read(tmp_path))
-    for command in ("bench-peers", "bench-peers ARGS='--device cuda'", "bench-profile", "bench-ranks"):
-        assert f"Not measured yet: `make {command}`" in text
+    for command in performance.COMMANDS.values():
+        assert f"Not measured yet: `{command}`" in text

@@ -103,7 +103,7 @@ def test_a_slice_counts_its_own_steps_alone(subject, name):
     measured = CONTESTANTS[name](subject, 3)
     assert measured.tally.steps == 3 and measured.tally.rows == 3 * BATCH and not measured.accuracies
     student, teacher = (shape_of(model.config) for model in (subject.student(), subject.teacher()))
-    whole = 3 * student.forward_flops(96, 32, lean=False) + teacher.forward_flops(96, 32, lean=False)
+    whole = 3 * student.forward_flops(96, 32, cls_only=False) + teacher.forward_flops(96, 32, cls_only=False)
     if name == "textbrewer-padded":
         assert measured.tally.flops == pytest.approx(whole)
     elif name == "authors":
@@ -112,20 +112,20 @@ def test_a_slice_counts_its_own_steps_alone(subject, name):
         assert measured.tally.flops < whole, "padded to the longest of the batch"
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_products_are_counted_as_torch_counts_them(subject, lean):
+@pytest.mark.parametrize("cls_only", [True, False])
+def test_products_are_counted_as_torch_counts_them(subject, cls_only):
     """A forward pass against torch's own counter; backward is worth two of them."""
     config = subject.student().config
     model = Subject.student(subject).eval()
     model.set_attn_implementation("eager")
     inputs = {name: value for name, value in batch_of(subject).items() if name != "labels"}
-    encoder = Encoder(model, all_tokens=not lean).train()
+    encoder = Encoder(model, all_tokens=not cls_only).train()
     with FlopCounterMode(display=False) as forward:
         logits = encoder(inputs)[0]
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     shape, size = shape_of(config), inputs["input_ids"].shape
-    assert forward.get_total_flops() == pytest.approx(shape.forward_flops(*size, lean=lean), rel=1e-6)
+    assert forward.get_total_flops() == pytest.approx(shape.forward_flops(*size, cls_only=cls_only), rel=1e-6)
     assert backward.get_total_flops() == pytest.approx(2 * forward.get_total_flops(), rel=0.01)
 
 
@@ -147,7 +147,7 @@ def test_a_tally_counts_padding_as_work():
     shape, tally = shape_of_tiny(), Tally()
     tally.add(torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), (shape, 3))
     assert (tally.steps, tally.rows, tally.tokens) == (1, 2, 6)
-    assert tally.flops == 3 * shape.forward_flops(2, 4, lean=False)
+    assert tally.flops == 3 * shape.forward_flops(2, 4, cls_only=False)
 
 
 def shape_of_tiny():

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from run_folders import EXAMPLES, change, figures, make_run, read, write_predictions
 
+from pkd_dist.errors import UserError
 from pkd_dist.report import pages
 from pkd_dist.report.notices import notices
 
@@ -323,16 +324,7 @@ def test_damaged_predictions_are_named(tmp_path):
     for content in (intact[:-100], b"", b"words"):
         file.write_bytes(content)
         with pytest.raises(UserError, match=re.escape(f"{file}: cannot be read")):
-            read(run, STAGES)
+            read(run)
     file.unlink()
     with pytest.raises(UserError, match=re.escape(str(file))):
-        read(run, STAGES)
-
-
-def test_marker_without_copied_layers(tmp_path):
-    """Markers of earlier versions do not list them; the chart then shows only what the student learns from."""
-    run = make_run(tmp_path / "run")
-    assert read(run, STAGES).copied_layers == (1, 3, 5)
-    assert "dotted: copied layers" in written(run)[1].text
-    change(run, "init", lambda out: out.pop("layers"))
-    assert "dotted: copied layers" not in written(run)[1].text
+        read(run)
