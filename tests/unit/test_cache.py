@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.distillation import cache_builder
 from pkd_dist.distillation.cache import CacheReader, Fingerprint, Manifest, ShardEntry, map_tensors, shard_name
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
@@ -189,6 +190,17 @@ def test_an_interrupted_build_resumes_with_the_missing_shards(mine, tokens, worl
     assert fill(mine, tokens, world, model)[1] == EXAMPLES - 2 * SHARD_ROWS
     assert {p.name: p.read_bytes() for p in mine.iterdir()} == before
     assert (mine / shard_name(0)).stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("states", ["cls", "tokens"])
+def test_a_pass_over_several_shards_fills_each(tmp_path, tokens, world, model, states, monkeypatch):
+    """As on a GPU, where the rows of several shards are sorted by length together."""
+    one, _, _ = fill(tmp_path / "one", tokens, world, model, states=states)
+    monkeypatch.setattr(cache_builder, "_shards_per_pass", lambda teacher, shard_rows: 2)
+    fill(tmp_path / "two", tokens, world, model, states=states)
+    wanted, found = (CacheReader(tmp_path / name, one).rows_of(tokens.ids_N, 24) for name in ("one", "two"))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_shards_of_another_teacher_are_rebuilt(mine, tokens, world, model):
