@@ -75,7 +75,7 @@ length), the output is `logits`.{{ " Quantisation to int8: " ~ quantisation ~ ".
 
 - Data: `{{ facts.train.source }}`, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
   by {{ metric }} on `{{ facts.dev.source }}`.
-- Student: {{ facts.initialized_from }}. Patience pairs (student layer, teacher layer, counted from 1): {{ environment.patience_pairs }}.
+- Student: {{ facts.initialized_from }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
 - Loss: (1 - alpha) CE + alpha DS + beta PT with alpha {{ config.distill.alpha }}, temperature {{ config.distill.temperature }}
   (`ds_reduction: {{ config.distill.ds_reduction }}`), beta {{ config.distill.beta }} (`pt_reduction: {{ config.distill.pt_reduction }}`;
   equal to {{ "%.4g" | format(environment.beta_mean) }} with `mean` and {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
@@ -127,4 +127,5 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         onnx=any(name in ONNX_FILES for name in figures["formats"]),
         quantisation=int8.get("quantisation") if int8 else None,
         metric=METRICS[facts.main_metric],
+        pairs=", ".join(f"({student}, {teacher})" for student, teacher in facts.environment.patience_pairs) or "none",
     )
