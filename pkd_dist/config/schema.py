@@ -101,7 +101,7 @@ class Task(Section):
         return {str(name): weight for name, weight in value.items()}
 
     @model_validator(mode="after")
-    def _custom(self) -> Task:
+    def _custom_keys(self) -> Task:
         if self.name == "custom":
             if not self.text or not self.label:
                 raise ValueError(

@@ -1,1 +1,1 @@
-"""Text files -> examples with stable ids -> flat token arrays -> batches."""
+"""Data: text files -> examples with stable ids -> flat token arrays -> batches."""

@@ -61,8 +61,9 @@ def is_labelled(labels: torch.Tensor) -> torch.Tensor: ...
 
 def is_labelled(labels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Return a boolean mask of the labels that are set, in the shape of `labels` (integer classes or floats)."""
-    floating = labels.dtype.kind == "f" if isinstance(labels, np.ndarray) else labels.is_floating_point()
-    return labels == labels if floating else labels >= 0  # NaN is not equal to itself
+    if isinstance(labels, np.ndarray):
+        return ~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0
+    return ~labels.isnan() if labels.is_floating_point() else labels >= 0
 
 
 def unlabelled(count: int, regression: bool) -> np.ndarray:

@@ -44,7 +44,7 @@ class TokenSetSummary:
         digest, input_digest, truncated: see `TokenSet`.
         tokens: total number of tokens.
         longest: tokens of the longest example.
-        notes: what was left out and why, for people.
+        notes: what was skipped and why, for people.
         per_class: labelled examples of each class, in class order; None for a regression.
     """
 

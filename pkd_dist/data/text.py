@@ -56,7 +56,7 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     )
     if labels_optional and _all_empty(values, known):
         if len(notes) > len(source.notes):
-            warning = "GLUE requires a prediction for every line and will refuse a submission without the skipped ones"
+            warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
         return examples
     labels = _LabelColumn(table, numbers, task.label, values)

@@ -17,7 +17,7 @@ from pkd_dist.config.section import fields
 from pkd_dist.errors import UserError
 
 
-def refused(text, folder, *overrides):
+def error_of(text, folder, *overrides):
     """The error message of an invalid YAML."""
     path = folder / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -137,7 +137,7 @@ def test_every_shipped_deepspeed_configuration_loads(path):
     ],
 )
 def test_errors_name_file_line_and_key(tmp_path, text, message):
-    assert message in refused(text, tmp_path)
+    assert message in error_of(text, tmp_path)
 
 
 def test_number_formats(tmp_path):

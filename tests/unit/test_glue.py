@@ -92,7 +92,7 @@ def test_broken_lines_of_a_test_file_are_skipped_with_a_warning(tmp_path):
     assert part.texts == (["a", "f"], ["b", "g"])
     assert (
         part.notes[0].endswith("skipped 2 lines with too few fields or an empty text: 3, 4")
-        and "refuse a submission" in part.notes[1]
+        and "reject a submission" in part.notes[1]
     )
 
 
@@ -274,7 +274,7 @@ def test_submissions_of_own_tasks(tmp_path):
     assert path.name == "test.tsv" and path.read_text().splitlines()[1:] == ["0\t-1e-04", "1\t5.7", "2\t2.34567"]
 
 
-def test_f1_is_of_glues_positive_class_whatever_the_order_of_a_teachers_outputs():
+def test_f1_refers_to_glues_positive_class_for_any_order_of_outputs():
     logits, labels = np.array([[2, 1], [0, 1], [0, 1], [2, 0], [3, 0.0]]), np.array([0, 1, 0, 1, 0])
     turned = dataclasses.replace(GLUE["mrpc"], positive=0)
     usual = score(logits, labels, GLUE["mrpc"])

@@ -26,7 +26,7 @@ def put(folder, name, content):
     return str(folder)
 
 
-def refused(folder, task=SST2, split="train", classes=None):
+def error_of(folder, task=SST2, split="train", classes=None):
     with pytest.raises(UserError) as error:
         read(str(folder), split, task, classes)
     return str(error.value)
@@ -49,14 +49,14 @@ def test_csv_with_quotes_and_newlines(tmp_path):
 
 def test_lines_of_a_csv_are_counted_through_quoted_newlines_and_end_in_any_way(tmp_path):
     put(tmp_path, "train.csv", b'\xef\xbb\xbfy,a,b\r\nno,"x\r\ny",z\r\n\r\nyes,"\n\n",1,2\r\n')
-    assert "train.csv:5: has 4 field(s)" in refused(tmp_path, CUSTOM)
+    assert "train.csv:5: has 4 field(s)" in error_of(tmp_path, CUSTOM)
     put(tmp_path, "train.csv", b'y,a,b\rno,"x\ry",z\ryes,u,v\r')
     assert read(str(tmp_path), "train", CUSTOM).texts == (["x\ry", "u"], ["z", "v"])
 
 
 def test_a_wrong_byte_after_a_byte_order_mark_is_named(tmp_path):
     put(tmp_path, "train.tsv", b"\xef\xbb\xbfsentence\tl\xe4bel\nfine\t1\n")
-    assert "train.tsv:1: byte 0xe4 is not valid UTF-8" in refused(tmp_path)
+    assert "train.tsv:1: byte 0xe4 is not valid UTF-8" in error_of(tmp_path)
 
 
 def test_jsonl_and_parquet_give_the_same_examples(tmp_path):
@@ -169,7 +169,7 @@ def test_regression_labels_are_numbers(tmp_path):
     split = read(str(tmp_path), "train", GLUE["stsb"])
     assert split.labels_N.dtype == np.float32 and split.labels_N.tolist() == [4.5, 0.0]
     put(tmp_path, "dev.tsv", "sentence1\tsentence2\tscore\na\tb\tx\n")
-    assert "dev.tsv:2: score 'x' is not a number" in refused(tmp_path, GLUE["stsb"], "dev")
+    assert "dev.tsv:2: score 'x' is not a number" in error_of(tmp_path, GLUE["stsb"], "dev")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_many_classes_keep_their_names(tmp_path, count, text):
     assert [train.classes[i] for i in train.labels_N] == [row["y"] for row in rows]
     assert dev.classes == train.classes and dev.labels_N.tolist() == [count - 7]
     put(tmp_path, "test.jsonl", '{"a": "x", "b": "y", "y": "intent"}\n')
-    message = refused(tmp_path, task, "test", train.classes)
+    message = error_of(tmp_path, task, "test", train.classes)
     assert message.endswith("intent 008, intent 009, ..."), "not hundreds of names"
 
 
@@ -381,13 +381,13 @@ def test_errors_in_unlabelled_text(tmp_path, name, content, task, message):
 
 def test_a_label_not_seen_in_training(tmp_path):
     put(tmp_path, "dev.jsonl", '{"a": "1", "b": "2", "y": "maybe"}\n')
-    message = refused(tmp_path, CUSTOM, "dev", ("no", "yes"))
+    message = error_of(tmp_path, CUSTOM, "dev", ("no", "yes"))
     assert "dev.jsonl:1: y 'maybe' is not one of the labels seen in training: no, yes" in message
 
 
 def test_missing_folder_missing_split_and_duplicate_files(tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "has no split 'train'; expected one of train.tsv, train.csv" in refused(tmp_path)
+    assert "no such folder" in error_of(tmp_path / "nowhere")
+    assert "has no split 'train'; expected one of train.tsv, train.csv" in error_of(tmp_path)
     put(tmp_path, "train.tsv", "x")
     put(tmp_path, "train.csv", "x")
-    assert "both contain the split train" in refused(tmp_path)
+    assert "both contain the split train" in error_of(tmp_path)
