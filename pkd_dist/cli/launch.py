@@ -171,7 +171,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if hasattr(error, "exit_status"):
         return str(error), error.exit_status
     traceback.print_exception(error)
-    return f"a defect of pkd_dist: {type(error).__name__}: {error}", 1
+    return f"a bug in pkd_dist: {type(error).__name__}: {error}", 1
 
 
 @contextlib.contextmanager

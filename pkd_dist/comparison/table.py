@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
-from pkd_dist.evaluation.results import ModelResults, Results
+from pkd_dist.evaluation.results import Results, Scores
 
 RunResults = Mapping[str, Mapping[int, Results]]
 """Method -> seed -> results_eval.json."""
@@ -124,8 +124,8 @@ def _figures(
 ) -> Figures:
     """Return the figures of one model; each example of the pooled splits counts once."""
 
-    def of(side: ModelResults, key: str) -> float:
-        return float(cast(float, side[key]))
+    def of(side: Scores, key: str) -> float:
+        return float(cast(dict[str, float], side)[key])
 
     model = result["teacher" if teacher else "student"]
     others = {name: part["teacher" if teacher else "student"] for name, part in result["splits"].items()}

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+def output_names(config: PretrainedConfig) -> list[str]:
+    """Return the names of a classifier's outputs, in order."""
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    return [names[i] for i in sorted(names)]
+
+
 def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -> None:
     """Check that a classifier has one output for each class of the task, where the task fixes its classes.
 
@@ -27,7 +33,7 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The numbers differ.
     """
-    outputs = int(config.num_labels)
+    outputs = len(output_names(config))
     if task.regression and outputs != 1:
         raise UserError(f"{name} has {outputs} outputs, but a regression needs 1; {_remedy(key)}", key)
     if task.classes and outputs != len(task.classes):
@@ -44,7 +50,7 @@ def require_outputs_for_split(task: Task, config: PretrainedConfig, split: Split
     Raises:
         UserError: The numbers differ.
     """
-    outputs = int(config.num_labels)
+    outputs = len(output_names(config))
     if not task.regression and len(split.classes) != outputs:
         raise UserError(
             f"{name} has {outputs} classes, {split.source} has {len(split.classes)} "
@@ -65,7 +71,7 @@ def class_order(task: Task, config: PretrainedConfig, key: str) -> tuple[str, ..
     """
     if task.regression:
         return task.classes
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    names = output_names(config)
     if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)):
         return task.classes
     if task.classes is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def compare_models(
 
     timings = world.on_main(measure)
     figures: dict[str, ModelResults] = {
-        name: {**size_figures(model), **timings[name].figures} for name, model in models.items()
+        name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
     }
     others = {split: found for split, found in scores.items() if split != "dev"}
     return Evaluation(combine(task.name, scores["dev"], figures, others), timings, logits)
@@ -93,7 +94,7 @@ def _logits(
     logits: Logits = {split: {} for split in splits}
     rows = sum(map(len, splits.values()))
     for name, model in models.items():
-        model.to(world.device)
+        torch.nn.Module.to(model, world.device)
         title = f"evaluate, {name}, rows of this rank"
         with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
             for split, tokens in splits.items():

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from pkd_dist.config import schema
 from pkd_dist.data import sources, tasks, text, tokens
 from pkd_dist.data.class_mapping import (
@@ -20,7 +22,6 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import size_figures
 from pkd_dist.evaluation.metrics import score_split
-from pkd_dist.evaluation.results import Scores
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
@@ -30,9 +31,7 @@ from pkd_dist.telemetry.progress import Bar
 MODEL_OPTION = "--model"
 
 
-def evaluate_folder(
-    model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str
-) -> dict[str, str | int | float | list[float]]:
+def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str) -> dict[str, object]:
     """Score a fine-tuned classifier in float32 and time it.
 
     Args:
@@ -63,7 +62,7 @@ def evaluate_folder(
     classifier = encoder.load_model(folder, MODEL_OPTION)
     world = World(discover())
     try:
-        classifier.to(world.device)
+        torch.nn.Module.to(classifier, world.device)
         forward, pad_id = forward_of(classifier), tokenizer.pad_token_id
         with tempfile.TemporaryDirectory() as scratch, evaluating(classifier):
             made = tokens.tokenize(examples, tokenizer, task_settings.max_length, Path(scratch))
@@ -71,7 +70,7 @@ def evaluate_folder(
                 logits_NC = predict_logits(forward, made, world, settings.batch_size, pad_id, bar.advance)
             inputs = TimedInputs.choose(made, pad_id, world.device, settings)
             timing = measure_speed({"model": forward}, inputs)["model"]
-            scores: Scores = score_split(logits_NC, made, task)
+            scores = score_split(logits_NC, made, task)
             n = len(made)
         return {"task": task.name, "split": split, "n": n, **scores, **size_figures(classifier), **timing.figures}
     finally:

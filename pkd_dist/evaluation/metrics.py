@@ -6,7 +6,7 @@ Shapes: N examples, C classes (1 for a regression).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -59,9 +59,10 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
 def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
     """Return `score` of a labelled split, with the 95% interval of its accuracy."""
     metrics = score(logits_NC, np.asarray(tokens.labels_N), task)
-    if "accuracy" not in metrics:
-        return {**metrics}
-    return {**metrics, "accuracy_interval_95": list(wilson_interval(metrics["accuracy"], len(tokens)))}
+    scores = cast(Scores, metrics)
+    if "accuracy" in scores:
+        scores["accuracy_interval_95"] = list(wilson_interval(scores["accuracy"], len(tokens)))
+    return scores
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pkd_dist.data.class_mapping import output_names
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer, is_empty
 from pkd_dist.evaluation.scoring import forward_of
@@ -65,8 +66,8 @@ def predict(
     if longest and max_length > longest:
         raise UserError(f"{max_length} is more than {model} can read; give at most {longest}", "--max-length")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier.to(device)
-    forward, names = forward_of(classifier), classifier.config.id2label
+    torch.nn.Module.to(classifier, device)
+    forward, names = forward_of(classifier), dict(enumerate(output_names(classifier.config)))
     for batch in _batches(texts, pair, batch_size):
         columns = [list(column) for column in zip(*batch, strict=True)]
         inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")

@@ -12,11 +12,30 @@ from pkd_dist.metric_names import METRICS, TABLE_METRICS
 
 SIDES = ("teacher", "student")
 
-Scores = dict[str, float | list[float]]
-"""Metrics by name, and `accuracy_interval_95` (low, high) for a classification."""
 
-ModelResults = dict[str, float | list[float]]
-"""`Scores` of one model on dev, with its parameters, modelSize (MB) and speed (`Timing.figures`)."""
+class Scores(TypedDict, total=False):
+    """Metrics of a model on a split: those of a classification, or those of a regression."""
+
+    accuracy: float
+    accuracy_interval_95: list[float]
+    MCC: float
+    precision: float
+    recall: float
+    f_1: float
+    pearson: float
+    spearman: float
+    pearson_spearman: float
+    main_metric: float
+
+
+class ModelResults(Scores, total=False):
+    """Scores of a model on dev, its size (MB of its weights) and its speed (see `Timing.figures`)."""
+
+    parameters: int
+    modelSize: float
+    latency_ms_p50: float
+    latency_ms_p99: float
+    reasoningTime: float
 
 
 class Compression(TypedDict):
@@ -75,18 +94,14 @@ def combine(
         models: Side -> what was found of it beside its scores: parameters, modelSize, speed.
         splits: The other labelled splits.
     """
-    teacher: ModelResults = {**dev["teacher"], **models["teacher"]}
-    student: ModelResults = {**dev["student"], **models["student"]}
-
-    def number(side: ModelResults, key: str) -> float:
-        return cast(float, side[key])
-
-    retained = number(teacher, "main_metric")
+    teacher = cast(ModelResults, {**dev["teacher"], **models["teacher"]})
+    student = cast(ModelResults, {**dev["student"], **models["student"]})
+    retained = teacher["main_metric"]
     compression: Compression = {
-        "parameters": number(teacher, "parameters") / number(student, "parameters"),
-        "size": number(teacher, "modelSize") / number(student, "modelSize"),
-        "throughput": number(student, "reasoningTime") / number(teacher, "reasoningTime"),
-        "retention": number(student, "main_metric") / retained if retained else 0.0,
+        "parameters": teacher["parameters"] / student["parameters"],
+        "size": teacher["modelSize"] / student["modelSize"],
+        "throughput": student["reasoningTime"] / teacher["reasoningTime"],
+        "retention": student["main_metric"] / retained if retained else 0.0,
         "agreement": dev["agreement"],
     }
     results = {
@@ -104,17 +119,18 @@ def combine(
 
 def table_rows(results: Results) -> list[tuple[str, str, str]]:
     """Return (label, teacher, student) rows of the metrics, sizes and speeds."""
-    teacher, student = results["teacher"], results["student"]
-    rows = [(METRICS[key], _shown(teacher, key), _shown(student, key)) for key in TABLE_METRICS if key in teacher]
+    teacher, student = dict(results["teacher"]), dict(results["student"])
+    scores = [key for key in TABLE_METRICS if key in teacher]
+    rows = [(METRICS[key], _score(results["teacher"], key), _score(results["student"], key)) for key in scores]
     rows += [(label, form.format(teacher[key]), form.format(student[key])) for key, label, form in _SIZE_AND_SPEED]
     return rows
 
 
-def _shown(side: ModelResults, key: str) -> str:
+def _score(side: ModelResults, key: str) -> str:
     if key == "accuracy":
-        low, high = cast("list[float]", side["accuracy_interval_95"])
-        return f"{100 * cast(float, side[key]):.1f}% ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{side[key]:.3f}"
+        low, high = side["accuracy_interval_95"]
+        return f"{100 * side['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{cast(dict[str, float], side)[key]:.3f}"
 
 
 def agreement_sentence(results: Results) -> str:

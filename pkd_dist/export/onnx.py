@@ -130,10 +130,11 @@ class _FusedAttention(nn.Module):
             "com.microsoft::Attention", (hidden_BLH, *self._weight_and_bias, self._padding.mask_BL),
             {"num_heads": self._heads}, dtype=hidden_BLH.dtype, shape=hidden_BLH.shape, version=1,
         )  # fmt: skip
-        if hasattr(self, "out_lin"):  # DistilBERT
-            return self.out_lin(context_BLH), None
-        if hasattr(self, "dense"):  # ALBERT
-            return self.LayerNorm(hidden_BLH + self.dense(context_BLH)), None
+        children = dict(self.named_children())
+        if "out_lin" in children:  # DistilBERT
+            return children["out_lin"](context_BLH), None
+        if "dense" in children:  # ALBERT
+            return children["LayerNorm"](hidden_BLH + children["dense"](context_BLH)), None
         return context_BLH, None
 
 

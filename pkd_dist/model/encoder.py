@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -322,18 +322,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def num_layers(config: PretrainedConfig) -> int:
     """Return the number of encoder layers."""
     return int(config.num_hidden_layers)
-
-
-def num_labels(config: PretrainedConfig) -> int:
-    """Return the number of outputs of a classifier, 1 for a regression."""
-    assert config.num_labels is not None
-    return config.num_labels
-
-
-def class_names(config: PretrainedConfig) -> list[str]:
-    """Return the names of a classifier's outputs, in order."""
-    names = cast("dict[int, str]", config.id2label)
-    return [str(names[i]) for i in range(num_labels(config))]
 
 
 def weights_digest(folder: str) -> str:

@@ -108,15 +108,17 @@ class SpoiledError(UserError):
     """What a stage has made so far must not be used: it starts over the next time it runs.
 
     Attributes:
+        cause: what the user reads.
         reason: shown when the stage reruns.
     """
 
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason
+    def __init__(self, cause: UserError, reason: str):
+        super().__init__(cause.message, cause.setting)
+        vars(self).update(vars(cause))  # whether every rank raises it
+        self.cause, self.reason = cause, reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self), self.reason), vars(self)
+        return type(self), (self.cause, self.reason)
 
 
 # --------------------------------------------------------------------------------------------------------- markers

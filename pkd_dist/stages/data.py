@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class DataOutput:
         """The splits that both models are evaluated on."""
         return [name for name in self.sets if name not in ("train", DISTILL)]
 
-    def model_fields(self, task: Task) -> dict[str, object]:
+    def model_fields(self, task: Task) -> dict[str, Any]:
         """Return the fields of a model configuration that describe the classes."""
         if task.regression:
             return {"num_labels": 1, "problem_type": "regression"}

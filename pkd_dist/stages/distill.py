@@ -137,7 +137,7 @@ def _require_cache_unaltered(context: Context, shards: Sequence[int]) -> None:
     try:
         context.world.together(lambda: CacheReader(folder, fingerprint, shards))
     except UserError as problem:
-        raise SpoiledError(str(problem), f"the cache was altered during the training ({folder})") from None
+        raise SpoiledError(problem, f"the cache was altered during the training ({folder})") from None
 
 
 def missing(context: Context, output: DistillOutput) -> str | None:

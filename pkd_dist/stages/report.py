@@ -15,7 +15,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.predictions import Predictions
-from pkd_dist.evaluation.results import SIDES, ModelResults, Scores, table_rows
+from pkd_dist.evaluation.results import ModelResults, Scores, table_rows
 from pkd_dist.export import manifest
 from pkd_dist.export.manifest import Manifest
 from pkd_dist.files import digest_of
@@ -185,14 +185,24 @@ def _steps(lines: Sequence[Record]) -> shown.Steps:
     )
 
 
-def _scores(content: Scores | ModelResults) -> shown.Scores:
+def _scores(content: Scores) -> shown.Scores:
     low_high = content.get("accuracy_interval_95")
     return shown.Scores(
-        main_metric=content[MAIN_METRIC],
+        main_metric=content["main_metric"],
         accuracy=content.get("accuracy"),
         accuracy_interval=(low_high[0], low_high[1]) if low_high else None,
         precision=content.get("precision"),
         recall=content.get("recall"),
+    )
+
+
+def _model_result(content: ModelResults, rates: list[float], latencies_ms: list[float]) -> shown.ModelResult:
+    return shown.ModelResult(
+        scores=_scores(content),
+        parameters=content["parameters"],
+        sentences_per_second=content["reasoningTime"],
+        rates=tuple(rates),
+        latencies_ms=tuple(latencies_ms),
     )
 
 
@@ -203,14 +213,8 @@ def _results(output: EvaluateOutput) -> shown.Results:
         split=content["split"],
         examples=content["n"],
         models={
-            side: shown.ModelResult(
-                scores=_scores(content[side]),
-                parameters=content[side]["parameters"],
-                sentences_per_second=content[side]["reasoningTime"],
-                rates=tuple(output.rates[side]),
-                latencies_ms=tuple(output.latencies_ms[side]),
-            )
-            for side in SIDES
+            "teacher": _model_result(content["teacher"], output.rates["teacher"], output.latencies_ms["teacher"]),
+            "student": _model_result(content["student"], output.rates["student"], output.latencies_ms["student"]),
         },
         splits=tuple(
             shown.SplitResult(name, both["n"], _scores(both["teacher"]), _scores(both["student"]), both["agreement"])
@@ -230,7 +234,7 @@ def _export(content: Manifest, output: ExportOutput) -> shown.Export:
             shown.ExportFile(
                 name=name,
                 bytes=file["bytes"],
-                main_metric=file[MAIN_METRIC],
+                main_metric=file["main_metric"],
                 agreement=file["agreement"],
                 latency_ms_p50=file["latency_ms_p50"],
                 latency_ms_p99=file["latency_ms_p99"],

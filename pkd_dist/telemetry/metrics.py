@@ -138,11 +138,11 @@ class RunMetrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(*self._document(name, "counter", text, {}), registry=self._own)
 
-    def show_evaluation(self, split: str, scores: Mapping[str, float]) -> None:
+    def show_evaluation(self, split: str, scores: Mapping[str, object]) -> None:
         """Set `pkd_eval_metric` of a split to the `EVAL_METRICS` among `scores`."""
         for name in EVAL_METRICS:
-            if name in scores:
-                self.eval_metric.labels(split=split, metric=name).set(scores[name])
+            if isinstance(score := scores.get(name), (int, float)):
+                self.eval_metric.labels(split=split, metric=name).set(score)
 
     def show_past(self, lines: Iterable[records.Record]) -> None:
         """Set the gauges to the final values of a finished training.
