@@ -273,7 +273,7 @@ def test_project_files_are_found_in_the_checkout_and_in_an_installed_package(tmp
     monkeypatch.setattr(paths, "_PACKAGE", package)
     name = "ds_configs/zero1.json"
     assert paths.project_path(name) == Path(name), "found nowhere: as the user wrote it"
-    for place in (package / "defaults", tmp_path / "site"):
+    for place in (tmp_path / "site", package / "defaults"):
         (place / name).write_text("{}")
         assert paths.project_path(name) == place / name
     Path(name).write_text("{}")
