@@ -39,7 +39,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation import predictions as answers
 from pkd_dist.evaluation.compare import compare_models
-from pkd_dist.evaluation.results import closing_table
+from pkd_dist.evaluation.results import Results, closing_table
 from pkd_dist.export import build as build_export
 from pkd_dist.export import card, hf, manifest
 from pkd_dist.files import changed_file, digest_of, file_digests, is_full, remove, sha256, write_atomically, write_json
@@ -847,12 +847,13 @@ class Pipeline:
             if commits := checkpoint.committed(self.dir / f"{of[stage]}checkpoints"):
                 metrics.checkpoint_time.set((commits[-1] / checkpoint.COMMIT).stat().st_mtime)
 
-    def _show_results(self, results: dict[str, Any]) -> None:
+    def _show_results(self, results: Results) -> None:
         """The finished student's figures: what trained before has no say any more."""
         metrics = self.telemetry.metrics
         metrics.eval_metric.clear()
-        for split, figures in {"dev": results, **results["splits"]}.items():
-            metrics.show_evaluation(split, figures["student"])
+        metrics.show_evaluation("dev", results["student"])
+        for split, part in results["splits"].items():
+            metrics.show_evaluation(split, part["student"])
 
     # export
 

@@ -7,7 +7,7 @@ line); error messages begin with it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.text import Split
@@ -27,7 +27,7 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The numbers differ.
     """
-    outputs = int(config.num_labels)
+    outputs = len(_class_names(config))
     if task.regression and outputs != 1:
         raise UserError(f"{name} has {outputs} outputs, but a regression needs 1; {_remedy(key)}", key)
     if task.classes and outputs != len(task.classes):
@@ -44,7 +44,7 @@ def require_outputs_for_split(task: Task, config: PretrainedConfig, split: Split
     Raises:
         UserError: The numbers differ.
     """
-    outputs = int(config.num_labels)
+    outputs = len(_class_names(config))
     if not task.regression and len(split.classes) != outputs:
         raise UserError(
             f"{name} has {outputs} classes, {split.source} has {len(split.classes)} "
@@ -65,7 +65,7 @@ def class_order(task: Task, config: PretrainedConfig, key: str) -> tuple[str, ..
     """
     if task.regression:
         return task.classes
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    names = _class_names(config)
     if all(name.upper() == f"LABEL_{i}" for i, name in enumerate(names)):
         return task.classes
     if task.classes is None:
@@ -86,6 +86,12 @@ def with_positive_class(task: Task, order: tuple[str, ...] | None) -> Task:
     if order and task.classes and len(order) == 2:
         return replace(task, positive=order.index(task.classes[1]))
     return task
+
+
+def _class_names(config: PretrainedConfig) -> list[str]:
+    """Return the names of a classifier's outputs, in order."""
+    names = cast("dict[int, str]", config.id2label)
+    return [str(names[i]) for i in range(cast(int, config.num_labels))]
 
 
 def _remedy(key: str) -> str:

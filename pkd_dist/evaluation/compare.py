@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pkd_dist.config.schema import Evaluate
@@ -93,7 +95,7 @@ def _logits(
     logits: Logits = {split: {} for split in splits}
     rows = sum(map(len, splits.values()))
     for name, model in models.items():
-        model.to(world.device)
+        cast(nn.Module, model).to(world.device)
         title = f"evaluate, {name}, rows of this rank"
         with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
             for split, tokens in splits.items():

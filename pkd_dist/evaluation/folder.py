@@ -5,6 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from pkd_dist.config import schema
 from pkd_dist.data import tasks, text, tokens
@@ -62,7 +65,7 @@ def evaluate_folder(
     classifier = encoder.load_model(folder, MODEL_OPTION)
     world = World(discover())
     try:
-        classifier.to(world.device)
+        cast(nn.Module, classifier).to(world.device)
         forward, pad_id = forward_of(classifier), tokenizer.pad_token_id
         with tempfile.TemporaryDirectory() as scratch, evaluating(classifier):
             made = tokens.tokenize(examples, tokenizer, task_settings.max_length, Path(scratch))

@@ -9,8 +9,10 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer, is_empty
@@ -65,8 +67,8 @@ def predict(
     if longest and max_length > longest:
         raise UserError(f"{max_length} is more than {model} can read; give at most {longest}", "--max-length")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier.to(device)
-    forward, names = forward_of(classifier), classifier.config.id2label
+    cast(nn.Module, classifier).to(device)
+    forward, names = forward_of(classifier), cast("dict[int, str]", classifier.config.id2label)
     for batch in _batches(texts, pair, batch_size):
         columns = [list(column) for column in zip(*batch, strict=True)]
         inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")

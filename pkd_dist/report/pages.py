@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pkd_dist.data import text
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.predictions import Predictions
-from pkd_dist.evaluation.results import SIDES, table_rows
+from pkd_dist.evaluation.results import SIDES, Results, table_rows
 from pkd_dist.files import write_atomically
 from pkd_dist.metric_names import METRICS, TABLE_METRICS
 from pkd_dist.report import charts
@@ -97,7 +97,7 @@ def _render(template: str, run: Run, **words: Any) -> str:
 
 def _comparison(run: Run) -> list[tuple[str, str, str]]:
     """(label, teacher's, student's): the card's rows, with what else tells the two apart after the scores."""
-    rows = table_rows(run.results)
+    rows = table_rows(cast(Results, run.results))
     teacher, student = run.results["teacher"], run.results["student"]
     more = [(key, f"{teacher[key]:.3f}", f"{student[key]:.3f}") for key in ("precision", "recall") if key in teacher]
     if run.task.regression:
