@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -91,10 +91,10 @@ class _FusedFunction(_Function):
         return super().forward(input_ids, attention_mask, token_type_ids)
 
     def _attend_first(
-        self, projections: Sequence[nn.Linear], head_size: int, hidden_BLH: torch.Tensor, *_: object
+        self, projections: Sequence[nn.Module], head_size: int, hidden_BLH: torch.Tensor, *_: object
     ) -> torch.Tensor:
         """Compute `first_token.attend_first` in few and small operations, without dropout; (B, 1, H)."""
-        query, key, value = projections
+        query, key, value = cast("Sequence[nn.Linear]", projections)
         key_AdH, value_AdH = (part.weight.detach().unflatten(0, (-1, head_size)) for part in (key, value))
         query_ABd = query(hidden_BLH[:, 0]).unflatten(-1, (-1, head_size)).transpose(0, 1)
         sought_ABH = query_ABd @ (key_AdH * head_size**-0.5)
