@@ -41,8 +41,10 @@ from pkd_dist.training.optimizer_state import FlatState, OptimizerState, Replica
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing deepspeed sets WARNING
 _NEVER = 10**9
-Group, Work = Any, Any
-"""torch.distributed's process group and pending collective, which only `distributed/` imports; None: all ranks, done."""
+Group = Any
+"""A process group of torch.distributed, which only `distributed/` imports; None: all ranks."""
+Work = Any
+"""A collective in progress; None: done."""
 
 
 class DeepSpeedEngine:
@@ -196,7 +198,8 @@ class SharedMemoryBackend(TorchBackend):
         memory = self._usable(group, async_op)
         if memory is None or op != ReduceOp.SUM or not memory.accepts(tensor):
             return super().all_reduce(tensor, op, group, async_op)
-        return memory.sum(tensor)
+        memory.sum(tensor)
+        return None
 
     def all_gather_into_tensor(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Group = None, async_op: bool = False
@@ -204,7 +207,8 @@ class SharedMemoryBackend(TorchBackend):
         memory = self._usable(group, async_op)
         if memory is None or not (memory.accepts(output_tensor) and memory.accepts(input_tensor)):
             return super().all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-        return memory.gather(output_tensor, input_tensor)
+        memory.gather(output_tensor, input_tensor)
+        return None
 
     def _usable(self, group: Group, async_op: bool) -> SharedMemory | None:
         """Return the shared memory if a collective over this group may use it: synchronous, and of all ranks."""

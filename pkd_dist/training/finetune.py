@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class TeacherJob:
     config: Config
     base: str
     tokenizer: PreTrainedTokenizerBase
-    labels: dict[str, object]
+    labels: dict[str, Any]
     task: Task
     train: TokenSet
     dev: TokenSet
