@@ -42,8 +42,9 @@ from pkd_dist.training.optimizer_state import FlatState, OptimizerState, Replica
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing deepspeed sets WARNING
 _NEVER = 10**9
 Group: TypeAlias = Any
+"""A process group of torch.distributed, which only `distributed/` imports; None: all ranks."""
 Work: TypeAlias = Any
-"""torch.distributed's process group and pending collective, which only `distributed/` imports; None: all ranks, done."""
+"""A collective in progress; None: done."""
 
 
 class DeepSpeedEngine:
