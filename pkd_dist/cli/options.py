@@ -42,7 +42,7 @@ def task_overrides(options: Mapping[str, object]) -> list[str]:
 
 @contextlib.contextmanager
 def named_as_options() -> Iterator[None]:
-    """Name the option that was typed in an error about a setting that it stands for."""
+    """In an error about a setting, name the command's option for it."""
     options = {f"task.{key}": option for key, option in TASK_OPTIONS.items()} | {"teacher.model": "--model"}
     try:
         yield

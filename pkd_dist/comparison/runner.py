@@ -180,7 +180,7 @@ class Comparison:
         return sources.digests(self.base.task.data, sources.available(self.base.task.data, task), task)
 
     def run(self) -> Summary:
-        """Train what is not trained yet, write the table after each run, and return it.
+        """Run the trials that are not finished, write the table after each, and return it.
 
         Raises:
             UserError: A run failed; the other active runs were stopped and resume when the command is rerun.

@@ -6,7 +6,7 @@ decide the stage's outcome, so a stage is run once for each set of inputs:
     no marker                            new      it runs
     the same inputs, not done            started  it resumes
     other inputs, or a damaged marker    stale    what it made moves to RUN/previous/N, and it reruns
-    done, but its outcome is gone        broken   it reruns; a resumable stage completes what is left
+    done, but its outcome is missing     broken   it reruns; a resumable stage keeps the intact part
     done                                 done     it is skipped
 
 Inputs have stable dotted keys; `LABELS` names them for people.
@@ -66,7 +66,7 @@ class Artifacts:
     Attributes:
         kept: moved to RUN/previous/N before the stage reruns.
         temporary: removed once the stage is done.
-        resumable: where a part of the outcome is gone, the stage keeps the rest and makes that part again.
+        resumable: where part of the outcome is missing, the stage keeps the rest and makes that part again.
     """
 
     kept: tuple[Path, ...] = ()

@@ -95,7 +95,7 @@ def _sole_builder(context: Context) -> Iterator[None]:
 
 
 def missing(context: Context, output: CacheOutput) -> str | None:
-    """A shard that is gone is built again; one that is damaged, or another teacher's cache, is rejected."""
+    """Missing shards are rebuilt; damaged ones, and the cache of another teacher, are rejected."""
     folder = context.resolved.paths.cache
     if not context.resolved.cached:
         return None

@@ -171,7 +171,7 @@ class Context:
 
     Attributes:
         versions: stage name -> its `VERSION`.
-        fingerprint: of the stage's inputs; a checkpoint with another one is refused. Empty while stages are planned.
+        fingerprint: of the stage's inputs; checkpoints with another one are rejected. Empty while stages are planned.
     """
 
     resolved: Resolved

@@ -65,7 +65,7 @@ class TrainStep(Protocol):
             The newest result that is known: of this step, or of the one before if the device still works on this one.
 
         Raises:
-            NonFiniteError: a step of which the result was awaited diverged.
+            NonFiniteError: the step whose result was awaited diverged.
         """
 
     def flush(self) -> StepResult | None:
