@@ -65,9 +65,8 @@ def inputs(context: Context) -> Inputs:
 
 
 def run(context: Context) -> DistillOutput:
-    shards = _own_shards(context)
-    progress = train(_job(context, _teacher_outputs(context, shards)), context.world, context.telemetry)
-    _require_cache_unaltered(context, shards)
+    progress = train(training_job(context), context.world, context.telemetry)
+    _require_cache_unaltered(context)
     assert progress.best_file is not None and progress.best_sha256 is not None
     return DistillOutput(
         best_file=progress.best_file,
@@ -81,7 +80,8 @@ def run(context: Context) -> DistillOutput:
     )
 
 
-def _job(context: Context, teacher_outputs: TeacherOutputs | None) -> Job:
+def training_job(context: Context) -> Job:
+    """Return the student's training, with its model and the teacher's outputs opened; collective."""
     run, config, paths = context.resolved, context.resolved.config, context.resolved.paths
     module = student.open_student(
         paths.student_init,
@@ -97,7 +97,7 @@ def _job(context: Context, teacher_outputs: TeacherOutputs | None) -> Job:
         name="distill",
         module=module,
         losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
-        teacher_outputs=teacher_outputs,
+        teacher_outputs=_teacher_outputs(context),
         train=open_tokens(context, training_set(context)),
         dev=open_tokens(context, "dev"),
         task=run.task,
@@ -121,19 +121,20 @@ def _own_shards(context: Context) -> Sequence[int]:
     return range(context.world.rank, len(manifest.shards) if manifest else 0, context.world.size)
 
 
-def _teacher_outputs(context: Context, shards: Sequence[int]) -> TeacherOutputs | None:
+def _teacher_outputs(context: Context) -> TeacherOutputs | None:
     run, fingerprint = context.resolved, needed_fingerprint(context)
+    shards = _own_shards(context)
     if run.cached:
         return cached_outputs(context.world.together(lambda: CacheReader(run.paths.cache, fingerprint, shards)))
     return live_outputs(live_teacher(context, fingerprint.layers)) if run.needs_teacher else None
 
 
-def _require_cache_unaltered(context: Context, shards: Sequence[int]) -> None:
+def _require_cache_unaltered(context: Context) -> None:
     """The cache was read through a memory map throughout: if it was altered meanwhile, the training does not count."""
     if not context.resolved.cached:
         return
     context.world.at("distill, checksums of the cache", loop=False)
-    folder, fingerprint = context.resolved.paths.cache, needed_fingerprint(context)
+    folder, fingerprint, shards = context.resolved.paths.cache, needed_fingerprint(context), _own_shards(context)
     try:
         context.world.together(lambda: CacheReader(folder, fingerprint, shards))
     except UserError as problem:
