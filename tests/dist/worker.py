@@ -81,9 +81,9 @@ class Run:
         named = dict(self.engine.module.named_parameters())
         if getattr(self.engine, "stage", 0) < 3:
             return {name: p.detach().clone() for name, p in named.items()}
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(named.values())):
+        with deepspeed.zero.GatheredParameters(list(named.values())):
             return {name: p.detach().clone() for name, p in named.items()}
 
 
