@@ -19,12 +19,16 @@ from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet
 
 _SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768, 3072))
+LONGEST_SECONDS = 5.0
+"""Sizes for which one product would take longer are skipped."""
 
 
 def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = 0.4) -> float:
     """Return the FLOP/s of matrix products on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
     device, best = device or torch.device("cpu"), 0.0
     for m, k, n in _SIZES:
+        if best and 2 * m * k * n / best > LONGEST_SECONDS:
+            continue  # a CPU without bfloat16 instructions would take minutes
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         out, until = a @ b, time.perf_counter() + seconds
         while time.perf_counter() < until:
