@@ -315,7 +315,7 @@ def label(key: str) -> str:
     if key.startswith("data.") and key not in LABELS:
         return f"the {key.removeprefix('data.')} data"
     source, _, file = key.partition(":")
-    return f"{source} ({file})" if file else LABELS.get(key, key)
+    return f"{source} {file}" if file else LABELS.get(key, key)
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:

@@ -16,7 +16,7 @@ from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_tokens, training_set
-from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
 
@@ -144,7 +144,7 @@ def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
     """Load the teacher with the hidden states of `layers`, counted from 1."""
     run = context.resolved
     return LiveTeacher(
-        encoder.load_model(context.output(TeacherOutput).folder),
+        encoder.load_model(teacher_folder(context)),
         layers,
         run.teacher_precision,
         run.config.cache.dtype,

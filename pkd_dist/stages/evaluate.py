@@ -20,7 +20,7 @@ from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_tokens
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
-from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
 
@@ -53,7 +53,7 @@ def inputs(context: Context) -> Inputs:
 
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
-    models = {"teacher": encoder.load_model(context.output(TeacherOutput).folder), "student": best_student(context)}
+    models = {"teacher": encoder.load_model(teacher_folder(context)), "student": best_student(context)}
     run = context.resolved
     compared = compare_models(models, splits, run.task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
     context.world.on_main(lambda: _write(context, compared, splits))

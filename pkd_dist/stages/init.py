@@ -10,7 +10,7 @@ from pkd_dist.model import encoder, student
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput
-from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
 
@@ -54,7 +54,7 @@ def _create(context: Context) -> InitOutput:
     run, folder = context.resolved, context.resolved.paths.student_init
     model, made_of = student.create(
         run.config.student,
-        context.output(TeacherOutput).folder,
+        teacher_folder(context),
         run.source,
         context.output(DataOutput).model_fields(run.task),
         run.config.run.seed,

@@ -112,3 +112,12 @@ def republish(context: Context, output: TeacherOutput) -> None:
 
 
 STAGE = Stage("teacher", VERSION, TeacherOutput, inputs, run, missing, artifacts, republish=republish)
+
+
+# ------------------------------------------------------------------------------------------- for the stages after it
+
+
+def teacher_folder(context: Context) -> str:
+    """Return where the teacher loads from; a run folder may have been moved since the marker was written."""
+    run = context.resolved
+    return str(run.paths.teacher) if run.finetunes else run.source

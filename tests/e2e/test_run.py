@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 import yaml
 from conftest import ROOT, environment, launch, losses, results, sentences, write_config, write_tsv
 
-STAGES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
+from pkd_dist.stages.base import NAMES as STAGES
+from pkd_dist.stages.translation import _PHRASES
 
 PLAIN = """
 import json, sys
@@ -108,10 +110,69 @@ def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path
     assert changed.returncode == 0, changed.stderr
     assert "train.tsv changed" in changed.stdout
     assert "teacher: runs again, because the train data changed" in changed.stdout
-    assert "cache: runs again, because teacher changed" in changed.stdout
+    assert "cache: runs again, because the teacher changed" in changed.stdout
     assert "distill: runs again, because" in changed.stdout
     assert (tmp_path / "copy/run/previous/1").is_dir(), "what was made before is kept"
     assert list((tmp_path / "copy/run/previous").glob("*/checkpoints/step-*"))
+
+
+RAISED = """
+import dataclasses, sys
+from pkd_dist.stages import evaluate
+evaluate.STAGE = dataclasses.replace(evaluate.STAGE, version=evaluate.VERSION + 1)
+from pkd_dist.cli.launch import leave, train
+leave(train(sys.argv[1:]))
+"""
+
+
+def test_a_raised_version_runs_the_stage_and_those_after_it_again(finished, tmp_path):
+    folder, settings, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = write_config(settings | {"run": {"dir": str(tmp_path / "run")}}, tmp_path)
+    program = tmp_path / "raised.py"
+    program.write_text(RAISED)
+    again = forked.run(program, ["--config", config], ROOT, [environment()], 200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for name in STAGES[:5]:
+        assert f"{name}: done\n" in again.stdout
+    for name in STAGES[5:]:
+        assert f"{name}: runs again, because the code of the stage evaluate changed (1 -> 2)" in again.stdout
+    assert (tmp_path / "run/previous/1/results_eval.json").is_file()
+
+
+def as_of_0_1_0(path):
+    """Rewrite a marker as version 0.1.0 wrote it: phrases for keys, no versions, no format."""
+    marker, phrases = json.loads(path.read_text()), {key: phrase for phrase, key in _PHRASES[path.stem].items()}
+    inputs = {}
+    for key, value in marker["inputs"].items():
+        if key.startswith("task.data:"):
+            key = key.partition(":")[2]
+        elif key.startswith("data.") and key not in phrases:
+            key = f"the {key.removeprefix('data.')} data"
+        inputs[phrases.get(key, key)] = value
+    outputs = marker["outputs"]
+    if path.stem == "data":
+        outputs = {**outputs, **outputs["sets"], "sets": list(outputs["sets"])}
+    old = {
+        "done": True,
+        "inputs": {k: v for k, v in inputs.items() if not k.startswith("version.")},
+        "outputs": outputs,
+    }
+    path.write_text(json.dumps(old | {key: marker[key] for key in ("starts", "stopped", "seconds")}))
+
+
+def test_a_run_of_0_1_0_is_found_done(finished, tmp_path):
+    folder, settings, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for path in (tmp_path / "run/stages").glob("*.json"):
+        as_of_0_1_0(path)
+    moved = settings | {"run": {"dir": str(tmp_path / "run")}}
+    again = launch("--config", write_config(moved, tmp_path))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [line for line in again.stdout.splitlines() if line in [f"{name}: done" for name in STAGES]] == [
+        f"{name}: done" for name in STAGES
+    ]
+    assert all('"format": 2' in path.read_text() for path in (tmp_path / "run/stages").glob("*.json"))
 
 
 def test_what_is_gone_or_chosen_otherwise_is_made_again(finished, tmp_path):

@@ -176,7 +176,7 @@ def test_a_marker_of_0_1_0_is_found_done(markers, name):
 
 
 def test_labels_name_what_is_no_configuration_key():
-    assert label("task.data:train.tsv") == "task.data (train.tsv)"
+    assert label("task.data:train.tsv") == "task.data train.tsv"
     assert label("data.dev") == "the dev data"
     assert label("distill.alpha") == "distill.alpha"
     assert label("version.cache") == "the code of the stage cache"
