@@ -129,6 +129,8 @@ def _git_revision() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if (root / "REVISION").is_file():
         return (root / "REVISION").read_text().strip()
+    if not (root / ".git").exists():  # installed: another project's repository may be around it
+        return None
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=False

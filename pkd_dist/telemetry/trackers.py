@@ -32,7 +32,7 @@ def require(settings: Settings) -> None:
         if selected and getattr(importlib.util.find_spec(package), "origin", None) is None:
             raise UserError(
                 f"trackers.{package}: the package {package} is not installed; install the extra: "
-                f"pip install -e '.[{package}]'"
+                f"pip install 'pkd_dist[{package}]'"
             )
 
 

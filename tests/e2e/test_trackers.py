@@ -99,7 +99,7 @@ def test_missing_library_is_named_before_anything_is_written(settings, tmp_path,
     refused = launch("--config", config, f"trackers.{key}={value}", PYTHONPATH=f"{tmp_path / 'without'}:{ROOT}")
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"pkd: trackers.{key}: the package {key} is not installed; install the extra: pip install -e '.[{key}]'\n"
+        f"pkd: trackers.{key}: the package {key} is not installed; install the extra: pip install 'pkd_dist[{key}]'\n"
     )
     assert not (tmp_path / "run").exists()
 
