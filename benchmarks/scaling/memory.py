@@ -93,7 +93,7 @@ class Size:
             return json.loads((run / path).read_text())
 
         watched = stages("data,teacher", 0)
-        examples = known("stages/data.json")["outputs"]["train"]["examples"]
+        examples = known("stages/data.json")["outputs"]["sets"]["train"]["examples"]
         out: dict[str, Any] = {
             "factor": self.factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
             "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),

@@ -245,7 +245,7 @@ def test_glues_quirks_and_a_metrics_port_in_use_stop_nothing(settings, tmp_path)
     assert said and int(said[1]) > port and f"http://127.0.0.1:{said[1]}/metrics" in done.stdout, done.stdout
     assert "own/train.tsv: 5 examples" in done.stdout and "own/dev.tsv: 2 examples" in done.stdout
     outputs = json.loads((tmp_path / "run/stages/data.json").read_text())["outputs"]
-    assert outputs["train"]["examples"] == 5 and outputs["train"]["per_class"] == [2, 3]
+    assert outputs["sets"]["train"]["examples"] == 5 and outputs["sets"]["train"]["per_class"] == [2, 3]
 
 
 # -------------------------------------------------------------------------------------- a run's own files, damaged

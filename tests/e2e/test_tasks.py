@@ -100,7 +100,7 @@ def test_fifty_classes_with_more_text_than_labels(settings, tmp_path):
         unlabeled=[str(tmp_path / "data/more.txt")], augment={"copies": 1}, class_weights="balanced",
     )  # fmt: skip
     assert "removed 2 of 4 texts" in done.stdout
-    made = json.loads((run / "stages/data.json").read_text())["outputs"]
+    made = json.loads((run / "stages/data.json").read_text())["outputs"]["sets"]
     assert made["train"]["examples"] == made["train"]["labelled"] == made["distill"]["labelled"] == 250
     examples = made["distill"]["examples"]
     assert 252 < examples <= 502
