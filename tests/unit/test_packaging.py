@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pkd_dist import __version__
-from pkd_dist.config.deepspeed import packaged_path, project_path
+from pkd_dist.config.paths import packaged_path, project_path
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -67,7 +67,7 @@ def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a film", "--model", "x", "--file", "y"], "--file: give sentences or a file, not both"),
+        (["a film", "--model", "x", "--file", "y"], "--file: give texts or a file, not both"),
         (["a film"], "--model is missing; give a fine-tuned folder"),
         (["a film", "--model", "no/such/folder/here"], "--model: no such folder"),
         (["a film", "--model", "{folder}", "--max-length", "5000"], "is more than .* can read; give at most"),
@@ -94,5 +94,5 @@ def test_figures_do_not_overwrite_a_file(folder, tmp_path):
     kept.write_text("precious")
     for place in (kept, tmp_path):
         done = CliRunner().invoke(app, ["evaluate", "--model", folder, "--output", str(place)])
-        assert done.exit_code == 2 and f"--output: {place} is there already" in done.stderr
+        assert done.exit_code == 2 and f"--output: {place} exists; choose another name" in done.stderr
     assert kept.read_text() == "precious"
