@@ -36,7 +36,9 @@ def imported() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.partition(".")[0])
     owners = metadata.packages_distributions()
-    return {canonicalize_name(owners[name][0]) for name in modules - sys.stdlib_module_names - {"pkd_dist"}}
+    return {
+        canonicalize_name(owners[name][0]) for name in modules - sys.stdlib_module_names - {"pkd_dist", "_typeshed"}
+    }  # of type checkers
 
 
 def test_every_import_is_declared_and_every_requirement_is_imported():
