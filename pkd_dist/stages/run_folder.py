@@ -71,7 +71,7 @@ def _writable(key: str, folder: Path) -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             raise
-        raise UserError(f"{key}: {folder} is not writable ({error.strerror}); choose another folder") from None
+        raise UserError(f"{key}: {folder} is not writable ({error.strerror}); choose another {key}") from None
 
 
 def _remove_leftovers(folder: Path, artifacts: list[Artifacts]) -> None:

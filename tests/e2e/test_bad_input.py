@@ -345,7 +345,7 @@ def test_an_exchanged_teacher_is_refused(copy, body):
     shutil.copy(body / "model.safetensors", run / "teacher/model.safetensors")
     before = products(run)
     line = refused("--config", config)
-    assert re.search(r"/run/teacher: this is not the teacher that this run made and cached", line), line
+    assert re.search(r"/run/teacher: is not the teacher that this run made and cached", line), line
     assert products(run) == before
 
 
@@ -399,7 +399,7 @@ def test_a_damaged_checkpoint_goes_back_to_the_one_before(halfway):
     truncate(damaged)
     done = launch("--config", config, "--stages", "distill")
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert re.search(rf"going on from {older.name}: {damaged} has \d+ bytes, not \d+", done.stdout), done.stdout
+    assert re.search(rf"resuming from {older.name}: {damaged} has \d+ bytes, not \d+", done.stdout), done.stdout
     assert "distill: done in" in done.stdout
 
 
