@@ -24,6 +24,7 @@ from pkd_dist.data import tasks, text
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
+from pkd_dist.training.optimization import make_adamw
 
 WARMUP = 2
 """Steps before the clock starts, if only some steps are timed."""
@@ -94,14 +95,6 @@ def shape_of(c: Any) -> Shape:
                  c.max_position_embeddings, c.type_vocab_size, c.num_labels)  # fmt: skip
 
 
-def adamw(model: torch.nn.Module, weight_decay: float, learning_rate: float, epsilon: float) -> torch.optim.AdamW:
-    """Return torch's fused AdamW, with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=learning_rate, eps=epsilon, fused=True)
-
-
 class Subject:
     """Data and models of one seed.
 
@@ -148,8 +141,7 @@ class Subject:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        settings = self.config.train
-        return adamw(model, settings.weight_decay, settings.learning_rate, settings.adam_epsilon)
+        return make_adamw(model, self.config.train)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         return get_linear_schedule_with_warmup(optimizer, self.warmup_steps, self.total_steps)

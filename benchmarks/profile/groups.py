@@ -46,7 +46,7 @@ def of_operation(name: str, parents: Sequence[str], phase: str) -> str:
 
     Args:
         parents: names of the operations that called it, innermost first.
-        phase: of the step, see `worker.PHASES`.
+        phase: of the step, see `worker.phases`.
     """
     in_model = phase in ("forward", "backward", "")
     for group, pattern in _OPERATIONS:
