@@ -122,7 +122,3 @@ def filled(page: Path, figures: Mapping[str, Callable[[], str]]) -> str:
 def write_page(page: Path, figures: Mapping[str, Callable[[], str]]) -> None:
     text = filled(page, figures)
     write_atomically(page, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def write_plot(path: Path, figure: Any) -> None:
-    write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))

@@ -1,4 +1,4 @@
-"""Write the figures of docs/performance.md, and its plots, from benchmarks/results.
+"""Write the figures of docs/performance.md from benchmarks/results.
 
 python -m benchmarks.performance
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DOCS, RESULTS, filled, read_json, table, write_page, write_plot
+from benchmarks.common import DOCS, RESULTS, filled, read_json, table, write_page
 
 PAGE = DOCS / "performance.md"
 COMMANDS = {
@@ -16,7 +16,6 @@ COMMANDS = {
     "scaling": "make bench-ranks",
 }  # fmt: skip
 """Result file -> the command that measures it."""
-COLOURS = {"ours": "#c2571a", "peer": "#1f6fb4", "authors": "#8a8a8a"}
 WAYS = {"plain": "plain loop", "engine": "through DeepSpeed's engine", "loop": "the complete training loop"}
 
 
@@ -34,33 +33,26 @@ def document(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def write() -> None:
-    """Write the page, and the plots of what is measured."""
-    measured = read()
-    write_page(PAGE, _figures(measured))
-    for name in ("peers", "peers-cuda"):
-        if measured[name]:
-            write_plot(DOCS / f"performance-{name}.png", plot_peers(measured[name]))
+    write_page(PAGE, _figures(read()))
 
 
 def _figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    scaling = measured["scaling"]
     made = {
-        "peers": (peers, measured["peers"]), "peers-cuda": (peers, measured["peers-cuda"]),
-        "profile": (profile, measured["profile"]), "memory": (memory, measured["scaling"].get("memory")),
-        "startup": (startup, measured["scaling"].get("startup")),
+        "peers": (peers, measured["peers"], "peers"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
+        "profile": (profile, measured["profile"], "profile"), "memory": (memory, scaling.get("memory"), "scaling"),
+        "startup": (startup, scaling.get("startup"), "scaling"),
     }  # fmt: skip
-    command = COMMANDS | {"memory": COMMANDS["scaling"], "startup": COMMANDS["scaling"]}
 
     def shown(name: str) -> str:
-        function, found = made[name]
-        return function(found) if found else f"Not measured yet: `{command[name]}`.\n"
+        function, found, file = made[name]
+        measured = found and found.get("contestants", True)
+        return function(found) if measured else f"Not measured yet: `{COMMANDS[file]}`.\n"
 
     return {name: lambda name=name: shown(name) for name in made}
 
 
 def peers(made: dict[str, Any]) -> str:
-    if not made.get("contestants"):
-        device = "peers-cuda" if made.get("machine", {}).get("device", "cpu") != "cpu" else "peers"
-        return f"Not measured yet: `{COMMANDS[device]}`.\n"
     s, machine, peaks = made["settings"], made["machine"], made["peak_flops_per_second"]
     gpu = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     speeds = " and ".join(f"{peaks[name] / 1e9:,.0f} GFLOP/s in {name}" for name in peaks)
@@ -140,23 +132,6 @@ def _engine(made: dict[str, Any]) -> str:
     )
     rows = ([WAYS[w], f"{1000 * found['step_seconds'][w]:.1f}", f"{found['overhead'][w]:.3f}"] for w in WAYS)
     return intro + table(["", "ms a step", "relative to the plain loop"], rows)
-
-
-def plot_peers(made: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    found = sorted(made["contestants"].values(), key=lambda one: -one["seconds"])
-    figure = Figure(figsize=(9, 0.45 * len(found) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    seconds = [one["seconds"] for one in found]
-    bars = axes.barh(range(len(found)), seconds, color=[COLOURS[one["role"]] for one in found], height=0.7)
-    axes.bar_label(bars, [f"{each:.0f} s" for each in seconds], padding=4, fontsize=9)
-    labels = [f"{one['title']}, {one['precision']}, {one['ranks']} rank{'s' * (one['ranks'] > 1)}" for one in found]
-    axes.set_yticks(range(len(found)), labels, fontsize=9)
-    axes.set_xlabel(f"teacher's pass and {made['settings']['epochs']} epochs, seconds")
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def profile(entries: dict[str, Any]) -> str:

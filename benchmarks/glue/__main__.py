@@ -1,22 +1,19 @@
 """`make bench-glue`: train all methods on each data set; rerun the same command to resume.
 
 python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench] [key=value ...]
-python -m benchmarks.glue --report       # docs/results.md and its plot from benchmarks/results/glue.json
+python -m benchmarks.glue --report       # docs/results.md and its plots from benchmarks/results/glue.json
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.common import RESULTS, choices, read_json
+from benchmarks.common import RESULTS, choices, read_json, run_program
 from benchmarks.glue import report
-from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.evaluation.speed import machine
 from pkd_dist.files import write_json
-from pkd_dist.telemetry.log import to_terminal
 
 HERE = Path(__file__).parent
 LOSSES: dict[str, dict[str, Any]] = {
@@ -31,8 +28,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A data set.
 
     Attributes:
@@ -70,40 +66,41 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         for depth in options.layers for loss in options.losses
     }  # fmt: skip
-    seeds, output = data.seeds[: options.seeds], options.output / name
-    return Comparison(config, overrides, methods, seeds, output, "", options.jobs).run()
+    output = options.output / name
+    summary = Comparison(config, overrides, methods, data.seeds, output, "", options.jobs).run()
+    return {**summary, "speed": speeds(output), "trained_on": trained_on()}
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
-    """Merge into the results with the same teacher; results with another teacher are dropped, except speeds."""
-    from pkd_dist.comparison.runner import hold_against_first
+    """Add to the results with the same teacher; results with another teacher are dropped."""
+    from pkd_dist.comparison.table import set_differences
 
     known = read_json(RESULTS / "glue.json")
     before = known.get(name, {})
-    if before.get("teacher") != made["teacher"]:
-        before = {key: before[key] for key in before if key == "speed"}
-    methods = {**before.get("methods", {}), **made["methods"]}
+    methods = {**(before["methods"] if before.get("teacher") == made["teacher"] else {}), **made["methods"]}
     methods = {key: methods[key] for key in sorted(methods, key=lambda key: [*LOSSES].index(key.rpartition("-")[0]))}
-    hold_against_first(methods)
-    write_json(RESULTS / "glue.json", known | {name: {**before, **made, "methods": methods}})
+    set_differences(methods)
+    write_json(RESULTS / "glue.json", known | {name: {**made, "methods": methods}})
 
 
 def speeds(output: Path) -> dict[str, Any]:
     """Time the teacher and a student of each depth on the same inputs in turn; the weights do not matter."""
     import torch
 
+    from pkd_dist.config.schema import Evaluate
     from pkd_dist.data.tokens import open_tokens
-    from pkd_dist.evaluation.speed import speed
+    from pkd_dist.evaluation.scoring import forward_of
+    from pkd_dist.evaluation.speed import TimedInputs, measure_speed
     from pkd_dist.model.encoder import load_model, load_tokenizer
 
     teacher = output / "teacher" / "teacher"
     students = {depth: next(output.glob(f"*-{depth}/seed-*/student_init"), None) for depth in COPIED}
-    folders = {depth: folder for depth, folder in (*students.items(), (6, teacher)) if folder}
-    models: dict[str, Any] = {str(depth): load_model(str(folder)) for depth, folder in sorted(folders.items())}
-    forwards = {depth: lambda inputs, model=model: model(**inputs).logits for depth, model in models.items()}
-    pad_id = load_tokenizer(str(teacher)).pad_token_id
+    folders = {str(depth): folder for depth, folder in (*students.items(), (6, teacher)) if folder}
+    settings = Evaluate(batch_size=64, latency_samples=200, throughput_samples=512)
+    tokens, pad_id = open_tokens(output / "teacher/data/dev"), load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
-        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
+        forwards = {depth: forward_of(load_model(str(folder))) for depth, folder in folders.items()}
+        found = measure_speed(forwards, TimedInputs.choose(tokens, pad_id, torch.device("cpu"), settings))
     layers = {depth: timing.figures for depth, timing in found.items()}
     return {"machine": f"{torch.get_num_threads()} threads of {machine()['processor']}", "layers": layers}
 
@@ -121,10 +118,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(DATA), help="data sets, in this order")
     parser.add_argument("--losses", default=",".join(LOSSES), help="methods; the others are compared with the first")
     parser.add_argument("--layers", default="2,3,1", help="layers of the students")
-    parser.add_argument("--seeds", type=int, default=5, help="of each method, at most; SST-2 and RTE have 3")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--no-speed", action="store_true", help="keep the known speeds, if this machine is busy")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md from the results so far")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
     options = parser.parse_intermixed_args()
@@ -133,17 +128,13 @@ def main() -> None:
     options.layers = [int(depth) for depth in choices(options.layers, COPIED, "--layers", parser)]
     if not options.report and not options.glue_dir and any(DATA[name].folder for name in only):
         parser.error("sst2 and rte need --glue-dir; or use --only movie-reviews")
-    to_terminal(True)
-    for name in [] if options.report else only:
 
-        def work(name: str = name) -> None:
-            made = run(name, options)
-            timed = {} if options.no_speed else {"speed": speeds(options.output / name)}
-            collect(name, {**made, "trained_on": trained_on(), **timed})
+    def work() -> None:
+        for name in [] if options.report else only:
+            collect(name, run(name, options))
+        report.write(RESULTS / "glue.json")
 
-        if status := guarded(work):
-            leave(status)
-    report.write(RESULTS / "glue.json")
+    run_program(work)
 
 
 if __name__ == "__main__":
