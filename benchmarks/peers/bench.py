@@ -14,11 +14,13 @@ from benchmarks import common, watch
 from benchmarks.faults.tiny import command
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_json
+from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.records import read
 
 STAGES = ("cache", "init", "distill")
 """The stages of our run that count: the teacher's pass, the student's start, training with evaluation and checkpoints."""
-FEW_TIMINGS = ("evaluate.latency_samples=20", "evaluate.throughput_samples=64")
+JOB = ("export.formats=[safetensors]", "evaluate.latency_samples=20", "evaluate.throughput_samples=64")
 """Settings of `job`: with the defaults, timing the models for the model card takes longer than the export."""
 
 
@@ -133,42 +135,38 @@ class Bench:
         remove(made)
         remove(run)  # an interrupted run would resume, and not be timed in full
         overrides = [*self.overrides(seed), f"run.dir={run}"]
-        ranks = CONTESTANTS[name].ranks if name in CONTESTANTS else 1
-        ours = name in CONTESTANTS and CONTESTANTS[name].role == "ours"
-        if ours:
-            argv = command(
-                "--config", common.CONFIG, *overrides, "--stages", "data,teacher,cache,init,distill", ranks=ranks
-            )
-        elif name == "job":
-            argv = command("--config", common.CONFIG, *overrides, "export.formats=[safetensors]", *FEW_TIMINGS)
+        contestant = CONTESTANTS.get(name, Contestant("", "", ""))
+        if contestant.role == "ours" or name == "job":
+            more = JOB if name == "job" else ("--stages", "data,teacher,cache,init,distill")
+            argv = command("--config", common.CONFIG, *overrides, *more, ranks=0 if name == "job" else contestant.ranks)
         else:
             given = {"what": name, "config": str(common.CONFIG), "overrides": overrides, "output": str(made),
                      "steps": None if full else self.slow_steps, "blocks": self.blocks}  # fmt: skip
-            argv = common.worker_command("peers.worker", given, ranks)
+            argv = common.worker_command("peers.worker", given, contestant.ranks)
         log_file = self.output / "logs" / f"{name}-{seed}.log"
-        watched = watch.run_checked("peers", argv, log_file, ranks, self.device == "cuda")
-        found = _of_run(run, ranks) if ours else _of_job(run) if name == "job" else json.loads(made.read_text())
+        watched = watch.run_checked("peers", argv, log_file, contestant.ranks, self.device == "cuda")
+        if contestant.role == "ours":
+            found = _of_run(run, contestant.ranks)
+        elif name == "job":
+            found = {"stages": {stage: _marker(run, stage)["seconds"] for stage in NAMES}}
+        else:
+            found = json.loads(made.read_text())
         shutil.rmtree(run, ignore_errors=True)
         path.parent.mkdir(exist_ok=True)
         write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes,
                                   "waiting_share": round(watched.waiting_share, 3), "whole": full})  # fmt: skip
 
 
-def _of_job(run: Path) -> dict[str, Any]:
-    """Return the seconds of all stages; an export without a manifest was not verified."""
-    json.loads((run / "export" / "manifest.json").read_text())
-    markers = sorted((run / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {"stages": {path.stem: json.loads(path.read_text())["seconds"] for path in markers}}
+def _marker(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / "stages" / f"{stage}.json").read_text())
 
 
 def _of_run(run: Path, ranks: int) -> dict[str, Any]:
-    stages = {stage: json.loads((run / "stages" / f"{stage}.json").read_text()) for stage in STAGES}
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    paces = [1 / record["samples_per_second"] for record in steps if "split" not in record]
-    distilled = stages["distill"]["outputs"]
+    paces = [1 / record["samples_per_second"] for record in read(run / "metrics.jsonl") if "split" not in record]
+    distilled = _marker(run, "distill")["outputs"]
     resolved = yaml.safe_load((run / "config.yaml").read_text())["resolved"]
     return {
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "seconds": {stage: _marker(run, stage)["seconds"] for stage in STAGES},
         "training_seconds": distilled["samples"] * sum(paces) / len(paces),
         "accuracies": [entry["main_metric"] for entry in distilled["history"]],
         "precision": "bfloat16" if "bfloat16" in resolved["precision"] else "float32",

@@ -43,11 +43,11 @@ def adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:
     return {"logits": out.logits, "hidden": out.hidden_states, "losses": out.loss}
 
 
-def measure(subject: Subject, steps: int | None = None, padded: bool = True) -> Measured:
-    """Train all epochs, or `steps` steps."""
+def measure(subject: Subject, steps: int | None = None, padding: str = "padded") -> Measured:
+    """Train all epochs, or `steps` steps. `padding`: padded | dynamic."""
     teacher, student, tally, clock = subject.teacher(), subject.student(), Tally(), Clock()
     passes = ((shape_of(student.config), 3), (shape_of(teacher.config), 1))
-    collate, measured, train = subject.collator(padded), Measured(0.0, tally), subject.config.train
+    collate, measured, train = subject.collator(padding == "padded"), Measured(0.0, tally), subject.config.train
     loader: Any = DataLoader(subject.train, train.batch_size, shuffle=True, collate_fn=lambda rows: dict(collate(rows)))
 
     def student_adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:

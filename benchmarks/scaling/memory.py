@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,49 +65,40 @@ def of_ranks(watched: watch.Watched, seconds_per_example: float) -> dict[str, fl
     return largest | {"waiting_share": watched.waiting_share, "seconds_per_example": seconds_per_example}
 
 
-@dataclass(frozen=True)
-class Size:
-    """One size of the data. `overrides`: settings of the run, including its teacher."""
+def measure(source: Path, output: Path, factor: int, ranks: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Run the stages at `factor` times the data. Raises UserError if one fails."""
+    data, run = output / f"data-{factor}", output / f"run-{factor}"
+    remove(run)
+    multiply(source, data, factor)
+    settings = [*overrides, f"task.data={data}", f"run.dir={run}", "metrics.enabled=false"]
 
-    output: Path
-    factor: int
-    ranks: int
-    overrides: list[str]
+    def enough() -> bool:
+        return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
 
-    def measure(self, source: Path, steps: int) -> dict[str, Any]:
-        """Run the stages of this size. Raises UserError if one fails."""
-        data, run = self.output / f"data-{self.factor}", self.output / f"run-{self.factor}"
-        remove(run)
-        multiply(source, data, self.factor)
-        settings = [*self.overrides, f"task.data={data}", f"run.dir={run}", "metrics.enabled=false"]
+    def stages(names: str, ranks: int) -> watch.Watched:
+        argv = command("--config", common.CONFIG, *settings, "--stages", names, ranks=ranks)
+        log_file = output / "logs" / f"{factor}-{names.rpartition(',')[2]}.log"
+        return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
 
-        def enough() -> bool:
-            return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
+    def known(path: str) -> dict[str, Any]:
+        return json.loads((run / path).read_text())
 
-        def stages(names: str, ranks: int) -> watch.Watched:
-            argv = command("--config", common.CONFIG, *settings, "--stages", names, ranks=ranks)
-            log_file = self.output / "logs" / f"{self.factor}-{names.rpartition(',')[2]}.log"
-            return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
-
-        def known(path: str) -> dict[str, Any]:
-            return json.loads((run / path).read_text())
-
-        watched = stages("data,teacher", 0)
-        examples = known("stages/data.json")["outputs"]["train"]["examples"]
-        out: dict[str, Any] = {
-            "factor": self.factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
-            "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),
-        }  # fmt: skip
-        watched = stages("data,teacher,cache", self.ranks)
-        out["cache"] = of_ranks(watched, known("stages/cache.json")["seconds"] / examples)
-        out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
-        watched = stages("data,teacher,cache,init,distill", self.ranks)
-        paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]
-        settled = float(np.median(paces[min(SETTLED, len(paces) // 2) :]))
-        out["distill"] = of_ranks(watched, settled) | {"steps": len(paces)}
-        remove(run)
-        remove(data)
-        return out
+    watched = stages("data,teacher", 0)
+    examples = known("stages/data.json")["outputs"]["sets"]["train"]["examples"]
+    out: dict[str, Any] = {
+        "factor": factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
+        "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),
+    }  # fmt: skip
+    watched = stages("data,teacher,cache", ranks)
+    out["cache"] = of_ranks(watched, known("stages/cache.json")["seconds"] / examples)
+    out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
+    watched = stages("data,teacher,cache,init,distill", ranks)
+    paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]
+    settled = float(np.median(paces[min(SETTLED, len(paces) // 2) :]))
+    out["distill"] = of_ranks(watched, settled) | {"steps": len(paces)}
+    remove(run)
+    remove(data)
+    return out
 
 
 def main() -> None:
@@ -121,23 +112,20 @@ def main() -> None:
     def work() -> None:
         from pkd_dist.model.encoder import load_config, num_layers
 
-        output = options.output.resolve()
+        output, source, sizes = options.output.resolve(), project_path(options.data), []
         teacher = common.prepared_teacher("scaling", output, common.located(options.teacher), options.overrides)
         overrides = [f"teacher.model={teacher}", *options.overrides]
-        sizes = []
         for factor in map(int, options.factors.split(",")):
             kept = output / f"memory-{factor}-ranks-{options.ranks}.json"
             if not kept.exists():
                 log.info("scaling: %d times the data", factor)
-                size = Size(output, factor, options.ranks, overrides)
-                write_json(kept, size.measure(project_path(options.data), options.steps))
+                write_json(kept, measure(source, output, factor, options.ranks, options.steps, overrides))
             sizes.append(json.loads(kept.read_text()))
-        settings = {
-            "ranks": max(1, options.ranks), "overrides": options.overrides,
+        made = common.stamp() | {
+            "ranks": max(1, options.ranks), "overrides": options.overrides, "sizes": sizes,
             "teacher_layers": num_layers(load_config(str(teacher), "--teacher")),
         }  # fmt: skip
-        common.save(options.results or common.RESULTS / "scaling.json",
-                    {"memory": common.stamp() | settings | {"sizes": sizes}})  # fmt: skip
+        common.save(options.results or common.RESULTS / "scaling.json", {"memory": made})
 
     common.run_program(work)
 

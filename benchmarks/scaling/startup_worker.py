@@ -13,7 +13,7 @@ import time
 BEGUN = time.time()
 
 import builtins  # noqa: E402
-import functools  # noqa: E402
+import gc  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -22,7 +22,6 @@ from typing import Any  # noqa: E402
 
 from benchmarks.spans import Spans  # noqa: E402
 
-FIRST_STEP = "first step"
 PARTS: dict[str, dict[str, str]] = {
     "pkd_dist.config.load": {"load": "configuration"},
     "pkd_dist.telemetry.endpoint": {"serve": "metrics server"},
@@ -31,9 +30,8 @@ PARTS: dict[str, dict[str, str]] = {
     "pkd_dist.model.encoder": {"weights_digest": "teacher: checksum", "load_model": "models: loaded"},
     "pkd_dist.distillation.cache": {"require_shard": "cache: checksums", "CacheReader.__init__": "cache: opened"},
     "pkd_dist.training.engine": {"open_engine": "engine"},
-    "pkd_dist.training.trainer": {"resume": "checkpoint", "Trainer.train_step": FIRST_STEP},
+    "pkd_dist.training.trainer": {"resume": "checkpoint", "Trainer.train_step": "first step"},
     "pkd_dist.stages.context": {"resolve": "checks before the start"},
-    "pkd_dist.stages.run_folder": {"opened": "run folder"},
     "pkd_dist.pipeline": {"_run_stage": "checks of finished stages"},
 }
 """Module -> function -> the part of the start it is.
@@ -44,30 +42,23 @@ IMPORTS, REST, INTERPRETER = "imports", "rest", "interpreter"
 
 
 def follow(spans: Spans, end: Any) -> None:
-    """Import the modules of `PARTS` and wrap their functions; `end` is called after the first step."""
+    """Import the modules of `PARTS` and wrap their functions; `end` is called with the result of the first step."""
     for name, functions in PARTS.items():
         module = importlib.import_module(name)
         for function, part in functions.items():
             path, _, last = function.rpartition(".")
             owner = getattr(module, path) if path else module
-            wrapped = spans.wrapped(getattr(owner, last), part)
-            setattr(owner, last, _then(wrapped, end) if part == FIRST_STEP else wrapped)
-
-
-def _then(function: Any, end: Any) -> Any:
-    @functools.wraps(function)
-    def both(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)
-        end()
-
-    return both
+            setattr(owner, last, spans.wrapped(getattr(owner, last), part))
+    trainer = sys.modules["pkd_dist.training.trainer"].Trainer
+    step = trainer.train_step
+    trainer.train_step = lambda self: end(step(self))
 
 
 def main() -> None:
     output, started, *argv = sys.argv[1:]
     spans = Spans()
 
-    def end() -> None:
+    def end(_: Any) -> None:
         whole, parts = time.time() - float(started), spans.finished()
         parts[INTERPRETER] = BEGUN - float(started)
         parts[REST] = max(0.0, whole - sum(seconds for part, seconds in parts.items() if part != REST))
@@ -79,8 +70,10 @@ def main() -> None:
     with spans.span(REST):
         from pkd_dist.kernels.allocator import keep_freed_blocks
 
-        keep_freed_blocks()  # like the launcher, before torch is imported
+        keep_freed_blocks()  # this and gc like the launcher
+        gc.disable()
         follow(spans, end)
+        gc.enable()
         from pkd_dist.cli.launch import leave, train
 
         status = train(argv)

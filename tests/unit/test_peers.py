@@ -77,9 +77,9 @@ def test_the_students_are_the_teachers_layers(subject):
 CONTESTANTS = {
     "authors": authors.measure,
     "textbrewer-padded": brewer.measure,
-    "textbrewer-dynamic": lambda s, steps=None: brewer.measure(s, steps, padded=False),
+    "textbrewer-dynamic": lambda s, steps=None: brewer.measure(s, steps, "dynamic"),
     "hf-float32": hf.measure,
-    "hf-bfloat16": lambda s, steps=None: hf.measure(s, steps, bf16=True),
+    "hf-bfloat16": lambda s, steps=None: hf.measure(s, steps, "bfloat16"),
 }
 
 
