@@ -27,9 +27,9 @@ class Memory:
 
     Attributes:
         command: its arguments, joined.
-        peak: resident set as the kernel counts it, pages of mapped files included.
+        peak: resident set, pages of mapped files included.
         anonymous: its own memory, which the kernel cannot drop.
-        file: resident pages of mapped files, which the kernel drops when it needs memory.
+        file: resident pages of mapped files, which the kernel can drop.
     """
 
     command: str
@@ -79,13 +79,9 @@ def is_rank(argv: str) -> bool:
 
 
 def run(
-    argv: Sequence[str | Path],
-    log: Path,
-    threads: int = 1,
-    extra: Mapping[str, str] | None = None,
-    interval_seconds: float = 0.5,
-    stop_when: Callable[[], bool] | None = None,
-) -> Watched:
+    argv: Sequence[str | Path], log: Path, threads: int = 1, extra: Mapping[str, str] | None = None,
+    interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
+) -> Watched:  # fmt: skip
     """Run a command in the project's folder, with its output in `log`.
 
     Args:
@@ -128,14 +124,9 @@ def run(
 
 
 def run_checked(
-    program: str,
-    argv: Sequence[str | Path],
-    log: Path,
-    ranks: int = 1,
-    gpu: bool = False,
-    interval_seconds: float = 0.5,
-    stop_when: Callable[[], bool] | None = None,
-) -> Watched:
+    program: str, argv: Sequence[str | Path], log: Path, ranks: int = 1, gpu: bool = False,
+    interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
+) -> Watched:  # fmt: skip
     """Run a command whose `ranks` processes share the cores. Raises UserError, which names the log, if it fails."""
     threads, extra = max(1, cores() // max(1, ranks)), {} if gpu else WITHOUT_GPU
     watched = run(argv, log, threads, extra, interval_seconds, stop_when)

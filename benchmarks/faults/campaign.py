@@ -22,14 +22,11 @@ from benchmarks.faults.site import release
 from benchmarks.faults.tiny import ROOT, make_body, make_data
 from benchmarks.faults.trial import DEV_EXAMPLES, Outcome, Reference, Row, Trial, settings, undisturbed
 from pkd_dist import __version__
+from pkd_dist.errors import UserError
 from pkd_dist.evaluation.speed import machine
 from pkd_dist.files import digest_of, write_json
 
 COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "good", "struck")
-
-
-class Refused(Exception):  # noqa: N818 - one line for the user
-    """The campaign cannot run as requested."""
 
 
 class Campaign:
@@ -40,7 +37,7 @@ class Campaign:
         references: number of undisturbed runs, which must agree.
 
     Raises:
-        Refused: the folder holds a campaign with another seed, code, or choice of faults.
+        UserError: the folder holds a campaign with another seed, code, or choice of faults.
     """
 
     def __init__(self, work: Path, seed: int, ranks: int, faults: Sequence[str], watch: Watch, references: int = 2):
@@ -61,9 +58,8 @@ class Campaign:
             known = json.loads(kept.read_text())
             for key, value in self.identity.items():
                 if known.get(key) != value:
-                    raise Refused(
-                        f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}; choose another --work"
-                    )
+                    found = f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}"
+                    raise UserError(f"{found}; choose another --work")
             return Reference(Outcome(**known["outcome"]), known["seconds"], known["best_epoch"])
         if not self.body.exists():
             make_body(self.body)
@@ -80,11 +76,11 @@ class Campaign:
         rows = [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
         return sorted({row.trial: row for row in rows}.values(), key=lambda row: row.trial)
 
-    def run_trial(self, number: int, keep: bool = False) -> tuple[Row, Path]:
-        """Run one trial; its folder is kept if it failed or with `keep`."""
-        return self.run_plan(plan(self.seed, number, self.ranks, self.faults), keep)
+    def draw(self, number: int) -> Plan:
+        return plan(self.seed, number, self.ranks, self.faults)
 
     def run_plan(self, drawn: Plan, keep: bool = False) -> tuple[Row, Path]:
+        """Run one trial; its folder is kept if it failed or with `keep`."""
         folder = _empty(self.work / f"trial-{drawn.trial:05d}")
         row = Trial(drawn, folder, self.body, self.data, self.ranks, self.reference, self.watch).run()
         if row.good and not keep:
@@ -101,7 +97,7 @@ class Campaign:
         waiting = [number for number in range(trials) if number not in done]
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for future in as_completed([pool.submit(self.run_trial, number) for number in waiting]):
+                for future in as_completed([pool.submit(self.run_plan, self.draw(number)) for number in waiting]):
                     row, _ = future.result()
                     with open(self.log, "a", encoding="utf-8") as file:
                         file.write(json.dumps(dataclasses.asdict(row)) + "\n")

@@ -52,7 +52,7 @@ def arrived(run: Path, moment: str) -> bool:
 
 
 class Start:
-    """The processes of one start.
+    """The processes of one start, killed at the end of a `with` block.
 
     Args:
         commands: one launcher for each node.
@@ -69,6 +69,12 @@ class Start:
                     argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                     start_new_session=True,
                 ))  # fmt: skip
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def members(self) -> list[psutil.Process]:
         """Return all living processes of this start, even if their launcher is gone."""
@@ -129,14 +135,10 @@ class Start:
                 with suppress(ProcessLookupError):
                     os.killpg(launcher.pid, number)
             return
-        child = None
         with suppress(psutil.NoSuchProcess):
-            child = next(iter(psutil.Process(self.launchers[0].pid).children()), None)
-        if target == "child" and child:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        else:
-            self.launchers[0].send_signal(number)
+            command = psutil.Process(self.launchers[0].pid)
+            children = command.children() if target == "child" else []
+            (children or [command])[0].send_signal(number)
 
     def _text(self, suffix: str) -> str:
         return "\n".join(Path(f"{path}{suffix}").read_text(errors="replace") for path in self._logs)

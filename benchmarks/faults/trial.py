@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import signal
@@ -19,6 +18,7 @@ from benchmarks.faults.job import Start, Watch, arrived
 from benchmarks.faults.plan import EPOCHS, Plan
 from benchmarks.faults.site import Site, SmallDisk, TwoNodes
 from benchmarks.faults.tiny import write_config
+from pkd_dist.files import digest_of, sha256
 
 MAX_STARTS = 5
 STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank hangs
@@ -31,7 +31,7 @@ _BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
 
 @dataclass(frozen=True)
 class Outcome:
-    """sha256 of the results that must be equal: the exported weights, and the metrics without time fields."""
+    """Digests of the results that must be equal: the exported weights, and the metrics without time fields."""
 
     export: str | None
     metrics: str | None
@@ -90,19 +90,13 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
 
 def outcome(run: Path) -> Outcome:
     export = run / "export/model.safetensors"
-    return Outcome(hashlib.sha256(export.read_bytes()).hexdigest() if export.exists() else None, _metrics(run))
-
-
-def _metrics(run: Path) -> str | None:
-    digest = hashlib.sha256()
     try:
-        for name in ("teacher_metrics.jsonl", "metrics.jsonl"):
-            for line in (run / name).read_text().splitlines():
-                record = {k: v for k, v in json.loads(line).items() if k not in _TIMES}
-                digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        files = (run / name for name in ("teacher_metrics.jsonl", "metrics.jsonl"))
+        records = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        metrics = digest_of([{k: v for k, v in record.items() if k not in _TIMES} for record in records])
     except (OSError, ValueError):
-        return None
-    return digest.hexdigest()
+        metrics = None
+    return Outcome(sha256(export) if export.exists() else None, metrics)
 
 
 def left_behind(run: Path) -> list[str]:
@@ -126,15 +120,11 @@ def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, 
         site = Site(folder / str(number), ranks)
         site.folder.mkdir()
         config = write_config(settings(body, data, site.run, TIMEOUT_SECONDS), site.folder)
-        start = Start(site.commands("--config", config), site.environment, site.folder / "start-1")
-        try:
+        with Start(site.commands("--config", config), site.environment, site.folder / "start-1") as start:
             ended = start.await_end(watch, 600)
-        finally:
-            start.kill()
         if not ended or start.status or not complete(site.run):
-            raise RuntimeError(
-                f"the undisturbed run ended with status {start.status}: {start.last_message}; see {folder}"
-            )
+            what = f"the undisturbed run ended with status {start.status}: {start.last_message}"
+            raise RuntimeError(f"{what}; see {folder}")
         seconds = round(time.monotonic() - start.began, 2)
         best_epoch = json.loads((site.run / "stages/distill.json").read_text())["outputs"]["best_epoch"]
         found.append(Reference(outcome(site.run), seconds, best_epoch))
@@ -186,9 +176,7 @@ class Trial:
         """Start the command and wait for its end; the first start is disturbed."""
         self.row.starts += 1
         commands = self.site.commands("--config", self.config, *flags)
-        with ExitStack() as stack:
-            start = Start(commands, self.site.environment, self.folder / f"start-{self.row.starts}")
-            stack.callback(start.kill)
+        with Start(commands, self.site.environment, self.folder / f"start-{self.row.starts}") as start:
             if self.row.starts == 1:
                 self._disturb(start)
             elif not start.await_end(self.watch, self.deadline_seconds):
@@ -260,32 +248,28 @@ class Trial:
 
     def _damage(self) -> None:
         """Damage one file, if the fault is of that kind and there is such a file."""
-        plan = self.plan
+        plan, run = self.plan, self.site.run
         if plan.fault not in damage.CANDIDATES:
             return
         self.row.detail = "nothing there to damage"
         with suppress(FileNotFoundError):  # a running job also removes files
-            path = damage.pick(plan.fault, self.site.run, plan.which)
-            if path is not None and path.stat().st_size:
-                self._damage_file(path)
-
-    def _damage_file(self, path: Path) -> None:
-        plan = self.plan
-        owed = plan.fault.startswith("damage") and not plan.running and damage.needed(self.site.run, path)
-        kind = "truncate" if plan.fault == "tear-marker" else plan.damage
-        what = damage.tear(path, plan.where) if plan.fault == "tear-metrics" else damage.apply(kind, path, plan.where)
-        self.damaged = path.name if owed else None
-        self.row.detail = f"{path.relative_to(self.site.run)}: {what}, {'running' if plan.running else 'after kill -9'}"
+            path = damage.pick(plan.fault, run, plan.which)
+            if path is None or not path.stat().st_size:
+                return
+            owed = plan.fault.startswith("damage") and not plan.running and damage.needed(run, path)
+            kind = {"tear-metrics": "tear", "tear-marker": "truncate"}.get(plan.fault, plan.damage)
+            what = damage.apply(kind, path, plan.where)
+            self.damaged = path.name if owed else None
+            self.row.detail = f"{path.relative_to(run)}: {what}, {'running' if plan.running else 'after kill -9'}"
 
     def _await_end(self, start: Start) -> bool:
         """Return whether the struck job ends by itself in the time it has."""
-        plan = self.plan
-        if plan.fault == "stop-rank":
-            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds, but=plan.rank)
-        if plan.fault == "cut-link" and plan.cut_seconds is None:
-            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds)
+        plan, margin = self.plan, self.margin_seconds
         if plan.fault == "kill-rank":
-            return start.await_ranks_end(self.watch, self.margin_seconds)
+            return start.await_ranks_end(self.watch, margin)
+        if plan.fault == "stop-rank" or (plan.fault == "cut-link" and plan.cut_seconds is None):
+            stopped = plan.rank if plan.fault == "stop-rank" else None
+            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + margin, but=stopped)
         return start.await_end(self.watch, self.deadline_seconds)
 
     def _check_promises(self, start: Start) -> None:

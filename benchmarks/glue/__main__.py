@@ -10,10 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import RESULTS, choices, read_json, run_program
-from benchmarks.glue import report
+from benchmarks.common import DOCS, RESULTS, choices, read_json, run_program, table, write_page
 from pkd_dist.evaluation.speed import machine
-from pkd_dist.files import write_json
+from pkd_dist.files import write_atomically, write_json
 
 HERE = Path(__file__).parent
 LOSSES: dict[str, dict[str, Any]] = {
@@ -54,6 +53,8 @@ DATA = {
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train all chosen methods on one data set; return their figures."""
+    import torch
+
     from pkd_dist.comparison.runner import Comparison
     from pkd_dist.config.load import load
 
@@ -68,7 +69,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     output = options.output / name
     summary = Comparison(config, overrides, methods, data.seeds, output, "", options.jobs).run()
-    return {**summary, "speed": speeds(output), "trained_on": trained_on()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
+    return {**summary, "speed": speeds(output), "trained_on": device}
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
@@ -105,11 +107,53 @@ def speeds(output: Path) -> dict[str, Any]:
     return {"machine": f"{torch.get_num_threads()} threads of {machine()['processor']}", "layers": layers}
 
 
-def trained_on() -> str:
-    """Return the device that runs train on."""
-    import torch
+def write_report() -> None:
+    """Write docs/results.md and its plots."""
+    from pkd_dist.comparison.table import plot
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
+    measured = read_json(RESULTS / "glue.json")
+    for made in measured.values():  # the deepest students first
+        made["methods"] = dict(sorted(made["methods"].items(), key=lambda method: -method[1]["layers"]))
+    write_page(DOCS / "results.md", {name: lambda made=made: _section(made) for name, made in measured.items()})
+    for name, made in measured.items():
+        figure = plot(made)
+        write_atomically(DOCS / f"results-{name}.png", lambda tmp, figure=figure: figure.savefig(tmp, format="png"))
+
+
+def _section(made: dict[str, Any]) -> str:
+    teacher, pooled = made["teacher"], made["pooled"] if len(made["pooled"]) > 1 else []
+    columns = [*made["splits"], *(["score"] if pooled else []), "agreement"]
+    shown = {"score": " + ".join(pooled), "agreement": "agreement with the teacher"}
+    head = ["layers", "method", "seeds", *(shown.get(c, c) for c in columns), "against finetune", "kept", "parameters"]
+    rows = [["6", "teacher", "1", *(_percent(teacher[c]) for c in columns), "", "", _millions(teacher)]]
+    for key, method in made["methods"].items():
+        mean, half = method["mean"], method["half_interval_95"]
+        against = method.get(f"minus finetune-{method['layers']}", {}).get("score")
+        rows.append([
+            str(method["layers"]), key.rpartition("-")[0], str(len(method["seeds"])),
+            *(_percent(mean[c], half[c]) for c in columns),
+            _percent(against["mean"], against["half_interval_95"], sign=True) if against else "",
+            f"{mean['score'] / teacher['score']:.3f}", _millions(mean),
+        ])  # fmt: skip
+    device = f" Trained on {made['trained_on']}." if made.get("trained_on") else ""
+    kept = f"*kept*: {made['metric']} divided by the teacher's{' on ' + shown['score'] if pooled else ''}.{device}\n"
+    text = [table(head, rows), kept]
+    if speeds := made.get("speed"):
+        text.append(f"Speed in float32 with {speeds['machine']}, all models on the same inputs in turn:\n")
+        head = ["layers", "sentences per second", "latency at batch 1, p50, ms", "p99, ms"]
+        text.append(table(head, (
+            [layers, f"{s['reasoningTime']:.0f}", f"{s['latency_ms_p50']:.2f}", f"{s['latency_ms_p99']:.2f}"]
+            for layers, s in speeds["layers"].items()
+        )))  # fmt: skip
+    return "\n".join(text)
+
+
+def _percent(mean: float, half: float | None = None, sign: bool = False) -> str:
+    return f"{100 * mean:{'+' if sign else ''}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def _millions(figures: dict[str, Any]) -> str:
+    return f"{figures['parameters'] / 1e6:.1f} M"
 
 
 def main() -> None:
@@ -132,7 +176,7 @@ def main() -> None:
     def work() -> None:
         for name in [] if options.report else only:
             collect(name, run(name, options))
-        report.write(RESULTS / "glue.json")
+        write_report()
 
     run_program(work)
 

@@ -153,8 +153,7 @@ class Bench:
             found = json.loads(made.read_text())
         shutil.rmtree(run, ignore_errors=True)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes,
-                                  "waiting_share": round(watched.waiting_share, 3), "whole": full})  # fmt: skip
+        write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes})
 
 
 def _marker(run: Path, stage: str) -> dict[str, Any]:

@@ -1,26 +1,30 @@
-"""Combine the measurements of a comparison into one JSON table."""
+"""Combine the measurements of a comparison into one JSON table.
+
+FLOPs of matrix products are counted from shapes (`Shape.forward_flops`); a backward pass counts as two forward passes.
+*Executed* is what a contestant computes, padding included. *Useful* is what the task needs in any implementation: each
+sentence once through the teacher and once per epoch through the student, unpadded, with the last layers for [CLS] only.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import common
 from benchmarks.peers.bench import CONTESTANTS, Bench
-from benchmarks.peers.flops import executed_by_ours, useful
 from benchmarks.peers.subject import shape_of
 from benchmarks.scaling.model import Shape
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
+from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet, tokenize
 from pkd_dist.model.encoder import load_config, load_tokenizer
 
@@ -33,10 +37,7 @@ def collect(bench: Bench) -> dict[str, Any]:
     tokens, shapes, rounds = _tokens(bench, config), _shapes(bench, config), _read(bench, "peaks")
     peaks = {name: _median(rounds, name) for name in ("float32", "bfloat16") if rounds}
     needed = sum(useful(*shapes, tokens, config.train.epochs))
-    stamp, versions = common.stamp(), {"python": platform.python_version()}
-    for name in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    stamp, versions = common.stamp(), {name: version(name) for name in VERSIONS}
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
     settings = {
         "tokens": int(tokens.offsets_N1[-1]), "examples": len(tokens), "epochs": config.train.epochs,
@@ -120,9 +121,35 @@ def _contestant(
         "command_seconds": _median(rounds, "command_seconds") if full else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],
-        "waiting_share": [found["waiting_share"] for found in rounds],
         **_accuracy(_read(bench, contestant.scored_by or name, True)), "scored_by": contestant.scored_by,
     }  # fmt: skip
+
+
+def _by_length(shape: Shape, lengths_N: np.ndarray) -> float:
+    lengths, counts = np.unique(lengths_N, return_counts=True)
+    return sum(int(n) * shape.forward_flops(1, int(length)) for length, n in zip(lengths, counts, strict=True))
+
+
+def useful(teacher: Shape, student: Shape, tokens: TokenSet, epochs: int) -> tuple[float, float]:
+    """Return the FLOPs of the teacher's pass and of all epochs of the student."""
+    return _by_length(teacher, tokens.lengths_N), 3 * epochs * _by_length(student, tokens.lengths_N)
+
+
+def executed_by_ours(
+    teacher: Shape, student: Shape, tokens: TokenSet, config: Config, ranks: int
+) -> tuple[float, float]:
+    """Return the FLOPs of the same parts as our run executes them, from its batches."""
+    settings, training = config.train, 0.0
+    for rank in range(ranks):
+        batches = TrainingBatches(
+            tokens, settings.batch_size, settings.micro_batch_size, config.run.seed, rank, ranks, 0
+        )
+        for order in map(batches.order, range(settings.epochs)):
+            for step in range(batches.steps):
+                shapes = (batch.input_ids_BL.shape for batch in batches.step(order, step))
+                training += sum(3 * student.forward_flops(*shape) for shape in shapes)
+    rounded_N = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # the cache sorts its batches by length
+    return _by_length(teacher, rounded_N), training
 
 
 def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

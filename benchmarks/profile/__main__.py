@@ -1,7 +1,6 @@
 """`make bench-profile`: profile the project's own training on this machine.
 
 python -m benchmarks.profile [--device cpu|cuda] [--ranks 1,2] [--steps 40] [--teacher DIR] [section.key=value ...]
-python -m benchmarks.profile --report    # docs/performance.md only
 
 Writes an entry for each device and number of ranks to benchmarks/results/profile.json, and Chrome traces (for
 chrome://tracing or ui.perfetto.dev) to --output.
@@ -29,8 +28,8 @@ def measure(output: Path, device: str, ranks: int, steps: int, overrides: list[s
         "steps": steps, "output": str(made), "trace": str(output / f"trace-{name}-rank{{rank}}.json.gz"),
     }  # fmt: skip
     argv = common.worker_command("profile.worker", given, ranks)
-    watched = watch.run_checked("profile", argv, output / f"{name}.log", ranks, device == "cuda")
-    return json.loads(made.read_text()) | common.stamp() | {"waiting_share": round(watched.waiting_share, 3)}
+    watch.run_checked("profile", argv, output / f"{name}.log", ranks, device == "cuda")
+    return json.loads(made.read_text()) | common.stamp()
 
 
 def main() -> None:
@@ -38,15 +37,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--ranks", help="numbers of ranks, separated by commas (default: 1, on a CPU 1,2)")
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed, and then profiled")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write docs/performance.md")
     options = parser.parse_intermixed_args()
 
     def work() -> None:
         import torch
 
         results, output = options.results or common.RESULTS / "profile.json", options.output.resolve()
-        if options.report:
-            return common.update_page(results)
         output.mkdir(parents=True, exist_ok=True)
         folder = common.located(options.teacher)
         teacher = [f"teacher.model={folder}"] if folder else common.TEACHER

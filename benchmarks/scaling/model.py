@@ -45,10 +45,6 @@ def bert(layers: int) -> Shape:
     return Shape(layers, 768, 3072, 12)
 
 
-def minilm(layers: int) -> Shape:
-    return Shape(layers, 384, 1536, 12)
-
-
 PRECISIONS = {"autocast": (4, 4), "bf16": (2, 2)}
 """Bytes of a weight and of a gradient. autocast: zeroN.json, float32 weights; bf16: zeroN_bf16.json."""
 BUCKET_ELEMENTS = 500_000_000

@@ -1,6 +1,6 @@
 """Simulate reading a teacher cache of 100 M rows in shuffled order, without the cache.
 
-    python -m benchmarks.scaling.shuffle [--rows 100000000] [--batch 4096] ...
+    python -m benchmarks.scaling.shuffle [--rows 100000000]
 
 Two orders of an epoch, as positions in the cache, whose rows are in the order of their ids:
 
@@ -209,18 +209,16 @@ def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, 
     return sum(missed[-used:]) / used
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
     """Simulate two epochs of one order; called in its own process so that its memory can be measured."""
     lengths_N, order = make_lengths(s.rows, deciles, s.seed), ORDERS[name]
-    before, start = peak_bytes(), time.process_time()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for _ in order(s, lengths_N, 0):
         pass
-    seconds = time.process_time() - start
-    out: dict[str, Any] = {"order_processor_seconds": seconds, "order_peak_bytes": peak_bytes() - before, "epochs": []}
+    used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    out: dict[str, Any] = {
+        "order_processor_seconds": time.process_time() - start, "order_peak_bytes": used, "epochs": [],
+    }  # fmt: skip
     first_N = np.zeros(s.rows, dtype=np.int32)
     for epoch in (0, 1):
         pieces = list(order(s, lengths_N, epoch))
@@ -228,16 +226,15 @@ def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
         if epoch == 0:
             out["ranks"] = {str(n): balance(pieces, s, lengths_N, n) for n in (8, 64, 256)}
         del pieces
-    return out | {"process_peak_bytes": peak_bytes()}
+    return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling.shuffle", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=Settings.rows, help="of the cache (default: 100 million)")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_shuffle.json")
-    given = vars(parser.parse_args())
-    output, s, start = given.pop("output"), Settings(**given), time.perf_counter()
+    options = parser.parse_args()
+    s, start = Settings(rows=options.rows), time.perf_counter()
     deciles = read_json(RESULTS / "scaling_constants.json")["teacher"]["length_deciles"]
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards},
@@ -252,8 +249,8 @@ def main() -> None:
          "blocks_per_row": page_cache(240_000, k, share, nodes, 0)}
         for k in (1, 40) for nodes in (1, 4) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
     ]  # fmt: skip
-    write_json(output, result | {"wall_seconds": time.perf_counter() - start})
-    print(f"{output}: {time.perf_counter() - start:.0f} s")
+    write_json(options.output, result | {"wall_seconds": time.perf_counter() - start})
+    print(f"{options.output}: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks import common, performance, watch
+from benchmarks import performance, watch
 from benchmarks.peers import collect
 from benchmarks.profile import groups
 from benchmarks.scaling.memory import multiply

@@ -6,7 +6,7 @@ import torch
 from textbrewer.distiller_utils import post_adaptor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import authors, brewer, flops, hf
+from benchmarks.peers import authors, brewer, collect, flops, hf
 from benchmarks.peers.subject import Subject, Tally, shape_of
 from pkd_dist.config.load import load
 from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
@@ -134,7 +134,7 @@ def test_useful_work_is_that_of_real_tokens(subject):
 
     shape = shape_of(subject.teacher().config)
     tokens = TokenSet(np.zeros(12), None, np.array([0, 3, 8, 12]), np.arange(3), np.zeros(3), "", "", 0)
-    teacher, student = flops.useful(shape, shape, tokens, 4)
+    teacher, student = collect.useful(shape, shape, tokens, 4)
     assert teacher == sum(shape.forward_flops(1, length) for length in (3, 5, 4))
     assert student == 3 * 4 * teacher
 
