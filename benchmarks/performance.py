@@ -3,12 +3,10 @@
 python -m benchmarks.performance
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DOCS, RESULTS, filled, read_json, table, write_page
+from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 
 PAGE = DOCS / "performance.md"
 COMMANDS = {
@@ -27,16 +25,12 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: read_json(folder / f"{name}.json") for name in COMMANDS}
 
 
-def document(measured: dict[str, dict[str, Any]]) -> str:
-    """Return the page with all figures."""
-    return filled(PAGE, _figures(measured))
-
-
 def write() -> None:
-    write_page(PAGE, _figures(read()))
+    write_page(PAGE, figures(read()))
 
 
-def _figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return name of a figure -> function that returns its text."""
     scaling = measured["scaling"]
     made = {
         "peers": (peers, measured["peers"], "peers"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
@@ -65,7 +59,7 @@ def peers(made: dict[str, Any]) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     rows = table(head, map(_row, sorted(made["contestants"].values(), key=lambda found: found["seconds"])))
     star = "\\* from full runs with the same arithmetic, started in another way.\n"
-    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_job(made), _engine(made)])
+    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_own_parts(made)])
 
 
 def _notes(made: dict[str, Any]) -> str:
@@ -106,7 +100,7 @@ def _verdict(made: dict[str, Any]) -> str:
     return text
 
 
-def _job(made: dict[str, Any]) -> list[str]:
+def _own_parts(made: dict[str, Any]) -> list[str]:
     parts = []
     if found := made.get("teacher_pass"):
         parts.append(
@@ -120,40 +114,41 @@ def _job(made: dict[str, Any]) -> list[str]:
             f"**{found['seconds']:.1f} s** in all stages ({stages}), {found['command_seconds']:.1f} s for the command, "
             "imports included.\n"
         )
+    if found := made.get("engine"):
+        intro = (
+            f"Cost of DeepSpeed and of the training loop: one step at ZeRO {found['zero_stage']}, {found['precision']}, one rank "
+            f"with {found['threads']} threads.\n\n"
+        )
+        rows = ([WAYS[w], f"{1000 * found['step_seconds'][w]:.1f}", f"{found['overhead'][w]:.3f}"] for w in WAYS)
+        parts.append(intro + table(["", "ms a step", "relative to the plain loop"], rows))
     return parts
 
 
-def _engine(made: dict[str, Any]) -> str:
-    if not (found := made.get("engine")):
-        return ""
-    intro = (
-        f"Cost of DeepSpeed and of the training loop: one step at ZeRO {found['zero_stage']}, {found['precision']}, one rank "
-        f"with {found['threads']} threads.\n\n"
-    )
-    rows = ([WAYS[w], f"{1000 * found['step_seconds'][w]:.1f}", f"{found['overhead'][w]:.3f}"] for w in WAYS)
-    return intro + table(["", "ms a step", "relative to the plain loop"], rows)
-
-
 def profile(entries: dict[str, Any]) -> str:
-    names = [found["processor"] if found["device"] == "cpu" else found["device"] for found in entries.values()]
-    heads = [f"{name}, {found['ranks']} rank(s)" for name, found in zip(names, entries.values(), strict=True)]
+    heads = [
+        f"{f['processor'] if f['device'] == 'cpu' else f['device']}, {f['ranks']} rank(s)" for f in entries.values()
+    ]
 
-    def shares(key: str, total: Any) -> list[list[str]]:
+    def share(seconds: float | None, total: float) -> str:
+        return "" if seconds is None else f"{1000 * seconds:.2f} ms, {seconds / total:.0%}"
+
+    def shares(key: str, total: str) -> list[list[str]]:
         labels = dict.fromkeys(label for found in entries.values() for label in found[key])
+        rows = [
+            [label, *(share(found[key].get(label), found[total]) for found in entries.values())] for label in labels
+        ]
         return [
-            [label, *(_share(found[key].get(label), total(found)) for found in entries.values())] for label in labels
+            *rows,
+            [
+                total.removesuffix("_seconds").replace("_", " "),
+                *(f"{1000 * f[total]:.1f} ms" for f in entries.values()),
+            ],
         ]
 
-    groups = shares("group_seconds", lambda found: sum(found["group_seconds"].values()))
-    groups.append(["profiled step", *(f"{1000 * f['profiled_step_seconds']:.1f} ms" for f in entries.values())])
+    groups = shares("group_seconds", "profiled_step_seconds")
     groups.append(["operations in a step", *(f"{f['operations_per_step']:.0f}" for f in entries.values())])
-    phases = shares("phase_seconds", lambda found: found["step_seconds"])
-    phases.append(["step", *(f"{1000 * found['step_seconds']:.1f} ms" for found in entries.values())])
+    phases = shares("phase_seconds", "step_seconds")
     return table(["group", *heads], groups) + "\n" + table(["phase", *heads], phases)
-
-
-def _share(seconds: float | None, total: float) -> str:
-    return "" if seconds is None else f"{1000 * seconds:.2f} ms, {seconds / total:.0%}"
 
 
 def memory(made: dict[str, Any]) -> str:

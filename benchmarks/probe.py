@@ -1,7 +1,5 @@
 """Access to the training of a real run, for programs that measure its steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -1,8 +1,6 @@
 """Time by named functions: each second counts once, for the innermost. Imports the standard library only, so that
 imports can be measured with it."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import time

@@ -3,8 +3,6 @@
 python -m benchmarks.synthetic --tokenizer DIR --output DIR
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

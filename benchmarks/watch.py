@@ -1,7 +1,5 @@
 """Run a command to its end and record its wall time, the memory of its processes, and how busy the cores were."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -25,11 +23,7 @@ _STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 class Memory:
     """The maximum seen of one process, in bytes.
 
-    Attributes:
-        command: its arguments, joined.
-        peak: resident set, pages of mapped files included.
-        anonymous: its own memory, which the kernel cannot drop.
-        file: resident pages of mapped files, which the kernel can drop.
+    `peak` is the resident set, `anonymous` its own memory, `file` the pages of mapped files, which the kernel can drop.
     """
 
     command: str
@@ -40,14 +34,7 @@ class Memory:
 
 @dataclass
 class Watched:
-    """A finished command.
-
-    Attributes:
-        waiting_share: share of its time in which some task waited for a core.
-        started: time of the start, seconds since 1970.
-        memory: by process id.
-        stopped: whether `stop_when` ended it.
-    """
+    """A finished command. `waiting_share` of its time some task waited for a core; `memory` is by process id."""
 
     status: int = 0
     seconds: float = 0.0
@@ -58,7 +45,7 @@ class Watched:
 
     @property
     def peak_bytes(self) -> int:
-        """Sum over all processes, launchers included, each at its own peak."""
+        """Return the sum of the peaks of all processes, launchers included."""
         return sum(process.peak for process in self.memory.values())
 
 
@@ -82,10 +69,9 @@ def run(
     argv: Sequence[str | Path], log: Path, threads: int = 1, extra: Mapping[str, str] | None = None,
     interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
 ) -> Watched:  # fmt: skip
-    """Run a command in the project's folder, with its output in `log`.
+    """Run a command in the project's folder, each of its processes with `threads` threads, with its output in `log`.
 
     Args:
-        threads: of each of its processes.
         extra: additions to the environment.
         interval_seconds: between two looks at its memory.
         stop_when: called at each look; once true, one rank gets SIGTERM, which makes all stop.

@@ -4,8 +4,6 @@ python -m benchmarks.faults --trials 200 --seed 1                # rerun the sam
 python -m benchmarks.faults --trials 200 --seed 1 --trial 17     # repeat one trial and keep its folder
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -13,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, choices
@@ -47,11 +44,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def show(row: Row) -> str:
     """Return one line: what was done, how it went, and what failed."""
-    out = f"{row.fault} at {row.moment}{f', {row.detail}' if row.detail else ''}; "
-    out += f"statuses {' '.join(map(str, row.statuses))}, {row.seconds:.0f} s"
-    wrong = [f"NOT {name}" for name in ("recovered", "identical") if not getattr(row, name)]
-    wrong += ["HUNG"] * row.hung + [f"LEFT BEHIND {', '.join(row.left_behind)}"] * bool(row.left_behind)
-    return "; ".join([out, *wrong, *(f"PROMISE: {text}" for text in row.broken_promises)])
+    wrong = [f"NOT {name}" for name in ("recovered", "identical") if not getattr(row, name)] + ["HUNG"] * row.hung
+    wrong += [f"LEFT BEHIND {path}" for path in row.left_behind] + [f"PROMISE: {text}" for text in row.broken_promises]
+    how = f"statuses {' '.join(map(str, row.statuses))}, {row.seconds:.0f} s"
+    return "; ".join([f"{row.fault} at {row.moment}, {row.detail or 'did not strike'}", how, *wrong])
 
 
 def main(argv: list[str]) -> int:
@@ -64,16 +60,12 @@ def main(argv: list[str]) -> int:
     try:
         print(f"work folder {work}; the undisturbed run comes first", flush=True)
         campaign = Campaign(work, options.seed, RANKS, options.faults, watch)
-        print(f"undisturbed: {campaign.reference.seconds:.1f} s", flush=True)
         if options.trial is not None:
             row, folder = campaign.run_plan(campaign.draw(options.trial), keep=True)
             print(f"{json.dumps(dataclasses.asdict(row), indent=2)}\nkept in {folder}")
             return 0 if row.good else 1
-        began = time.monotonic()
-        for here, row in enumerate(campaign.run(options.trials, options.jobs), start=1):
-            done = len(campaign.rows())
-            left = (options.trials - done) * (time.monotonic() - began) / here / 60
-            print(f"[{done}/{options.trials}, {left:.0f} min left] trial {row.trial}: {show(row)}", flush=True)
+        for row in campaign.run(options.trials, options.jobs):
+            print(f"[{len(campaign.rows())}/{options.trials}] trial {row.trial}: {show(row)}", flush=True)
         summary = campaign.summary(options.trials)
     except UserError as error:
         print(f"faults: {error}", file=sys.stderr)

@@ -1,11 +1,7 @@
 """Run many trials of one seed: the reference, a row for each trial as it ends, the summary."""
 
-from __future__ import annotations
-
 import dataclasses
-import datetime
 import json
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -14,26 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.common import stamp
 from benchmarks.faults.job import Watch
 from benchmarks.faults.plan import Plan, plan
 from benchmarks.faults.site import release
 from benchmarks.faults.tiny import ROOT, make_body, make_data
 from benchmarks.faults.trial import DEV_EXAMPLES, Outcome, Reference, Row, Trial, settings, undisturbed
-from pkd_dist import __version__
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.speed import machine
 from pkd_dist.files import digest_of, write_json
 
 COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "good", "struck")
 
 
 class Campaign:
-    """The trials of one seed in one work folder.
+    """The trials of one seed. `work` holds the reference, `trials.jsonl`, and the folders of running and failed trials.
 
     Args:
-        work: holds the reference, `trials.jsonl`, and the folders of running and failed trials.
         references: number of undisturbed runs, which must agree.
 
     Raises:
@@ -88,11 +80,7 @@ class Campaign:
         return row, folder
 
     def run(self, trials: int, jobs: int) -> Iterator[Row]:
-        """Run those of the first `trials` trials that have no row yet; yield rows as they come.
-
-        Raises:
-            Interrupted: the campaign was told to stop; the rows so far are on disk.
-        """
+        """Run those of the first `trials` trials that have no row yet; yield rows as they come."""
         done = {row.trial for row in self.rows()}
         waiting = [number for number in range(trials) if number not in done]
         with ThreadPoolExecutor(jobs) as pool:
@@ -108,13 +96,10 @@ class Campaign:
     def summary(self, trials: int) -> dict[str, Any]:
         """Return the content of the result file."""
         rows = [row for row in self.rows() if row.trial < trials]
-        names, found = ("torch", "deepspeed", "transformers", "safetensors", "numpy"), machine()
+        names = ("pkd_dist", "torch", "deepspeed", "transformers", "safetensors", "numpy")
         return {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **self.identity, **_counts(rows), "seconds": round(sum(row.seconds for row in rows), 1),
-            "machine": {"cpu": found["processor"], "cores": found["cores"],
-                        "memory_bytes": psutil.virtual_memory().total, "kernel": platform.release()},
-            "versions": {"pkd_dist": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
+            **stamp(), **self.identity, **_counts(rows), "seconds": round(sum(row.seconds for row in rows), 1),
+            "versions": {name: version(name) for name in names},
             "reference": dataclasses.asdict(self.reference),
             "by_fault": {fault: _counts([row for row in rows if row.fault == fault]) for fault in self.faults},
             "rows": [dataclasses.asdict(row) for row in rows],
@@ -135,9 +120,5 @@ def _empty(folder: Path) -> Path:
 
 def git_revision() -> str:
     """Return the commit of the tested code, with `-dirty` if it has changes."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "pkd_dist", "launcher", "ds_configs")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    argv = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,5 @@
 """Damage files as a bad disk does: a flipped bit, a lost end, a lost file, a torn line."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Draw what happens in a trial, as a pure function of (seed, trial number)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +23,9 @@ class Plan:
     Attributes:
         moment: share of the undisturbed duration, or files that the job makes: `pattern`, or `pattern:n` for n lines.
         delay_seconds: from the moment to the strike.
-        rank: the rank that is struck.
-        stop_signal: the signal that is sent.
         target: of a signal to the launcher: the command, its child process, or the whole group.
-        damage: flip | truncate | delete.
         running: damage files under the running job instead of after killing it.
         kill_after_seconds: from damage under a running job to killing it; None lets it run.
-        free_bytes: left on a full disk.
         cut_seconds: how long the link is down; None: until the job has ended.
         which, where: shares that choose the file and the place in it.
     """

@@ -1,7 +1,5 @@
 """Act as an operator who follows the last message of the job."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -9,13 +7,9 @@ from pathlib import Path
 
 
 def follow(message: str, aside: Path) -> str | None:
-    """Do what the message asks for, choosing the mildest of its remedies; return a description.
+    """Do what the message asks for, choosing the mildest of its remedies, and return a description.
 
-    Args:
-        aside: folder for files that are moved away.
-
-    Returns:
-        None if it asks for nothing; `--fresh` if the next start needs this flag.
+    Files are moved away to `aside`. Returns `--fresh` if the next start needs this flag, None if nothing is asked for.
     """
     named = re.search(r"(/[^\s:,;]+)", message)
     path = Path(named[1]) if named else None

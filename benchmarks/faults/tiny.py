@@ -3,8 +3,6 @@
 Everything is generated from fixed seeds; nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sys

@@ -1,7 +1,5 @@
 """One trial: start the job, strike it, rerun it until it ends well, and compare its results."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -100,7 +98,7 @@ def outcome(run: Path) -> Outcome:
 
 
 def left_behind(run: Path) -> list[str]:
-    """Return the locks and temporary files in a run folder; a run that has ended must leave none."""
+    """Return the locks and temporary files in a run folder."""
     found = (p for p in run.rglob("*") if p.name == "run.lock" or p.name.startswith(".") or p.suffix == ".tmp")
     return sorted(str(p.relative_to(run)) for p in found)
 
@@ -110,11 +108,7 @@ def complete(run: Path) -> bool:
 
 
 def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
-    """Run the job several times without faults; return the fastest run.
-
-    Raises:
-        RuntimeError: a run failed, or their results differ.
-    """
+    """Run the job several times without faults; return the fastest run. Raises if one fails or their results differ."""
     found: list[Reference] = []
     for number in range(1, times + 1):
         site = Site(folder / str(number), ranks)
@@ -139,9 +133,8 @@ class Trial:
     def __init__(
         self, plan: Plan, folder: Path, body: Path, data: Path, ranks: int, reference: Reference, watch: Watch
     ):
-        kinds: dict[str, type[Site]] = {"fill-disk": SmallDisk, "cut-link": TwoNodes}
         self.plan, self.folder, self.reference, self.watch = plan, folder, reference, watch
-        self.site = kinds.get(plan.fault, Site)(folder, ranks)
+        self.site = {"fill-disk": SmallDisk, "cut-link": TwoNodes}.get(plan.fault, Site)(folder, ranks)
         self.stuck = plan.fault in ("stop-rank", "cut-link")
         timeout = STUCK_TIMEOUT_SECONDS if self.stuck else TIMEOUT_SECONDS
         self.config = write_config(settings(body, data, self.site.run, timeout), folder)
@@ -175,9 +168,9 @@ class Trial:
     def _start(self, flags: list[str]) -> Start:
         """Start the command and wait for its end; the first start is disturbed."""
         self.row.starts += 1
-        commands = self.site.commands("--config", self.config, *flags)
-        with Start(commands, self.site.environment, self.folder / f"start-{self.row.starts}") as start:
-            if self.row.starts == 1:
+        commands, number = self.site.commands("--config", self.config, *flags), self.row.starts
+        with Start(commands, self.site.environment, self.folder / f"start-{number}") as start:
+            if number == 1:
                 self._disturb(start)
             elif not start.await_end(self.watch, self.deadline_seconds):
                 self.row.hung = True
@@ -205,12 +198,13 @@ class Trial:
 
     def _await_moment(self, start: Start) -> None:
         moment = self.plan.moment
-        due = start.began + (moment * self.reference.seconds if isinstance(moment, float) else 0.0)
 
         def came() -> bool:
             if start.launchers[0].poll() is not None:
                 return True
-            return time.monotonic() >= due if isinstance(moment, float) else arrived(self.site.run, moment)
+            if isinstance(moment, float):
+                return time.monotonic() >= start.began + moment * self.reference.seconds
+            return arrived(self.site.run, moment)
 
         self.watch.until(came, self.deadline_seconds)
         self.watch.until(lambda: False, self.plan.delay_seconds)
@@ -280,20 +274,20 @@ class Trial:
         killed = not self.stuck and start.status == 128 + signal.SIGKILL
         if not self.in_stages or row.hung or killed or start.status == 0:
             return
-        statuses = {"fill-disk": (2,), "signal-rank": (75,)}.get(plan.fault)
-        if statuses and start.status not in statuses:
-            broken.append(f"status {start.status}, not {statuses[0]}")
+        status = {"fill-disk": 2, "signal-rank": 75}.get(plan.fault, start.status)
+        if start.status != status:
+            broken.append(f"status {start.status}, not {status}")
         if plan.fault == "signal-launcher":
             return  # which processes get the signal depends on the launcher
         spoken = start.messages
-        if not spoken or (len(spoken) > 1 and plan.fault != "cut-link"):
-            broken.append(f"{len(spoken)} lines `pkd: ...` on stderr, not one")
-        if "Traceback" in start.errors:
-            broken.append("a traceback on stderr")
-        if plan.fault == "fill-disk" and not any(map(_BYTES.search, spoken)):
-            broken.append("the line names no bytes")
-        if self.stuck and not any("rank" in line for line in spoken):
-            broken.append("the line names no rank")
+        promises = {
+            f"{len(spoken)} lines `pkd: ...` on stderr, not one": len(spoken) == 1
+            or (spoken and plan.fault == "cut-link"),
+            "a traceback on stderr": "Traceback" not in start.errors,
+            "the line names no bytes": plan.fault != "fill-disk" or any(map(_BYTES.search, spoken)),
+            "the line names no rank": not self.stuck or any("rank" in line for line in spoken),
+        }
+        broken += [text for text, kept in promises.items() if not kept]
 
     def _check_named(self, start: Start) -> None:
         """Check that the start after the damage names the damaged file, if it still needed that."""

@@ -4,8 +4,6 @@ python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs
 python -m benchmarks.glue --report       # docs/results.md and its plots from benchmarks/results/glue.json
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple

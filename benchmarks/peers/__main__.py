@@ -4,15 +4,12 @@ python -m benchmarks.peers [--teacher DIR] [--output runs/peers] [--seeds 3] [--
 python -m benchmarks.peers --report      # peers.json and docs/performance.md from the measurements so far
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from benchmarks import common
 from benchmarks.peers.bench import CONTESTANTS, OTHERS, Bench
 from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
-from pkd_dist.files import write_json
 from pkd_dist.telemetry.log import log
 
 
@@ -65,9 +62,8 @@ def main() -> None:
         if not options.report:
             bench.run()
         results = options.results or (output if options.quick else common.RESULTS) / peers_file(options.device)
-        write_json(results, collect(bench))
+        common.save(results, collect(bench))
         log.info("peers: %s", results)
-        common.update_page(results)
 
     common.run_program(work)
 

@@ -1,7 +1,5 @@
 """The contestants, and the measurements of a comparison: one file each, taken once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -66,11 +64,8 @@ class Bench:
 
     Attributes:
         given_teacher: fine-tuned folder; None: one is fine-tuned first.
-        only: participants, from `CONTESTANTS` and `OTHERS`.
         slow_steps: timed steps of a contestant that does not train all epochs.
         blocks: of the step with and without DeepSpeed: steps of a block, and blocks of each kind.
-        settings: section.key=value, for every contestant.
-        device: cpu or cuda (one GPU).
         slices: time every contestant except ours on `slow_steps` steps only.
     """
 
@@ -96,11 +91,7 @@ class Bench:
         return [*self.settings, f"teacher.model={self.teacher}", f"run.seed={seed}"]
 
     def run(self) -> None:
-        """Take the measurements that are missing.
-
-        Raises:
-            UserError: a contestant failed, or the folder holds measurements with other settings.
-        """
+        """Take the missing measurements. Raises UserError if one fails, or the folder is of other settings."""
         self.output.mkdir(parents=True, exist_ok=True)
         settings = {
             "teacher": str(self.given_teacher), "slow_steps": self.slow_steps, "blocks": list(self.blocks),

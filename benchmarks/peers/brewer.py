@@ -11,8 +11,6 @@ The weights of its terms make their sum equal to the loss of the other contestan
 over classes, and its patience term is summed over the width.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from typing import Any

@@ -5,8 +5,6 @@ FLOPs of matrix products are counted from shapes (`Shape.forward_flops`); a back
 sentence once through the teacher and once per epoch through the student, unpadded, with the last layers for [CLS] only.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

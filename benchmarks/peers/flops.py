@@ -1,7 +1,5 @@
 """The peak of the machine: FLOP/s of matrix products."""
 
-from __future__ import annotations
-
 import time
 
 import torch

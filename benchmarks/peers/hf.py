@@ -4,8 +4,6 @@ Batches of similar length, fused AdamW; in bfloat16 the Trainer's autocast, and 
 Evaluation and saving are not timed.
 """
 
-from __future__ import annotations
-
 import tempfile
 from typing import Any
 

@@ -8,8 +8,6 @@ For the step the same student takes the same batches on one rank, in blocks of s
               the whole step is one CUDA graph
 """
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Callable

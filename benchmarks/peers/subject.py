@@ -4,8 +4,6 @@ The settings come from `movie-reviews.yaml`, which our run reads as well. Each c
 Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +76,7 @@ class Measured:
     Attributes:
         training_seconds: of the steps in `tally`.
         teacher_seconds: of a separate pass over `teacher_rows` examples; 0 if the teacher runs in every step.
-        accuracies: on dev, after each epoch; empty if only some steps were done.
+        accuracies: on dev, after each full epoch.
     """
 
     training_seconds: float

@@ -3,8 +3,6 @@
 Rank 0 writes the output file when all is done. A contestant imports only what it needs, because its memory is measured.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict

@@ -6,8 +6,6 @@ Writes an entry for each device and number of ranks to benchmarks/results/profil
 chrome://tracing or ui.perfetto.dev) to --output.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def main() -> None:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         for ranks in map(int, (options.ranks or ("1,2" if device == "cpu" else "1")).split(",")):
             found = measure(output, device, ranks, options.steps, [*teacher, *options.overrides])
-            common.save(results, {f"{device}-{ranks}": found})
+            common.save(results, common.read_json(results) | {f"{device}-{ranks}": found})
             log.info("profile: %s, %d rank(s): %.1f ms a step", device, ranks, 1000 * found["step_seconds"])
 
     common.run_program(work)

@@ -1,7 +1,5 @@
 """Group operations and kernels by purpose."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

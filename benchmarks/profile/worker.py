@@ -4,8 +4,6 @@ First some steps without a profiler, for the true times of the phases; then some
 the operations and for the trace.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -9,8 +9,6 @@ needs memory; `anonymous` is what a rank cannot do without. Every finished size 
 benchmarks/results/scaling.json.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import asdict
@@ -125,7 +123,8 @@ def main() -> None:
             "ranks": max(1, options.ranks), "overrides": options.overrides, "sizes": sizes,
             "teacher_layers": num_layers(load_config(str(teacher), "--teacher")),
         }  # fmt: skip
-        common.save(options.results or common.RESULTS / "scaling.json", {"memory": made})
+        results = options.results or common.RESULTS / "scaling.json"
+        common.save(results, common.read_json(results) | {"memory": made})
 
     common.run_program(work)
 

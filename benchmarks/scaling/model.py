@@ -4,8 +4,6 @@ The ZeRO formulas describe what DeepSpeed 0.19 was counted to do under this proj
 ZeRO paper (Rajbhandari et al. 2020) as `zero_messages` explains. GB = 1e9 bytes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -5,17 +5,14 @@
 Two orders of an epoch, as positions in the cache, whose rows are in the order of their ids:
 
 present   `pkd_dist.data.batches.epoch_order`: one permutation of all rows, held in full by every rank.
-sharded   whole shards. The shards are permuted in each epoch and dealt to `lanes` lanes, `window` shards to each at a
-          time; a lane shuffles the rows of its window, and position p of the epoch comes from lane p mod lanes. A rank
-          takes every n-th row of a batch, as it does now, so if n divides `lanes` it alone reads the shards of lanes
-          r, r+n, ..., and the order does not depend on n. Length buckets are made in each lane. Rows that do not fill
-          a batch at the end of a window are kept for the end of the epoch.
+sharded   whole shards, permuted in each epoch and dealt to `lanes` lanes, `window` shards to each at a time. A lane
+          shuffles the rows of its window; position p of the epoch comes from lane p mod lanes. A rank takes every n-th
+          row of a batch, as it does now, so if n divides `lanes` it alone reads the shards of lanes r, r+n, ..., and the
+          order does not depend on n. Length buckets are made in each lane. Rows left over from a window end the epoch.
 
 For each order: is every row read exactly once, how well is it mixed over two epochs, how do rows and tokens fall on the
 ranks, what does computing it cost, and what is read. Writes benchmarks/results/scaling_shuffle.json.
 """
-
-from __future__ import annotations
 
 import argparse
 import datetime
@@ -106,14 +103,10 @@ ORDERS = {"present": present_order, "sharded": sharded_order}
 
 
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
-    """Return statistics of one epoch; `expected_in_uniform` has their values for a uniform shuffle.
+    """Return statistics of one epoch, which `scaling/report.py` explains; `expected_in_uniform` has those of a uniform shuffle.
 
-    every_row_once: 1 if so. rank_correlation_*: Spearman's, of the position in the epoch with that in the cache, or in
-    epoch 0. mean_distance: of neighbours in a batch, in the cache, as a share of it. batch_mean_variance: of the batches'
-    mean position in the cache, over that of independent draws: the effect on a label sorted along the cache (ids are
-    hashes of the text, so no label is). met_again: neighbours in a batch that shared a batch in epoch 0, over the
-    expected number. shards_of_batch: different shards in a batch, mean over some hundreds. `first_N` (int32) is filled
-    with the position of every row in epoch 0.
+    rank_correlation_* is Spearman's, of the position in the epoch with that in the cache or in epoch 0. `first_N` (int32) is
+    filled with the position of every row in epoch 0.
     """
     seen, position, means, shards = np.zeros(s.rows, dtype=bool), 0, [], []
     with_cache = with_first = distance = neighbours = together = 0.0
@@ -164,8 +157,7 @@ def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ra
     """Return how rows, tokens and shards fall on the ranks, each of which takes every `ranks`-th row of a batch.
 
     padding: tokens computed (the longest of a rank's share, rounded up) over real ones. slowest_rank: computed tokens of
-    the fullest rank over the mean, mean over steps. tokens_spread: largest over smallest number of real tokens of a rank.
-    shard_reads: how often a rank opens a shard if it keeps all shards of a piece.
+    the fullest rank over the mean, mean over steps. shard_reads: of a rank that keeps all shards of a piece.
     """
     tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
     for piece in pieces:

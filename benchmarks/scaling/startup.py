@@ -7,8 +7,6 @@ once with every part of the start timed (`startup_worker.py`), once under `-X im
 benchmarks/results/scaling.json.
 """
 
-from __future__ import annotations
-
 import collections
 import json
 import re
@@ -122,7 +120,8 @@ def main() -> None:
         found["imports"] = dict(list(startup.imports().items())[:20])
         for name in ("startup-run", "startup-copy"):
             remove(output / name)
-        common.save(options.results or common.RESULTS / "scaling.json", {"startup": found})
+        results = options.results or common.RESULTS / "scaling.json"
+        common.save(results, common.read_json(results) | {"startup": found})
 
     common.run_program(work)
 

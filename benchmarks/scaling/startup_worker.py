@@ -5,8 +5,6 @@
 STARTED is the time of the command, in seconds since 1970. Ends the process after the first step and writes FILE.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

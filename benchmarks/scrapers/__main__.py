@@ -8,8 +8,6 @@ half after a request whose response they never read) and 20 scrapes a second are
 alternates. Writes benchmarks/results/scrapers.json. The exit status is 1 if a step takes 2% longer with scrapers.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -3,8 +3,6 @@
 Writes benchmarks/results/serving.json and the figures of docs/serving.md. Example: python -m benchmarks.serving --run runs/demo
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -1,7 +1,5 @@
 """Clients of `pkd serve` over plain sockets: valid and invalid requests, each with the response it must get."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

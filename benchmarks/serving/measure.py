@@ -3,8 +3,6 @@
 Each model has its own process, so that the thread pools of several models do not disturb each other.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor

@@ -10,7 +10,7 @@ from benchmarks.common import filled
 from benchmarks.scaling import model, report, shuffle
 from benchmarks.scaling.model import Shape, bert
 
-COUNTED = report.constants()["steps"] + report.constants()["counted"]
+COUNTED = report.CONSTANTS["steps"] + report.CONSTANTS["counted"]
 """Steps that were counted under the engine: bytes of memory, of messages, and calls."""
 
 
@@ -121,7 +121,7 @@ def test_the_page_has_every_table_as_it_is_computed():
 
 
 def test_the_simulation_was_of_100_million_rows():
-    found = report.simulation()
+    found = report.SIMULATION
     assert found["settings"]["rows"] == report.ROWS_TOTAL
     assert all(epoch["every_row_once"] == 1 for name in shuffle.ORDERS for epoch in found[name]["epochs"])
 
