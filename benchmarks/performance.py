@@ -67,11 +67,10 @@ def _notes(made: dict[str, Any]) -> str:
     return "".join(f"- {note}\n" for note in made.get("notes", []))
 
 
-def _form(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
 def _row(found: dict[str, Any]) -> list[str]:
+    def _form(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
     each, accuracy, error = found["seconds_each"], found["accuracy"], found["accuracy_error"]
     scored = _form(accuracy and 100 * accuracy, "{:.2f}") + _form(error and 100 * error, " ± {:.2f}")
     return [
@@ -87,9 +86,8 @@ def _row(found: dict[str, Any]) -> list[str]:
 def _verdict(made: dict[str, Any]) -> str:
     text = ""
     if "ratio_best_peer" in made:
-        peer = made["contestants"][made["best_peer"]]
-        name = f"{peer['title']}, {peer['precision']}, {peer['ranks']} rank(s)"
-        text += f"- **{made['ratio_best_peer']:.1f} times** as fast as the fastest peer ({name}).\n"
+        peer = "{title}, {precision}, {ranks} rank(s)".format(**made["contestants"][made["best_peer"]])
+        text += f"- **{made['ratio_best_peer']:.1f} times** as fast as the fastest peer ({peer}).\n"
     if "ratio_authors" in made:
         text += f"- **{made['ratio_authors']:.1f} times** as fast as the authors' computation.\n"
     if "gemm_share" in made:

@@ -26,13 +26,10 @@ COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 
 
 class Data(NamedTuple):
-    """A data set.
+    """A data set in a folder of --glue-dir (None: embedded); each method has a run with each seed.
 
-    Attributes:
-        folder: below --glue-dir; None: embedded.
-        seeds: one run of each method with each.
-        copied: layers of the student -> the layers of the 6-layer teacher (from 0) that it copies.
-        text_epochs: share of the epochs for `+text`.
+    `copied`: layers of the student -> those of the 6-layer teacher (from 0) that it copies. `text_epochs`: share of the
+    epochs for `+text`.
     """
 
     folder: str | None

@@ -26,9 +26,7 @@ def _short(folder: Path, data: str, train: int, dev: int) -> str:
 
 
 def main() -> None:
-    parser = common.parser(
-        "peers", __doc__, "runs/peers", "peers.json; peers-cuda.json on a GPU; in OUTPUT with --quick"
-    )
+    parser = common.parser("peers", __doc__, "runs/peers", "peers.json; on a GPU peers-cuda.json")
     parser.add_argument("--data", default="data/movie-reviews", help="folder with train.tsv and dev.tsv")
     parser.add_argument("--seeds", type=int, default=3, help="number of rounds, with seeds 1, 2, ...")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all contestants; one GPU")
@@ -36,17 +34,14 @@ def main() -> None:
     parser.add_argument(
         "--slow-steps", type=int, default=100, help="timed steps of contestants that do not train fully"
     )
-    parser.add_argument(
-        "--slices", action="store_true", help="time all but ours on --slow-steps steps, without accuracy"
-    )
+    parser.add_argument("--slices", action="store_true", help="time all but ours on --slow-steps steps only")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; the results mean nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing, only collect")
     options = parser.parse_intermixed_args()
     everything = (*CONTESTANTS, *OTHERS)
-    both = [name for name in everything if name != "job"]
-    alone = [name for name in everything if name not in CONTESTANTS or CONTESTANTS[name].ranks < 2]
-    default = both if options.device == "cpu" else alone
-    only = common.choices(options.only, everything, "--only", parser) if options.only else default
+    skipped = ("job",) if options.device == "cpu" else tuple(n for n, c in CONTESTANTS.items() if c.ranks > 1)
+    default = ",".join(name for name in everything if name not in skipped)
+    only = common.choices(options.only or default, everything, "--only", parser)
 
     def work() -> None:
         from benchmarks.peers.collect import collect

@@ -39,7 +39,7 @@ POOL_BATCHES, LENGTH_MULTIPLE = 50, 8
 
 @dataclass(frozen=True)
 class Settings:
-    """rows: in the cache. batch: global. window: shards that a lane holds at a time."""
+    """rows: in the cache. batch: global, a multiple of `lanes`. window: shards that a lane holds at a time."""
 
     rows: int = 100_000_000
     shard_rows: int = 4096
@@ -47,10 +47,6 @@ class Settings:
     lanes: int = 256
     window: int = 4
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.batch % self.lanes:
-            raise ValueError(f"batch {self.batch} must be a multiple of lanes {self.lanes}")
 
     @property
     def shards(self) -> int:

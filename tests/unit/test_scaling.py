@@ -161,11 +161,6 @@ def test_a_rank_reads_its_own_shards_once(ranks):
     assert present["shard_reads"] > 0.95 * s.shards * ranks, "there, every rank opens nearly every shard"
 
 
-def test_lanes_must_divide_the_batch():
-    with pytest.raises(ValueError, match="multiple"):
-        shuffle.Settings(batch=100, lanes=16)
-
-
 def test_mixing_tells_a_shuffle_from_none():
     expected = shuffle.expected_in_uniform(SMALL)
     first = np.zeros(SMALL.rows, dtype=np.int32)
