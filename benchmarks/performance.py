@@ -1,7 +1,4 @@
-"""Write the figures of docs/performance.md from benchmarks/results.
-
-python -m benchmarks.performance
-"""
+"""Write the figures of docs/performance.md from benchmarks/results: python -m benchmarks.performance"""
 
 from pathlib import Path
 from typing import Any

@@ -10,11 +10,7 @@ from typing import Any
 
 
 class Spans:
-    """Exclusive seconds by name, in the thread that created this object; other threads are ignored.
-
-    Args:
-        mark: name -> context to enter with each span.
-    """
+    """Exclusive seconds by name, in the thread that created this object. `mark`: name -> context of each span."""
 
     def __init__(self, mark: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()):
         self.seconds: dict[str, float] = {}

@@ -1,7 +1,4 @@
-"""Write a teacher in the shape of BERT-base with random weights: as fast as a real one, for machines without real weights.
-
-python -m benchmarks.synthetic --tokenizer DIR --output DIR
-"""
+"""Write a teacher in the shape of BERT-base with random weights: as fast as a real one, for machines without real weights."""
 
 import argparse
 from pathlib import Path

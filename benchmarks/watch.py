@@ -69,12 +69,9 @@ def run(
     argv: Sequence[str | Path], log: Path, threads: int = 1, extra: Mapping[str, str] | None = None,
     interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
 ) -> Watched:  # fmt: skip
-    """Run a command in the project's folder, each of its processes with `threads` threads, with its output in `log`.
+    """Run a command in the project's folder with its output in `log`, and `extra` variables in its environment.
 
-    Args:
-        extra: additions to the environment.
-        interval_seconds: between two looks at its memory.
-        stop_when: called at each look; once true, one rank gets SIGTERM, which makes all stop.
+    Each `interval_seconds` its memory is read and `stop_when` is called; once true, one rank gets SIGTERM, so all stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore", **(extra or {}))

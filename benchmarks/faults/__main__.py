@@ -1,8 +1,4 @@
-"""Run the whole job at a small size, disturb it, rerun the same command, and compare with an undisturbed run.
-
-python -m benchmarks.faults --trials 200 --seed 1                # rerun the same command to resume
-python -m benchmarks.faults --trials 200 --seed 1 --trial 17     # repeat one trial and keep its folder
-"""
+"""Run the whole job at a small size, disturb it, rerun the same command, and compare with an undisturbed run."""
 
 import argparse
 import dataclasses

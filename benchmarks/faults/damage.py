@@ -32,12 +32,7 @@ def pick(fault: str, run: Path, which: float) -> Path | None:
 
 
 def apply(kind: str, path: Path, where: float) -> str:
-    """Damage a file in place, as a running reader would see it; return a description.
-
-    Args:
-        kind: delete | truncate | tear | flip.
-        where: share of the file before the place.
-    """
+    """Damage a file in place (delete | truncate | tear | flip), as a running reader would see it; return a description."""
     size = path.stat().st_size
     place = int(where * size)
     if kind == "delete":

@@ -1,7 +1,4 @@
-"""A complete run that takes seconds: a tiny teacher, tiny data, and the command of the real launcher.
-
-Everything is generated from fixed seeds; nothing is downloaded.
-"""
+"""A complete run that takes seconds: a tiny teacher and tiny data from fixed seeds, and the command of the real launcher."""
 
 import os
 import random

@@ -1,8 +1,4 @@
-"""`make bench-glue`: train all methods on each data set; rerun the same command to resume.
-
-python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench] [key=value ...]
-python -m benchmarks.glue --report       # docs/results.md and its plots from benchmarks/results/glue.json
-"""
+"""`make bench-glue`: train all methods on each data set; rerun the same command to resume."""
 
 import argparse
 from pathlib import Path

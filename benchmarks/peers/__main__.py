@@ -1,8 +1,4 @@
-"""`make bench-peers`: run every contestant in turn, in rounds; rerun the same command to resume.
-
-python -m benchmarks.peers [--teacher DIR] [--output runs/peers] [--seeds 3] [--only NAME,...] [--device cuda] [--quick]
-python -m benchmarks.peers --report      # peers.json and docs/performance.md from the measurements so far
-"""
+"""`make bench-peers`: run every contestant in turn, in rounds; rerun the same command to resume."""
 
 from pathlib import Path
 

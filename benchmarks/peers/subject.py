@@ -99,7 +99,6 @@ class Subject:
     Attributes:
         train, dev: one dictionary for each example, as the tokenizer returns it, with `labels`.
         pairs: (student layer, teacher layer) of the patience term, from 1.
-        device: the GPU if there is one (`CUDA_VISIBLE_DEVICES` hides it).
     """
 
     def __init__(self, config: Config):

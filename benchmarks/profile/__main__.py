@@ -1,10 +1,4 @@
-"""`make bench-profile`: profile the project's own training on this machine.
-
-python -m benchmarks.profile [--device cpu|cuda] [--ranks 1,2] [--steps 40] [--teacher DIR] [section.key=value ...]
-
-Writes an entry for each device and number of ranks to benchmarks/results/profile.json, and Chrome traces (for
-chrome://tracing or ui.perfetto.dev) to --output.
-"""
+"""`make bench-profile`: profile the training on this machine; writes results/profile.json, and Chrome traces to --output."""
 
 import json
 from pathlib import Path

@@ -1,12 +1,8 @@
 """Measure the memory of a rank, and the time of an example, on the embedded data once, 10 and 100 times.
 
-    python -m benchmarks.scaling.memory [--factors 1,10,100] [--ranks 2] [--steps 200] [--teacher DIR]
-
 Each copy of a sentence has one word changed, so that all texts, ids and cache rows differ. For each size the stages
 data, cache and distill (stopped by SIGTERM after --steps steps) run as separate commands through the real launcher.
-`peak` is the resident set as the kernel counts it, with pages of memory-mapped files, which the kernel drops when it
-needs memory; `anonymous` is what a rank cannot do without. Every finished size is a file in --output. Adds `memory` to
-benchmarks/results/scaling.json.
+Every finished size is a file in --output. Adds `memory` to benchmarks/results/scaling.json.
 """
 
 import json
@@ -30,11 +26,7 @@ SETTLED = 20
 
 
 def multiply(source: Path, folder: Path, factor: int) -> None:
-    """Copy dev.tsv, and write train.tsv with `factor` times the rows; later copies have one word replaced.
-
-    Raises:
-        UserError: `source` lacks one of the files.
-    """
+    """Copy dev.tsv, and write train.tsv with `factor` times the rows; later copies have one word replaced."""
     for name in ("train.tsv", "dev.tsv"):
         if not (source / name).is_file():
             raise UserError(f"--data: {source} has no {name}")
@@ -78,17 +70,15 @@ def measure(source: Path, output: Path, factor: int, ranks: int, steps: int, ove
         log_file = output / "logs" / f"{factor}-{names.rpartition(',')[2]}.log"
         return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
 
-    def known(path: str) -> dict[str, Any]:
-        return json.loads((run / path).read_text())
-
     watched = stages("data,teacher", 0)
-    examples = known("stages/data.json")["outputs"]["sets"]["train"]["examples"]
+    data_marker = common.read_json(run / "stages/data.json")
+    examples = data_marker["outputs"]["sets"]["train"]["examples"]
     out: dict[str, Any] = {
-        "factor": factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
-        "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),
+        "factor": factor, "examples": examples, "tokens": common.read_json(run / "data/train/meta.json")["tokens"],
+        "data": of_ranks(watched, data_marker["seconds"] / examples),
     }  # fmt: skip
     watched = stages("data,teacher,cache", ranks)
-    out["cache"] = of_ranks(watched, known("stages/cache.json")["seconds"] / examples)
+    out["cache"] = of_ranks(watched, common.read_json(run / "stages/cache.json")["seconds"] / examples)
     out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
     watched = stages("data,teacher,cache,init,distill", ranks)
     paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]

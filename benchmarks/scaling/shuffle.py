@@ -1,7 +1,5 @@
 """Simulate reading a teacher cache of 100 M rows in shuffled order, without the cache.
 
-    python -m benchmarks.scaling.shuffle [--rows 100000000]
-
 Two orders of an epoch, as positions in the cache, whose rows are in the order of their ids:
 
 present   `pkd_dist.data.batches.epoch_order`: one permutation of all rows, held in full by every rank.

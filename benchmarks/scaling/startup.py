@@ -1,7 +1,5 @@
 """Measure the time from the command to the first step of a resumed run, and its parts.
 
-    python -m benchmarks.scaling.startup [--tries 3] [--teacher DIR]
-
 A run is stopped by SIGTERM after some steps. Copies of it are then resumed: by `python`, by `deepspeed` on two ranks,
 once with every part of the start timed (`startup_worker.py`), once under `-X importtime`. Adds `startup` to
 benchmarks/results/scaling.json.

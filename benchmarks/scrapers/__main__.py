@@ -1,7 +1,5 @@
 """Measure the effect of many and slow scrapers on the steps of a run: segments with and without them alternate.
 
-    python -m benchmarks.scrapers [--pairs 6]
-
 A tiny teacher is distilled on sentences of one length, so that all steps are equal, with one thread: the scrapers' own
 work uses another core, as if they ran elsewhere. In a segment with scrapers 50 connections hang (half of them silent,
 half after a request whose response they never read) and 20 scrapes a second are answered. The order in a pair
@@ -22,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import RESULTS, ROOT, stamp
 from benchmarks.faults.tiny import BAD, GOOD, PLAIN, command, environment, make_body, write_config, write_tsv
@@ -55,11 +55,10 @@ def run(folder: Path, port: int) -> Iterator[Path]:
         "train": {"epochs": never, "batch_size": 32, "deepspeed": "ds_configs/zero1_fp32.json"},
         "checkpoint": {"every_steps": 10**9}, "evaluate": {"every_epochs": never},
     }  # fmt: skip
+    steps, argv = folder / "run/metrics.jsonl", command("--config", write_config(settings, folder))
     with open(folder / "log", "wb") as log:
-        argv = command("--config", write_config(settings, folder))
         process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=log, stderr=log)
         try:
-            steps = folder / "run/metrics.jsonl"
             while not steps.exists() or len(steps.read_bytes().splitlines()) < WARM_UP_STEPS:
                 if process.poll() is not None:
                     raise SystemExit((folder / "log").read_text())
@@ -132,8 +131,7 @@ def measure(pairs: int) -> dict[str, Any]:
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """Return percentiles in milliseconds."""
-    ordered = sorted(seconds)
-    return {f"p{share}": 1e3 * ordered[round(share / 100 * (len(ordered) - 1))] for share in (10, 50, 90)}
+    return {f"p{share}": 1e3 * float(np.percentile(seconds, share)) for share in (10, 50, 90)}
 
 
 def main() -> int:
