@@ -112,39 +112,22 @@ def write_report() -> None:
 
 
 def _section(made: dict[str, Any]) -> str:
-    teacher, pooled = made["teacher"], made["pooled"] if len(made["pooled"]) > 1 else []
-    columns = [*made["splits"], *(["score"] if pooled else []), "agreement"]
-    shown = {"score": " + ".join(pooled), "agreement": "agreement with the teacher"}
-    head = ["layers", "method", "seeds", *(shown.get(c, c) for c in columns), "against finetune", "kept", "parameters"]
-    rows = [["6", "teacher", "1", *(_percent(teacher[c]) for c in columns), "", "", _millions(teacher)]]
-    for key, method in made["methods"].items():
-        mean, half = method["mean"], method["half_interval_95"]
+    """Return the table of `pkd compare` with two more columns, and the speeds."""
+    from pkd_dist.comparison.table import rows
+
+    head, body = rows(made)
+    body[0] += ["", ""]
+    for row, method in zip(body[1:], made["methods"].values(), strict=True):
         against = method.get(f"minus finetune-{method['layers']}", {}).get("score")
-        rows.append([
-            str(method["layers"]), key.rpartition("-")[0], str(len(method["seeds"])),
-            *(_percent(mean[c], half[c]) for c in columns),
-            _percent(against["mean"], against["half_interval_95"], sign=True) if against else "",
-            f"{mean['score'] / teacher['score']:.3f}", _millions(mean),
-        ])  # fmt: skip
+        row.append(f"{100 * against['mean']:+.2f} ± {100 * against['half_interval_95']:.2f}" if against else "")
+        row.append(f"{method['mean']['score'] / made['teacher']['score']:.3f}")
     device = f" Trained on {made['trained_on']}." if made.get("trained_on") else ""
-    kept = f"*kept*: {made['metric']} divided by the teacher's{' on ' + shown['score'] if pooled else ''}.{device}\n"
-    text = [table(head, rows), kept]
-    if speeds := made.get("speed"):
-        text.append(f"Speed in float32 with {speeds['machine']}, all models on the same inputs in turn:\n")
-        head = ["layers", "sentences per second", "latency at batch 1, p50, ms", "p99, ms"]
-        text.append(table(head, (
-            [layers, f"{s['reasoningTime']:.0f}", f"{s['latency_ms_p50']:.2f}", f"{s['latency_ms_p99']:.2f}"]
-            for layers, s in speeds["layers"].items()
-        )))  # fmt: skip
-    return "\n".join(text)
-
-
-def _percent(mean: float, half: float | None = None, sign: bool = False) -> str:
-    return f"{100 * mean:{'+' if sign else ''}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-
-
-def _millions(figures: dict[str, Any]) -> str:
-    return f"{figures['parameters'] / 1e6:.1f} M"
+    speeds, columns = made["speed"], ("reasoningTime", "latency_ms_p50", "latency_ms_p99")
+    text = table([*head, "against finetune", "kept"], body)
+    text += f"\n*kept*: {made['metric']} divided by the teacher's on {' + '.join(made['pooled'])}.{device}\n"
+    text += f"\nSpeed in float32 with {speeds['machine']}, all models on the same inputs in turn:\n\n"
+    timed = ([layers, *(f"{found[name]:.4g}" for name in columns)] for layers, found in speeds["layers"].items())
+    return text + table(["layers", "sentences per second", "latency at batch 1, p50, ms", "p99, ms"], timed)
 
 
 def main() -> None:
