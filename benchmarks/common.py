@@ -48,7 +48,6 @@ def run_program(work: Callable[[], Any]) -> None:
 
 
 def stamp() -> dict[str, Any]:
-    """Return the date and the machine: `date`, `processor`, `cores`."""
     return {"date": datetime.date.today().isoformat()} | machine()
 
 

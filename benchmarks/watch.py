@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,12 +74,14 @@ def run(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore", **(extra or {}))
-    waited, clock, watched, ended = waited_seconds(), time.perf_counter(), Watched(), threading.Event()
+    waited, clock, watched = waited_seconds(), time.perf_counter(), Watched()
     with open(log, "wb") as output:
         process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=chosen, stdout=output, stderr=subprocess.STDOUT)
-
-    def look() -> None:
-        while not ended.wait(interval_seconds):
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(interval_seconds)
+                break
             with contextlib.suppress(psutil.Error):
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 for each in family:
@@ -89,19 +90,11 @@ def run(
                     for rank in [each for each in family if is_rank(" ".join(each.cmdline()))][:1]:
                         os.kill(rank.pid, signal.SIGTERM)
                         watched.stopped = True
-
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    try:
-        watched.status = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    finally:
-        watched.seconds = time.perf_counter() - clock
-        ended.set()
-        looking.join()
+    watched.status, watched.seconds = process.returncode, time.perf_counter() - clock
     watched.waiting_share = (waited_seconds() - waited) / watched.seconds
     return watched
 

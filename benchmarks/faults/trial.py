@@ -1,7 +1,9 @@
 """One trial: start the job, strike it, rerun it until it ends well, and compare its results."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import time
 from contextlib import ExitStack, suppress
@@ -11,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults import damage, remedy
+from benchmarks.faults import damage
 from benchmarks.faults.job import Start, Watch, arrived
 from benchmarks.faults.plan import EPOCHS, Plan
 from benchmarks.faults.site import Site, SmallDisk, TwoNodes
@@ -107,6 +109,28 @@ def complete(run: Path) -> bool:
     return (run / "export/model.safetensors").exists() and (run / "report.html").exists()
 
 
+def follow(message: str, aside: Path) -> str | None:
+    """Do what the message asks for, choosing the mildest of its remedies, and return a description.
+
+    Files are moved away to `aside`. Returns `--fresh` if the next start needs this flag, None if nothing is asked for.
+    """
+    named = re.search(r"(/[^\s:,;]+)", message)
+    path = Path(named[1]) if named else None
+    if path and path.exists():
+        if re.search(r"remove (the file|it)\b", message):
+            path.unlink()
+            return f"removed {path.name}"
+        if re.search(r"remove the folder\b", message):
+            folder = path.parent if path.is_file() else path
+            shutil.rmtree(folder)
+            return f"removed {folder.name}/"
+        if re.search(r"move it away\b", message):
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / f"{len(list(aside.iterdir()))}-{path.name}")
+            return f"moved {path.name} away"
+    return "--fresh" if "--fresh" in message else None
+
+
 def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
     """Run the job several times without faults; return the fastest run. Raises if one fails or their results differ."""
     found: list[Reference] = []
@@ -157,7 +181,7 @@ class Trial:
                     row.recovered = True
                     break
                 row.last_message = start.last_message.replace(f"{self.folder}/", "")
-                action = remedy.follow(start.last_message, self.folder / "aside") if start.status == 2 else None
+                action = follow(start.last_message, self.folder / "aside") if start.status == 2 else None
                 flags = ["--fresh"] if action == "--fresh" else []
                 row.actions += [action] if action else []
             row.left_behind = left_behind(run)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.flops import peak
-from benchmarks.peers.subject import Clock, shape_of
+from benchmarks.peers.subject import Clock, peak, shape_of
 from benchmarks.probe import with_student_job
 from pkd_dist.config.load import load
 from pkd_dist.data import tasks, text

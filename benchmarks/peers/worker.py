@@ -26,12 +26,11 @@ def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
         return own.engine(*settings, *given["blocks"]) if what == "engine" else own.teacher_pass(*settings)
     import torch
 
-    from benchmarks.peers import flops
-    from benchmarks.peers.subject import Subject
+    from benchmarks.peers.subject import Subject, peaks
     from pkd_dist.config.load import load
 
     if what == "peaks":
-        return flops.peaks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return peaks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     contestant, *variant = what.split("-")
     module = import_module(f"benchmarks.peers.{MODULES[contestant]}")
     return asdict(module.measure(Subject(load(*settings)), given["steps"], *variant[:1]))

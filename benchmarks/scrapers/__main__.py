@@ -35,19 +35,14 @@ HIDDEN, WORDS, WARM_UP_STEPS, SETTLE_SECONDS = 384, 24, 50, 0.5
 LIMIT_PERCENT = 2.0
 
 
-def equal_sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    draw = random.Random(seed)
-    labels = [draw.randrange(2) for _ in range(count)]
-    return [(" ".join(draw.choices(PLAIN, k=WORDS - 1) + [draw.choice((BAD, GOOD)[y])]), y) for y in labels]
-
-
 @contextlib.contextmanager
 def run(folder: Path, port: int) -> Iterator[Path]:
     """Start a run that trains without end; yield its metrics.jsonl after the warm-up."""
-    body = make_body(folder / "body", layers=6, hidden=HIDDEN)
+    body, draw, never = make_body(folder / "body", layers=6, hidden=HIDDEN), random.Random(1), 10**6
     for split, count in (("train", 640), ("dev", 32)):
-        write_tsv(folder / f"data/{split}.tsv", equal_sentences(count, len(split)))
-    never = 10**6
+        labels = [draw.randrange(2) for _ in range(count)]
+        rows = [(" ".join([*draw.choices(PLAIN, k=WORDS - 1), draw.choice((BAD, GOOD)[y])]), y) for y in labels]
+        write_tsv(folder / f"data/{split}.tsv", rows)
     settings = {
         "run": {"dir": str(folder / "run")}, "metrics": {"port": port}, "student": {"layers": [1, 3, 5]},
         "task": {"name": "sst2", "data": str(folder / "data"), "max_length": 64},

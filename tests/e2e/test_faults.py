@@ -10,7 +10,7 @@ import pytest
 from benchmarks.faults.campaign import Campaign
 from benchmarks.faults.job import Watch
 from benchmarks.faults.plan import EPOCHS, WEIGHTS, plan
-from benchmarks.faults.remedy import follow
+from benchmarks.faults.trial import follow
 from pkd_dist.errors import UserError
 
 BASE = replace(plan(0, 0, 2), delay_seconds=0.0, running=False, rank=1, which=0.9, where=0.5)
