@@ -120,25 +120,17 @@ def _own_parts(made: dict[str, Any]) -> list[str]:
 
 
 def profile(entries: dict[str, Any]) -> str:
-    heads = [
-        f"{f['processor'] if f['device'] == 'cpu' else f['device']}, {f['ranks']} rank(s)" for f in entries.values()
-    ]
+    where = [f["processor"] if f["device"] == "cpu" else f["device"] for f in entries.values()]
+    heads = [f"{name}, {f['ranks']} rank(s)" for name, f in zip(where, entries.values(), strict=True)]
 
     def share(seconds: float | None, total: float) -> str:
         return "" if seconds is None else f"{1000 * seconds:.2f} ms, {seconds / total:.0%}"
 
     def shares(key: str, total: str) -> list[list[str]]:
         labels = dict.fromkeys(label for found in entries.values() for label in found[key])
-        rows = [
-            [label, *(share(found[key].get(label), found[total]) for found in entries.values())] for label in labels
-        ]
-        return [
-            *rows,
-            [
-                total.removesuffix("_seconds").replace("_", " "),
-                *(f"{1000 * f[total]:.1f} ms" for f in entries.values()),
-            ],
-        ]
+        rows = [[label, *(share(f[key].get(label), f[total]) for f in entries.values())] for label in labels]
+        title = total.removesuffix("_seconds").replace("_", " ")
+        return [*rows, [title, *(f"{1000 * f[total]:.1f} ms" for f in entries.values())]]
 
     groups = shares("group_seconds", "profiled_step_seconds")
     groups.append(["operations in a step", *(f"{f['operations_per_step']:.0f}" for f in entries.values())])

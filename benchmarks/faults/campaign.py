@@ -25,11 +25,7 @@ COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "
 class Campaign:
     """The trials of one seed. `work` holds the reference, `trials.jsonl`, and the folders of running and failed trials.
 
-    Args:
-        references: number of undisturbed runs, which must agree.
-
-    Raises:
-        UserError: the folder holds a campaign with another seed, code, or choice of faults.
+    `references` undisturbed runs must agree. Raises UserError if the folder is of another seed, code, or choice of faults.
     """
 
     def __init__(self, work: Path, seed: int, ranks: int, faults: Sequence[str], watch: Watch, references: int = 2):

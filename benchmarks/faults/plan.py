@@ -22,9 +22,8 @@ class Plan:
 
     Attributes:
         moment: share of the undisturbed duration, or files that the job makes: `pattern`, or `pattern:n` for n lines.
-        delay_seconds: from the moment to the strike.
         target: of a signal to the launcher: the command, its child process, or the whole group.
-        running: damage files under the running job instead of after killing it.
+        running: damage files under the running job, not after killing it.
         kill_after_seconds: from damage under a running job to killing it; None lets it run.
         cut_seconds: how long the link is down; None: until the job has ended.
         which, where: shares that choose the file and the place in it.

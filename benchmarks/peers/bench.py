@@ -60,13 +60,10 @@ alone, and a run from raw text to its verified export."""
 
 @dataclass(frozen=True)
 class Bench:
-    """One comparison in one folder.
+    """One comparison in one folder. A contestant that does not train all epochs is timed on `slow_steps` steps.
 
-    Attributes:
-        given_teacher: fine-tuned folder; None: one is fine-tuned first.
-        slow_steps: timed steps of a contestant that does not train all epochs.
-        blocks: of the step with and without DeepSpeed: steps of a block, and blocks of each kind.
-        slices: time every contestant except ours on `slow_steps` steps only.
+    `blocks`: of the step with and without DeepSpeed, the steps of a block and the blocks of each kind. `slices`: no
+    contestant except ours trains all epochs.
     """
 
     output: Path

@@ -97,7 +97,7 @@ ORDERS = {"present": present_order, "sharded": sharded_order}
 
 
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
-    """Return statistics of one epoch, which `scaling/report.py` explains; `expected_in_uniform` has those of a uniform shuffle.
+    """Return statistics of one epoch, which docs/scaling.md explains; `expected_in_uniform` has those of a uniform shuffle.
 
     rank_correlation_* is Spearman's, of the position in the epoch with that in the cache or in epoch 0. `first_N` (int32) is
     filled with the position of every row in epoch 0.
