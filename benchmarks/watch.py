@@ -1,12 +1,9 @@
 """Run a command to its end and record its wall time, the memory of its processes, and how busy the cores were."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +22,7 @@ _STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 class Memory:
     """The maximum seen of one process, in bytes.
 
-    Attributes:
-        command: its arguments, joined.
-        peak: resident set as the kernel counts it, pages of mapped files included.
-        anonymous: its own memory, which the kernel cannot drop.
-        file: resident pages of mapped files, which the kernel drops when it needs memory.
+    `peak` is the resident set, `anonymous` its own memory, `file` the pages of mapped files, which the kernel can drop.
     """
 
     command: str
@@ -40,14 +33,7 @@ class Memory:
 
 @dataclass
 class Watched:
-    """A finished command.
-
-    Attributes:
-        waiting_share: share of its time in which some task waited for a core.
-        started: time of the start, seconds since 1970.
-        memory: by process id.
-        stopped: whether `stop_when` ended it.
-    """
+    """A finished command. `waiting_share` of its time some task waited for a core; `memory` is by process id."""
 
     status: int = 0
     seconds: float = 0.0
@@ -58,7 +44,7 @@ class Watched:
 
     @property
     def peak_bytes(self) -> int:
-        """Sum over all processes, launchers included, each at its own peak."""
+        """Return the sum of the peaks of all processes, launchers included."""
         return sum(process.peak for process in self.memory.values())
 
 
@@ -79,29 +65,23 @@ def is_rank(argv: str) -> bool:
 
 
 def run(
-    argv: Sequence[str | Path],
-    log: Path,
-    threads: int = 1,
-    extra: Mapping[str, str] | None = None,
-    interval_seconds: float = 0.5,
-    stop_when: Callable[[], bool] | None = None,
-) -> Watched:
-    """Run a command in the project's folder, with its output in `log`.
+    argv: Sequence[str | Path], log: Path, threads: int = 1, extra: Mapping[str, str] | None = None,
+    interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
+) -> Watched:  # fmt: skip
+    """Run a command in the project's folder with its output in `log`, and `extra` variables in its environment.
 
-    Args:
-        threads: of each of its processes.
-        extra: additions to the environment.
-        interval_seconds: between two looks at its memory.
-        stop_when: called at each look; once true, one rank gets SIGTERM, which makes all stop.
+    Each `interval_seconds` its memory is read and `stop_when` is called; once true, one rank gets SIGTERM, so all stop.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = environment(OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore", **(extra or {}))
-    waited, clock, watched, ended = waited_seconds(), time.perf_counter(), Watched(), threading.Event()
+    waited, clock, watched = waited_seconds(), time.perf_counter(), Watched()
     with open(log, "wb") as output:
         process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=chosen, stdout=output, stderr=subprocess.STDOUT)
-
-    def look() -> None:
-        while not ended.wait(interval_seconds):
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(interval_seconds)
+                break
             with contextlib.suppress(psutil.Error):
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 for each in family:
@@ -110,32 +90,19 @@ def run(
                     for rank in [each for each in family if is_rank(" ".join(each.cmdline()))][:1]:
                         os.kill(rank.pid, signal.SIGTERM)
                         watched.stopped = True
-
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    try:
-        watched.status = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    finally:
-        watched.seconds = time.perf_counter() - clock
-        ended.set()
-        looking.join()
+    watched.status, watched.seconds = process.returncode, time.perf_counter() - clock
     watched.waiting_share = (waited_seconds() - waited) / watched.seconds
     return watched
 
 
 def run_checked(
-    program: str,
-    argv: Sequence[str | Path],
-    log: Path,
-    ranks: int = 1,
-    gpu: bool = False,
-    interval_seconds: float = 0.5,
-    stop_when: Callable[[], bool] | None = None,
-) -> Watched:
+    program: str, argv: Sequence[str | Path], log: Path, ranks: int = 1, gpu: bool = False,
+    interval_seconds: float = 0.5, stop_when: Callable[[], bool] | None = None,
+) -> Watched:  # fmt: skip
     """Run a command whose `ranks` processes share the cores. Raises UserError, which names the log, if it fails."""
     threads, extra = max(1, cores() // max(1, ranks)), {} if gpu else WITHOUT_GPU
     watched = run(argv, log, threads, extra, interval_seconds, stop_when)

@@ -1,1 +1,0 @@
-"""Fault campaign: run the whole job small, disturb it, rerun the same command, and compare the results; see README.md."""

@@ -1,6 +1,4 @@
-"""The command line of the fault campaign: python -m benchmarks.faults --trials 200 --seed 1."""
-
-from __future__ import annotations
+"""Run the whole job at a small size, disturb it, rerun the same command, and compare with an undisturbed run."""
 
 import argparse
 import dataclasses
@@ -9,33 +7,26 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, choices
-from benchmarks.faults.campaign import COUNTED, Campaign, Refused
+from benchmarks.faults.campaign import COUNTED, Campaign
 from benchmarks.faults.job import Interrupted, Watch
 from benchmarks.faults.plan import WEIGHTS
 from benchmarks.faults.trial import Row
+from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
+RANKS = 2
 NEEDS_ROOT = {"cut-link": ("ip", "taskset"), "fill-disk": ("mount", "umount")}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.faults",
-        description="Run the whole job at a small size, disturb it, rerun the same command, and compare the results with "
-        "an undisturbed run. Rerun the same command to resume a campaign.",
-        epilog="example: python -m benchmarks.faults --trials 200 --seed 1; repeat one trial: --seed 1 --trial 17",
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="trials of the campaign (50)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(seed, number) determines a trial (0)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of the job, at least 2 (2)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (1)")
-    parser.add_argument(
-        "--faults", default=",".join(WEIGHTS), metavar="a,b", help="draw only from: " + ", ".join(WEIGHTS)
-    )
+    parser.add_argument("--faults", default=",".join(WEIGHTS), metavar="a,b", help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--trial", type=int, metavar="K", help="repeat this trial only, and keep its folder")
     parser.add_argument("--work", type=Path, metavar="DIR", help="work folder (runs/faults-seed-S)")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.json", metavar="FILE")
@@ -44,18 +35,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for fault, tools in NEEDS_ROOT.items():
         if fault in options.faults and (os.geteuid() or not all(map(shutil.which, tools))):
             parser.error(f"{fault} needs root and {', '.join(tools)}; choose other faults with --faults")
-    if options.ranks < 2:
-        parser.error("--ranks: at least 2")
     return options
 
 
 def show(row: Row) -> str:
     """Return one line: what was done, how it went, and what failed."""
-    out = f"{row.fault} at {row.moment}{f', {row.detail}' if row.detail else ''}; "
-    out += f"statuses {' '.join(map(str, row.statuses))}, {row.seconds:.0f} s"
-    wrong = [f"NOT {name}" for name in ("recovered", "identical") if not getattr(row, name)]
-    wrong += ["HUNG"] * row.hung + [f"LEFT BEHIND {', '.join(row.left_behind)}"] * bool(row.left_behind)
-    return "; ".join([out, *wrong, *(f"PROMISE: {text}" for text in row.broken_promises)])
+    wrong = [f"NOT {name}" for name in ("recovered", "identical") if not getattr(row, name)] + ["HUNG"] * row.hung
+    wrong += [f"LEFT BEHIND {path}" for path in row.left_behind] + [f"PROMISE: {text}" for text in row.broken_promises]
+    how = f"statuses {' '.join(map(str, row.statuses))}, {row.seconds:.0f} s"
+    return "; ".join([f"{row.fault} at {row.moment}, {row.detail or 'did not strike'}", how, *wrong])
 
 
 def main(argv: list[str]) -> int:
@@ -67,19 +55,15 @@ def main(argv: list[str]) -> int:
     work = options.work or ROOT / f"runs/faults-seed-{options.seed}"
     try:
         print(f"work folder {work}; the undisturbed run comes first", flush=True)
-        campaign = Campaign(work, options.seed, options.ranks, options.faults, watch)
-        print(f"undisturbed: {campaign.reference.seconds:.1f} s", flush=True)
+        campaign = Campaign(work, options.seed, RANKS, options.faults, watch)
         if options.trial is not None:
-            row, folder = campaign.run_trial(options.trial, keep=True)
+            row, folder = campaign.run_plan(campaign.draw(options.trial), keep=True)
             print(f"{json.dumps(dataclasses.asdict(row), indent=2)}\nkept in {folder}")
             return 0 if row.good else 1
-        began = time.monotonic()
-        for here, row in enumerate(campaign.run(options.trials, options.jobs), start=1):
-            done = len(campaign.rows())
-            left = (options.trials - done) * (time.monotonic() - began) / here / 60
-            print(f"[{done}/{options.trials}, {left:.0f} min left] trial {row.trial}: {show(row)}", flush=True)
+        for row in campaign.run(options.trials, options.jobs):
+            print(f"[{len(campaign.rows())}/{options.trials}] trial {row.trial}: {show(row)}", flush=True)
         summary = campaign.summary(options.trials)
-    except Refused as error:
+    except UserError as error:
         print(f"faults: {error}", file=sys.stderr)
         return 2
     except Interrupted:

@@ -1,11 +1,7 @@
 """Run many trials of one seed: the reference, a row for each trial as it ends, the summary."""
 
-from __future__ import annotations
-
 import dataclasses
-import datetime
 import json
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -14,33 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.common import stamp
 from benchmarks.faults.job import Watch
 from benchmarks.faults.plan import Plan, plan
 from benchmarks.faults.site import release
 from benchmarks.faults.tiny import ROOT, make_body, make_data
 from benchmarks.faults.trial import DEV_EXAMPLES, Outcome, Reference, Row, Trial, settings, undisturbed
-from pkd_dist import __version__
-from pkd_dist.evaluation.speed import machine
+from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, write_json
 
 COUNTED = ("recovered", "identical", "hung", "left_behind", "broken_promises", "good", "struck")
 
 
-class Refused(Exception):  # noqa: N818 - one line for the user
-    """The campaign cannot run as requested."""
-
-
 class Campaign:
-    """The trials of one seed in one work folder.
+    """The trials of one seed. `work` holds the reference, `trials.jsonl`, and the folders of running and failed trials.
 
-    Args:
-        work: holds the reference, `trials.jsonl`, and the folders of running and failed trials.
-        references: number of undisturbed runs, which must agree.
-
-    Raises:
-        Refused: the folder holds a campaign with another seed, code, or choice of faults.
+    `references` undisturbed runs must agree. Raises UserError if the folder is of another seed, code, or choice of faults.
     """
 
     def __init__(self, work: Path, seed: int, ranks: int, faults: Sequence[str], watch: Watch, references: int = 2):
@@ -61,9 +46,8 @@ class Campaign:
             known = json.loads(kept.read_text())
             for key, value in self.identity.items():
                 if known.get(key) != value:
-                    raise Refused(
-                        f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}; choose another --work"
-                    )
+                    found = f"{self.work}: holds a campaign with {key} {known.get(key)}, not {value}"
+                    raise UserError(f"{found}; choose another --work")
             return Reference(Outcome(**known["outcome"]), known["seconds"], known["best_epoch"])
         if not self.body.exists():
             make_body(self.body)
@@ -80,11 +64,11 @@ class Campaign:
         rows = [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
         return sorted({row.trial: row for row in rows}.values(), key=lambda row: row.trial)
 
-    def run_trial(self, number: int, keep: bool = False) -> tuple[Row, Path]:
-        """Run one trial; its folder is kept if it failed or with `keep`."""
-        return self.run_plan(plan(self.seed, number, self.ranks, self.faults), keep)
+    def draw(self, number: int) -> Plan:
+        return plan(self.seed, number, self.ranks, self.faults)
 
     def run_plan(self, drawn: Plan, keep: bool = False) -> tuple[Row, Path]:
+        """Run one trial; its folder is kept if it failed or with `keep`."""
         folder = _empty(self.work / f"trial-{drawn.trial:05d}")
         row = Trial(drawn, folder, self.body, self.data, self.ranks, self.reference, self.watch).run()
         if row.good and not keep:
@@ -92,16 +76,12 @@ class Campaign:
         return row, folder
 
     def run(self, trials: int, jobs: int) -> Iterator[Row]:
-        """Run those of the first `trials` trials that have no row yet; yield rows as they come.
-
-        Raises:
-            Interrupted: the campaign was told to stop; the rows so far are on disk.
-        """
+        """Run those of the first `trials` trials that have no row yet; yield rows as they come."""
         done = {row.trial for row in self.rows()}
         waiting = [number for number in range(trials) if number not in done]
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for future in as_completed([pool.submit(self.run_trial, number) for number in waiting]):
+                for future in as_completed([pool.submit(self.run_plan, self.draw(number)) for number in waiting]):
                     row, _ = future.result()
                     with open(self.log, "a", encoding="utf-8") as file:
                         file.write(json.dumps(dataclasses.asdict(row)) + "\n")
@@ -112,13 +92,10 @@ class Campaign:
     def summary(self, trials: int) -> dict[str, Any]:
         """Return the content of the result file."""
         rows = [row for row in self.rows() if row.trial < trials]
-        names, found = ("torch", "deepspeed", "transformers", "safetensors", "numpy"), machine()
+        names = ("pkd_dist", "torch", "deepspeed", "transformers", "safetensors", "numpy")
         return {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **self.identity, **_counts(rows), "seconds": round(sum(row.seconds for row in rows), 1),
-            "machine": {"cpu": found["processor"], "cores": found["cores"],
-                        "memory_bytes": psutil.virtual_memory().total, "kernel": platform.release()},
-            "versions": {"pkd_dist": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
+            **stamp(), **self.identity, **_counts(rows), "seconds": round(sum(row.seconds for row in rows), 1),
+            "versions": {name: version(name) for name in names},
             "reference": dataclasses.asdict(self.reference),
             "by_fault": {fault: _counts([row for row in rows if row.fault == fault]) for fault in self.faults},
             "rows": [dataclasses.asdict(row) for row in rows],
@@ -139,9 +116,5 @@ def _empty(folder: Path) -> Path:
 
 def git_revision() -> str:
     """Return the commit of the tested code, with `-dirty` if it has changes."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "pkd_dist", "launcher", "ds_configs")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    argv = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,5 @@
 """Damage files as a bad disk does: a flipped bit, a lost end, a lost file, a torn line."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -34,7 +32,7 @@ def pick(fault: str, run: Path, which: float) -> Path | None:
 
 
 def apply(kind: str, path: Path, where: float) -> str:
-    """Damage a file in place, as a running reader would see it; return a description."""
+    """Damage a file in place (delete | truncate | tear | flip), as a running reader would see it; return a description."""
     size = path.stat().st_size
     place = int(where * size)
     if kind == "delete":
@@ -43,21 +41,18 @@ def apply(kind: str, path: Path, where: float) -> str:
     if kind == "truncate":
         os.truncate(path, place)
         return f"cut from {size} to {place} bytes"
+    if kind == "tear":  # the first part of a line, as an interrupted write leaves it
+        line = path.read_bytes().splitlines()[-1]
+        torn = line[: 1 + int(where * (len(line) - 1))]
+        with open(path, "ab") as file:
+            file.write(torn)
+        return f"{len(torn)} bytes of a torn line appended"
     with open(path, "r+b") as file:
         file.seek(place)
         byte = file.read(1)[0] ^ (1 << int(where * 8))
         file.seek(place)
         file.write(bytes([byte]))
     return f"bit {int(where * 8)} of byte {place} flipped"
-
-
-def tear(path: Path, where: float) -> str:
-    """Append the first part of a line, as an interrupted write leaves it; return a description."""
-    line = path.read_bytes().splitlines()[-1]
-    torn = line[: 1 + int(where * (len(line) - 1))]
-    with open(path, "ab") as file:
-        file.write(torn)
-    return f"{len(torn)} bytes of a torn line appended"
 
 
 def needed(run: Path, path: Path) -> bool:

@@ -1,7 +1,5 @@
 """One start of the job: its processes, their output, and how they ended."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -52,11 +50,9 @@ def arrived(run: Path, moment: str) -> bool:
 
 
 class Start:
-    """The processes of one start.
+    """The processes of one start, killed at the end of a `with` block.
 
-    Args:
-        commands: one launcher for each node.
-        log: stdout and stderr of node k go to `LOG.k.out` and `LOG.k.err`.
+    There is a command for each node; stdout and stderr of node k go to `LOG.k.out` and `LOG.k.err`.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: dict[str, str], log: Path):
@@ -69,6 +65,12 @@ class Start:
                     argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                     start_new_session=True,
                 ))  # fmt: skip
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def members(self) -> list[psutil.Process]:
         """Return all living processes of this start, even if their launcher is gone."""
@@ -124,19 +126,14 @@ class Start:
 
     def send(self, number: signal.Signals, target: str) -> None:
         """Send a signal to the launcher's `command`, to its `child`, which starts the ranks, or to the whole `group`."""
-        if target == "group":
-            for launcher in self.launchers:
-                with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if target == "group":
+                for launcher in self.launchers:
                     os.killpg(launcher.pid, number)
-            return
-        child = None
-        with suppress(psutil.NoSuchProcess):
-            child = next(iter(psutil.Process(self.launchers[0].pid).children()), None)
-        if target == "child" and child:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        else:
-            self.launchers[0].send_signal(number)
+                return
+            command = psutil.Process(self.launchers[0].pid)
+            children = command.children() if target == "child" else []
+            (children or [command])[0].send_signal(number)
 
     def _text(self, suffix: str) -> str:
         return "\n".join(Path(f"{path}{suffix}").read_text(errors="replace") for path in self._logs)
@@ -156,6 +153,4 @@ class Start:
 
     @property
     def last_message(self) -> str:
-        """Return the last of `messages`, or the last line on stderr."""
-        lines = self.messages or [line for line in self.errors.splitlines() if line.strip()] or [""]
-        return lines[-1].strip()
+        return (self.messages or self.errors.strip().splitlines() or [""])[-1].strip()

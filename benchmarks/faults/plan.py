@@ -1,7 +1,5 @@
 """Draw what happens in a trial, as a pure function of (seed, trial number)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +22,9 @@ class Plan:
 
     Attributes:
         moment: share of the undisturbed duration, or files that the job makes: `pattern`, or `pattern:n` for n lines.
-        delay_seconds: from the moment to the strike.
-        rank: the rank that is struck.
-        stop_signal: the signal that is sent.
         target: of a signal to the launcher: the command, its child process, or the whole group.
-        damage: flip | truncate | delete.
-        running: damage files under the running job instead of after killing it.
+        running: damage files under the running job, not after killing it.
         kill_after_seconds: from damage under a running job to killing it; None lets it run.
-        free_bytes: left on a full disk.
         cut_seconds: how long the link is down; None: until the job has ended.
         which, where: shares that choose the file and the place in it.
     """
@@ -53,50 +46,46 @@ class Plan:
     where: float
 
 
-def _step(rng: random.Random, records: str, first: int = 1) -> str:
-    return f"{records}:{rng.randint(first, EPOCHS * (EPOCH_STEPS + 1))}"
-
-
-def _save(rng: random.Random, folder: str) -> str:
-    return f"{folder}/*step-{rng.choice(SAVE_STEPS):08d}*/*"
-
-
-def _commit(rng: random.Random, folder: str) -> str:
-    return f"{folder}/step-{rng.choice(SAVE_STEPS):08d}/commit.json"
-
-
 _Draw = Callable[[random.Random], str]
-_TRAINING: tuple[_Draw, ...] = (
-    lambda rng: _step(rng, "teacher_metrics.jsonl"),
-    lambda rng: _step(rng, "metrics.jsonl"),
-    lambda rng: _save(rng, "teacher_checkpoints"),
-    lambda rng: _save(rng, "checkpoints"),
-    lambda rng: _commit(rng, "checkpoints"),
-)
-_COMMITTED: tuple[_Draw, ...] = (
-    lambda rng: _commit(rng, "teacher_checkpoints"),
-    lambda rng: _commit(rng, "checkpoints"),
-    lambda rng: _save(rng, "checkpoints"),
-)
-_BEST: tuple[_Draw, ...] = (
-    lambda rng: _step(rng, "metrics.jsonl", EPOCH_STEPS + 1),
-    lambda rng: _step(rng, "teacher_metrics.jsonl", EPOCH_STEPS + 1),
-    lambda rng: _commit(rng, "checkpoints"),
-    lambda rng: rng.choice(("stages/evaluate.json", "export/*")),
-)
-_CACHE: tuple[_Draw, ...] = (
-    lambda rng: f"cache/shard-{rng.randrange(SHARDS):05d}*",
-    lambda rng: "cache/manifest.json",
-    lambda rng: _step(rng, "metrics.jsonl"),
-)
-_ELSEWHERE: tuple[_Draw, ...] = (
-    lambda rng: rng.choice(("data/*/*", "stages/data.json")),
-    lambda rng: f"{rng.choice(('teacher_checkpoints', 'checkpoints'))}/*best-*",
-    lambda rng: rng.choice((".teacher*", "teacher/*", "stages/cache.json")),
-    lambda rng: f"cache/*shard-{rng.randrange(SHARDS):05d}*",
-    lambda rng: rng.choice((".student_init*", "student_init/*", "stages/init.json")),
-    lambda rng: rng.choice(("stages/distill.json", "stages/evaluate.json", "results_eval.json")),
-    lambda rng: rng.choice((".export*", "export/*", "stages/report.json", "report.html")),
+
+
+def _step(records: str, first: int = 1) -> _Draw:
+    return lambda rng: f"{records}:{rng.randint(first, EPOCHS * (EPOCH_STEPS + 1))}"
+
+
+def _saved(pattern: str) -> _Draw:
+    return lambda rng: pattern.format(rng.choice(SAVE_STEPS))
+
+
+def _shard(pattern: str) -> _Draw:
+    return lambda rng: pattern.format(rng.randrange(SHARDS))
+
+
+def _any(*patterns: str) -> _Draw:
+    return lambda rng: rng.choice(patterns) if len(patterns) > 1 else patterns[0]
+
+
+_TEACHER_COMMIT = _saved("teacher_checkpoints/step-{:08d}/commit.json")
+_STUDENT_COMMIT = _saved("checkpoints/step-{:08d}/commit.json")
+_STUDENT_SAVE = _saved("checkpoints/*step-{:08d}*/*")
+_TRAINING = (
+    _step("teacher_metrics.jsonl"), _step("metrics.jsonl"), _saved("teacher_checkpoints/*step-{:08d}*/*"), _STUDENT_SAVE,
+    _STUDENT_COMMIT,
+)  # fmt: skip
+_COMMITTED = _TEACHER_COMMIT, _STUDENT_COMMIT, _STUDENT_SAVE
+_BEST = (
+    _step("metrics.jsonl", EPOCH_STEPS + 1), _step("teacher_metrics.jsonl", EPOCH_STEPS + 1), _STUDENT_COMMIT,
+    _any("stages/evaluate.json", "export/*"),
+)  # fmt: skip
+_CACHE = _shard("cache/shard-{:05d}*"), _any("cache/manifest.json"), _step("metrics.jsonl")
+_ELSEWHERE = (
+    _any("data/*/*", "stages/data.json"),
+    _any("teacher_checkpoints/*best-*", "checkpoints/*best-*"),
+    _any(".teacher*", "teacher/*", "stages/cache.json"),
+    _shard("cache/*shard-{:05d}*"),
+    _any(".student_init*", "student_init/*", "stages/init.json"),
+    _any("stages/distill.json", "stages/evaluate.json", "results_eval.json"),
+    _any(".export*", "export/*", "stages/report.json", "report.html"),
 )
 _MOMENTS = {
     "damage-checkpoint": _COMMITTED, "damage-best": _BEST, "damage-cache": _CACHE, "tear-metrics": _TRAINING[:2],

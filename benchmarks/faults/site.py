@@ -1,7 +1,5 @@
 """Where a trial runs: a folder, a small disk that can be filled, or two nodes with a link that can be cut."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -28,7 +26,7 @@ class Site:
         """Return one command for each node."""
         return [command(*arguments, ranks=self.ranks)]
 
-    def __enter__(self) -> Site:
+    def __enter__(self) -> "Site":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +48,7 @@ class SmallDisk(Site):
         self.run = self.disk / "run"
         self._ballast = self.disk / "ballast"
 
-    def __enter__(self) -> SmallDisk:
+    def __enter__(self) -> "SmallDisk":
         self.disk.mkdir()
         _call("mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "pkd-faults", str(self.disk))
         return self
@@ -86,7 +84,7 @@ class TwoNodes(Site):
         self._hosts = folder / "hosts"
         self.environment |= {"GLOO_SOCKET_IFNAME": _LINK, "TP_SOCKET_IFNAME": _LINK}
 
-    def __enter__(self) -> TwoNodes:
+    def __enter__(self) -> "TwoNodes":
         first = self.ranks - self.ranks // 2
         self._hosts.write_text(f"node0 slots={first}\nnode1 slots={self.ranks - first}\n")
         self.remove()  # left by a campaign that was killed

@@ -1,9 +1,4 @@
-"""A complete run that takes seconds: a tiny teacher, tiny data, and the command of the real launcher.
-
-Everything is generated from fixed seeds; nothing is downloaded.
-"""
-
-from __future__ import annotations
+"""A complete run that takes seconds: a tiny teacher and tiny data from fixed seeds, and the command of the real launcher."""
 
 import os
 import random

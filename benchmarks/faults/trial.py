@@ -1,10 +1,9 @@
 """One trial: start the job, strike it, rerun it until it ends well, and compare its results."""
 
-from __future__ import annotations
-
-import hashlib
 import json
+import os
 import re
+import shutil
 import signal
 import time
 from contextlib import ExitStack, suppress
@@ -14,11 +13,12 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults import damage, remedy
+from benchmarks.faults import damage
 from benchmarks.faults.job import Start, Watch, arrived
 from benchmarks.faults.plan import EPOCHS, Plan
 from benchmarks.faults.site import Site, SmallDisk, TwoNodes
 from benchmarks.faults.tiny import write_config
+from pkd_dist.files import digest_of, sha256
 
 MAX_STARTS = 5
 STUCK_TIMEOUT_SECONDS = 10  # run.timeout_seconds of trials in which a rank hangs
@@ -31,7 +31,7 @@ _BYTES = re.compile(r"\d[\d,.]*\s*([kKMG]i?B|B|bytes)\b")
 
 @dataclass(frozen=True)
 class Outcome:
-    """sha256 of the results that must be equal: the exported weights, and the metrics without time fields."""
+    """Digests of the results that must be equal: the exported weights, and the metrics without time fields."""
 
     export: str | None
     metrics: str | None
@@ -90,23 +90,17 @@ def settings(body: Path, data: Path, run: Path, timeout_seconds: float) -> dict[
 
 def outcome(run: Path) -> Outcome:
     export = run / "export/model.safetensors"
-    return Outcome(hashlib.sha256(export.read_bytes()).hexdigest() if export.exists() else None, _metrics(run))
-
-
-def _metrics(run: Path) -> str | None:
-    digest = hashlib.sha256()
     try:
-        for name in ("teacher_metrics.jsonl", "metrics.jsonl"):
-            for line in (run / name).read_text().splitlines():
-                record = {k: v for k, v in json.loads(line).items() if k not in _TIMES}
-                digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        files = (run / name for name in ("teacher_metrics.jsonl", "metrics.jsonl"))
+        records = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        metrics = digest_of([{k: v for k, v in record.items() if k not in _TIMES} for record in records])
     except (OSError, ValueError):
-        return None
-    return digest.hexdigest()
+        metrics = None
+    return Outcome(sha256(export) if export.exists() else None, metrics)
 
 
 def left_behind(run: Path) -> list[str]:
-    """Return the locks and temporary files in a run folder; a run that has ended must leave none."""
+    """Return the locks and temporary files in a run folder."""
     found = (p for p in run.rglob("*") if p.name == "run.lock" or p.name.startswith(".") or p.suffix == ".tmp")
     return sorted(str(p.relative_to(run)) for p in found)
 
@@ -115,26 +109,40 @@ def complete(run: Path) -> bool:
     return (run / "export/model.safetensors").exists() and (run / "report.html").exists()
 
 
-def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
-    """Run the job several times without faults; return the fastest run.
+def follow(message: str, aside: Path) -> str | None:
+    """Do what the message asks for, choosing the mildest of its remedies, and return a description.
 
-    Raises:
-        RuntimeError: a run failed, or their results differ.
+    Files are moved away to `aside`. Returns `--fresh` if the next start needs this flag, None if nothing is asked for.
     """
+    named = re.search(r"(/[^\s:,;]+)", message)
+    path = Path(named[1]) if named else None
+    if path and path.exists():
+        if re.search(r"remove (the file|it)\b", message):
+            path.unlink()
+            return f"removed {path.name}"
+        if re.search(r"remove the folder\b", message):
+            folder = path.parent if path.is_file() else path
+            shutil.rmtree(folder)
+            return f"removed {folder.name}/"
+        if re.search(r"move it away\b", message):
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / f"{len(list(aside.iterdir()))}-{path.name}")
+            return f"moved {path.name} away"
+    return "--fresh" if "--fresh" in message else None
+
+
+def undisturbed(folder: Path, body: Path, data: Path, ranks: int, watch: Watch, times: int) -> Reference:
+    """Run the job several times without faults; return the fastest run. Raises if one fails or their results differ."""
     found: list[Reference] = []
     for number in range(1, times + 1):
         site = Site(folder / str(number), ranks)
         site.folder.mkdir()
         config = write_config(settings(body, data, site.run, TIMEOUT_SECONDS), site.folder)
-        start = Start(site.commands("--config", config), site.environment, site.folder / "start-1")
-        try:
+        with Start(site.commands("--config", config), site.environment, site.folder / "start-1") as start:
             ended = start.await_end(watch, 600)
-        finally:
-            start.kill()
         if not ended or start.status or not complete(site.run):
-            raise RuntimeError(
-                f"the undisturbed run ended with status {start.status}: {start.last_message}; see {folder}"
-            )
+            what = f"the undisturbed run ended with status {start.status}: {start.last_message}"
+            raise RuntimeError(f"{what}; see {folder}")
         seconds = round(time.monotonic() - start.began, 2)
         best_epoch = json.loads((site.run / "stages/distill.json").read_text())["outputs"]["best_epoch"]
         found.append(Reference(outcome(site.run), seconds, best_epoch))
@@ -149,9 +157,8 @@ class Trial:
     def __init__(
         self, plan: Plan, folder: Path, body: Path, data: Path, ranks: int, reference: Reference, watch: Watch
     ):
-        kinds: dict[str, type[Site]] = {"fill-disk": SmallDisk, "cut-link": TwoNodes}
         self.plan, self.folder, self.reference, self.watch = plan, folder, reference, watch
-        self.site = kinds.get(plan.fault, Site)(folder, ranks)
+        self.site = {"fill-disk": SmallDisk, "cut-link": TwoNodes}.get(plan.fault, Site)(folder, ranks)
         self.stuck = plan.fault in ("stop-rank", "cut-link")
         timeout = STUCK_TIMEOUT_SECONDS if self.stuck else TIMEOUT_SECONDS
         self.config = write_config(settings(body, data, self.site.run, timeout), folder)
@@ -174,7 +181,7 @@ class Trial:
                     row.recovered = True
                     break
                 row.last_message = start.last_message.replace(f"{self.folder}/", "")
-                action = remedy.follow(start.last_message, self.folder / "aside") if start.status == 2 else None
+                action = follow(start.last_message, self.folder / "aside") if start.status == 2 else None
                 flags = ["--fresh"] if action == "--fresh" else []
                 row.actions += [action] if action else []
             row.left_behind = left_behind(run)
@@ -185,11 +192,9 @@ class Trial:
     def _start(self, flags: list[str]) -> Start:
         """Start the command and wait for its end; the first start is disturbed."""
         self.row.starts += 1
-        commands = self.site.commands("--config", self.config, *flags)
-        with ExitStack() as stack:
-            start = Start(commands, self.site.environment, self.folder / f"start-{self.row.starts}")
-            stack.callback(start.kill)
-            if self.row.starts == 1:
+        commands, number = self.site.commands("--config", self.config, *flags), self.row.starts
+        with Start(commands, self.site.environment, self.folder / f"start-{number}") as start:
+            if number == 1:
                 self._disturb(start)
             elif not start.await_end(self.watch, self.deadline_seconds):
                 self.row.hung = True
@@ -217,12 +222,13 @@ class Trial:
 
     def _await_moment(self, start: Start) -> None:
         moment = self.plan.moment
-        due = start.began + (moment * self.reference.seconds if isinstance(moment, float) else 0.0)
 
         def came() -> bool:
             if start.launchers[0].poll() is not None:
                 return True
-            return time.monotonic() >= due if isinstance(moment, float) else arrived(self.site.run, moment)
+            if isinstance(moment, float):
+                return time.monotonic() >= start.began + moment * self.reference.seconds
+            return arrived(self.site.run, moment)
 
         self.watch.until(came, self.deadline_seconds)
         self.watch.until(lambda: False, self.plan.delay_seconds)
@@ -260,32 +266,28 @@ class Trial:
 
     def _damage(self) -> None:
         """Damage one file, if the fault is of that kind and there is such a file."""
-        plan = self.plan
+        plan, run = self.plan, self.site.run
         if plan.fault not in damage.CANDIDATES:
             return
         self.row.detail = "nothing there to damage"
         with suppress(FileNotFoundError):  # a running job also removes files
-            path = damage.pick(plan.fault, self.site.run, plan.which)
-            if path is not None and path.stat().st_size:
-                self._damage_file(path)
-
-    def _damage_file(self, path: Path) -> None:
-        plan = self.plan
-        owed = plan.fault.startswith("damage") and not plan.running and damage.needed(self.site.run, path)
-        kind = "truncate" if plan.fault == "tear-marker" else plan.damage
-        what = damage.tear(path, plan.where) if plan.fault == "tear-metrics" else damage.apply(kind, path, plan.where)
-        self.damaged = path.name if owed else None
-        self.row.detail = f"{path.relative_to(self.site.run)}: {what}, {'running' if plan.running else 'after kill -9'}"
+            path = damage.pick(plan.fault, run, plan.which)
+            if path is None or not path.stat().st_size:
+                return
+            owed = plan.fault.startswith("damage") and not plan.running and damage.needed(run, path)
+            kind = {"tear-metrics": "tear", "tear-marker": "truncate"}.get(plan.fault, plan.damage)
+            what = damage.apply(kind, path, plan.where)
+            self.damaged = path.name if owed else None
+            self.row.detail = f"{path.relative_to(run)}: {what}, {'running' if plan.running else 'after kill -9'}"
 
     def _await_end(self, start: Start) -> bool:
         """Return whether the struck job ends by itself in the time it has."""
-        plan = self.plan
-        if plan.fault == "stop-rank":
-            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds, but=plan.rank)
-        if plan.fault == "cut-link" and plan.cut_seconds is None:
-            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + self.margin_seconds)
+        plan, margin = self.plan, self.margin_seconds
         if plan.fault == "kill-rank":
-            return start.await_ranks_end(self.watch, self.margin_seconds)
+            return start.await_ranks_end(self.watch, margin)
+        if plan.fault == "stop-rank" or (plan.fault == "cut-link" and plan.cut_seconds is None):
+            stopped = plan.rank if plan.fault == "stop-rank" else None
+            return start.await_ranks_end(self.watch, STUCK_TIMEOUT_SECONDS + margin, but=stopped)
         return start.await_end(self.watch, self.deadline_seconds)
 
     def _check_promises(self, start: Start) -> None:
@@ -296,20 +298,20 @@ class Trial:
         killed = not self.stuck and start.status == 128 + signal.SIGKILL
         if not self.in_stages or row.hung or killed or start.status == 0:
             return
-        statuses = {"fill-disk": (2,), "signal-rank": (75,)}.get(plan.fault)
-        if statuses and start.status not in statuses:
-            broken.append(f"status {start.status}, not {statuses[0]}")
+        status = {"fill-disk": 2, "signal-rank": 75}.get(plan.fault, start.status)
+        if start.status != status:
+            broken.append(f"status {start.status}, not {status}")
         if plan.fault == "signal-launcher":
             return  # which processes get the signal depends on the launcher
         spoken = start.messages
-        if not spoken or (len(spoken) > 1 and plan.fault != "cut-link"):
-            broken.append(f"{len(spoken)} lines `pkd: ...` on stderr, not one")
-        if "Traceback" in start.errors:
-            broken.append("a traceback on stderr")
-        if plan.fault == "fill-disk" and not any(map(_BYTES.search, spoken)):
-            broken.append("the line names no bytes")
-        if self.stuck and not any("rank" in line for line in spoken):
-            broken.append("the line names no rank")
+        promises = {
+            f"{len(spoken)} lines `pkd: ...` on stderr, not one": len(spoken) == 1
+            or (spoken and plan.fault == "cut-link"),
+            "a traceback on stderr": "Traceback" not in start.errors,
+            "the line names no bytes": plan.fault != "fill-disk" or any(map(_BYTES.search, spoken)),
+            "the line names no rank": not self.stuck or any("rank" in line for line in spoken),
+        }
+        broken += [text for text, kept in promises.items() if not kept]
 
     def _check_named(self, start: Start) -> None:
         """Check that the start after the damage names the damaged file, if it still needed that."""

@@ -1,1 +1,0 @@
-"""Methods, depths and seeds on real tasks."""

@@ -1,22 +1,12 @@
-"""`make bench-glue`: train all methods on each data set; rerun the same command to resume.
-
-python -m benchmarks.glue --glue-dir DIR [--only movie-reviews,sst2,rte] [--jobs 2] [--output runs/glue-bench] [key=value ...]
-python -m benchmarks.glue --report       # docs/results.md and its plot from benchmarks/results/glue.json
-"""
-
-from __future__ import annotations
+"""`make bench-glue`: train all methods on each data set; rerun the same command to resume."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.common import RESULTS, choices, read_json
-from benchmarks.glue import report
-from pkd_dist.cli.launch import guarded, leave
+from benchmarks.common import DOCS, RESULTS, choices, read_json, run_program, table, write_page
 from pkd_dist.evaluation.speed import machine
-from pkd_dist.files import write_json
-from pkd_dist.telemetry.log import to_terminal
+from pkd_dist.files import write_atomically, write_json
 
 HERE = Path(__file__).parent
 LOSSES: dict[str, dict[str, Any]] = {
@@ -31,15 +21,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 
 
-@dataclass(frozen=True)
-class Data:
-    """A data set.
+class Data(NamedTuple):
+    """A data set in a folder of --glue-dir (None: embedded); each method has a run with each seed.
 
-    Attributes:
-        folder: below --glue-dir; None: embedded.
-        seeds: one run of each method with each.
-        copied: layers of the student -> the layers of the 6-layer teacher (from 0) that it copies.
-        text_epochs: share of the epochs for `+text`.
+    `copied`: layers of the student -> those of the 6-layer teacher (from 0) that it copies. `text_epochs`: share of the
+    epochs for `+text`.
     """
 
     folder: str | None
@@ -58,6 +44,8 @@ DATA = {
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train all chosen methods on one data set; return their figures."""
+    import torch
+
     from pkd_dist.comparison.runner import Comparison
     from pkd_dist.config.load import load
 
@@ -70,49 +58,76 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         for depth in options.layers for loss in options.losses
     }  # fmt: skip
-    seeds, output = data.seeds[: options.seeds], options.output / name
-    return Comparison(config, overrides, methods, seeds, output, "", options.jobs).run()
+    output = options.output / name
+    summary = Comparison(config, overrides, methods, data.seeds, output, "", options.jobs).run()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
+    return {**summary, "speed": speeds(output), "trained_on": device}
 
 
 def collect(name: str, made: dict[str, Any]) -> None:
-    """Merge into the results with the same teacher; results with another teacher are dropped, except speeds."""
-    from pkd_dist.comparison.runner import hold_against_first
+    """Add to the results with the same teacher; results with another teacher are dropped."""
+    from pkd_dist.comparison.table import set_differences
 
     known = read_json(RESULTS / "glue.json")
     before = known.get(name, {})
-    if before.get("teacher") != made["teacher"]:
-        before = {key: before[key] for key in before if key == "speed"}
-    methods = {**before.get("methods", {}), **made["methods"]}
+    methods = {**(before["methods"] if before.get("teacher") == made["teacher"] else {}), **made["methods"]}
     methods = {key: methods[key] for key in sorted(methods, key=lambda key: [*LOSSES].index(key.rpartition("-")[0]))}
-    hold_against_first(methods)
-    write_json(RESULTS / "glue.json", known | {name: {**before, **made, "methods": methods}})
+    set_differences(methods)
+    write_json(RESULTS / "glue.json", known | {name: {**made, "methods": methods}})
 
 
 def speeds(output: Path) -> dict[str, Any]:
     """Time the teacher and a student of each depth on the same inputs in turn; the weights do not matter."""
     import torch
 
+    from pkd_dist.config.schema import Evaluate
     from pkd_dist.data.tokens import open_tokens
-    from pkd_dist.evaluation.speed import speed
+    from pkd_dist.evaluation.scoring import forward_of
+    from pkd_dist.evaluation.speed import TimedInputs, measure_speed
     from pkd_dist.model.encoder import load_model, load_tokenizer
 
     teacher = output / "teacher" / "teacher"
     students = {depth: next(output.glob(f"*-{depth}/seed-*/student_init"), None) for depth in COPIED}
-    folders = {depth: folder for depth, folder in (*students.items(), (6, teacher)) if folder}
-    models: dict[str, Any] = {str(depth): load_model(str(folder)) for depth, folder in sorted(folders.items())}
-    forwards = {depth: lambda inputs, model=model: model(**inputs).logits for depth, model in models.items()}
-    pad_id = load_tokenizer(str(teacher)).pad_token_id
+    folders = {str(depth): folder for depth, folder in (*students.items(), (6, teacher)) if folder}
+    settings = Evaluate(batch_size=64, latency_samples=200, throughput_samples=512)
+    tokens, pad_id = open_tokens(output / "teacher/data/dev"), load_tokenizer(str(teacher)).pad_token_id
     with torch.inference_mode():
-        found = speed(forwards, open_tokens(output / "teacher/data/dev"), torch.device("cpu"), 64, 200, 512, pad_id)
+        forwards = {depth: forward_of(load_model(str(folder))) for depth, folder in folders.items()}
+        found = measure_speed(forwards, TimedInputs.choose(tokens, pad_id, torch.device("cpu"), settings))
     layers = {depth: timing.figures for depth, timing in found.items()}
     return {"machine": f"{torch.get_num_threads()} threads of {machine()['processor']}", "layers": layers}
 
 
-def trained_on() -> str:
-    """Return the device that runs train on."""
-    import torch
+def write_report() -> None:
+    """Write docs/results.md and its plots."""
+    from pkd_dist.comparison.table import plot
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
+    measured = read_json(RESULTS / "glue.json")
+    for made in measured.values():  # the deepest students first
+        made["methods"] = dict(sorted(made["methods"].items(), key=lambda method: -method[1]["layers"]))
+    write_page(DOCS / "results.md", {name: lambda made=made: _section(made) for name, made in measured.items()})
+    for name, made in measured.items():
+        figure = plot(made)
+        write_atomically(DOCS / f"results-{name}.png", lambda tmp, figure=figure: figure.savefig(tmp, format="png"))
+
+
+def _section(made: dict[str, Any]) -> str:
+    """Return the table of `pkd compare` with two more columns, and the speeds."""
+    from pkd_dist.comparison.table import rows
+
+    head, body = rows(made)
+    body[0] += ["", ""]
+    for row, method in zip(body[1:], made["methods"].values(), strict=True):
+        against = method.get(f"minus finetune-{method['layers']}", {}).get("score")
+        row.append(f"{100 * against['mean']:+.2f} ± {100 * against['half_interval_95']:.2f}" if against else "")
+        row.append(f"{method['mean']['score'] / made['teacher']['score']:.3f}")
+    device = f" Trained on {made['trained_on']}." if made.get("trained_on") else ""
+    speeds, columns = made["speed"], ("reasoningTime", "latency_ms_p50", "latency_ms_p99")
+    text = table([*head, "against finetune", "kept"], body)
+    text += f"\n*kept*: {made['metric']} divided by the teacher's on {' + '.join(made['pooled'])}.{device}\n"
+    text += f"\nSpeed in float32 with {speeds['machine']}, all models on the same inputs in turn:\n\n"
+    timed = ([layers, *(f"{found[name]:.4g}" for name in columns)] for layers, found in speeds["layers"].items())
+    return text + table(["layers", "sentences per second", "latency at batch 1, p50, ms", "p99, ms"], timed)
 
 
 def main() -> None:
@@ -121,10 +136,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(DATA), help="data sets, in this order")
     parser.add_argument("--losses", default=",".join(LOSSES), help="methods; the others are compared with the first")
     parser.add_argument("--layers", default="2,3,1", help="layers of the students")
-    parser.add_argument("--seeds", type=int, default=5, help="of each method, at most; SST-2 and RTE have 3")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--no-speed", action="store_true", help="keep the known speeds, if this machine is busy")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md from the results so far")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
     options = parser.parse_intermixed_args()
@@ -133,17 +146,13 @@ def main() -> None:
     options.layers = [int(depth) for depth in choices(options.layers, COPIED, "--layers", parser)]
     if not options.report and not options.glue_dir and any(DATA[name].folder for name in only):
         parser.error("sst2 and rte need --glue-dir; or use --only movie-reviews")
-    to_terminal(True)
-    for name in [] if options.report else only:
 
-        def work(name: str = name) -> None:
-            made = run(name, options)
-            timed = {} if options.no_speed else {"speed": speeds(options.output / name)}
-            collect(name, {**made, "trained_on": trained_on(), **timed})
+    def work() -> None:
+        for name in [] if options.report else only:
+            collect(name, run(name, options))
+        write_report()
 
-        if status := guarded(work):
-            leave(status)
-    report.write(RESULTS / "glue.json")
+    run_program(work)
 
 
 if __name__ == "__main__":

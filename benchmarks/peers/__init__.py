@@ -1,1 +1,0 @@
-"""Our training against other implementations of the same distillation."""

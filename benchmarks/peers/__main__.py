@@ -1,10 +1,4 @@
-"""`make bench-peers`: run every contestant in turn, in rounds; rerun the same command to resume.
-
-python -m benchmarks.peers [--teacher DIR] [--output runs/peers] [--seeds 3] [--only NAME,...] [--device cuda] [--quick]
-python -m benchmarks.peers --report      # peers.json and docs/performance.md from the measurements so far
-"""
-
-from __future__ import annotations
+"""`make bench-peers`: run every contestant in turn, in rounds; rerun the same command to resume."""
 
 from pathlib import Path
 
@@ -12,7 +6,6 @@ from benchmarks import common
 from benchmarks.peers.bench import CONTESTANTS, OTHERS, Bench
 from pkd_dist.config.paths import project_path
 from pkd_dist.errors import UserError
-from pkd_dist.files import write_json
 from pkd_dist.telemetry.log import log
 
 
@@ -29,9 +22,7 @@ def _short(folder: Path, data: str, train: int, dev: int) -> str:
 
 
 def main() -> None:
-    parser = common.parser(
-        "peers", __doc__, "runs/peers", "peers.json; peers-cuda.json on a GPU; in OUTPUT with --quick"
-    )
+    parser = common.parser("peers", __doc__, "runs/peers", "peers.json; on a GPU peers-cuda.json")
     parser.add_argument("--data", default="data/movie-reviews", help="folder with train.tsv and dev.tsv")
     parser.add_argument("--seeds", type=int, default=3, help="number of rounds, with seeds 1, 2, ...")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all contestants; one GPU")
@@ -39,17 +30,14 @@ def main() -> None:
     parser.add_argument(
         "--slow-steps", type=int, default=100, help="timed steps of contestants that do not train fully"
     )
-    parser.add_argument(
-        "--slices", action="store_true", help="time all but ours on --slow-steps steps, without accuracy"
-    )
+    parser.add_argument("--slices", action="store_true", help="time all but ours on --slow-steps steps only")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; the results mean nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing, only collect")
     options = parser.parse_intermixed_args()
     everything = (*CONTESTANTS, *OTHERS)
-    both = [name for name in everything if name != "job"]
-    alone = [name for name in everything if name not in CONTESTANTS or CONTESTANTS[name].ranks < 2]
-    default = both if options.device == "cpu" else alone
-    only = common.choices(options.only, everything, "--only", parser) if options.only else default
+    skipped = ("job",) if options.device == "cpu" else tuple(n for n, c in CONTESTANTS.items() if c.ranks > 1)
+    default = ",".join(name for name in everything if name not in skipped)
+    only = common.choices(options.only or default, everything, "--only", parser)
 
     def work() -> None:
         from benchmarks.peers.collect import collect
@@ -65,9 +53,8 @@ def main() -> None:
         if not options.report:
             bench.run()
         results = options.results or (output if options.quick else common.RESULTS) / peers_file(options.device)
-        write_json(results, collect(bench))
+        common.save(results, collect(bench))
         log.info("peers: %s", results)
-        common.update_page(results)
 
     common.run_program(work)
 

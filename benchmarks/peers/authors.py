@@ -5,8 +5,6 @@ layers and tokens; the logits and the [CLS] states of the paired layers are kept
 from them. Unlike their code, it uses today's torch and transformers, fused AdamW and fused attention.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.utils.data import DataLoader
 

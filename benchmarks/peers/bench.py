@@ -1,7 +1,5 @@
 """The contestants, and the measurements of a comparison: one file each, taken once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,11 +12,13 @@ from benchmarks import common, watch
 from benchmarks.faults.tiny import command
 from pkd_dist.errors import UserError
 from pkd_dist.files import remove, write_json
+from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.records import read
 
 STAGES = ("cache", "init", "distill")
 """The stages of our run that count: the teacher's pass, the student's start, training with evaluation and checkpoints."""
-FEW_TIMINGS = ("evaluate.latency_samples=20", "evaluate.throughput_samples=64")
+JOB = ("export.formats=[safetensors]", "evaluate.latency_samples=20", "evaluate.throughput_samples=64")
 """Settings of `job`: with the defaults, timing the models for the model card takes longer than the export."""
 
 
@@ -60,16 +60,10 @@ alone, and a run from raw text to its verified export."""
 
 @dataclass(frozen=True)
 class Bench:
-    """One comparison in one folder.
+    """One comparison in one folder. A contestant that does not train all epochs is timed on `slow_steps` steps.
 
-    Attributes:
-        given_teacher: fine-tuned folder; None: one is fine-tuned first.
-        only: participants, from `CONTESTANTS` and `OTHERS`.
-        slow_steps: timed steps of a contestant that does not train all epochs.
-        blocks: of the step with and without DeepSpeed: steps of a block, and blocks of each kind.
-        settings: section.key=value, for every contestant.
-        device: cpu or cuda (one GPU).
-        slices: time every contestant except ours on `slow_steps` steps only.
+    `blocks`: of the step with and without DeepSpeed, the steps of a block and the blocks of each kind. `slices`: no
+    contestant except ours trains all epochs.
     """
 
     output: Path
@@ -94,11 +88,7 @@ class Bench:
         return [*self.settings, f"teacher.model={self.teacher}", f"run.seed={seed}"]
 
     def run(self) -> None:
-        """Take the measurements that are missing.
-
-        Raises:
-            UserError: a contestant failed, or the folder holds measurements with other settings.
-        """
+        """Take the missing measurements. Raises UserError if one fails, or the folder is of other settings."""
         self.output.mkdir(parents=True, exist_ok=True)
         settings = {
             "teacher": str(self.given_teacher), "slow_steps": self.slow_steps, "blocks": list(self.blocks),
@@ -133,42 +123,37 @@ class Bench:
         remove(made)
         remove(run)  # an interrupted run would resume, and not be timed in full
         overrides = [*self.overrides(seed), f"run.dir={run}"]
-        ranks = CONTESTANTS[name].ranks if name in CONTESTANTS else 1
-        ours = name in CONTESTANTS and CONTESTANTS[name].role == "ours"
-        if ours:
-            argv = command(
-                "--config", common.CONFIG, *overrides, "--stages", "data,teacher,cache,init,distill", ranks=ranks
-            )
-        elif name == "job":
-            argv = command("--config", common.CONFIG, *overrides, "export.formats=[safetensors]", *FEW_TIMINGS)
+        contestant = CONTESTANTS.get(name, Contestant("", "", ""))
+        if contestant.role == "ours" or name == "job":
+            more = JOB if name == "job" else ("--stages", "data,teacher,cache,init,distill")
+            argv = command("--config", common.CONFIG, *overrides, *more, ranks=0 if name == "job" else contestant.ranks)
         else:
             given = {"what": name, "config": str(common.CONFIG), "overrides": overrides, "output": str(made),
                      "steps": None if full else self.slow_steps, "blocks": self.blocks}  # fmt: skip
-            argv = common.worker_command("peers.worker", given, ranks)
+            argv = common.worker_command("peers.worker", given, contestant.ranks)
         log_file = self.output / "logs" / f"{name}-{seed}.log"
-        watched = watch.run_checked("peers", argv, log_file, ranks, self.device == "cuda")
-        found = _of_run(run, ranks) if ours else _of_job(run) if name == "job" else json.loads(made.read_text())
+        watched = watch.run_checked("peers", argv, log_file, contestant.ranks, self.device == "cuda")
+        if contestant.role == "ours":
+            found = _of_run(run, contestant.ranks)
+        elif name == "job":
+            found = {"stages": {stage: _marker(run, stage)["seconds"] for stage in NAMES}}
+        else:
+            found = json.loads(made.read_text())
         shutil.rmtree(run, ignore_errors=True)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes,
-                                  "waiting_share": round(watched.waiting_share, 3), "whole": full})  # fmt: skip
+        write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes})
 
 
-def _of_job(run: Path) -> dict[str, Any]:
-    """Return the seconds of all stages; an export without a manifest was not verified."""
-    json.loads((run / "export" / "manifest.json").read_text())
-    markers = sorted((run / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {"stages": {path.stem: json.loads(path.read_text())["seconds"] for path in markers}}
+def _marker(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / "stages" / f"{stage}.json").read_text())
 
 
 def _of_run(run: Path, ranks: int) -> dict[str, Any]:
-    stages = {stage: json.loads((run / "stages" / f"{stage}.json").read_text()) for stage in STAGES}
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    paces = [1 / record["samples_per_second"] for record in steps if "split" not in record]
-    distilled = stages["distill"]["outputs"]
+    paces = [1 / record["samples_per_second"] for record in read(run / "metrics.jsonl") if "split" not in record]
+    distilled = _marker(run, "distill")["outputs"]
     resolved = yaml.safe_load((run / "config.yaml").read_text())["resolved"]
     return {
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "seconds": {stage: _marker(run, stage)["seconds"] for stage in STAGES},
         "training_seconds": distilled["samples"] * sum(paces) / len(paces),
         "accuracies": [entry["main_metric"] for entry in distilled["history"]],
         "precision": "bfloat16" if "bfloat16" in resolved["precision"] else "float32",

@@ -11,8 +11,6 @@ The weights of its terms make their sum equal to the loss of the other contestan
 over classes, and its patience term is summed over the width.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from typing import Any
@@ -43,11 +41,11 @@ def adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:
     return {"logits": out.logits, "hidden": out.hidden_states, "losses": out.loss}
 
 
-def measure(subject: Subject, steps: int | None = None, padded: bool = True) -> Measured:
-    """Train all epochs, or `steps` steps."""
+def measure(subject: Subject, steps: int | None = None, padding: str = "padded") -> Measured:
+    """Train all epochs, or `steps` steps. `padding`: padded | dynamic."""
     teacher, student, tally, clock = subject.teacher(), subject.student(), Tally(), Clock()
     passes = ((shape_of(student.config), 3), (shape_of(teacher.config), 1))
-    collate, measured, train = subject.collator(padded), Measured(0.0, tally), subject.config.train
+    collate, measured, train = subject.collator(padding == "padded"), Measured(0.0, tally), subject.config.train
     loader: Any = DataLoader(subject.train, train.batch_size, shuffle=True, collate_fn=lambda rows: dict(collate(rows)))
 
     def student_adaptor(batch: dict[str, torch.Tensor], out: Any) -> dict[str, Any]:

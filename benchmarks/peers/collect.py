@@ -1,26 +1,28 @@
-"""Combine the measurements of a comparison into one JSON table."""
+"""Combine the measurements of a comparison into one JSON table.
 
-from __future__ import annotations
+FLOPs of matrix products are counted from shapes (`Shape.forward_flops`); a backward pass counts as two forward passes.
+*Executed* is what a contestant computes, padding included. *Useful* is what the task needs in any implementation: each
+sentence once through the teacher and once per epoch through the student, unpadded, with the last layers for [CLS] only.
+"""
 
-import contextlib
 import json
 import math
-import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import common
 from benchmarks.peers.bench import CONTESTANTS, Bench
-from benchmarks.peers.flops import executed_by_ours, useful
 from benchmarks.peers.subject import shape_of
 from benchmarks.scaling.model import Shape
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks, text
+from pkd_dist.data.batches import MULTIPLE, TrainingBatches
 from pkd_dist.data.tokens import TokenSet, tokenize
 from pkd_dist.model.encoder import load_config, load_tokenizer
 
@@ -30,12 +32,10 @@ VERSIONS = ("torch", "transformers", "deepspeed", "accelerate", "textbrewer", "n
 def collect(bench: Bench) -> dict[str, Any]:
     """Return all results so far. Ratios and shares are absent if a side of them is not measured."""
     config = load(common.CONFIG, bench.overrides(bench.seeds[0]))
-    tokens, shapes, peaks = _tokens(bench, config), _shapes(bench, config), _peaks(bench)
+    tokens, shapes, rounds = _tokens(bench, config), _shapes(bench, config), _read(bench, "peaks")
+    peaks = {name: _median(rounds, name) for name in ("float32", "bfloat16") if rounds}
     needed = sum(useful(*shapes, tokens, config.train.epochs))
-    stamp, versions = common.stamp(), {"python": platform.python_version()}
-    for name in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    stamp, versions = common.stamp(), {name: version(name) for name in VERSIONS}
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
     settings = {
         "tokens": int(tokens.offsets_N1[-1]), "examples": len(tokens), "epochs": config.train.epochs,
@@ -73,9 +73,12 @@ def _read(bench: Bench, name: str, full: bool = False) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
-def _peaks(bench: Bench) -> dict[str, float]:
-    rounds = _read(bench, "peaks")
-    return {name: statistics.median(found[name] for found in rounds) for name in ("float32", "bfloat16") if rounds}
+def _median(rounds: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(found[key] for found in rounds)
+
+
+def _medians(rounds: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    return {name: _median([found[key] for found in rounds], name) for name in rounds[0][key]}
 
 
 def _share(flops: float, seconds: float, peaks: dict[str, float], precision: str) -> float | None:
@@ -99,10 +102,12 @@ def _contestant(
         # with several ranks the first one is measured, which gets its share of every batch
         total = int(tokens.offsets_N1[-1]) * config.train.epochs
         scale = [total / (found["tally"]["tokens"] * found["ranks"]) for found in rounds]
-        teacher = [_of_all(found, "teacher_seconds", tokens) for found in rounds]
+        # the teacher's separate pass, if there was one, scaled to all examples
+        rows = [len(tokens) / max(1, found["teacher_rows"]) for found in rounds]
+        teacher = [found["teacher_seconds"] * s for found, s in zip(rounds, rows, strict=True)]
         training = [found["training_seconds"] * s for found, s in zip(rounds, scale, strict=True)]
         each = [a + b for a, b in zip(teacher, training, strict=True)]
-        executed = _of_all(first, "teacher_flops", tokens), first["tally"]["flops"] * ranks * scale[0]
+        executed = first["teacher_flops"] * rows[0], first["tally"]["flops"] * ranks * scale[0]
     seconds = statistics.median(each)
     return {
         "title": contestant.title, "role": contestant.role,
@@ -111,17 +116,38 @@ def _contestant(
         "seconds": seconds, "seconds_each": each, "teacher_seconds": statistics.median(teacher),
         "training_seconds": statistics.median(training),
         "samples_per_second": len(tokens) * config.train.epochs / seconds,
-        "command_seconds": statistics.median(found["command_seconds"] for found in rounds) if full else None,
+        "command_seconds": _median(rounds, "command_seconds") if full else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],
-        "waiting_share": [found["waiting_share"] for found in rounds],
         **_accuracy(_read(bench, contestant.scored_by or name, True)), "scored_by": contestant.scored_by,
     }  # fmt: skip
 
 
-def _of_all(found: dict[str, Any], key: str, tokens: TokenSet) -> float:
-    """Scale a figure of the teacher's separate pass to all examples; 0 if there was none."""
-    return found[key] * len(tokens) / found["teacher_rows"] if found["teacher_rows"] else 0.0
+def _by_length(shape: Shape, lengths_N: np.ndarray) -> float:
+    lengths, counts = np.unique(lengths_N, return_counts=True)
+    return sum(int(n) * shape.forward_flops(1, int(length)) for length, n in zip(lengths, counts, strict=True))
+
+
+def useful(teacher: Shape, student: Shape, tokens: TokenSet, epochs: int) -> tuple[float, float]:
+    """Return the FLOPs of the teacher's pass and of all epochs of the student."""
+    return _by_length(teacher, tokens.lengths_N), 3 * epochs * _by_length(student, tokens.lengths_N)
+
+
+def executed_by_ours(
+    teacher: Shape, student: Shape, tokens: TokenSet, config: Config, ranks: int
+) -> tuple[float, float]:
+    """Return the FLOPs of the same parts as our run executes them, from its batches."""
+    settings, training = config.train, 0.0
+    for rank in range(ranks):
+        batches = TrainingBatches(
+            tokens, settings.batch_size, settings.micro_batch_size, config.run.seed, rank, ranks, 0
+        )
+        for order in map(batches.order, range(settings.epochs)):
+            for step in range(batches.steps):
+                shapes = (batch.input_ids_BL.shape for batch in batches.step(order, step))
+                training += sum(3 * student.forward_flops(*shape) for shape in shapes)
+    rounded_N = -(-tokens.lengths_N // MULTIPLE) * MULTIPLE  # the cache sorts its batches by length
+    return _by_length(teacher, rounded_N), training
 
 
 def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -141,15 +167,11 @@ def _engine(bench: Bench) -> dict[str, Any]:
     return {"engine_overhead": overhead["engine"], "engine": {**made, "overhead": overhead, "step_seconds": steps}}
 
 
-def _medians(rounds: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
-    return {name: statistics.median(found[key][name] for found in rounds) for name in rounds[0][key]}
-
-
 def _teacher(bench: Bench) -> dict[str, Any]:
     if not (rounds := _read(bench, "teacher")):
         return {}
     seconds = statistics.median(second for found in rounds for second in found["seconds"])
-    peak = statistics.median(found["peak_flops_per_second"] for found in rounds)
+    peak = _median(rounds, "peak_flops_per_second")
     made = {key: rounds[0][key] for key in ("precision", "examples", "batches", "flops")}
     return {"teacher_pass": {**made, "seconds": seconds, "gemm_share": made["flops"] / seconds / peak}}
 
@@ -158,8 +180,8 @@ def _job(bench: Bench) -> dict[str, Any]:
     if not (rounds := _read(bench, "job")):
         return {}
     seconds = statistics.median(sum(found["stages"].values()) for found in rounds)
-    command = statistics.median(found["command_seconds"] for found in rounds)
-    return {"job": {"stages": _medians(rounds, "stages"), "seconds": seconds, "command_seconds": command}}
+    command_seconds = _median(rounds, "command_seconds")
+    return {"job": {"stages": _medians(rounds, "stages"), "seconds": seconds, "command_seconds": command_seconds}}
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:
@@ -174,18 +196,14 @@ def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> 
         return {}
     ours = contestants[best]
     out: dict[str, Any] = {"best_ours": best}
-    share = _share(ours["executed_training_flops"], ours["training_seconds"], peaks, ours["precision"])
-    if share is not None:
+    if share := _share(ours["executed_training_flops"], ours["training_seconds"], peaks, ours["precision"]):
         out["gemm_share"] = share
     if peer := fastest("peer"):
         out |= {"ratio_best_peer": contestants[peer]["seconds"] / ours["seconds"], "best_peer": peer}
     if authors := fastest("authors"):
         out["ratio_authors"] = contestants[authors]["seconds"] / ours["seconds"]
-    ahead = {
-        name: made["accuracy"] - ours["accuracy"]
-        for name, made in contestants.items()
-        if made["role"] != "ours" and made["accuracy"] is not None and ours["accuracy"] is not None
-    }
+    scored = {name: made["accuracy"] for name, made in contestants.items() if made["role"] != "ours"}
+    ahead = {name: share - ours["accuracy"] for name, share in scored.items() if None not in (share, ours["accuracy"])}
     if ahead and ours["accuracy_error"] is not None:
         out |= {"accuracy_holds": max(ahead.values()) <= ours["accuracy_error"], "accuracy_ahead": ahead}
     return out

@@ -4,8 +4,6 @@ Batches of similar length, fused AdamW; in bfloat16 the Trainer's autocast, and 
 Evaluation and saving are not timed.
 """
 
-from __future__ import annotations
-
 import tempfile
 from typing import Any
 
@@ -62,8 +60,9 @@ class Timing(TrainerCallback):
         self.clock.stop()
 
 
-def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> Measured:
+def measure(subject: Subject, steps: int | None = None, precision: str = "float32") -> Measured:
     """Train all epochs, or `steps` steps, on as many ranks as torchrun started."""
+    bf16 = precision == "bfloat16"
     settings, clock, measured = subject.config.train, Clock(), Measured(0.0, Tally())
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -79,7 +78,7 @@ def measure(subject: Subject, steps: int | None = None, bf16: bool = False) -> M
             raise ValueError(f"batch size {settings.batch_size} is not a multiple of {arguments.world_size} ranks")
         arguments.per_device_train_batch_size = share
         OnlineTeacher(
-            subject, torch.bfloat16 if bf16 else torch.float32, measured.tally, model=subject.student(), args=arguments,
+            subject, getattr(torch, precision), measured.tally, model=subject.student(), args=arguments,
             train_dataset=subject.train, data_collator=subject.collator(padded=False),
             callbacks=[Timing(subject, clock, measured, steps is not None)],
         ).train()  # fmt: skip

@@ -1,4 +1,4 @@
-"""Measurements of our own parts: a step with and without DeepSpeed, and the teacher's pass.
+"""Measurements of our own parts: a step with and without an engine, and the teacher's pass.
 
 For the step the same student takes the same batches on one rank, in blocks of steps that alternate:
 
@@ -7,8 +7,6 @@ For the step the same student takes the same batches on one rank, in blocks of s
     loop      a step of the project's training loop: the engine, metrics, records, agreement on stop signals; on a GPU
               the whole step is one CUDA graph
 """
-
-from __future__ import annotations
 
 import copy
 import tempfile
@@ -20,20 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.flops import peak
-from benchmarks.peers.subject import Clock, adamw, shape_of
-from benchmarks.probe import Steps, with_student_job
+from benchmarks.peers.subject import Clock, peak, shape_of
+from benchmarks.probe import with_student_job
 from pkd_dist.config.load import load
 from pkd_dist.data import tasks, text
 from pkd_dist.data.batches import Batch
 from pkd_dist.data.tokens import tokenize
-from pkd_dist.distillation.cache_builder import Batches, LiveTeacher, answer, resolve_teacher_precision
+from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, resolve_teacher_precision, run_teacher
 from pkd_dist.distributed.world import World
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.engine import linear_warmup, resolve_precision
-from pkd_dist.training.trainer import Job
+from pkd_dist.training.engine import resolve_precision
+from pkd_dist.training.job import Forward, Job
+from pkd_dist.training.optimization import Schedule, autocast, make_adamw, set_learning_rate
+from pkd_dist.training.step import StepInputs
+from pkd_dist.training.trainer import Trainer, open_trainer
 
 WARMUP = 3
 SORTED_ROWS = {"cpu": 4096, "cuda": 65536}
@@ -41,30 +41,38 @@ SORTED_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 class Plain:
-    """A student without DeepSpeed. Called like the engine."""
+    """A student in a hand-written loop. Its forward pass is called like an engine."""
 
-    def __init__(self, job: Job, total_steps: int, device: torch.device):
-        self.job, self.module, self.device = job, job.module.to(device).train(), device
-        settings = resolve_precision(job.deepspeed, device)[0].get("torch_autocast", {})
-        dtype = getattr(torch, settings.get("dtype", "bfloat16"))
-        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=bool(settings.get("enabled")))
-        self._optimizer = adamw(self.module, job.weight_decay, job.learning_rate, job.adam_epsilon)
-        self._factor, self._done = linear_warmup(total_steps, job.warmup_ratio), 0
+    def __init__(self, job: Job, schedule: Schedule, device: torch.device):
+        self.job, self.module, self.device, self.schedule = job, job.module.to(device).train(), device, schedule
+        config = resolve_precision(job.deepspeed, device)[0].get("torch_autocast", {})
+        self._autocast = autocast(device, getattr(torch, config["dtype"]) if config.get("enabled") else None)
+        self._adam = make_adamw(self.module, job.settings)
 
     def __call__(self, *arguments: Any) -> Any:
         with self._autocast:
             return self.module(*arguments)
 
-    def step(self, micro: list[Batch]) -> None:
+    def step(self, micro: list[Batch], step: int) -> None:
         for batch in micro:
-            batch = batch.to(self.device)
-            (self.job.losses(self, batch)["total"] * batch.weight_B).sum().backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.max_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.job.learning_rate * self._factor(self._done)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._done += 1
+            _loss(self.job, self, batch.to(self.device)).backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.job.settings.max_grad_norm)
+        set_learning_rate(self._adam, self.schedule.learning_rate(step))
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+
+def _loss(job: Job, forward: Forward, batch: Batch) -> torch.Tensor:
+    return (job.losses(forward, batch)["total"] * batch.weight_B).sum()
+
+
+def _step_through_engine(trainer: Trainer, micro: list[Batch], step: int) -> None:
+    engine = trainer.engine
+    for i, batch in enumerate(micro):
+        engine.backward(_loss(trainer.job, engine, batch.to(trainer.world.device)))
+        if i + 1 < len(micro):
+            engine.end_micro_batch()
+    engine.step(step)
 
 
 def engine(config_file: str, overrides: list[str], block: int, blocks: int) -> dict[str, Any]:
@@ -75,37 +83,44 @@ def engine(config_file: str, overrides: list[str], block: int, blocks: int) -> d
         # copied before an engine changes the module in place; a graph cannot capture a module another engine trained
         modules = [copy.deepcopy(job.module) for _ in range(2)]
         apart = replace(job, module=modules[1], folder=job.folder / "engine", records=job.folder / "engine.jsonl")
-        through, loop = Steps(apart, world, telemetry), Steps(job, world, telemetry)
-        plain = Plain(replace(job, module=modules[0]), loop.trainer.total_steps, world.device)
+        through, loop = open_trainer(apart, world, telemetry), open_trainer(job, world, telemetry)
+        plain = Plain(replace(job, module=modules[0]), loop.engine.schedule, world.device)
+        inputs = StepInputs(job, world, loop.engine)
+
+        def batches(step: int) -> list[Batch]:
+            return [inputs.with_teacher(batch) for batch in inputs.batches.step(*inputs.position(step))]
+
         ways: dict[str, Callable[[int], None]] = {
-            "plain": lambda step: plain.step(loop.batches(step)),
-            "engine": through.through_engine,
-            "loop": lambda step: loop.train_step(0, step),
+            "plain": lambda step: plain.step(batches(step), step),
+            "engine": lambda step: _step_through_engine(through, batches(step), step),
+            "loop": lambda step: loop.train_step(),  # keeps its own count
         }
+        for trainer in (through, loop):
+            trainer.engine.train()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for step in range(WARMUP):
             for way in ways.values():
-                way(step % loop.of_epoch)
+                way(step)
         for number in range(blocks):
             for name in [*ways][number % 3 :] + [*ways][: number % 3]:
                 clock = Clock()
                 with clock.running():
                     for step in range(number * block, (number + 1) * block):
-                        ways[name](step % loop.of_epoch)
+                        ways[name](WARMUP + step)
                 seconds[name].append(clock.seconds)
         plain_seconds = np.array(seconds["plain"])
         return {
             "steps_of_a_block": block, "seconds": seconds,
             "step_seconds": {name: float(np.median(values)) / block for name, values in seconds.items()},
             "overhead": {name: float(np.median(values / plain_seconds)) for name, values in seconds.items()},
-            "precision": loop.trainer.precision,
-            "zero_stage": loop.trainer.job.deepspeed["zero_optimization"]["stage"],
+            "precision": resolve_precision(job.deepspeed, world.device)[1],
+            "zero_stage": job.deepspeed["zero_optimization"]["stage"],
         }  # fmt: skip
 
     return with_student_job(config_file, overrides, use)
 
 
-class CountedBatches(Batches):
+class CountedBatches(TeacherBatches):
     """Batches that record their shapes."""
 
     shapes: list[tuple[int, ...]]
@@ -138,7 +153,7 @@ def teacher_pass(config_file: str, overrides: list[str], passes: int = 4) -> dic
             batches.shapes = []
             with clock.running():
                 for start in range(0, len(tokens), together):
-                    answer(np.arange(start, min(len(tokens), start + together)), batches, teacher)
+                    run_teacher(np.arange(start, min(len(tokens), start + together)), batches, teacher)
             seconds.append(clock.seconds)
     return {
         "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),

@@ -4,8 +4,6 @@ The settings come from `movie-reviews.yaml`, which our run reads as well. Each c
 Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from pkd_dist.data import tasks, text
 from pkd_dist.model.encoder import load_model, load_tokenizer
 from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
+from pkd_dist.training.optimization import make_adamw
 
 WARMUP = 2
 """Steps before the clock starts, if only some steps are timed."""
@@ -77,7 +76,7 @@ class Measured:
     Attributes:
         training_seconds: of the steps in `tally`.
         teacher_seconds: of a separate pass over `teacher_rows` examples; 0 if the teacher runs in every step.
-        accuracies: on dev, after each epoch; empty if only some steps were done.
+        accuracies: on dev, after each full epoch.
     """
 
     training_seconds: float
@@ -94,12 +93,31 @@ def shape_of(c: Any) -> Shape:
                  c.max_position_embeddings, c.type_vocab_size, c.num_labels)  # fmt: skip
 
 
-def adamw(model: torch.nn.Module, weight_decay: float, learning_rate: float, epsilon: float) -> torch.optim.AdamW:
-    """Return torch's fused AdamW, with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=learning_rate, eps=epsilon, fused=True)
+_SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768, 3072))
+LONGEST_SECONDS = 5.0
+"""Sizes for which one product would take longer are skipped."""
+
+
+def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = 0.4) -> float:
+    """Return the FLOP/s of matrix products on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
+    device, best = device or torch.device("cpu"), 0.0
+    for m, k, n in _SIZES:
+        if best and 2 * m * k * n / best > LONGEST_SECONDS:
+            continue  # a CPU without bfloat16 instructions would take minutes
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        out, until = a @ b, time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            for _ in range(4):
+                torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 4 * 2 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    return {name: peak(getattr(torch, name), device) for name in ("float32", "bfloat16")}
 
 
 class Subject:
@@ -108,7 +126,6 @@ class Subject:
     Attributes:
         train, dev: one dictionary for each example, as the tokenizer returns it, with `labels`.
         pairs: (student layer, teacher layer) of the patience term, from 1.
-        device: the GPU if there is one (`CUDA_VISIBLE_DEVICES` hides it).
     """
 
     def __init__(self, config: Config):
@@ -148,8 +165,7 @@ class Subject:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        settings = self.config.train
-        return adamw(model, settings.weight_decay, settings.learning_rate, settings.adam_epsilon)
+        return make_adamw(model, self.config.train)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         return get_linear_schedule_with_warmup(optimizer, self.warmup_steps, self.total_steps)

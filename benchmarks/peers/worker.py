@@ -3,15 +3,17 @@
 Rank 0 writes the output file when all is done. A contestant imports only what it needs, because its memory is measured.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pkd_dist.kernels.allocator import keep_freed_blocks
+
+MODULES = {"authors": "authors", "textbrewer": "brewer", "hf": "hf"}
+"""First word of a contestant's name -> module of this package."""
 
 
 def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -24,24 +26,14 @@ def measure(what: str, given: dict[str, Any]) -> dict[str, Any]:
         return own.engine(*settings, *given["blocks"]) if what == "engine" else own.teacher_pass(*settings)
     import torch
 
-    from benchmarks.peers import flops
-    from benchmarks.peers.subject import Subject
+    from benchmarks.peers.subject import Subject, peaks
     from pkd_dist.config.load import load
 
     if what == "peaks":
-        return flops.peaks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    subject, steps = Subject(load(*settings)), given["steps"]
-    if what == "authors":
-        from benchmarks.peers import authors
-
-        return asdict(authors.measure(subject, steps))
-    if what.startswith("textbrewer"):
-        from benchmarks.peers import brewer
-
-        return asdict(brewer.measure(subject, steps, padded="padded" in what))
-    from benchmarks.peers import hf
-
-    return asdict(hf.measure(subject, steps, bf16="bfloat16" in what))
+        return peaks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    contestant, *variant = what.split("-")
+    module = import_module(f"benchmarks.peers.{MODULES[contestant]}")
+    return asdict(module.measure(Subject(load(*settings)), given["steps"], *variant[:1]))
 
 
 if __name__ == "__main__":

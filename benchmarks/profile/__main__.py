@@ -1,13 +1,4 @@
-"""`make bench-profile`: profile the project's own training on this machine.
-
-python -m benchmarks.profile [--device cpu|cuda] [--ranks 1,2] [--steps 40] [--teacher DIR] [section.key=value ...]
-python -m benchmarks.profile --report    # docs/performance.md only
-
-Writes an entry for each device and number of ranks to benchmarks/results/profile.json, and Chrome traces (for
-chrome://tracing or ui.perfetto.dev) to --output.
-"""
-
-from __future__ import annotations
+"""`make bench-profile`: profile the training on this machine; writes results/profile.json, and Chrome traces to --output."""
 
 import json
 from pathlib import Path
@@ -29,8 +20,8 @@ def measure(output: Path, device: str, ranks: int, steps: int, overrides: list[s
         "steps": steps, "output": str(made), "trace": str(output / f"trace-{name}-rank{{rank}}.json.gz"),
     }  # fmt: skip
     argv = common.worker_command("profile.worker", given, ranks)
-    watched = watch.run_checked("profile", argv, output / f"{name}.log", ranks, device == "cuda")
-    return json.loads(made.read_text()) | common.stamp() | {"waiting_share": round(watched.waiting_share, 3)}
+    watch.run_checked("profile", argv, output / f"{name}.log", ranks, device == "cuda")
+    return json.loads(made.read_text()) | common.stamp()
 
 
 def main() -> None:
@@ -38,22 +29,19 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--ranks", help="numbers of ranks, separated by commas (default: 1, on a CPU 1,2)")
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed, and then profiled")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write docs/performance.md")
     options = parser.parse_intermixed_args()
 
     def work() -> None:
         import torch
 
         results, output = options.results or common.RESULTS / "profile.json", options.output.resolve()
-        if options.report:
-            return common.update_page(results)
         output.mkdir(parents=True, exist_ok=True)
         folder = common.located(options.teacher)
         teacher = [f"teacher.model={folder}"] if folder else common.TEACHER
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         for ranks in map(int, (options.ranks or ("1,2" if device == "cpu" else "1")).split(",")):
             found = measure(output, device, ranks, options.steps, [*teacher, *options.overrides])
-            common.save(results, {f"{device}-{ranks}": found})
+            common.save(results, common.read_json(results) | {f"{device}-{ranks}": found})
             log.info("profile: %s, %d rank(s): %.1f ms a step", device, ranks, 1000 * found["step_seconds"])
 
     common.run_program(work)

@@ -1,7 +1,5 @@
 """Group operations and kernels by purpose."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -42,12 +40,7 @@ _CASTS_IN_KERNELS = re.compile(r"bfloat16_copy|float16_copy|copy_kernel.*(bfloat
 
 
 def of_operation(name: str, parents: Sequence[str], phase: str) -> str:
-    """Return the group of an operation.
-
-    Args:
-        parents: names of the operations that called it, innermost first.
-        phase: of the step, see `worker.PHASES`.
-    """
+    """Return the group of an operation; `parents` called it, innermost first, in a phase of `worker.phases`."""
     in_model = phase in ("forward", "backward", "")
     for group, pattern in _OPERATIONS:
         if re.search(pattern, name, re.I) and (in_model or group != ATTENTION):

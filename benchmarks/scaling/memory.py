@@ -1,19 +1,13 @@
 """Measure the memory of a rank, and the time of an example, on the embedded data once, 10 and 100 times.
 
-    python -m benchmarks.scaling.memory [--factors 1,10,100] [--ranks 2] [--steps 200] [--teacher DIR]
-
 Each copy of a sentence has one word changed, so that all texts, ids and cache rows differ. For each size the stages
 data, cache and distill (stopped by SIGTERM after --steps steps) run as separate commands through the real launcher.
-`peak` is the resident set as the kernel counts it, with pages of memory-mapped files, which the kernel drops when it
-needs memory; `anonymous` is what a rank cannot do without. Every finished size is a file in --output. Adds `memory` to
-benchmarks/results/scaling.json.
+Every finished size is a file in --output. Adds `memory` to benchmarks/results/scaling.json.
 """
-
-from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +26,7 @@ SETTLED = 20
 
 
 def multiply(source: Path, folder: Path, factor: int) -> None:
-    """Copy dev.tsv, and write train.tsv with `factor` times the rows; later copies have one word replaced.
-
-    Raises:
-        UserError: `source` lacks one of the files.
-    """
+    """Copy dev.tsv, and write train.tsv with `factor` times the rows; later copies have one word replaced."""
     for name in ("train.tsv", "dev.tsv"):
         if not (source / name).is_file():
             raise UserError(f"--data: {source} has no {name}")
@@ -65,49 +55,38 @@ def of_ranks(watched: watch.Watched, seconds_per_example: float) -> dict[str, fl
     return largest | {"waiting_share": watched.waiting_share, "seconds_per_example": seconds_per_example}
 
 
-@dataclass(frozen=True)
-class Size:
-    """One size of the data. `overrides`: settings of the run, including its teacher."""
+def measure(source: Path, output: Path, factor: int, ranks: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Run the stages at `factor` times the data. Raises UserError if one fails."""
+    data, run = output / f"data-{factor}", output / f"run-{factor}"
+    remove(run)
+    multiply(source, data, factor)
+    settings = [*overrides, f"task.data={data}", f"run.dir={run}", "metrics.enabled=false"]
 
-    output: Path
-    factor: int
-    ranks: int
-    overrides: list[str]
+    def enough() -> bool:
+        return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
 
-    def measure(self, source: Path, steps: int) -> dict[str, Any]:
-        """Run the stages of this size. Raises UserError if one fails."""
-        data, run = self.output / f"data-{self.factor}", self.output / f"run-{self.factor}"
-        remove(run)
-        multiply(source, data, self.factor)
-        settings = [*self.overrides, f"task.data={data}", f"run.dir={run}", "metrics.enabled=false"]
+    def stages(names: str, ranks: int) -> watch.Watched:
+        argv = command("--config", common.CONFIG, *settings, "--stages", names, ranks=ranks)
+        log_file = output / "logs" / f"{factor}-{names.rpartition(',')[2]}.log"
+        return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
 
-        def enough() -> bool:
-            return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
-
-        def stages(names: str, ranks: int) -> watch.Watched:
-            argv = command("--config", common.CONFIG, *settings, "--stages", names, ranks=ranks)
-            log_file = self.output / "logs" / f"{self.factor}-{names.rpartition(',')[2]}.log"
-            return watch.run_checked("scaling", argv, log_file, ranks, False, 0.25, enough)
-
-        def known(path: str) -> dict[str, Any]:
-            return json.loads((run / path).read_text())
-
-        watched = stages("data,teacher", 0)
-        examples = known("stages/data.json")["outputs"]["sets"]["train"]["examples"]
-        out: dict[str, Any] = {
-            "factor": self.factor, "examples": examples, "tokens": known("data/train/meta.json")["tokens"],
-            "data": of_ranks(watched, known("stages/data.json")["seconds"] / examples),
-        }  # fmt: skip
-        watched = stages("data,teacher,cache", self.ranks)
-        out["cache"] = of_ranks(watched, known("stages/cache.json")["seconds"] / examples)
-        out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
-        watched = stages("data,teacher,cache,init,distill", self.ranks)
-        paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]
-        settled = float(np.median(paces[min(SETTLED, len(paces) // 2) :]))
-        out["distill"] = of_ranks(watched, settled) | {"steps": len(paces)}
-        remove(run)
-        remove(data)
-        return out
+    watched = stages("data,teacher", 0)
+    data_marker = common.read_json(run / "stages/data.json")
+    examples = data_marker["outputs"]["sets"]["train"]["examples"]
+    out: dict[str, Any] = {
+        "factor": factor, "examples": examples, "tokens": common.read_json(run / "data/train/meta.json")["tokens"],
+        "data": of_ranks(watched, data_marker["seconds"] / examples),
+    }  # fmt: skip
+    watched = stages("data,teacher,cache", ranks)
+    out["cache"] = of_ranks(watched, common.read_json(run / "stages/cache.json")["seconds"] / examples)
+    out["cache_bytes"] = sum(path.stat().st_size for path in (run / "cache").rglob("*") if path.is_file())
+    watched = stages("data,teacher,cache,init,distill", ranks)
+    paces = [1 / r["samples_per_second"] for r in read(run / "metrics.jsonl") if "split" not in r]
+    settled = float(np.median(paces[min(SETTLED, len(paces) // 2) :]))
+    out["distill"] = of_ranks(watched, settled) | {"steps": len(paces)}
+    remove(run)
+    remove(data)
+    return out
 
 
 def main() -> None:
@@ -121,23 +100,21 @@ def main() -> None:
     def work() -> None:
         from pkd_dist.model.encoder import load_config, num_layers
 
-        output = options.output.resolve()
+        output, source, sizes = options.output.resolve(), project_path(options.data), []
         teacher = common.prepared_teacher("scaling", output, common.located(options.teacher), options.overrides)
         overrides = [f"teacher.model={teacher}", *options.overrides]
-        sizes = []
         for factor in map(int, options.factors.split(",")):
             kept = output / f"memory-{factor}-ranks-{options.ranks}.json"
             if not kept.exists():
                 log.info("scaling: %d times the data", factor)
-                size = Size(output, factor, options.ranks, overrides)
-                write_json(kept, size.measure(project_path(options.data), options.steps))
+                write_json(kept, measure(source, output, factor, options.ranks, options.steps, overrides))
             sizes.append(json.loads(kept.read_text()))
-        settings = {
-            "ranks": max(1, options.ranks), "overrides": options.overrides,
+        made = common.stamp() | {
+            "ranks": max(1, options.ranks), "overrides": options.overrides, "sizes": sizes,
             "teacher_layers": num_layers(load_config(str(teacher), "--teacher")),
         }  # fmt: skip
-        common.save(options.results or common.RESULTS / "scaling.json",
-                    {"memory": common.stamp() | settings | {"sizes": sizes}})  # fmt: skip
+        results = options.results or common.RESULTS / "scaling.json"
+        common.save(results, common.read_json(results) | {"memory": made})
 
     common.run_program(work)
 

@@ -4,8 +4,6 @@ The ZeRO formulas describe what DeepSpeed 0.19 was counted to do under this proj
 ZeRO paper (Rajbhandari et al. 2020) as `zero_messages` explains. GB = 1e9 bytes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -43,10 +41,6 @@ class Shape:
 def bert(layers: int) -> Shape:
     """Return the shape of BERT-base with another number of layers."""
     return Shape(layers, 768, 3072, 12)
-
-
-def minilm(layers: int) -> Shape:
-    return Shape(layers, 384, 1536, 12)
 
 
 PRECISIONS = {"autocast": (4, 4), "bf16": (2, 2)}

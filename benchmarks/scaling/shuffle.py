@@ -1,21 +1,16 @@
 """Simulate reading a teacher cache of 100 M rows in shuffled order, without the cache.
 
-    python -m benchmarks.scaling.shuffle [--rows 100000000] [--batch 4096] ...
-
 Two orders of an epoch, as positions in the cache, whose rows are in the order of their ids:
 
 present   `pkd_dist.data.batches.epoch_order`: one permutation of all rows, held in full by every rank.
-sharded   whole shards. The shards are permuted in each epoch and dealt to `lanes` lanes, `window` shards to each at a
-          time; a lane shuffles the rows of its window, and position p of the epoch comes from lane p mod lanes. A rank
-          takes every n-th row of a batch, as it does now, so if n divides `lanes` it alone reads the shards of lanes
-          r, r+n, ..., and the order does not depend on n. Length buckets are made in each lane. Rows that do not fill
-          a batch at the end of a window are kept for the end of the epoch.
+sharded   whole shards, permuted in each epoch and dealt to `lanes` lanes, `window` shards to each at a time. A lane
+          shuffles the rows of its window; position p of the epoch comes from lane p mod lanes. A rank takes every n-th
+          row of a batch, as it does now, so if n divides `lanes` it alone reads the shards of lanes r, r+n, ..., and the
+          order does not depend on n. Length buckets are made in each lane. Rows left over from a window end the epoch.
 
 For each order: is every row read exactly once, how well is it mixed over two epochs, how do rows and tokens fall on the
 ranks, what does computing it cost, and what is read. Writes benchmarks/results/scaling_shuffle.json.
 """
-
-from __future__ import annotations
 
 import argparse
 import datetime
@@ -42,7 +37,7 @@ POOL_BATCHES, LENGTH_MULTIPLE = 50, 8
 
 @dataclass(frozen=True)
 class Settings:
-    """rows: in the cache. batch: global. window: shards that a lane holds at a time."""
+    """rows: in the cache. batch: global, a multiple of `lanes`. window: shards that a lane holds at a time."""
 
     rows: int = 100_000_000
     shard_rows: int = 4096
@@ -50,10 +45,6 @@ class Settings:
     lanes: int = 256
     window: int = 4
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.batch % self.lanes:
-            raise ValueError(f"batch {self.batch} must be a multiple of lanes {self.lanes}")
 
     @property
     def shards(self) -> int:
@@ -106,14 +97,10 @@ ORDERS = {"present": present_order, "sharded": sharded_order}
 
 
 def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch: int) -> dict[str, float]:
-    """Return statistics of one epoch; `expected_in_uniform` has their values for a uniform shuffle.
+    """Return statistics of one epoch, which docs/scaling.md explains; `expected_in_uniform` has those of a uniform shuffle.
 
-    every_row_once: 1 if so. rank_correlation_*: Spearman's, of the position in the epoch with that in the cache, or in
-    epoch 0. mean_distance: of neighbours in a batch, in the cache, as a share of it. batch_mean_variance: of the batches'
-    mean position in the cache, over that of independent draws: the effect on a label sorted along the cache (ids are
-    hashes of the text, so no label is). met_again: neighbours in a batch that shared a batch in epoch 0, over the
-    expected number. shards_of_batch: different shards in a batch, mean over some hundreds. `first_N` (int32) is filled
-    with the position of every row in epoch 0.
+    rank_correlation_* is Spearman's, of the position in the epoch with that in the cache or in epoch 0. `first_N` (int32) is
+    filled with the position of every row in epoch 0.
     """
     seen, position, means, shards = np.zeros(s.rows, dtype=bool), 0, [], []
     with_cache = with_first = distance = neighbours = together = 0.0
@@ -164,8 +151,7 @@ def balance(pieces: Iterable[np.ndarray], s: Settings, lengths_N: np.ndarray, ra
     """Return how rows, tokens and shards fall on the ranks, each of which takes every `ranks`-th row of a batch.
 
     padding: tokens computed (the longest of a rank's share, rounded up) over real ones. slowest_rank: computed tokens of
-    the fullest rank over the mean, mean over steps. tokens_spread: largest over smallest number of real tokens of a rank.
-    shard_reads: how often a rank opens a shard if it keeps all shards of a piece.
+    the fullest rank over the mean, mean over steps. shard_reads: of a rank that keeps all shards of a piece.
     """
     tokens_R, computed, slowest, steps, reads = np.zeros(ranks), 0.0, 0.0, 0, 0
     for piece in pieces:
@@ -209,18 +195,16 @@ def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, 
     return sum(missed[-used:]) / used
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
     """Simulate two epochs of one order; called in its own process so that its memory can be measured."""
     lengths_N, order = make_lengths(s.rows, deciles, s.seed), ORDERS[name]
-    before, start = peak_bytes(), time.process_time()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for _ in order(s, lengths_N, 0):
         pass
-    seconds = time.process_time() - start
-    out: dict[str, Any] = {"order_processor_seconds": seconds, "order_peak_bytes": peak_bytes() - before, "epochs": []}
+    used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    out: dict[str, Any] = {
+        "order_processor_seconds": time.process_time() - start, "order_peak_bytes": used, "epochs": [],
+    }  # fmt: skip
     first_N = np.zeros(s.rows, dtype=np.int32)
     for epoch in (0, 1):
         pieces = list(order(s, lengths_N, epoch))
@@ -228,16 +212,15 @@ def simulate(name: str, s: Settings, deciles: list[float]) -> dict[str, Any]:
         if epoch == 0:
             out["ranks"] = {str(n): balance(pieces, s, lengths_N, n) for n in (8, 64, 256)}
         del pieces
-    return out | {"process_peak_bytes": peak_bytes()}
+    return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling.shuffle", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=Settings.rows, help="of the cache (default: 100 million)")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_shuffle.json")
-    given = vars(parser.parse_args())
-    output, s, start = given.pop("output"), Settings(**given), time.perf_counter()
+    options = parser.parse_args()
+    s, start = Settings(rows=options.rows), time.perf_counter()
     deciles = read_json(RESULTS / "scaling_constants.json")["teacher"]["length_deciles"]
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "settings": asdict(s) | {"shards": s.shards},
@@ -252,8 +235,8 @@ def main() -> None:
          "blocks_per_row": page_cache(240_000, k, share, nodes, 0)}
         for k in (1, 40) for nodes in (1, 4) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
     ]  # fmt: skip
-    write_json(output, result | {"wall_seconds": time.perf_counter() - start})
-    print(f"{output}: {time.perf_counter() - start:.0f} s")
+    write_json(options.output, result | {"wall_seconds": time.perf_counter() - start})
+    print(f"{options.output}: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

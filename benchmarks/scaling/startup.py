@@ -1,13 +1,9 @@
 """Measure the time from the command to the first step of a resumed run, and its parts.
 
-    python -m benchmarks.scaling.startup [--tries 3] [--teacher DIR]
-
 A run is stopped by SIGTERM after some steps. Copies of it are then resumed: by `python`, by `deepspeed` on two ranks,
 once with every part of the start timed (`startup_worker.py`), once under `-X importtime`. Adds `startup` to
 benchmarks/results/scaling.json.
 """
-
-from __future__ import annotations
 
 import collections
 import json
@@ -29,74 +25,67 @@ from pkd_dist.telemetry.records import read
 
 STEPS = 12
 """Steps before the run is stopped."""
-STAGES = "data,teacher,cache,init,distill"
 _IMPORT_LINE = re.compile(r"^import time: +(\d+) \| +(\d+) \|( *)([\w.]+)$")
 
 
 @dataclass(frozen=True)
 class Startup:
-    """A stopped run, and copies of it that are resumed."""
+    """A stopped run, and a copy of it that is resumed."""
 
     output: Path
     overrides: list[str]
 
-    @property
-    def run(self) -> Path:
-        return self.output / "startup-run"
-
-    @property
-    def copy(self) -> Path:
-        return self.output / "startup-copy"
-
-    def _log(self, name: str) -> Path:
-        return self.output / "logs" / f"startup-{name}.log"
-
     def _arguments(self, run: Path) -> list[str]:
-        return ["--config", str(common.CONFIG), *self.overrides, f"run.dir={run}", "--stages", STAGES]
+        stages = "data,teacher,cache,init,distill"
+        return ["--config", str(common.CONFIG), *self.overrides, f"run.dir={run}", "--stages", stages]
 
-    def _resumed(self) -> list[str]:
-        """Copy the stopped run; return the arguments that resume the copy."""
-        remove(self.copy)
-        shutil.copytree(self.run, self.copy)
-        return self._arguments(self.copy)
-
-    def _until(self, argv: list[str], run: Path, steps: int, name: str, ranks: int) -> float:
+    def _until(self, argv: list[str], run: Path, steps: int, name: str, ranks: int = 0) -> float:
         """Run a command, stop it after `steps` more steps, and return the seconds to the first of them."""
         known = {record["step"] for record in read(run / "metrics.jsonl")}
         new: list[dict[str, Any]] = []
+        log_file = self.output / "logs" / f"startup-{name}.log"
 
         def enough() -> bool:
             new[:] = [r for r in read(run / "metrics.jsonl") if r["step"] not in known and "split" not in r]
             return len(new) >= steps
 
-        watched = watch.run_checked("scaling", argv, self._log(name), ranks, False, 0.1, enough)
+        watched = watch.run_checked("scaling", argv, log_file, ranks, False, 0.1, enough)
         if not watched.stopped:
-            raise UserError(f"scaling: startup-{name} ended before it was stopped; see {self._log(name)}")
+            raise UserError(f"scaling: startup-{name} ended before it was stopped; see {log_file}")
         return new[0]["time"] - watched.started
 
     def prepare(self) -> None:
         """Make the stopped run. Raises UserError if it ends before."""
-        remove(self.run)
-        self._until(command(*self._arguments(self.run)), self.run, STEPS, "prepare", 0)
+        run = self.output / "startup-run"
+        remove(run)
+        self._until(command(*self._arguments(run)), run, STEPS, "prepare")
+
+    def _resumed(self) -> tuple[Path, list[str]]:
+        """Copy the stopped run; return the copy, and the arguments that resume it."""
+        copy = self.output / "startup-copy"
+        remove(copy)
+        shutil.copytree(self.output / "startup-run", copy)
+        return copy, self._arguments(copy)
 
     def first_step(self, ranks: int) -> float:
         """Return the seconds to the first step: under python if `ranks` is 0, else under deepspeed."""
-        return self._until(command(*self._resumed(), ranks=ranks), self.copy, 1, f"ranks-{ranks}", ranks)
+        run, arguments = self._resumed()
+        return self._until(command(*arguments, ranks=ranks), run, 1, f"ranks-{ranks}", ranks)
 
     def followed(self) -> dict[str, Any]:
         """Return the seconds of each part on one rank."""
-        made, arguments = self.output / "startup.json", self._resumed()
+        made, (_, arguments) = self.output / "startup.json", self._resumed()
         remove(made)
         argv = [sys.executable, "-m", "benchmarks.scaling.startup_worker", str(made), str(time.time()), *arguments]
-        watch.run_checked("scaling", argv, self._log("followed"))
+        watch.run_checked("scaling", argv, self.output / "logs" / "startup-followed.log")
         return json.loads(made.read_text())
 
     def imports(self) -> dict[str, float]:
         """Return the seconds of the imports of each package under `-X importtime`, which adds to them."""
-        argv = command(*self._resumed())
-        argv[1:1] = ["-X", "importtime"]
-        self._until(argv, self.copy, 1, "imports", 0)
-        return by_package(self._log("imports").read_text(errors="replace"))
+        run, arguments = self._resumed()
+        python, *rest = command(*arguments)
+        self._until([python, "-X", "importtime", *rest], run, 1, "imports")
+        return by_package((self.output / "logs" / "startup-imports.log").read_text(errors="replace"))
 
 
 def by_package(text: str) -> dict[str, float]:
@@ -119,7 +108,6 @@ def main() -> None:
         startup = Startup(output, [f"teacher.model={teacher}", *options.overrides])
         log.info("scaling: stopping a run after %d steps", STEPS)
         startup.prepare()
-        waited, began = watch.waited_seconds(), time.perf_counter()
         found: dict[str, Any] = common.stamp() | {"to_first_step_seconds": {}}
         for ranks, name in ((0, "python"), (2, "deepspeed, 2 ranks")):
             each = [startup.first_step(ranks) for _ in range(options.tries)]
@@ -128,10 +116,10 @@ def main() -> None:
         tries = sorted((startup.followed() for _ in range(options.tries)), key=lambda one: one["seconds"])
         found["followed"] = tries[len(tries) // 2]
         found["imports"] = dict(list(startup.imports().items())[:20])
-        found["waiting_share"] = (watch.waited_seconds() - waited) / (time.perf_counter() - began)
-        for folder in (startup.run, startup.copy):
-            remove(folder)
-        common.save(options.results or common.RESULTS / "scaling.json", {"startup": found})
+        for name in ("startup-run", "startup-copy"):
+            remove(output / name)
+        results = options.results or common.RESULTS / "scaling.json"
+        common.save(results, common.read_json(results) | {"startup": found})
 
     common.run_program(work)
 

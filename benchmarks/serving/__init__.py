@@ -1,1 +1,0 @@
-"""Latency, throughput and load of an export."""

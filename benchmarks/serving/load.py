@@ -1,7 +1,5 @@
 """Clients of `pkd serve` over plain sockets: valid and invalid requests, each with the response it must get."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -141,12 +139,7 @@ async def load(
 ) -> dict[str, Any]:  # fmt: skip
     """Run concurrent clients, each for `requests` requests or for `seconds`; about a third of the requests are invalid.
 
-    Args:
-        check: called with each text and its answer; raises if it is wrong.
-        watch: called every second.
-
-    Raises:
-        AssertionError: a response has the wrong status or content.
+    `check` gets each text and its answer, `watch` is called every second. Raises AssertionError for a wrong response.
     """
     end = time.monotonic() + seconds
 

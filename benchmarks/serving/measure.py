@@ -1,19 +1,24 @@
-"""Latency and throughput of teacher and student in turn, with PyTorch and from each ONNX file."""
+"""Latency and throughput of teacher and student in turn, with PyTorch and from each ONNX file.
 
-from __future__ import annotations
+Each model has its own process, so that the thread pools of several models do not disturb each other.
+"""
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.faults.tiny import ROOT, environment
+from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import open_tokens
+from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
+from pkd_dist.export.runtime import OnnxModel
+from pkd_dist.model.encoder import load_model, load_tokenizer
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 5
@@ -22,48 +27,61 @@ TURN = 25
 """Requests of a turn."""
 
 
-class Worker:
-    """A model in its own process (see `worker.py`)."""
+class Model:
+    """A model in this process: by ONNX Runtime for an .onnx file, by PyTorch for a Hugging Face folder."""
 
-    def __init__(self, model: Path, tokenizer: Path, data: Path, threads: int):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving.worker", str(model), str(tokenizer), str(data), str(threads)],
-            cwd=ROOT, env=environment(OMP_NUM_THREADS=str(threads)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._read()
+    def __init__(self, path: Path, tokenizer: Path, data: Path, threads: int):
+        torch.set_num_threads(threads)
+        self.forward = (
+            OnnxModel(path, threads) if path.suffix == ".onnx" else forward_of(load_model(str(path), "model"))
+        )
+        self.pad_id, self.dev = load_tokenizer(str(tokenizer)).pad_token_id, open_tokens(data)
 
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self._process.args[2:])} ended")  # type: ignore[arg-type]
-        return json.loads(line)
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+    def logits(self) -> np.ndarray:
+        """Return the logits of every example, computed one at a time."""
+        return predict_logits_single(self.forward, self.dev, 1, self.pad_id)
 
     def seconds(self, rows: np.ndarray, batch: int) -> list[float]:
-        return self.ask(rows=rows.tolist(), batch=batch)["seconds"]
+        """Return the seconds of each batch of some examples."""
+        found = []
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            inputs = collate(self.dev, part, np.ones(len(part)), self.pad_id).inputs
+            before = time.perf_counter()
+            self.forward(inputs)
+            found.append(time.perf_counter() - before)
+        return found
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+
+_model: Model
+"""Of a worker process."""
+
+
+def _open(*arguments: Any) -> None:
+    global _model
+    _model = Model(*arguments)
+
+
+@torch.inference_mode()
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_model, method)(*arguments)
 
 
 @contextmanager
-def workers(models: dict[str, Path], *arguments: Any) -> Iterator[dict[str, Worker]]:
+def workers(models: dict[str, Path], *arguments: Any) -> Iterator[dict[str, Callable[..., Any]]]:
+    """Yield for each model a function (method of `Model`, arguments) -> result, which calls its process."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(closing(Worker(path, *arguments))) for name, path in models.items()}
+        made = {}
+        for name, path in models.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _open, (path, *arguments)))
+            made[name] = lambda *call, pool=pool: pool.submit(_call, *call).result()
+        yield made
 
 
 def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str, np.ndarray]:
-    """Return the logits of every example, computed one at a time."""
+    """Return the logits of every example."""
     with workers(models, tokenizer, data, 1) as made:
-        return {name: np.asarray(worker.ask(score=True)["logits"]) for name, worker in made.items()}
+        return {name: call("logits") for name, call in made.items()}
 
 
 def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
@@ -77,13 +95,13 @@ def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, 
     with workers(models, tokenizer, data, threads) as made:
         for _ in range(-(-requests // TURN)):
             rows = rng.integers(length, size=WARM_UP + TURN)
-            for name, worker in made.items():
-                latency[name] += worker.seconds(rows, 1)[WARM_UP:]
+            for name, call in made.items():
+                latency[name] += call("seconds", rows, 1)[WARM_UP:]
         for batch in BATCHES:
             for _ in range(3):
                 rows = rng.integers(length, size=batch * max(3, 64 // batch))
-                for name, worker in made.items():
-                    seconds = worker.seconds(rows, batch)[1:]
+                for name, call in made.items():
+                    seconds = call("seconds", rows, batch)[1:]
                     rates[name][batch].append(batch * len(seconds) / sum(seconds))
     return {name: _figures(latency[name], rates[name]) for name in models}
 

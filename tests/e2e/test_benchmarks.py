@@ -39,9 +39,8 @@ def test_peers(teacher, data, tmp_path):
     assert 0 < found["useful_flops"] <= ours["executed_flops"] < authors["executed_flops"]
     assert ours["seconds"] < ours["command_seconds"] and ours["peak_bytes"] > 100e6
     assert found["engine"]["overhead"].keys() == {"plain", "engine", "loop"} and found["engine"]["zero_stage"] == 1
-    text = performance.document(NOTHING | {"peers": found})
+    text = common.filled(performance.PAGE, performance.figures(NOTHING | {"peers": found}))
     assert "times** as fast as the fastest peer" in text and text.count("| ours, python") == 1
-    assert performance.plot_peers(found).axes
 
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*.json")}
     assert len(kept) == 6, "five, and the authors' whole run"
@@ -107,7 +106,7 @@ def test_profile(teacher, data, tmp_path):
     assert sum(found["group_seconds"].values()) == pytest.approx(found["profiled_step_seconds"], rel=0.05)
     trace = tmp_path / "trace-cpu-1-rank0.json.gz"
     assert trace.read_bytes()[:2] == b"\x1f\x8b", "a Chrome trace, compressed"
-    text = performance.document(NOTHING | {"profile": {"cpu-1": found}})
+    text = common.filled(performance.PAGE, performance.figures(NOTHING | {"profile": {"cpu-1": found}}))
     assert "| GEMM |" in text and "| forward |" in text
 
 
@@ -137,5 +136,5 @@ def test_memory_and_start_up(teacher, data, tmp_path):
     assert sum(parts.values()) == pytest.approx(startup["followed"]["seconds"], rel=0.01)
     assert all(parts[name] > 0 for name in ("imports", "engine", "checkpoint", "cache: opened", "first step"))
     assert startup["imports"]["torch"] > 0
-    text = performance.document(NOTHING | {"scaling": found})
+    text = common.filled(performance.PAGE, performance.figures(NOTHING | {"scaling": found}))
     assert "| 609 |" in text and "| imports |" in text

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.faults.campaign import Campaign, Refused
+from benchmarks.faults.campaign import Campaign
 from benchmarks.faults.job import Watch
 from benchmarks.faults.plan import EPOCHS, WEIGHTS, plan
-from benchmarks.faults.remedy import follow
+from benchmarks.faults.trial import follow
+from pkd_dist.errors import UserError
 
 BASE = replace(plan(0, 0, 2), delay_seconds=0.0, running=False, rank=1, which=0.9, where=0.5)
 TRIALS = {
@@ -46,7 +47,7 @@ def test_the_export_that_is_compared_depends_on_every_step(campaign):
 
 
 def test_a_campaign_of_another_seed_is_not_mixed_in(campaign):
-    with pytest.raises(Refused, match="holds a campaign with seed 0, not 1"):
+    with pytest.raises(UserError, match="holds a campaign with seed 0, not 1"):
         Campaign(campaign.work, 1, 2, tuple(WEIGHTS), Watch())
 
 

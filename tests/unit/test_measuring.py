@@ -164,14 +164,13 @@ def test_an_accuracy_is_the_mean_of_best_epochs_with_its_standard_error():
 
 def test_the_page_says_what_is_measured():
     text = performance.PAGE.read_text(encoding="utf-8")
-    assert text == performance.document(performance.read()), "run: python -m benchmarks.performance"
-    for name in ("peers", "peers-cuda"):
-        plot = f"performance-{name}.png"
-        assert plot in text and (common.DOCS / plot).exists() == bool(performance.read()[name]), plot
+    assert text == common.filled(performance.PAGE, performance.figures(performance.read())), (
+        "run: python -m benchmarks.performance"
+    )
 
 
 def test_a_page_of_nothing_says_so(tmp_path):
     (tmp_path / "peers.json").write_text(json.dumps({"contestants": {}}))
-    text = performance.document(performance.read(tmp_path))
+    text = common.filled(performance.PAGE, performance.figures(performance.read(tmp_path)))
     for command in performance.COMMANDS.values():
         assert f"Not measured yet: `{command}`" in text

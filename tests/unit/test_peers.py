@@ -6,8 +6,8 @@ import torch
 from textbrewer.distiller_utils import post_adaptor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import authors, brewer, flops, hf
-from benchmarks.peers.subject import Subject, Tally, shape_of
+from benchmarks.peers import authors, brewer, collect, hf
+from benchmarks.peers.subject import Subject, Tally, peak, shape_of
 from pkd_dist.config.load import load
 from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
 from pkd_dist.model.encoder import Encoder
@@ -77,9 +77,9 @@ def test_the_students_are_the_teachers_layers(subject):
 CONTESTANTS = {
     "authors": authors.measure,
     "textbrewer-padded": brewer.measure,
-    "textbrewer-dynamic": lambda s, steps=None: brewer.measure(s, steps, padded=False),
+    "textbrewer-dynamic": lambda s, steps=None: brewer.measure(s, steps, "dynamic"),
     "hf-float32": hf.measure,
-    "hf-bfloat16": lambda s, steps=None: hf.measure(s, steps, bf16=True),
+    "hf-bfloat16": lambda s, steps=None: hf.measure(s, steps, "bfloat16"),
 }
 
 
@@ -134,13 +134,13 @@ def test_useful_work_is_that_of_real_tokens(subject):
 
     shape = shape_of(subject.teacher().config)
     tokens = TokenSet(np.zeros(12), None, np.array([0, 3, 8, 12]), np.arange(3), np.zeros(3), "", "", 0)
-    teacher, student = flops.useful(shape, shape, tokens, 4)
+    teacher, student = collect.useful(shape, shape, tokens, 4)
     assert teacher == sum(shape.forward_flops(1, length) for length in (3, 5, 4))
     assert student == 3 * 4 * teacher
 
 
 def test_the_peak_is_above_what_one_product_reaches():
-    assert flops.peak(torch.float32, seconds=0.01) > 1e8
+    assert peak(torch.float32, seconds=0.01) > 1e8
 
 
 def test_a_tally_counts_padding_as_work():
