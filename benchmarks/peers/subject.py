@@ -71,13 +71,7 @@ class Tally:
 
 @dataclass
 class Measured:
-    """The result of a contestant.
-
-    Attributes:
-        training_seconds: of the steps in `tally`.
-        teacher_seconds: of a separate pass over `teacher_rows` examples; 0 if the teacher runs in every step.
-        accuracies: on dev, after each full epoch.
-    """
+    """The result of a contestant: of the steps in `tally`, of the teacher's separate pass, on dev after each full epoch."""
 
     training_seconds: float
     tally: Tally
