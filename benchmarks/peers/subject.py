@@ -24,8 +24,7 @@ from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
 from pkd_dist.training.optimization import make_adamw
 
-WARMUP = 2
-"""Steps before the clock starts, if only some steps are timed."""
+WARMUP = 2  # steps before the clock starts, if only some steps are timed
 
 
 class Clock:
