@@ -20,10 +20,7 @@ _STATUS_FIELDS = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 
 @dataclass
 class Memory:
-    """The maximum seen of one process, in bytes.
-
-    `peak` is the resident set, `anonymous` its own memory, `file` the pages of mapped files, which the kernel can drop.
-    """
+    """The maximum seen of one process, in bytes: the resident set, its own memory, and the pages of mapped files."""
 
     command: str
     peak: int = 0

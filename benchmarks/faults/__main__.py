@@ -17,7 +17,6 @@ from benchmarks.faults.trial import Row
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
-RANKS = 2
 NEEDS_ROOT = {"cut-link": ("ip", "taskset"), "fill-disk": ("mount", "umount")}
 
 
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
     work = options.work or ROOT / f"runs/faults-seed-{options.seed}"
     try:
         print(f"work folder {work}; the undisturbed run comes first", flush=True)
-        campaign = Campaign(work, options.seed, RANKS, options.faults, watch)
+        campaign = Campaign(work, options.seed, 2, options.faults, watch)
         if options.trial is not None:
             row, folder = campaign.run_plan(campaign.draw(options.trial), keep=True)
             print(f"{json.dumps(dataclasses.asdict(row), indent=2)}\nkept in {folder}")

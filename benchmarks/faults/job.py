@@ -50,10 +50,7 @@ def arrived(run: Path, moment: str) -> bool:
 
 
 class Start:
-    """The processes of one start, killed at the end of a `with` block.
-
-    There is a command for each node; stdout and stderr of node k go to `LOG.k.out` and `LOG.k.err`.
-    """
+    """The processes of one start, with a command for each node, killed at the end of a `with` block."""
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: dict[str, str], log: Path):
         self.began = time.monotonic()

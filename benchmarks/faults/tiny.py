@@ -78,11 +78,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*arguments: str | Path, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:
-    """Return the command of a run: under plain python, or under `deepspeed` if `ranks` is given.
-
-    Args:
-        launcher: flags of `deepspeed` instead of the number of ranks and a free port.
-    """
+    """Return the command of a run: under python, or under `deepspeed` if `ranks` is given, with the flags `launcher`."""
     program = [sys.executable]
     if ranks:
         flags = launcher or ("--num_accelerators", str(ranks), "--master_port", str(free_port()))

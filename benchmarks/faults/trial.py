@@ -110,10 +110,7 @@ def complete(run: Path) -> bool:
 
 
 def follow(message: str, aside: Path) -> str | None:
-    """Do what the message asks for, choosing the mildest of its remedies, and return a description.
-
-    Files are moved away to `aside`. Returns `--fresh` if the next start needs this flag, None if nothing is asked for.
-    """
+    """Do what the message asks for, as an operator does, and return a description; None if it asks for nothing."""
     named = re.search(r"(/[^\s:,;]+)", message)
     path = Path(named[1]) if named else None
     if path and path.exists():

@@ -24,12 +24,9 @@ JOB = ("export.formats=[safetensors]", "evaluate.latency_samples=20", "evaluate.
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation, started in one way.
+    """One implementation, started in one way. Unless `full`, some steps are timed and scaled by tokens.
 
-    Attributes:
-        ranks: 0 for ours under plain python, else the processes that a launcher starts.
-        full: trains all epochs in every round; else some steps, scaled by tokens.
-        scored_by: contestant with the same arithmetic whose full runs give the accuracy; None: its own.
+    `ranks` is 0 for ours under plain python. `scored_by` has the same arithmetic; its full runs give the accuracy.
     """
 
     title: str
@@ -54,8 +51,7 @@ CONTESTANTS = {
     "ours-deepspeed-2": Contestant(_OURS, "ours", "bfloat16", 2),
 }
 OTHERS = ("peaks", "engine", "teacher", "job")
-"""Further measurements of every round: peak of matrix products, a step with and without DeepSpeed, the teacher's pass
-alone, and a run from raw text to its verified export."""
+"""Peak of matrix products, a step with and without DeepSpeed, the teacher's pass, a run from raw text to its export."""
 
 
 @dataclass(frozen=True)

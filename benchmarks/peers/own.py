@@ -132,10 +132,7 @@ class CountedBatches(TeacherBatches):
 
 
 def teacher_pass(config_file: str, overrides: list[str], passes: int = 4) -> dict[str, Any]:
-    """Time the teacher's pass as the stage `cache` does it, without loading models and writing.
-
-    Returns the seconds of each pass except the first, which loads kernels; its FLOPs; the bfloat16 peak.
-    """
+    """Time the teacher's pass as the stage `cache` does it; the first of the passes, which loads kernels, does not count."""
     config = load(config_file, overrides)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

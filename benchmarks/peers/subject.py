@@ -24,8 +24,7 @@ from pkd_dist.model.layers import paired_layers
 from pkd_dist.model.student import take_layers
 from pkd_dist.training.optimization import make_adamw
 
-WARMUP = 2
-"""Steps before the clock starts, if only some steps are timed."""
+WARMUP = 2  # steps before the clock starts, if only some steps are timed
 
 
 class Clock:
@@ -71,13 +70,7 @@ class Tally:
 
 @dataclass
 class Measured:
-    """The result of a contestant.
-
-    Attributes:
-        training_seconds: of the steps in `tally`.
-        teacher_seconds: of a separate pass over `teacher_rows` examples; 0 if the teacher runs in every step.
-        accuracies: on dev, after each full epoch.
-    """
+    """The result of a contestant: of the steps in `tally`, of the teacher's separate pass, on dev after each full epoch."""
 
     training_seconds: float
     tally: Tally

@@ -37,10 +37,7 @@ WARMUP = {"cpu": 5, "cuda": 300}
 
 
 def phases(engine: type) -> dict[str, tuple[tuple[type, str], ...]]:
-    """Return phase -> the functions whose time it is, without the phases they call.
-
-    The remainder of a step is `rest`: metrics, records, and the agreement of the ranks.
-    """
+    """Return phase -> the functions whose time it is, without the phases they call; the remainder of a step is `rest`."""
     return {
         "step": ((Trainer, "train_step"),),
         "data": ((TrainingBatches, "step"), (CacheReader, "rows_of")),

@@ -28,10 +28,7 @@ class Shape:
         return embeddings + self.layers * layer + h * h + h + h * self.classes + self.classes
 
     def forward_flops(self, rows: int, length: int, cls_only: bool = True) -> float:
-        """Return the FLOPs of the matrix products of a forward pass, 2 per multiply-add.
-
-        With `cls_only` the last layer computes [CLS] alone, as the project's encoder does; else all tokens.
-        """
+        """Return the FLOPs of a forward pass's matrix products; with `cls_only` the last layer computes [CLS] alone."""
         h, i = self.hidden, self.intermediate
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
         last = rows * (8 * h * h + 4 * h * i + 4 * self.heads * length * h) if cls_only else full

@@ -11,8 +11,7 @@ from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 from benchmarks.scaling.model import PRECISIONS, bert, cache_row_bytes, step_wire_bytes, zero_memory
 
 DOCUMENT = DOCS / "scaling.md"
-LENGTH = 32
-"""Tokens of a row after padding; the mean of the embedded data is 27."""
+LENGTH = 32  # tokens of a row after padding
 ROWS_TOTAL, SHARD_ROWS = 100_000_000, 4096
 CONSTANTS = read_json(RESULTS / "scaling_constants.json")
 

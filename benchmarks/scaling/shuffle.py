@@ -185,10 +185,7 @@ def lru_misses(accesses: Iterable[int], capacity: int) -> Iterator[bool]:
 
 
 def page_cache(rows: int, rows_per_block: int, share_cached: float, nodes: int, seed: int) -> float:
-    """Return the blocks that a node reads in its third epoch, per row it uses, under a global permutation; exact LRU.
-
-    The result depends on ratios only, so `rows` can be few. `share_cached`: page cache of a node over the teacher cache.
-    """
+    """Return the blocks that a node reads in its third epoch, per row it uses, with an exact LRU cache of a share."""
     rng, used = np.random.default_rng(seed), rows // nodes
     epochs = [rng.permutation(rows)[:used] // rows_per_block for _ in range(3)]
     missed = list(lru_misses(np.concatenate(epochs).tolist(), max(1, round(share_cached * rows / rows_per_block))))

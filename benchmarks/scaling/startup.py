@@ -23,8 +23,7 @@ from pkd_dist.files import remove
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.records import read
 
-STEPS = 12
-"""Steps before the run is stopped."""
+STEPS = 12  # before the run is stopped
 _IMPORT_LINE = re.compile(r"^import time: +(\d+) \| +(\d+) \|( *)([\w.]+)$")
 
 

@@ -31,8 +31,7 @@ from pkd_dist.telemetry.records import read
 
 REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
 SEGMENT_SECONDS, HANGING, SCRAPES_PER_SECOND = 5.0, 50, 20.0
-HIDDEN, WORDS, WARM_UP_STEPS, SETTLE_SECONDS = 384, 24, 50, 0.5
-LIMIT_PERCENT = 2.0
+HIDDEN, WORDS, WARM_UP_STEPS, SETTLE_SECONDS, LIMIT_PERCENT = 384, 24, 50, 0.5, 2.0
 
 
 @contextlib.contextmanager

@@ -21,10 +21,8 @@ from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.model.encoder import load_model, load_tokenizer
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-WARM_UP = 5
-"""Requests at the start of a turn that do not count, because the caches hold another model."""
-TURN = 25
-"""Requests of a turn."""
+WARM_UP, TURN = 5, 25
+"""Requests of a turn: first those that do not count, because the caches hold another model."""
 
 
 class Model:
@@ -85,10 +83,7 @@ def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str
 
 
 def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
-    """Return for each model `latency_ms_p50`, `_p95`, `_p99` and `per_second` at batch 1, and the rate by batch size.
-
-    `requests` single sentences are timed for each model, the same for all, drawn from the token set `data`.
-    """
+    """Return the latency of each model for the same `requests` sentences of `data`, and its rate by batch size."""
     length, rng = len(open_tokens(data)), np.random.default_rng(0)
     latency: dict[str, list[float]] = {name: [] for name in models}
     rates: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in models}
