@@ -49,7 +49,7 @@ def kill_at(run, moment, *arguments, ranks):
         command(*arguments, ranks=ranks),
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # a slow machine may take a minute to start
     while job.poll() is None and time.monotonic() < deadline:
         if arrived(run, moment):
             os.killpg(job.pid, signal.SIGKILL)
