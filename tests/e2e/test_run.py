@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import forked
 import pytest
 import yaml
 from conftest import ROOT, environment, launch, losses, results, sentences, write_config, write_tsv
@@ -131,7 +130,9 @@ def test_a_raised_version_runs_the_stage_and_those_after_it_again(finished, tmp_
     config = write_config(settings | {"run": {"dir": str(tmp_path / "run")}}, tmp_path)
     program = tmp_path / "raised.py"
     program.write_text(RAISED)
-    again = forked.run(program, ["--config", config], ROOT, [environment()], 200)
+    again = subprocess.run(
+        [sys.executable, program, "--config", config], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     for name in STAGES[:5]:
         assert f"{name}: done\n" in again.stdout
@@ -193,7 +194,7 @@ def test_a_folder_that_the_run_did_not_make_is_not_touched(settings, tmp_path):
     (tmp_path / "run/data").mkdir(parents=True)
     (tmp_path / "run/data/mine.txt").write_text("mine")
     refused = launch("--config", write_config(settings, tmp_path), "--stages", "data")
-    assert refused.returncode == 2 and "run/data: is there, but this run did not make it" in refused.stderr
+    assert refused.returncode == 2 and "run/data: exists, but this run did not make it" in refused.stderr
     assert (tmp_path / "run/data/mine.txt").read_text() == "mine"
 
 
