@@ -72,7 +72,9 @@ def test_the_operator_does_what_the_message_says(tmp_path):
         follow(f"pkd: {tmp_path}/step-1: no intact checkpoint is left; restore one, or use --fresh", aside) == "--fresh"
     )
     assert (
-        follow(f"pkd: {shard.parent}: exists, but this run did not make it; choose another run.dir, or move it away", aside)
+        follow(
+            f"pkd: {shard.parent}: exists, but this run did not make it; choose another run.dir, or move it away", aside
+        )
         == "moved cache away"
     )
     assert (aside / "0-cache").is_dir()

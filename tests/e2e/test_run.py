@@ -131,7 +131,12 @@ def test_a_raised_version_runs_the_stage_and_those_after_it_again(finished, tmp_
     program = tmp_path / "raised.py"
     program.write_text(RAISED)
     again = subprocess.run(
-        [sys.executable, program, "--config", config], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
+        [sys.executable, program, "--config", config],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert again.returncode == 0, again.stdout + again.stderr
     for name in STAGES[:5]:
