@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,8 @@ class Comparison:
             raise UserError(f"{', '.join(map(str, seeds))}: a seed is duplicated; give each once", "--seeds")
         self.config_file, self.given, self.output = config_file, list(overrides), output
         self.command, self.jobs = train_command(launcher), jobs
+        if not shutil.which(self.command[0]):
+            raise UserError(f"{self.command[0]!r} is not a program on PATH; give one such as deepspeed", "--launcher")
         self.base = self._resolved({})
         self.folder = encoder.locate(self.base.teacher.model)
         self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)

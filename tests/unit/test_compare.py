@@ -148,6 +148,12 @@ def test_the_command_of_a_run(launcher, command):
     assert train_command(launcher) == command
 
 
+def test_a_launcher_that_is_not_installed_is_refused(tmp_path):
+    with pytest.raises(UserError, match="^--launcher: 'nolauncher' is not a program on PATH"):
+        Comparison("configs/demo.yaml", [], {}, [0], tmp_path / "new", "nolauncher -n 2", 1)
+    assert not (tmp_path / "new").exists()
+
+
 def result(dev, test, agreement):
     side = {"accuracy": dev, "parameters": 9e6, "modelSize": 36.0, "reasoningTime": 100.0}
     return {
