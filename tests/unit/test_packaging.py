@@ -19,6 +19,8 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 USERS_EXTRAS = ("train", "serve", "tensorboard", "wandb")
+FOR_TYPES = {"_typeshed", "pydantic_core"}
+"""Imported for annotations alone; pydantic requires its core."""
 IMPORTED_BY_TORCH = {"onnxscript", "tensorboard"}
 
 
@@ -36,9 +38,7 @@ def imported() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.partition(".")[0])
     owners = metadata.packages_distributions()
-    return {
-        canonicalize_name(owners[name][0]) for name in modules - sys.stdlib_module_names - {"pkd_dist", "_typeshed"}
-    }  # of type checkers
+    return {canonicalize_name(owners[name][0]) for name in modules - sys.stdlib_module_names - FOR_TYPES - {"pkd_dist"}}
 
 
 def test_every_import_is_declared_and_every_requirement_is_imported():
