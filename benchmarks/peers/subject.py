@@ -168,7 +168,7 @@ class Subject:
         teacher_states_BMH: torch.Tensor, labels_B: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Return the loss of the authors' code: (1 - alpha) CE + alpha T^2 KL (mean over examples and classes) + beta
-        times the mean squared error of the normalised states."""
+        times the mean squared error of the normalized states."""
         d, student, teacher = self.config.distill, logits_BC.float(), teacher_logits_BC.float()
         log_p, target = F.log_softmax(student / d.temperature, dim=1), F.softmax(teacher / d.temperature, dim=1)
         soft = F.kl_div(log_p, target, reduction="none").mean() * (d.temperature**2)

@@ -103,7 +103,7 @@ def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch
     filled with the position of every row in epoch 0.
     """
     seen, position, means, shards = np.zeros(s.rows, dtype=bool), 0, [], []
-    with_cache = with_first = distance = neighbours = together = 0.0
+    with_cache = with_first = distance = neighbors = together = 0.0
     for piece in pieces:
         seen[piece] = True
         here, full = np.arange(position, position + len(piece)), len(piece) // s.batch
@@ -117,19 +117,19 @@ def mixing(pieces: Iterable[np.ndarray], s: Settings, first_N: np.ndarray, epoch
             first_N[piece] = here
         means.append(batches.mean(axis=1))
         distance += float(np.abs(np.diff(batches, axis=1)).sum())
-        neighbours += full * (s.batch - 1)
+        neighbors += full * (s.batch - 1)
         shards += [len(np.unique(batch // s.shard_rows)) for batch in batches[:: max(1, full // 16)]]
         position += len(piece)
     cube = s.rows * (s.rows**2 - 1.0)
     variance = np.square((np.concatenate(means) + 0.5) / s.rows - 0.5).mean()
     out = {
-        "every_row_once": float(position == s.rows and seen.all()), "mean_distance": distance / neighbours / s.rows,
+        "every_row_once": float(position == s.rows and seen.all()), "mean_distance": distance / neighbors / s.rows,
         "rank_correlation_with_cache": 1 - 6 * with_cache / cube, "shards_of_batch": float(np.mean(shards)),
         "batch_mean_variance": float(variance * 12 * s.batch),
     }  # fmt: skip
     if epoch:
         out["rank_correlation_of_epochs"] = 1 - 6 * with_first / cube
-        out["met_again"] = together / (neighbours * (s.batch - 1) / (s.rows - 1))
+        out["met_again"] = together / (neighbors * (s.batch - 1) / (s.rows - 1))
     return out
 
 

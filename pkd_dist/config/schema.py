@@ -86,7 +86,7 @@ class Task(Section):
     )
     class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
         None,
-        description="Class weights in the loss of labelled examples: `balanced` (n / (classes * count)), or a mapping from "
+        description="Class weights in the loss of labeled examples: `balanced` (n / (classes * count)), or a mapping from "
         "class name or value to weight (default 1). null: unweighted.",
     )
 

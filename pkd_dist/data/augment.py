@@ -29,7 +29,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def augment(split: Split, settings: Augment, mask_token: str | None) -> Split:
-    """Return new, unlabelled texts made from a split. Repeats and texts of the split itself are removed and counted in the
+    """Return new, unlabeled texts made from a split. Repeats and texts of the split itself are removed and counted in the
     notes.
 
     Args:

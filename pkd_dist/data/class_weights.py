@@ -1,4 +1,4 @@
-"""Class weights for the loss of labelled examples."""
+"""Class weights for the loss of labeled examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def class_weights(
     Args:
         setting: `task.class_weights`. `balanced`: n / (C * count), which gives every class the same total weight. A
             mapping: weights by class name or value; classes not in it weigh 1.
-        labels_N: labels of the training split; unlabelled examples are ignored.
+        labels_N: labels of the training split; unlabeled examples are ignored.
         classes: values of the label column in class order.
         names: class names of the model, in the same order.
 

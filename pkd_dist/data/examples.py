@@ -67,7 +67,7 @@ def is_labelled(labels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 
 def unlabelled(count: int, regression: bool) -> np.ndarray:
-    """Return labels (count,) that mark every example as unlabelled."""
+    """Return labels (count,) that mark every example as unlabeled."""
     return np.full(count, np.nan, np.float32) if regression else np.full(count, UNLABELLED, np.int64)
 
 

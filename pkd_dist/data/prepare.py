@@ -45,7 +45,7 @@ class TokenSetSummary:
         tokens: total number of tokens.
         longest: tokens of the longest example.
         notes: what was skipped and why, for people.
-        per_class: labelled examples of each class, in class order; None for a regression.
+        per_class: labeled examples of each class, in class order; None for a regression.
     """
 
     source: str
@@ -154,7 +154,7 @@ def _log(summary: TokenSetSummary, max_length: int) -> None:
         "data: %s: %d examples%s, %d tokens%s",
         summary.source,
         summary.examples,
-        f" ({unlabelled} unlabelled)" if unlabelled else "",
+        f" ({unlabelled} unlabeled)" if unlabelled else "",
         summary.tokens,
         f" ({summary.truncated} examples truncated to {max_length} tokens)" if summary.truncated else "",
     )

@@ -138,7 +138,7 @@ def _locate_in_release(folder: Path, split: str, task: Task) -> Source | None:
             "test": Source(test),
         }
     else:
-        note = f"no {dev_ids.name}: the labelled test file of the release is used as dev, and there is no test split"
+        note = f"no {dev_ids.name}: the labeled test file of the release is used as dev, and there is no test split"
         sources = {"train": Source(train), "dev": Source(test, notes=(note,))}
     source = sources.get(split)
     return source if source and Path(source.place).is_file() else None

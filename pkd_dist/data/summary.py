@@ -63,7 +63,7 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: To
 
 
 def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
-    """Return a table with one row per class: count and share in each labelled split.
+    """Return a table with one row per class: count and share in each labeled split.
 
     Beyond 20 classes, only the most frequent are shown.
     """
@@ -105,7 +105,7 @@ def _overlap(found: int, relabelled: int) -> str:
 def _labels(split: Split) -> str:
     labels_N = split.labels_N
     if not is_labelled(labels_N).any():
-        return "unlabelled"
+        return "unlabeled"
     if labels_N.dtype.kind == "f":
         return f"{labels_N.min():g} to {labels_N.max():g}, mean {labels_N.mean():.2f}"
     return f"{len(np.unique(labels_N))} classes"

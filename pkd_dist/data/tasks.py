@@ -23,10 +23,10 @@ MAIN_METRICS = {
 
 @dataclass(frozen=True)
 class Release:
-    """A data set as its authors released it: two labelled files, and the list of training pairs that are GLUE's dev split.
+    """A data set as its authors released it: two labeled files, and the list of training pairs that are GLUE's dev split.
 
     Attributes:
-        train, test: names of the labelled files.
+        train, test: names of the labeled files.
         dev_ids: name of the list; without that file, the test file is used as dev and there is no test split.
         id_columns: the columns of `train` that the two columns of `dev_ids` refer to.
     """

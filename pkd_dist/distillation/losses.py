@@ -22,7 +22,7 @@ def hard_loss(
 
     Args:
         logits_BC: student logits.
-        labels_B: class indices, or floats for a regression. Examples labelled -1 or NaN are unlabelled: their loss is 0.
+        labels_B: class indices, or floats for a regression. Examples labeled -1 or NaN are unlabeled: their loss is 0.
         class_weights_C: factor of the cross-entropy for each true class.
     """
     logits_BC = _wide(logits_BC)
@@ -73,7 +73,7 @@ def patience_loss(
 
     Args:
         student, teacher: states of the paired layers: (B, M, H) of [CLS], or (B, L, M, H) of all tokens.
-        normalize: L2-normalise each state first.
+        normalize: L2-normalize each state first.
         reduction: `mean` over M and H (default; the authors' code), or `sum` (the paper). The same loss has
             beta_sum = beta_mean / (M * H).
         mask_BL: 1 for real tokens, 0 for padding. Required for states of all tokens, which it averages per example.

@@ -67,7 +67,7 @@ class Ranks:
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """Return the rank of this process from `environ`, with the network interface towards rank 0.
+    """Return the rank of this process from `environ`, with the network interface toward rank 0.
 
     Raises:
         UserError: a variable is missing or not an integer, or this host cannot reach the address of rank 0.
@@ -101,7 +101,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def _with_interface(ranks: Ranks) -> Ranks:
-    """Add the interface towards rank 0 if there is more than one node."""
+    """Add the interface toward rank 0 if there is more than one node."""
     several_nodes = ranks.local_world_size < ranks.world_size
     return replace(ranks, interface=interface_towards(ranks.master_addr)) if several_nodes else ranks
 

@@ -38,7 +38,7 @@ class Evaluation:
 
     Attributes:
         timings: Side -> how fast it was.
-        logits: Of every split, labelled or not.
+        logits: Of every split, labeled or not.
     """
 
     results: Results

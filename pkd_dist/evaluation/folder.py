@@ -78,7 +78,7 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
 
 
 def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> Split:
-    """Read a labelled split; a task without fixed classes takes them from the training split, if there is one."""
+    """Read a labeled split; a task without fixed classes takes them from the training split, if there is one."""
     if classes is None and not task.regression and sources.locate(data, "train", task):
         classes = text.read(data, "train", task).classes
     examples = text.read(data, split, task, classes)

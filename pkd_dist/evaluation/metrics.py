@@ -57,7 +57,7 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
 
 
 def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
-    """Return `score` of a labelled split, with the 95% interval of its accuracy."""
+    """Return `score` of a labeled split, with the 95% interval of its accuracy."""
     metrics = score(logits_NC, np.asarray(tokens.labels_N), task)
     scores = cast(Scores, metrics)
     if "accuracy" in scores:
@@ -67,9 +67,9 @@ def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return Wilson's score interval (95% by default) of a proportion of n examples."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
+    return center - half, center + half
 
 
 def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:

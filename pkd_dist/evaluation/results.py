@@ -53,7 +53,7 @@ class Compression(TypedDict):
 
 
 class SplitResults(TypedDict):
-    """Both models on a labelled split; `n` is the number of examples."""
+    """Both models on a labeled split; `n` is the number of examples."""
 
     n: int
     teacher: Scores
@@ -92,7 +92,7 @@ def combine(
 
     Args:
         models: Side -> what was found of it beside its scores: parameters, modelSize, speed.
-        splits: The other labelled splits.
+        splits: The other labeled splits.
     """
     teacher = cast(ModelResults, {**dev["teacher"], **models["teacher"]})
     student = cast(ModelResults, {**dev["student"], **models["student"]})

@@ -38,7 +38,7 @@ TOLERANCE = 1e-4
 LOSS_ALLOWED = 0.005
 """Loss of the main metric allowed for a file of lower precision; one example where dev has fewer than 200."""
 CALIBRATION = (32, 8)
-"""Batches of training text, and examples of each, that static quantisation is calibrated on."""
+"""Batches of training text, and examples of each, that static quantization is calibrated on."""
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "torch_export/model.pt2"
 _TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
@@ -57,7 +57,7 @@ class Subject:
         student: In float32, on the CPU.
         labels: Class names in the order of the logits; empty for a regression.
         dev: Every file is run on all of it.
-        train: Calibrates static quantisation.
+        train: Calibrates static quantization.
         texts: The first texts of dev, by column.
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
@@ -184,11 +184,11 @@ class _Builder:
         self._accept(ONNX_FILES["onnx"], self.verifier.judge(OnnxModel(source)), exact=True)
 
     def _int8(self, source: Path) -> None:
-        """Keep the int8 file that agrees best with float32 on dev, among those of all ways to quantise."""
+        """Keep the int8 file that agrees best with float32 on dev, among those of all ways to quantize."""
         name = ONNX_FILES["onnx-int8"]
         tried: dict[str, Verdict] = {}
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(onnx.QUANTISATIONS)}
+            files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(onnx.QUANTIZATIONS)}
             for how, path in files.items():
                 self.check()
                 onnx.write_int8(source, path, how, self._calibration())

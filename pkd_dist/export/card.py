@@ -66,7 +66,7 @@ that of one core of {{ figures.measured_on.processor }}: latency of single sente
 
 {% if onnx %}
 ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators. Inputs are the tokenizer's outputs (int64, any batch size and
-length), the output is `logits`.{{ " Quantisation to int8: " ~ quantisation ~ "." if quantisation }}
+length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ "." if quantization }}
 
 {% endif %}
 `manifest.json` holds the sha256 of every file; `pkd export verify FOLDER` checks them.
@@ -79,15 +79,15 @@ length), the output is `logits`.{{ " Quantisation to int8: " ~ quantisation ~ ".
 - Loss: (1 - alpha) CE + alpha DS + beta PT with alpha {{ config.distill.alpha }}, temperature {{ config.distill.temperature }}
   (`ds_reduction: {{ config.distill.ds_reduction }}`), beta {{ config.distill.beta }} (`pt_reduction: {{ config.distill.pt_reduction }}`;
   equal to {{ "%.4g" | format(environment.beta_mean) }} with `mean` and {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
-  {{ "normalised" if config.distill.normalize else "not normalised" }}.
-- Optimiser: AdamW, learning rate {{ config.train.learning_rate }}, batch size {{ config.train.batch_size }}, seed {{ config.run.seed }};
+  {{ "normalized" if config.distill.normalize else "not normalized" }}.
+- Optimizer: AdamW, learning rate {{ config.train.learning_rate }}, batch size {{ config.train.batch_size }}, seed {{ config.run.seed }};
   trained in {{ environment.precision }} on {{ environment.world_size }} rank(s).
 - Versions: {% for name, number in environment.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}.
 
 ## Limitations
 
 The student was trained and scored only on the data named above. It may do worse on other text, and it inherits the teacher's
-errors and biases. Its licence is that of the teacher and of the data.
+errors and biases. Its license is that of the teacher and of the data.
 """
 
 
@@ -125,7 +125,7 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         agreement=agreement_sentence(facts.results),
         figures=figures,
         onnx=any(name in ONNX_FILES for name in figures["formats"]),
-        quantisation=int8.get("quantisation") if int8 else None,
+        quantization=int8.get("quantisation") if int8 else None,
         metric=METRICS[facts.main_metric],
         pairs=", ".join(f"({student}, {teacher})" for student, teacher in facts.environment.patience_pairs) or "none",
     )

@@ -15,14 +15,14 @@ FORMAT_VERSION = 1
 _REMEDY = "; export it again"
 
 
-class _Quantisation(TypedDict, total=False):
+class _Quantization(TypedDict, total=False):
     """The way to int8 that was chosen among those tried."""
 
     quantisation: str
     tried: dict[str, dict[str, float]]
 
 
-class FileFigures(_Quantisation):
+class FileFigures(_Quantization):
     """What was measured of one file on all of dev, on one core.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.

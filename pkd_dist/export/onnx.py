@@ -265,15 +265,15 @@ def write_half(source: Path, path: Path) -> None:
         model.save_model_to_file(str(path))
 
 
-QUANTISATIONS = ("dynamic", "dynamic, 7-bit weights", "static")
-"""Ways to quantise to int8."""
+QUANTIZATIONS = ("dynamic", "dynamic, 7-bit weights", "static")
+"""Ways to quantize to int8."""
 
 
 def write_int8(source: Path, path: Path, how: str, calibration: Iterator[dict[str, np.ndarray]]) -> None:
     """Write a float32 graph with int8 weights, with a scale per column (per token in the embedding).
 
     Args:
-        how: One of `QUANTISATIONS`. `dynamic` finds the range of activations in each request, `static` once.
+        how: One of `QUANTIZATIONS`. `dynamic` finds the range of activations in each request, `static` once.
         calibration: Inputs of batches of training text, for `static`.
     """
     import onnx

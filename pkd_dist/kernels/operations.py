@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from pkd_dist.kernels.native import Kernels, load_kernels
 
 _BITS = 15
-_MIN_KEYS = 16  # PyTorch does not vectorise a softmax over fewer
+_MIN_KEYS = 16  # PyTorch does not vectorize a softmax over fewer
 _VECTOR = 16  # of kernels.c, which reads whole vectors
 
 

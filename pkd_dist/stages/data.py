@@ -1,4 +1,4 @@
-"""The stage `data`: reads and tokenises every split, and the extra text that the teacher labels, into RUN/data."""
+"""The stage `data`: reads and tokenizes every split, and the extra text that the teacher labels, into RUN/data."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_a_mask_has_the_given_probability_and_scale(dtype, p):
     kept = (mask > 0).double()
     sigma = (p * (1 - p) / mask.numel()) ** 0.5
     assert abs(kept.mean() - (1 - p)) < 4 * sigma + 2**-15
-    assert abs((kept[:, 1:] * kept[:, :-1]).mean() - (1 - p) ** 2) < 5 * sigma + 2**-14, "neighbours are independent"
+    assert abs((kept[:, 1:] * kept[:, :-1]).mean() - (1 - p) ** 2) < 5 * sigma + 2**-14, "neighbors are independent"
     for lane in range(4):  # of one 64-bit random number
         assert abs(kept.flatten()[lane::4].mean() - (1 - p)) < 8 * sigma + 2**-15
 

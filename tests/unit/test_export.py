@@ -126,7 +126,7 @@ def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
     found = export(subject(tmp_path), tmp_path / "export", "onnx-int8")
     assert not (tmp_path / "export/onnx/model.onnx").exists(), "float32 was not requested"
     file = found["files_on_dev"]["onnx/model.int8.onnx"]
-    assert set(file["tried"]) == set(onnx.QUANTISATIONS)
+    assert set(file["tried"]) == set(onnx.QUANTIZATIONS)
     assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
 
 

@@ -129,7 +129,7 @@ def test_the_original_release_alone_has_no_test_split(tmp_path):
     assert len(text.read(data, "train", task)) == 4
     dev = text.read(data, "dev", task)
     assert dev.labels_N.tolist() == [1, 0, 0]
-    assert "no dev_ids.tsv: the labelled test file of the release is used as dev" in dev.notes[0]
+    assert "no dev_ids.tsv: the labeled test file of the release is used as dev" in dev.notes[0]
     with pytest.raises(UserError, match=r"has no split 'test'; expected one of test\.tsv, .*msr_paraphrase_train\.txt"):
         text.read(data, "test", task)
 

@@ -46,9 +46,9 @@ def test_every_split_of_mnli(tmp_path):
         examples, words, *rest = row(output, name)
         assert (examples, words) == ("3" if name == "train" else "2", "2, 2, 2")
         assert rest[-1] == (
-            "unlabelled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes"
+            "unlabeled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes"
         )
-    assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labelled splits only"
+    assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labeled splits only"
 
 
 def test_repeats_and_overlap_with_train(tmp_path, body):
@@ -61,7 +61,7 @@ def test_repeats_and_overlap_with_train(tmp_path, body):
     assert status == 0
     assert row(output, "train") == ["5", "1, 3, 3", "2 (1 with another label)", "2 classes", "3, 5; 40.0%"]
     assert row(output, "dev")[1:5] == ["2, 3, 3", "0", "3 (2 with another label)", "2 classes"]
-    assert row(output, "test")[1:5] == ["2, 4, 4", "0", "1", "unlabelled"]
+    assert row(output, "test")[1:5] == ["2, 4, 4", "0", "1", "unlabeled"]
 
 
 @pytest.mark.parametrize("count", [50, 300])

@@ -82,7 +82,7 @@ def test_the_model_card(results):
         "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 1.0000 | 2.00 | 3.00 | 200 |",
         "by F1 on `dev.tsv`",
         "counted from 1): (1, 2).",
-        "Quantisation to int8: static.",
+        "Quantization to int8: static.",
     ):
         assert line in text
     assert "ONNX" not in render(
