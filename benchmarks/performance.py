@@ -48,7 +48,7 @@ def peers(made: dict[str, Any]) -> str:
     gpu = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     speeds = " and ".join(f"{peaks[name] / 1e9:,.0f} GFLOP/s in {name}" for name in peaks)
     text = (
-        f"Machine: {gpu}{machine['cores']} cores of {machine['processor']}; matrix products reach {speeds}, measured in the "
+        f"Machine: {gpu}{machine['cores']} cores of {machine['processor']}; matrix multiplications reach {speeds}, measured in the "
         f"same run. Data: {s['examples']:,} sentences ({s['tokens']:,} tokens). Student: layers {s['student_layers']} (from "
         f"0) of the {s['teacher_layers']}-layer teacher. Batch {s['batch_size']}, learning rate {s['learning_rate']:g}, "
         f"{s['epochs']} epochs, seeds {', '.join(map(str, s['seeds']))}.\n"
@@ -88,7 +88,7 @@ def _verdict(made: dict[str, Any]) -> str:
     if "ratio_authors" in made:
         text += f"- **{made['ratio_authors']:.1f} times** as fast as the authors' computation.\n"
     if "gemm_share" in made:
-        text += f"- Our training steps reach **{made['gemm_share']:.0%}** of the peak of matrix products (executed).\n"
+        text += f"- Our training steps reach **{made['gemm_share']:.0%}** of the peak of matrix multiplications (executed).\n"
     if "accuracy_holds" in made:
         ahead, held = max(made["accuracy_ahead"].values()), "within" if made["accuracy_holds"] else "beyond"
         text += f"- Accuracy: the best other is {100 * ahead:+.2f} points from ours, {held} the standard error of our mean.\n"

@@ -51,7 +51,7 @@ CONTESTANTS = {
     "ours-deepspeed-2": Contestant(_OURS, "ours", "bfloat16", 2),
 }
 OTHERS = ("peaks", "engine", "teacher", "job")
-"""Peak of matrix products, a step with and without DeepSpeed, the teacher's pass, a run from raw text to its export."""
+"""Peak of matrix multiplications, a step with and without DeepSpeed, the teacher's pass, a run from raw text to its export."""
 
 
 @dataclass(frozen=True)

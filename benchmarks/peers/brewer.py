@@ -3,7 +3,7 @@
 The package dates from 2022. To run it with today's torch and transformers, through its public interface:
 
 - batches are plain dictionaries (it tests `type(batch) is dict`, and transformers' collators return another type);
-- training is in float32, because its half precision needs NVIDIA's apex, which is no longer maintained;
+- training is in float32, because its 16-bit precision needs NVIDIA's apex, which is no longer maintained;
 - training uses one process, because on several CPU processes it passes devices to DistributedDataParallel, an error;
 - the optimizer is torch's, because transformers no longer has one.
 

@@ -1,6 +1,6 @@
 """Combine the measurements of a comparison into one JSON table.
 
-FLOPs of matrix products are counted from shapes (`Shape.forward_flops`); a backward pass counts as two forward passes.
+FLOPs of matrix multiplications are counted from shapes (`Shape.forward_flops`); a backward pass counts as two forward passes.
 *Executed* is what a contestant computes, padding included. *Useful* is what the task needs in any implementation: each
 sentence once through the teacher and once per epoch through the student, unpadded, with the last layers for [CLS] only.
 """

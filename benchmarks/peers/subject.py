@@ -52,7 +52,7 @@ class Clock:
 
 @dataclass
 class Tally:
-    """Counts of timed steps: steps, rows, real tokens, and FLOPs of matrix products (2 per multiply-add)."""
+    """Counts of timed steps: steps, rows, real tokens, and FLOPs of matrix multiplications (2 per multiply-add)."""
 
     steps: int = 0
     rows: int = 0
@@ -88,11 +88,11 @@ def shape_of(c: Any) -> Shape:
 
 _SIZES = ((1024, 384, 1536), (2048, 2048, 2048), (4096, 4096, 4096), (1024, 768, 3072))
 LONGEST_SECONDS = 5.0
-"""Sizes for which one product would take longer are skipped."""
+"""Sizes for which one multiplication would take longer are skipped."""
 
 
 def peak(dtype: torch.dtype, device: torch.device | None = None, seconds: float = 0.4) -> float:
-    """Return the FLOP/s of matrix products on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
+    """Return the FLOP/s of matrix multiplications on all threads or a GPU: the best of some sizes, each tried for `seconds`."""
     device, best = device or torch.device("cpu"), 0.0
     for m, k, n in _SIZES:
         if best and 2 * m * k * n / best > LONGEST_SECONDS:

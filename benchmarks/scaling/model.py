@@ -1,4 +1,4 @@
-"""Arithmetic of a training step: parameters, matrix products, memory of a rank, bytes sent. No time is predicted.
+"""Arithmetic of a training step: parameters, matrix multiplications, memory of a rank, bytes sent. No time is predicted.
 
 The ZeRO formulas describe what DeepSpeed 0.19 was counted to do under this project's engine, which differs from the
 ZeRO paper (Rajbhandari et al. 2020) as `zero_messages` explains. GB = 1e9 bytes.
@@ -28,7 +28,7 @@ class Shape:
         return embeddings + self.layers * layer + h * h + h + h * self.classes + self.classes
 
     def forward_flops(self, rows: int, length: int, cls_only: bool = True) -> float:
-        """Return the FLOPs of a forward pass's matrix products; with `cls_only` the last layer computes [CLS] alone."""
+        """Return the FLOPs of a forward pass's matrix multiplications; with `cls_only` the last layer computes [CLS] alone."""
         h, i = self.hidden, self.intermediate
         full = rows * length * (8 * h * h + 4 * h * i + 4 * length * h)
         last = rows * (8 * h * h + 4 * h * i + 4 * self.heads * length * h) if cls_only else full

@@ -79,7 +79,8 @@ class Task(Section):
     unlabeled: list[str] = Field(
         [],
         description="Files with more text for the teacher to label: `.txt` with one text per line, or tables with the task's "
-        "text columns. Labels in them are ignored: CE is 0 for this text, and every term is a mean over all text.",
+        "text columns. Labels in them are ignored: the loss on labels (CE, see distill.alpha) is 0 for this text. Every loss "
+        "term is a mean over all text.",
     )
     augment: Augment | None = Field(
         None, description="Make more text from the training text for the teacher to label. null: off."
@@ -152,8 +153,9 @@ class Student(Section):
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="`teacher_layers` only: encoder layers to copy, 0-based, increasing. null: every second one. ALBERT "
-        "shares one layer, so only their number counts; for ModernBERT, layer 0 must be included.",
+        description="`teacher_layers` only: teacher layers to copy, increasing, counted from 0 to N-1 for a teacher of N layers "
+        "(distill.patience and cache.layers count from 1). null: every second one, including the last. ALBERT shares one "
+        "layer, so only their number counts; for ModernBERT, layer 0 must be included.",
     )
     num_layers: Count | None = Field(
         None,
@@ -206,8 +208,8 @@ PRESETS: dict[str, dict[str, float | str]] = {
         "ds_reduction": "soft_ce_mean", "pt_reduction": "mean", "pair_embeddings": True, "projection": "always",
     },
 }  # fmt: skip
-"""`distill.preset` -> the loss of the paper, of the authors' code and of the seed (the OneFlow implementation). The paper's
-beta is the authors' 100 at M = 5 pairs of width H = 768: beta_sum = beta_mean / (M * H). The seed also averages over
+"""`distill.preset` -> the loss of the paper, of the authors' code and of the OneFlow reference (`seed`). The paper's beta is
+the authors' 100 at M = 5 pairs of width H = 768: beta_sum = beta_mean / (M * H). The OneFlow reference also averages over
 padding; here padding is always excluded."""
 
 
@@ -215,36 +217,43 @@ class Distill(Section):
     preset: Literal["paper", "authors", "seed"] | None = Field(
         None,
         description="Sets the keys below that are not given: `paper` (the formulas as printed; its beta is for 5 pairs of "
-        "width 768, use a larger one for fewer or narrower pairs), `authors` (their code), `seed` (the OneFlow "
-        "implementation: states of all tokens through a learned projection).",
+        "width 768, use a larger one for fewer or narrower pairs), `authors` (their code), `seed` (the OneFlow reference, "
+        "the code that this project started from: states of all tokens through a learned projection).",
     )
     alpha: Fraction = Field(
-        0.5, description="Weight of the teacher's soft predictions: (1 - alpha) * CE + alpha * DS + beta * PT."
+        0.5,
+        description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT. CE: "
+        "cross-entropy with the label (regression: squared error). DS: distance from the teacher's softened predictions. "
+        "PT: distance between paired hidden states of student and teacher, the patience term.",
     )
     beta: NonNegative = Field(
-        100.0, description="Weight of the patience term. Its scale depends on distill.pt_reduction."
+        100.0, description="Weight of the patience term PT. Its scale depends on distill.pt_reduction."
     )
     temperature: Positive = Field(5.0, description="Softmax temperature of both distributions in DS.")
     patience: Literal["skip", "last"] | list[Count] = Field(
         "skip",
-        description="Teacher layers (from 1) paired with student layers 1 to k-1: `skip`, `last`, or a list of k-1 layers.",
+        description="Teacher layers paired with layers 1 to k-1 of a k-layer student: `skip` (at even distance), `last` (the "
+        "k-1 layers below the teacher's last), or a list of k-1 layers, increasing, counted from 1 to N for a teacher of N "
+        "layers (student.layers counts from 0).",
     )
-    pair_embeddings: bool = Field(False, description="Also pair the outputs of the embeddings, as the seed does.")
+    pair_embeddings: bool = Field(
+        False, description="Also pair the outputs of the embeddings, as the preset `seed` does."
+    )
     normalize: bool = Field(True, description="L2-normalize the states before the patience term.")
     projection: Literal["auto", "always"] = Field(
         "auto",
         description="When to project the student's states before the patience term, with a learned matrix that is not "
-        "exported. `auto`: if its width differs from the teacher's. `always` (seed): at equal width too.",
+        "exported. `auto`: if its width differs from the teacher's. `always` (preset `seed`): at equal width too.",
     )
     ds_reduction: Literal["batchmean", "mean", "soft_ce", "soft_ce_mean"] = Field(
         "batchmean",
-        description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (authors): the same divided "
-        "by the number of classes. `soft_ce` (paper): soft cross-entropy summed over classes, without T^2. "
-        "`soft_ce_mean` (seed): the same divided by the number of classes.",
+        description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (preset `authors`): the "
+        "same divided by the number of classes. `soft_ce` (`paper`): soft cross-entropy summed over classes, without T^2. "
+        "`soft_ce_mean` (`seed`): the same divided by the number of classes. T: distill.temperature.",
     )
     pt_reduction: Literal["sum", "mean"] = Field(
         "mean",
-        description="`sum` (paper): summed over pairs and width, mean over examples. `mean` (authors): mean over all.",
+        description="`sum` (preset `paper`): summed over pairs and width, mean over examples. `mean` (`authors`, `seed`): mean over all.",
     )
     states: Literal["cls", "tokens"] = Field(
         "cls", description="Compare [CLS] states, or the states of all tokens without padding."
@@ -277,7 +286,7 @@ class Train(Section):
         0.1, description="Fraction of the steps used for warm-up; after it the rate decays to 0."
     )
     max_grad_norm: NonNegative = Field(1.0, description="Global norm to which gradients are clipped. 0: no clipping.")
-    adam_epsilon: Positive = Field(1.0e-8, description="Epsilon of AdamW. The seed uses 1e-6.")
+    adam_epsilon: Positive = Field(1.0e-8, description="Epsilon of AdamW. The OneFlow reference uses 1e-6.")
     deepspeed: str = Field("ds_configs/zero1.json", description="DeepSpeed JSON: ZeRO stage, precision, offload.")
     log_every_steps: Count = Field(1, description="Write a line to metrics.jsonl every N steps.")
 
@@ -289,8 +298,9 @@ class Cache(Section):
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Precision of the cached values.")
     layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="Teacher layers whose states are cached, from 1 (0: the embeddings). null: the paired ones. A run can "
-        "use a cache with more layers than it needs.",
+        description="Teacher layers whose states are cached, counted from 1 to N for a teacher of N layers; 0 is the output of "
+        "the embeddings (student.layers counts from 0). null: the paired ones. A run can use a cache with more layers than it "
+        "needs.",
     )
     precision: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="Precision in which the teacher runs. `auto`: float16 on a GPU, bfloat16 on a CPU."

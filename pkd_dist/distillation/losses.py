@@ -48,7 +48,7 @@ def soft_loss(
             `batchmean` (default): KL(teacher || student) summed over classes, times temperature^2.
             `mean` (the authors' code): `batchmean` divided by C.
             `soft_ce` (the paper as printed): soft cross-entropy summed over classes, without temperature^2.
-            `soft_ce_mean` (the code this project started from): `soft_ce` divided by C.
+            `soft_ce_mean` (the OneFlow reference): `soft_ce` divided by C.
     """
     student_BC, teacher_BC = _wide(student_BC), _wide(teacher_BC)
     if student_BC.shape[-1] == 1:

@@ -25,11 +25,11 @@ _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 _MIN_LENGTH_RATIO = 0.75
 """Shortest to longest padded row of a batch; shorter rows start another batch."""
 _ROW_MULTIPLE = 32
-"""Larger batches are rounded down to a multiple. On a CPU, PyTorch keeps about 1 MB for each shape of a matrix product."""
+"""Larger batches are rounded down to a multiple. On a CPU, PyTorch keeps about 1 MB for each shape of a matrix multiplication."""
 
 
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto` to float16 on a GPU and to bfloat16 on a CPU, which has no float16 matrix products."""
+    """Resolve `auto` to float16 on a GPU and to bfloat16 on a CPU, which has no float16 matrix multiplications."""
     if precision != "auto":
         return precision
     return "float16" if device.type == "cuda" else "bfloat16"

@@ -34,7 +34,9 @@ class OnnxModel:
         options.inter_op_num_threads = 1
         # Idle threads must not spin between calls: the cores are needed elsewhere, and calls are as fast without.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.dynamic_block_base", "4")  # a slow core takes less of a product
+        options.add_session_config_entry(
+            "session.dynamic_block_base", "4"
+        )  # a slow core takes a smaller share of a matrix multiplication
         options.log_severity_level = 3
         on_gpu = gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         try:

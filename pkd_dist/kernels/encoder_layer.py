@@ -2,12 +2,12 @@
 
 Operation by operation under autocast, more than half of a small student's training step is not arithmetic: every weight
 and state is cast several times, dropout draws its random numbers one after the other, and each small operation adds a node
-to the autograd graph. A `FusedLayer` has its own forward and backward pass: one product for query, key and value, one cast
-for each weight, and `operations.py` between the products. The last layer may compute the first token alone; its attention
-then reads the hidden states as the keys and values of every head.
+to the autograd graph. A `FusedLayer` has its own forward and backward pass: one matrix multiplication for query, key and
+value, one cast for each weight, and `operations.py` between the matrix multiplications. The last layer may compute the first
+token alone; its attention then reads the hidden states as the keys and values of every head.
 
-Precision is autocast's: products in its dtype, softmax in float32, residual sums and LayerNorm in the dtype of the states
-(float32 under autocast).
+Precision is autocast's: matrix multiplications in its dtype, softmax in float32, residual sums and LayerNorm in the dtype of
+the states (float32 under autocast).
 
 Shapes: B rows, L tokens, H hidden size, F inner size, A heads, d head size, T = B * L.
 """
@@ -142,7 +142,7 @@ def _forward(
     needs_grad: bool,
     weights: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[SavedForBackward]]:
-    """Return the layer's output, the tensors its products save for backward, and what its other operations save.
+    """Return the layer's output, the tensors its matrix multiplications save for backward, and what the rest saves.
 
     Args:
         needs_grad: A backward pass follows.
@@ -165,8 +165,8 @@ def _forward(
     active_TF, activation = operations.gelu(inner_TF, needs_grad)
     output_TH = torch.addmm(bu.to(low), active_TF, wu.t())
     norm_2, _, add_norm_2 = operations.add_norm(norm_1, output_TH, p_output, g2, b2, epsilon, needs_grad)
-    products = [wo, wi, wu, context_TH, low_1, active_TF]
-    return norm_2.view(len(hidden_BLH), -1, H), products, [attention, add_norm_1, activation, add_norm_2]
+    operands = [wo, wi, wu, context_TH, low_1, active_TF]
+    return norm_2.view(len(hidden_BLH), -1, H), operands, [attention, add_norm_1, activation, add_norm_2]
 
 
 class _FusedFunction(torch.autograd.Function):
@@ -179,8 +179,8 @@ class _FusedFunction(torch.autograd.Function):
         settings: _Settings,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        out, products, saved = _forward(hidden_BLH, mask_B1L, operations, settings, True, weights)
-        ctx.save_for_backward(*products, *(tensor for of_one in saved for tensor in of_one.tensors))
+        out, operands, saved = _forward(hidden_BLH, mask_B1L, operations, settings, True, weights)
+        ctx.save_for_backward(*operands, *(tensor for of_one in saved for tensor in of_one.tensors))
         ctx.operations, ctx.shape, ctx.first_token_only = operations, hidden_BLH.shape, settings.first_token_only
         ctx.saved_layout = [(len(of_one.tensors), of_one.numbers) for of_one in saved]
         ctx.weight_dtype = weights[0].dtype
@@ -228,7 +228,7 @@ def _attend_all(
     p: float,
     projections: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, SavedForBackward]:
-    """Return the context of every token, (T, H), with one product for query, key and value."""
+    """Return the context of every token, (T, H), with one matrix multiplication for query, key and value."""
     wq, bq, wk, bk, wv, bv = projections
     B, L, H = low_BLH.shape
     low_TH, w_qkv = low_BLH.view(-1, H), low_BLH.new_empty(3 * H, H)

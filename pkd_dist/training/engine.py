@@ -1,7 +1,7 @@
 """The interface of an engine, and the choice between the two.
 
     PlainEngine       one rank: torch's AdamW, clipping and autocast
-    DeepSpeedEngine   several ranks, and what only DeepSpeed has: weights in half precision with float32 masters,
+    DeepSpeedEngine   several ranks, and what only DeepSpeed has: weights in 16-bit precision with float32 masters,
                       offload, and DeepSpeed's own diagnostics
 
 ZeRO stages have nothing to shard on one rank, so stages 0 to 3 are the plain engine there. Both read and write the same
@@ -145,6 +145,6 @@ def resolve_precision(deepspeed: DeepSpeedJson, device: torch.device) -> tuple[D
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Return whether bfloat16 matrix products are faster than float32 ones on this CPU."""
+    """Return whether bfloat16 matrix multiplications are faster than float32 ones on this CPU."""
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))

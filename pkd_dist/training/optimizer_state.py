@@ -164,7 +164,7 @@ class OptimizerState(ABC):
 
 
 class ReplicatedState(OptimizerState):
-    """The plain engine and ZeRO 0. In half precision the float32 masters are copies, else the parameters themselves."""
+    """The plain engine and ZeRO 0. In 16-bit precision the float32 masters are copies, else the parameters themselves."""
 
     def __init__(
         self,

@@ -45,9 +45,7 @@ def test_every_split_of_mnli(tmp_path):
     for name in GLUE["mnli"].splits:
         examples, words, *rest = row(output, name)
         assert (examples, words) == ("3" if name == "train" else "2", "2, 2, 2")
-        assert rest[-1] == (
-            "unlabeled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes"
-        )
+        assert rest[-1] == ("unlabeled" if name.startswith("test") else "3 classes" if name == "train" else "2 classes")
     assert row(output, "neutral") == ["1 (33.3%)", "1 (50.0%)", "1 (50.0%)"], "labeled splits only"
 
 

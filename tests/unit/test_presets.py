@@ -61,7 +61,7 @@ def test_authors():
 
 
 def test_seed():
-    """The seed: soft cross-entropy over B * C at T = 1, and the mean square over all tokens of a batch without padding."""
+    """The OneFlow reference: soft cross-entropy over B * C at T = 1, and the mean square over all tokens of a batch without padding."""
     mine, theirs = RNG.normal(size=(B, L, M + 1, H)), RNG.normal(size=(B, L, M + 1, H))
     soft = np.mean(-softmax(TEACHER, axis=1) * log_softmax(STUDENT, axis=1))
     expected = 0.8 * CE + 0.2 * soft + 10 * np.mean((mine - theirs) ** 2)
