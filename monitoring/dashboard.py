@@ -103,8 +103,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Waiting for data", "pkd_data_wait_seconds_total", per_second("pkd_data_wait_seconds_total"), "percentunit"),
     ],
     "Teacher's cache": [
-        gauge("Rows per second", "pkd:cache_rows:rate5m", "cps"),
-        Panel("Remaining rows", "pkd_cache_rows_expected",
+        gauge("Examples per second", "pkd:cache_rows:rate5m", "cps"),
+        Panel("Remaining examples", "pkd_cache_rows_expected",
               [(f"{series('pkd_cache_rows_expected')} - {series('pkd_cache_rows_total')}", "{{instance}}")]),
     ],
     "Reliability": [

@@ -11,7 +11,7 @@ from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 from benchmarks.scaling.model import PRECISIONS, bert, cache_row_bytes, step_wire_bytes, zero_memory
 
 DOCUMENT = DOCS / "scaling.md"
-LENGTH = 32  # tokens of a row after padding
+LENGTH = 32  # tokens of an example after padding
 ROWS_TOTAL, SHARD_ROWS = 100_000_000, 4096
 CONSTANTS = read_json(RESULTS / "scaling_constants.json")
 
@@ -38,7 +38,7 @@ def activations() -> str:
     layer, rest = CONSTANTS["counts"]["saved_per_layer"], CONSTANTS["counts"]["saved_rest"]
     sizes = (64, 512, 4096)
     rows = [(str(d), *(n * LENGTH * 768 * (layer * (d - 1) + rest) / 1e9 for n in sizes)) for d in (3, 6, 12)]
-    return numbers(("layers", *(f"{n:,} rows" for n in sizes)), rows)
+    return numbers(("layers", *(f"{n:,} examples" for n in sizes)), rows)
 
 
 def wire() -> str:
@@ -57,7 +57,7 @@ def cache_size() -> str:
     for name, pairs, tokens in cases:
         row = cache_row_bytes(pairs, 768, 2, tokens=tokens)
         rows.append((name, row, row * ROWS_TOTAL / 1e12, f"{-(-ROWS_TOTAL // SHARD_ROWS):,}", row * SHARD_ROWS / 1e6))
-    return numbers(("states", "bytes a row", "TB", "shards of 4,096 rows", "MB a shard"), rows)
+    return numbers(("states", "bytes per example", "TB", "shards of 4,096 examples", "MB per shard"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -26,9 +26,9 @@ from pkd_dist.errors import UserError
 def init_student(
     teacher: Annotated[str, typer.Option(help="Hugging Face folder of a fine-tuned classifier.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    layers: Annotated[str, typer.Option(help="Encoder layers to copy, 0-based, such as 2,6,10.")],
+    layers: Annotated[str, typer.Option(help="Teacher layers to copy, counted from 0, such as 2,6,10.")],
 ) -> None:
-    """Make a student from chosen teacher layers (0-based), as a Hugging Face folder.
+    """Make a student from chosen teacher layers (counted from 0), as a Hugging Face folder.
 
     Example: pkd init-student --teacher runs/demo/teacher --layers 1,3,5 --output student
     """

@@ -5,7 +5,7 @@ and cut into global batches, whose order is shuffled again; the short last batch
 depend on the number of ranks. Rank r of R takes rows r, r + R, ... of the global batch and pads its share with rows of
 weight 0, so that all ranks compute the same number of micro-batches of the same size.
 
-Shapes: N examples, B rows of one micro-batch, L its longest length rounded up to `MULTIPLE`, C classes, M layers, H width.
+Shapes: N examples, B examples of one micro-batch, L its longest length rounded up to `MULTIPLE`, C classes, M layers, H width.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def epoch_order(lengths_N: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def micro_batches(batch_size: int, world_size: int, micro_batch_size: int | str) -> tuple[int, int]:
-    """Return (rows per micro-batch, micro-batches per step) of each rank.
+    """Return (examples per micro-batch, micro-batches per step) of each rank.
 
     Args:
         batch_size: global.
         world_size: number of ranks.
-        micro_batch_size: rows, or "auto": the rank's whole share, at most 64.
+        micro_batch_size: examples, or "auto": the rank's whole share, at most 64.
     """
     share = -(-batch_size // world_size)
     size = min(share, 64) if micro_batch_size == "auto" else min(share, int(micro_batch_size))
@@ -148,7 +148,7 @@ class TrainingBatches:
     Args:
         tokens: the training set.
         batch_size: global.
-        micro_batch_size: rows of one forward pass on one rank, or "auto".
+        micro_batch_size: examples of one forward pass on one rank, or "auto".
         seed: of the order.
         rank, world_size: of this process and of the job.
         pad_id: token id of padding.

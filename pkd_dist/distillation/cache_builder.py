@@ -160,7 +160,7 @@ def _build_shards(
     teacher = make_teacher(spec.fingerprint.layers)
     batches = TeacherBatches(spec.tokens, spec.pad_id, teacher.device)
     at_once = _shards_per_pass(teacher, spec.shard_rows)
-    with Bar("cache, rows of this rank", _count_rows(spec, todo), show=telemetry.show) as bar:
+    with Bar("cache, examples of this rank", _count_rows(spec, todo), show=telemetry.show) as bar:
 
         def stop_after(rows: int) -> bool:
             bar.advance(rows)

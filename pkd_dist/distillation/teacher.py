@@ -2,7 +2,7 @@
 
 `LiveTeacher` runs one batch. `run_teacher` runs many rows of a token set in batches of similar length, for the cache.
 
-Shapes: B rows of a batch, R rows of a token set, T tokens of these rows without padding, L padded length of a batch,
+Shapes: B examples of a batch, R rows of a token set, T tokens of these rows without padding, L padded length of a batch,
 C classes, M layers, H hidden size.
 """
 

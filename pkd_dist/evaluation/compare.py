@@ -95,7 +95,7 @@ def _logits(
     rows = sum(map(len, splits.values()))
     for name, model in models.items():
         torch.nn.Module.to(model, world.device)
-        title = f"evaluate, {name}, rows of this rank"
+        title = f"evaluate, {name}, examples of this rank"
         with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
             for split, tokens in splits.items():
                 logits[split][name] = predict_logits(forward_of(model), tokens, world, batch_size, pad_id, bar.advance)

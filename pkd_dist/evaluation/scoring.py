@@ -1,6 +1,6 @@
 """Logits of exactly n examples, each computed once, whatever the number of ranks and the batch size.
 
-Shapes: B rows of a batch, N examples, C classes (1 for a regression).
+Shapes: B examples of a batch, N examples, C classes (1 for a regression).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A graph takes the tokenizer's outputs (`input_ids`, `attention_mask`, ... int64,
 `logits` (B, C) in float32. Attention uses ONNX Runtime's own operators, with query, key and value in one matrix
 multiplication. The last layer of a family that reads [CLS] alone computes that row alone.
 
-Shapes: B rows, L tokens, H hidden size, Q = 3H, C classes, A heads, d head size.
+Shapes: B examples, L tokens, H hidden size, Q = 3H, C classes, A heads, d head size.
 """
 
 from __future__ import annotations

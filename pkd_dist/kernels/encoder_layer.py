@@ -9,7 +9,7 @@ token alone; its attention then reads the hidden states as the keys and values o
 Precision is autocast's: matrix multiplications in its dtype, softmax in float32, residual sums and LayerNorm in the dtype of
 the states (float32 under autocast).
 
-Shapes: B rows, L tokens, H hidden size, F inner size, A heads, d head size, T = B * L.
+Shapes: B examples, L tokens, H hidden size, F inner size, A heads, d head size, T = B * L.
 """
 
 from __future__ import annotations

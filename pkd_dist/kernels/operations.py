@@ -9,7 +9,7 @@ Each forward method returns a `SavedForBackward`, which its backward method take
 Two dtypes occur: the compute dtype of the linear layers (autocast's), and the state dtype of the residual stream (float32
 under autocast). p is a dropout probability.
 
-Shapes: B rows, L tokens, Q queries, A heads, d head size, H = A * d, F inner size, T = B * L.
+Shapes: B examples, L tokens, Q queries, A heads, d head size, H = A * d, F inner size, T = B * L.
 """
 
 from __future__ import annotations

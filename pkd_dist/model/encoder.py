@@ -1,6 +1,6 @@
 """A Hugging Face classifier in distillation: find, load and save its folder; forward to logits and hidden states.
 
-Shapes: B rows, L tokens, C classes (1 for a regression), M selected layers, H hidden size, V token ids.
+Shapes: B examples, L tokens, C classes (1 for a regression), M selected layers, H hidden size, V token ids.
 """
 
 from __future__ import annotations

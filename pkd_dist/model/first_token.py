@@ -3,7 +3,7 @@
 That output depends on the other tokens only through an attention-weighted mean of their states, so no keys, values or
 feed-forward passes are needed for them: a third less arithmetic in a 3-layer encoder. Results are the same.
 
-Shapes: B rows, L tokens, H hidden size, A heads, d head size.
+Shapes: B examples, L tokens, H hidden size, A heads, d head size.
 """
 
 from __future__ import annotations

@@ -22,10 +22,12 @@ from pkd_dist.telemetry.log import log
 
 @dataclass(frozen=True)
 class CacheOutput:
-    """Attributes:
-    rows: examples in the cache; 0 where the run needs none.
-    built: rows computed by the last start.
-    bytes: on disk.
+    """What the stage built.
+
+    Attributes:
+        rows: examples in the cache; 0 if the run needs none.
+        built: examples that the last start of the stage added.
+        bytes: size on disk.
     """
 
     rows: int

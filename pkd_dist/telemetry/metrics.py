@@ -76,7 +76,7 @@ class RunMetrics:
         )
         self.stage = self._gauge("pkd_stage", "1 for the running stage, 0 for the others", stage="stage of the run")
         self.cache_rows = self._counter(
-            "pkd_cache_rows_total", "Rows that this process has written to the teacher's cache"
+            "pkd_cache_rows_total", "Examples whose outputs this process has written to the teacher cache"
         )
         self.cache_expected = self._gauge(
             "pkd_cache_rows_expected", "Value of pkd_cache_rows_total when this process has written its share"

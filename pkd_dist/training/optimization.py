@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
         total_steps: optimizer steps of the whole training.
-        micro_batch_size: rows of one forward pass on one rank.
+        micro_batch_size: examples of one forward pass on one rank.
         gradient_accumulation_steps: micro-batches of one optimizer step on one rank.
     """
 
