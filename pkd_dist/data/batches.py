@@ -5,7 +5,8 @@ and cut into global batches, whose order is shuffled again; the short last batch
 depend on the number of ranks. Rank r of R takes rows r, r + R, ... of the global batch and pads its share with rows of
 weight 0, so that all ranks compute the same number of micro-batches of the same size.
 
-Shapes: N examples, B examples of one micro-batch, L its longest length rounded up to `MULTIPLE`, C classes, M layers, H width.
+Shapes (suffixes of names, see docs/architecture.md): N examples, B examples of one micro-batch, L its longest length rounded up
+to `MULTIPLE`, C classes, M layers, H hidden size.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Every function returns one value per example, and the caller averages over the g
 micro-batches and ranks exact. States of all tokens are averaged within each example first, so that short and long examples
 have equal weight. All losses are computed in float32 or wider, whatever the dtype of the model.
 
-Shapes: B examples, C classes, M patience pairs, H hidden size, L tokens.
+Shapes (suffixes of names, see docs/architecture.md): B examples, C classes, M patience pairs, H hidden size, L tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The loss of a training step, and the source of its teacher outputs.
 
-A `TeacherOutputs` adds teacher logits and states to a batch, from the cache or from a forward pass. `DistillationLoss` then
-runs the student on the batch and returns the loss terms per example.
+An `AddTeacherOutputs` function adds the teacher's logits and hidden states to a batch, from the cache or from a forward pass.
+`DistillationLoss` then runs the student on the batch and returns the loss terms per example.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
 from pkd_dist.distillation.teacher import LiveTeacher
 
-TeacherOutputs = Callable[[Batch], Batch]
+AddTeacherOutputs = Callable[[Batch], Batch]
 """Returns the batch with the teacher outputs added."""
 Student = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 """Maps (inputs, layers, all_tokens) to logits and states, as `Encoder` and the engine around it do."""
@@ -49,7 +49,7 @@ def cached_outputs(reader: CacheReader) -> CachedOutputs:
     return CachedOutputs(reader) if reader.all_tokens else CachedClsOutputs(reader)
 
 
-def live_outputs(teacher: LiveTeacher) -> TeacherOutputs:
+def live_outputs(teacher: LiveTeacher) -> AddTeacherOutputs:
     """Return a source that runs the teacher on each batch."""
 
     def add_outputs(batch: Batch) -> Batch:

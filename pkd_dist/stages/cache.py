@@ -123,7 +123,10 @@ STAGE = Stage("cache", VERSION, CacheOutput, inputs, run, missing, artifacts)
 
 
 def needed_fingerprint(context: Context) -> Fingerprint:
-    """Return the identity of the teacher outputs that this run needs."""
+    """Return the fingerprint of the teacher outputs that this run trains on: only the layers it pairs.
+
+    A cache that holds more layers serves it too.
+    """
     run = context.resolved
     return Fingerprint(
         teacher=context.output(TeacherOutput).weights,
@@ -138,12 +141,12 @@ def needed_fingerprint(context: Context) -> Fingerprint:
 
 
 def kept_fingerprint(context: Context) -> Fingerprint:
-    """Return the same for a cache that is built now, which may hold more layers."""
+    """Return the fingerprint of the cache that this run keeps: as `needed_fingerprint`, but with all of `cache.layers`."""
     return replace(needed_fingerprint(context), layers=context.resolved.kept_layers)
 
 
 def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
-    """Load the teacher with the hidden states of `layers`, counted from 1."""
+    """Load the teacher with the hidden states of `layers`, counted from 1 (0: the embeddings)."""
     run = context.resolved
     return LiveTeacher(
         encoder.load_model(teacher_folder(context)),

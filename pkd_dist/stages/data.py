@@ -26,10 +26,12 @@ SAMPLE, SAMPLE_TEXTS = "sample.json", 8
 
 @dataclass(frozen=True)
 class DataOutput:
-    """Attributes:
-    classes: label values in the order of the logits; empty for a regression.
-    class_names: their names, in the same order.
-    sets: token set -> what is in it: the splits, and `distill` where there is extra text.
+    """The token sets of this run, and the task's classes.
+
+    Attributes:
+        classes: label values in the order of the logits; empty for a regression.
+        class_names: their names, in the same order.
+        sets: token set -> what is in it: the splits, and `distill` where there is extra text.
     """
 
     classes: tuple[str, ...]

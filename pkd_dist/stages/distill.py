@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
-from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, cached_outputs, live_outputs
+from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
 from pkd_dist.model import student
@@ -25,12 +25,14 @@ from pkd_dist.training.trainer import train
 
 @dataclass(frozen=True)
 class DistillOutput:
-    """Attributes:
-    best_file: weights of the best epoch, in RUN/checkpoints.
-    weights: their sha256.
-    best_metric: the task's main metric on dev.
-    history: scores on dev after each evaluated epoch.
-    steps, samples, tokens: of the whole training, over all ranks.
+    """The finished training of the student.
+
+    Attributes:
+        best_file: weights of the best epoch, in RUN/checkpoints.
+        weights: their sha256.
+        best_metric: the task's main metric on dev.
+        history: scores on dev after each evaluated epoch.
+        steps, samples, tokens: of the whole training, over all ranks.
     """
 
     best_file: str
@@ -121,7 +123,7 @@ def _own_shards(context: Context) -> Sequence[int]:
     return range(context.world.rank, len(manifest.shards) if manifest else 0, context.world.size)
 
 
-def _teacher_outputs(context: Context) -> TeacherOutputs | None:
+def _teacher_outputs(context: Context) -> AddTeacherOutputs | None:
     run, fingerprint = context.resolved, needed_fingerprint(context)
     shards = _own_shards(context)
     if run.cached:

@@ -26,10 +26,12 @@ from pkd_dist.telemetry.log import log
 
 @dataclass(frozen=True)
 class EvaluateOutput:
-    """Attributes:
-    results: the content of results_eval.json.
-    latencies_ms: model -> milliseconds of each single-sentence request.
-    rates: model -> sentences per second of each pass.
+    """The scores and speed of both models.
+
+    Attributes:
+        results: the content of results_eval.json.
+        latencies_ms: model -> milliseconds of each single-sentence request.
+        rates: model -> sentences per second of each pass.
     """
 
     results: SkipValidation[Results]

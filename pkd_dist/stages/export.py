@@ -20,10 +20,12 @@ from pkd_dist.telemetry.log import log
 
 @dataclass(frozen=True)
 class ExportOutput:
-    """Attributes:
-    weights: sha256 of model.safetensors.
-    largest_difference: of a logit on dev, between the reloaded and the trained student.
-    files: sha256 of each file.
+    """The finished export.
+
+    Attributes:
+        weights: sha256 of model.safetensors.
+        largest_difference: of a logit on dev, between the reloaded and the trained student.
+        files: sha256 of each file.
     """
 
     weights: str

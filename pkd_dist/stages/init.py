@@ -16,10 +16,12 @@ from pkd_dist.telemetry.log import log
 
 @dataclass(frozen=True)
 class InitOutput:
-    """Attributes:
-    made_of: for people.
-    weights: digest of the initial weights.
-    files: sha256 of each file of the folder.
+    """The student's initial weights, in RUN/student_init.
+
+    Attributes:
+        made_of: for people.
+        weights: digest of the initial weights.
+        files: sha256 of each file of the folder.
     """
 
     made_of: str

@@ -39,8 +39,10 @@ from pkd_dist.telemetry.records import Record
 
 @dataclass(frozen=True)
 class ReportOutput:
-    """Attributes:
-    bytes: size of the page.
+    """The written report.
+
+    Attributes:
+        bytes: size of the page.
     """
 
     bytes: int

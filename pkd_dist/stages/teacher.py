@@ -17,10 +17,12 @@ from pkd_dist.training.finetune import TeacherJob, finetune
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """Attributes:
-    weights: digest of the teacher.
-    folder: folder or hub name it loads from.
-    best_epoch, history: of its fine-tuning; None and empty where it was given.
+    """The teacher of this run.
+
+    Attributes:
+        weights: digest of the teacher.
+        folder: folder or hub name it loads from.
+        best_epoch, history: of its fine-tuning; None and empty where it was given.
     """
 
     weights: str

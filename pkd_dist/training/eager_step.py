@@ -22,7 +22,7 @@ _TOKENS, _NOT_FINITE, _STOP = range(len(LOSS_TERMS), len(LOSS_TERMS) + 3)
 
 
 class EagerStep:
-    """See `step.TrainStep`. The result is known at once."""
+    """A `step.TrainStep` operation by operation. A call returns the result of its own step."""
 
     def __init__(self, inputs: StepInputs):
         self._inputs, self._job, self._world, self._engine = inputs, inputs.job, inputs.world, inputs.engine

@@ -51,7 +51,10 @@ class _Launched:
 
 
 class GraphStep:
-    """See `step.TrainStep`. A call returns the result of the step before, and None the first time.
+    """A `step.TrainStep` whose results arrive one call later.
+
+    A call launches step N on the device, then waits for step N-1 and returns its result; the first call returns None, and
+    `flush` returns the last result. The host thus prepares a step while the device works on the one before.
 
     Args:
         update: of the engine in `inputs`.

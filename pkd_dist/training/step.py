@@ -62,7 +62,8 @@ class TrainStep(Protocol):
         """Do optimizer step `step`, counted from 0.
 
         Returns:
-            The newest result that is known: of this step, or of the one before if the device still works on this one.
+            The result of this step (`EagerStep`), or of the step before it, as the device still works on this one
+            (`GraphStep`; None the first time).
 
         Raises:
             NonFiniteError: the step whose result was awaited diverged.

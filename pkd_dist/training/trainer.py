@@ -73,7 +73,10 @@ def resume(job: Job, world: World, engine: Engine, telemetry: Telemetry) -> Prog
 
 
 def open_step(inputs: StepInputs) -> TrainStep:
-    """Return the step for an engine: in one launch on one GPU, if nothing prevents it; else operation by operation."""
+    """Return how this training does its steps: a `GraphStep` if it can, else an `EagerStep`.
+
+    A `GraphStep` needs a single rank on a GPU, the plain engine, and one micro-batch per step.
+    """
     engine, world = inputs.engine, inputs.world
     if world.device.type != "cuda" or world.size > 1:
         return EagerStep(inputs)
