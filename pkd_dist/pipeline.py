@@ -2,7 +2,7 @@
 
     data -> teacher -> cache -> init -> distill -> evaluate -> export -> report
 
-What a stage depends on and makes is in its own module; how it is found done is in `stages.base`.
+Each stage's module names its inputs and outputs; `stages.base` decides whether a stage is done.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def launch(
         ranks = discover()
         to_terminal(ranks.main)
         config = load(config_file, overrides)
-        load_deepspeed(config, config_file)  # refused here, before torch is imported
+        load_deepspeed(config, config_file)  # checked here, before torch is imported
         gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
         from pkd_dist import pipeline
         from pkd_dist.distributed.world import World

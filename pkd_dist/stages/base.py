@@ -105,7 +105,7 @@ class Stage(Generic[Output]):
 
 
 class SpoiledError(UserError):
-    """What a stage has made so far must not be used: it starts over the next time it runs.
+    """The output of a stage so far must not be used: the stage starts over the next time it runs.
 
     Attributes:
         cause: what the user reads.

@@ -2,7 +2,7 @@
 
     Config + DeepSpeed JSON + the teacher's configuration -> resolve() -> Resolved -> Context -> stage.run(context)
 
-`resolve` refuses whatever can be known to be wrong before anything is written.
+`resolve` rejects everything that can be found wrong before anything is written.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _prepare(context: Context) -> DataOutput:
             log.info(
                 "data: the teacher's outputs have no names; they are taken to be %s, in this order", ", ".join(names)
             )
-    class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
+    class_weights(task.class_weights, train.labels_N, train.classes, names)  # rejects weights that do not fit
     if len(train) < context.world.size:
         raise UserError(
             f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"

@@ -50,7 +50,7 @@ def inputs(context: Context) -> Inputs:
 def run(context: Context) -> TeacherOutput:
     run, paths, world = context.resolved, context.resolved.paths, context.world
     if not run.finetunes:
-        world.on_main(lambda: encoder.load_model(run.source) and None)  # refuses a folder that cannot be loaded
+        world.on_main(lambda: encoder.load_model(run.source) and None)  # rejects a folder that cannot be loaded
         return TeacherOutput(encoder.weights_digest(run.source), run.source)
     if not world.on_main(paths.teacher.exists):
         _finetune(context)
