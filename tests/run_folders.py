@@ -51,7 +51,8 @@ def make_run(
     resolved = {
         "versions": {"pkd_dist": "0.1.0", "torch": "2.13.0"}, "git_revision": "54e3440", "world_size": 2,
         "launcher": "torchrun", "device": "cpu", "precision": "autocast bfloat16", "teacher_precision": "bfloat16",
-        "deepspeed": {"zero_optimization": {"stage": 1}}, "teacher_layers": 6, "student_layers": 3, "patience_pairs": [[1, 2], [2, 4]],
+        "deepspeed": {"zero_optimization": {"stage": 1}}, "teacher_layers": 6, "student_layers": 3, "copied_layers": [1, 3, 5],
+        "patience_pairs": [[1, 2], [2, 4]],
         "beta_mean": 100.0, "beta_sum": 0.1302,
     }  # fmt: skip
     (folder / "stages").mkdir(parents=True)
@@ -208,7 +209,7 @@ def read(folder: Path) -> Run:
     config = load(folder / "config.yaml")
     resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["resolved"]
     return view(
-        Settings(config, tasks.resolve(config.task), Environment(**resolved), (1, 3, 5)),
+        Settings(config, tasks.resolve(config.task), Environment(**resolved)),
         Outputs(**outputs),
         [StageTime(name, marker.seconds, marker.starts, marker.stopped) for name, marker in found.items()],
         list(records.read(folder / "metrics.jsonl")),

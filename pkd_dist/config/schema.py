@@ -259,6 +259,11 @@ class Distill(Section):
         "cls", description="Compare [CLS] states, or the states of all tokens without padding."
     )
 
+    @property
+    def formula(self) -> str:
+        """The loss of an example, for people."""
+        return f"L = {1 - self.alpha:g} CE + {self.alpha:g} DS + {self.beta:g} PT"
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: object) -> object:

@@ -76,9 +76,9 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
 - Data: `{{ facts.train.source }}`, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
   by {{ metric }} on `{{ facts.dev.source }}`.
 - Student: {{ facts.initialized_from }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
-- Loss: (1 - alpha) CE + alpha DS + beta PT with alpha {{ config.distill.alpha }}, temperature {{ config.distill.temperature }}
-  (`ds_reduction: {{ config.distill.ds_reduction }}`), beta {{ config.distill.beta }} (`pt_reduction: {{ config.distill.pt_reduction }}`;
-  equal to {{ "%.4g" | format(environment.beta_mean) }} with `mean` and {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
+- Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states), temperature {{ config.distill.temperature }},
+  `ds_reduction: {{ config.distill.ds_reduction }}`, `pt_reduction: {{ config.distill.pt_reduction }}` (the same weight of PT is
+  {{ "%.4g" | format(environment.beta_mean) }} with `mean`, {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
   {{ "normalized" if config.distill.normalize else "not normalized" }}.
 - Optimizer: AdamW, learning rate {{ config.train.learning_rate }}, batch size {{ config.train.batch_size }}, seed {{ config.run.seed }};
   trained in {{ environment.precision }} on {{ environment.world_size }} rank(s).

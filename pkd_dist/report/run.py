@@ -191,7 +191,6 @@ class Run:
         data: token sets by name; has `train` and `dev`.
         teacher_history: evaluations during fine-tuning; empty if the teacher was given.
         initialized_from: description of the weights the student starts from.
-        copied_layers: teacher layers, from 0, that the student starts from; None if it starts otherwise.
         steps: logged steps of the distillation.
         dev: predictions of both models on dev.
     """
@@ -205,7 +204,6 @@ class Run:
     data: Mapping[str, TokenSetSummary]
     teacher_history: tuple[Evaluation, ...]
     initialized_from: str
-    copied_layers: tuple[int, ...] | None
     distillation: Distillation
     steps: Steps
     results: Results

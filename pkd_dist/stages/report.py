@@ -73,7 +73,7 @@ def _write(context: Context) -> ReportOutput:
         export=context.output(ExportOutput),
     )
     page = view(
-        Settings(resolved.config, resolved.task, environment(resolved, context.world), resolved.copied_layers),
+        Settings(resolved.config, resolved.task, environment(resolved, context.world)),
         outputs,
         _times(Markers(paths.run, translate)),
         list(records.read(paths.records)),
@@ -109,7 +109,6 @@ class Settings:
     config: Config
     task: Task
     environment: Environment
-    copied_layers: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,6 @@ def view(
         data=outputs.data.sets,
         teacher_history=_history(outputs.teacher.history),
         initialized_from=outputs.init.made_of,
-        copied_layers=settings.copied_layers,
         distillation=_distillation(outputs.distill, [line for line in lines if "split" in line]),
         steps=_steps([line for line in lines if "split" not in line]),
         results=_results(outputs.evaluate),

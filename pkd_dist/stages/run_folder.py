@@ -111,6 +111,7 @@ def environment(run: Resolved, world: World) -> Environment:
         deepspeed=run.deepspeed,
         teacher_layers=run.teacher_layers,
         student_layers=run.student_layers,
+        copied_layers=None if run.copied_layers is None else list(run.copied_layers),
         patience_pairs=[list(pair) for pair in run.pairs],
         beta_mean=beta if is_mean else beta * scale,
         beta_sum=beta / scale if is_mean else beta,

@@ -63,7 +63,7 @@ def test_the_model_card(results):
     environment = Environment(
         versions={"pkd_dist": "9", "torch": "2"}, git_revision=None, world_size=2, launcher="torchrun", device="cpu",
         precision="float32", teacher_precision="bfloat16", deepspeed={}, teacher_layers=4, student_layers=2,
-        patience_pairs=[[1, 2]], beta_mean=100.0, beta_sum=0.5,
+        copied_layers=[1, 3], patience_pairs=[[1, 2]], beta_mean=100.0, beta_sum=0.5,
     )  # fmt: skip
     facts = CardFacts(
         config=load(None, ["run.dir=unused", "teacher.model=MINE"]), results=results, environment=environment,

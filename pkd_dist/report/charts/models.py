@@ -15,7 +15,7 @@ _LEFT = {"teacher": 0.0, "student": 2.1}
 def layers(run: Run) -> Plot:
     """Draw both models. Layer 0 is the embeddings, the layer after the last one the classifier."""
     depth = {"teacher": run.environment.teacher_layers, "student": run.environment.student_layers}
-    copied = [layer + 1 for layer in run.copied_layers or ()]
+    copied = [layer + 1 for layer in run.environment.copied_layers or ()]
     pairs = run.environment.patience_pairs
     used = {teacher for _, teacher in pairs} | set(copied)
     top = max(depth.values()) + 1.0
