@@ -5,10 +5,12 @@ Everything is made here, from fixed seeds; nothing is fetched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,21 @@ def launch(
     assert not bare, "ranks without a launcher take no other environment"
     argv = command(*arguments, ranks=ranks)
     return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
+
+
+@contextlib.contextmanager
+def started(*arguments: str | Path, ranks: int = 1) -> Iterator[list[forked.Process]]:
+    """The processes of a job, by rank, without a launcher; killed at the end, if they have not ended."""
+    with tempfile.TemporaryDirectory() as place:
+        job = []
+        try:
+            for rank, variables in enumerate(bare_ranks(ranks) if ranks > 1 else [environment()]):
+                files = Path(place, f"{rank}.out"), Path(place, f"{rank}.err")
+                job.append(forked.Process(ROOT / "launcher/train.py", arguments, ROOT, variables, *files))
+            yield job
+        finally:
+            for process in job:
+                process.kill()
 
 
 def losses(run: Path) -> list[float]:

@@ -2,8 +2,7 @@
 
 A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
 from a start of its own: what the environment decides while Python and torch are loaded (the seed of string hashes, so the
-order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run. So a run
-that is to be killed and gone on with is started by itself.
+order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run.
 """
 
 from __future__ import annotations
@@ -32,6 +31,57 @@ _GRACE = 20.0
 """Seconds that the other processes have once one has ended with a status other than 0."""
 
 
+class Process:
+    """A program in a process and session of its own, with the calls of `subprocess.Popen` that the tests need."""
+
+    def __init__(
+        self,
+        program: Path,
+        arguments: Sequence[object],
+        cwd: Path,
+        environment: Mapping[str, str],
+        out: Path,
+        err: Path,
+    ):
+        given = str(program), [str(argument) for argument in arguments], str(cwd), dict(environment), str(out), str(err)
+        for file in (out, err):
+            file.touch()
+        self._process = _FROM.Process(target=_become, args=given)
+        self._process.start()
+        self._out, self._err = out, err
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self.sentinel = self._process.sentinel
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise AssertionError(f"did not end in time:\n{self._out.read_text()}\n{self._err.read_text()}")
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._out.read_text(), self._err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kills it and what it started, and waits until it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()  # before it has a group of its own
+        self._process.join()
+
+
 def run(
     program: Path, arguments: Sequence[object], cwd: Path, environments: Sequence[Mapping[str, str]], timeout: float
 ) -> subprocess.CompletedProcess[str]:
@@ -46,13 +96,10 @@ def run(
     """
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        out.touch()
-        err.touch()
-        given = str(program), [str(argument) for argument in arguments], str(cwd)
-        processes = [_FROM.Process(target=_become, args=(*given, dict(e), str(out), str(err))) for e in environments]
+        processes: list[Process] = []
         try:
-            for process in processes:
-                process.start()
+            for environment in environments:
+                processes.append(Process(program, arguments, cwd, environment, out, err))
             deadline, running = time.monotonic() + timeout, {p.sentinel: p for p in processes}
             while running:
                 ended = wait(list(running), max(0.0, deadline - time.monotonic()))
@@ -61,17 +108,13 @@ def run(
                     raise AssertionError(
                         f"{program.name}: {len(running)} of {len(processes)} did not end in time:\n{said}"
                     )
-                if any([running.pop(sentinel).exitcode for sentinel in ended]):
+                if any([running.pop(sentinel).wait() for sentinel in ended]):
                     deadline = min(deadline, time.monotonic() + _GRACE)
         finally:
             for process in processes:
-                if process.pid is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    process.kill()
-                    process.join()
-        statuses = [process.exitcode for process in processes if process.exitcode]
-        return subprocess.CompletedProcess(given[0], min(statuses, default=0), out.read_text(), err.read_text())
+                process.kill()
+        statuses = [process.returncode for process in processes if process.returncode]
+        return subprocess.CompletedProcess(str(program), min(statuses, default=0), out.read_text(), err.read_text())
 
 
 def _become(program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:

@@ -8,11 +8,10 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
-from conftest import ROOT, command, environment, launch, sentences, write_config, write_tsv
+from conftest import launch, sentences, started, write_config, write_tsv
 
 HEADER = "sentence\tlabel\n"
 GOOD_DEV = HEADER + "a good film\t1\na dull plot\t0\n"
@@ -24,9 +23,9 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def refused(*arguments, ranks=0):
+def refused(*arguments, bare=0):
     """Runs the launcher, which must refuse; returns its one line on stderr."""
-    done = launch(*arguments, ranks=ranks)
+    done = launch(*arguments, bare=bare)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     lines = done.stderr.splitlines()
@@ -173,7 +172,7 @@ def test_wrong_data_is_refused_by_file_and_line(settings, tmp_path, case):
 def test_more_ranks_than_examples(settings, tmp_path):
     put(tmp_path, {"own/train.tsv": GOOD_DEV, "own/dev.tsv": GOOD_DEV})
     config = write_config(settings, tmp_path)
-    line = refused("--config", config, f"task.data={tmp_path}/own", "--stages", "data", ranks=3)
+    line = refused("--config", config, f"task.data={tmp_path}/own", "--stages", "data", bare=3)
     assert line.endswith("own/train.tsv: 2 examples for 3 ranks; use at most as many ranks as examples")
 
 
@@ -268,16 +267,13 @@ def stopped(body, data, tmp_path_factory):
         "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
     }
-    job = subprocess.Popen(
-        command("--config", write_config(settings, folder), "--stages", "data,teacher,cache,init,distill"),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    while len(list((folder / "run").glob("checkpoints/step-*/commit.json"))) < 2:
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
-    job.send_signal(signal.SIGUSR1)
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 75, output
+    with started("--config", write_config(settings, folder), "--stages", "data,teacher,cache,init,distill") as [job]:
+        while len(list((folder / "run").glob("checkpoints/step-*/commit.json"))) < 2:
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+        job.send_signal(signal.SIGUSR1)
+        output = job.communicate(timeout=120)
+        assert job.returncode == 75, output
     return folder, settings
 
 

@@ -9,10 +9,9 @@ import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import ROOT, command, environment, launch, losses, sentences, write_config, write_tsv
+from conftest import ROOT, environment, launch, losses, sentences, started, write_config, write_tsv
 from safetensors.torch import load_file, save_file
 from test_kill import arrived, kill_at
 
@@ -22,32 +21,17 @@ from pkd_dist.export import hf
 TO_DISTILL = ("--stages", "data,teacher,cache,init,distill")
 
 
-def start(*arguments, ranks):
-    return subprocess.Popen(
-        command(*arguments, ranks=ranks), cwd=ROOT, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def rank_of(job, rank):
-    """The process of a rank under the deepspeed launcher."""
-    for child in psutil.Process(job.pid).children(recursive=True):
-        if f"--local_rank={rank}" in child.cmdline():
-            return child
-    raise AssertionError(f"no rank {rank}")
-
-
 def signalled_at(run, moment, number, *arguments):
-    """Sends a signal to rank 1 of two when the moment comes; returns the ended job's output and messages."""
-    job = start(*arguments, ranks=2)
-    while not arrived(run, moment):
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.001)
-    rank_of(job, 1).send_signal(number)
-    out, error = job.communicate(timeout=120)
-    assert job.returncode == 75, out + error
-    said = [line for line in error.splitlines() if line.startswith("pkd: ")]
-    assert len(said) == 1 and "Traceback" not in out + error, out + error
+    """Sends a signal to rank 1 of two when the moment comes; returns the message of the ended job."""
+    with started(*arguments, ranks=2) as job:
+        while not arrived(run, moment):
+            assert job[0].poll() is None, job[0].communicate()
+            time.sleep(0.001)
+        job[1].send_signal(number)
+        texts = [process.communicate(timeout=120) for process in job]
+        assert [process.returncode for process in job] == [75, 75], texts
+    said = [line for _, error in texts for line in error.splitlines() if line.startswith("pkd: ")]
+    assert len(said) == 1 and "Traceback" not in str(texts), texts
     return said[0]
 
 
@@ -83,7 +67,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(settings, tmp_path):
     calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}", *TO_DISTILL)
     assert calm.returncode == 0, calm.stderr
     assert kill_at(run, "metrics.jsonl:60", "--config", config, *TO_DISTILL, ranks=2)
-    assert kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL, ranks=0)
+    assert kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL)
     end = launch("--config", config, "train.deepspeed=ds_configs/zero3_fp32.json", *TO_DISTILL, bare=4)
     assert end.returncode == 0 and "distill: resuming from step" in end.stdout, end.stdout + end.stderr
     assert losses(run) == pytest.approx(losses(tmp_path / "calm"), rel=1e-3)
@@ -92,16 +76,14 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(settings, tmp_path):
 def test_a_second_job_is_refused_and_a_killed_one_leaves_no_lock(settings, tmp_path):
     settings["train"]["epochs"] = 500
     config, run = write_config(settings, tmp_path), tmp_path / "run"
-    job = start("--config", config, ranks=0)
-    while not arrived(run, "run.lock:1"):
-        assert job.poll() is None
-        time.sleep(0.001)
-    second = launch("--config", config)
-    assert second.returncode == 2 and f"{run}: in use by process {job.pid} on " in second.stderr
-    fresh = launch("--config", config, "--fresh")
-    assert fresh.returncode == 2 and "in use by process" in fresh.stderr and not (tmp_path / "run.1").exists()
-    job.kill()
-    job.communicate()
+    with started("--config", config) as [job]:
+        while not arrived(run, "run.lock:1"):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.001)
+        second = launch("--config", config)
+        assert second.returncode == 2 and f"{run}: in use by process {job.pid} on " in second.stderr
+        fresh = launch("--config", config, "--fresh")
+        assert fresh.returncode == 2 and "in use by process" in fresh.stderr and not (tmp_path / "run.1").exists()
     assert launch("--config", config, "--stages", "data").returncode == 0
     assert not (run / "run.lock").exists()
 
@@ -188,7 +170,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_the_update(prep
     settings = (tmp_path / "broken/run.yaml").read_text().replace(str(prepared), str(tmp_path / "broken"))
     (tmp_path / "broken/run.yaml").write_text(settings)
     often = "checkpoint.every_steps=1", "checkpoint.min_seconds=0"
-    job = launch("--config", tmp_path / "broken/run.yaml", *often, *TO_DISTILL, ranks=2)
+    job = launch("--config", tmp_path / "broken/run.yaml", *often, *TO_DISTILL, bare=2)
     assert job.returncode == 3, job.stdout + job.stderr
     [said] = [line for line in job.stderr.splitlines() if line.startswith("pkd: ")]
     done = len(losses(tmp_path / "broken/run"))

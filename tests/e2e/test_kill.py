@@ -5,13 +5,10 @@ A moment is a file that the run makes: the test watches for it and kills. Dropou
 
 import glob
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
-from conftest import ROOT, command, environment, launch, losses, write_config
+from conftest import launch, losses, started, write_config
 
 MOMENTS = {
     "teacher, mid-epoch": "teacher_metrics.jsonl:3",
@@ -43,33 +40,15 @@ def arrived(run, moment):
     return False
 
 
-def kill_at(run, moment, *arguments, ranks):
+def kill_at(run, moment, *arguments, ranks=1):
     """Starts the job, kills all of it when the moment comes; returns whether it came."""
-    job = subprocess.Popen(
-        command(*arguments, ranks=ranks),
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 180  # a slow machine may take a minute to start
-    while job.poll() is None and time.monotonic() < deadline:
-        if arrived(run, moment):
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
-            assert_gone(job.pid)
-            return True
-        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+    with started(*arguments, ranks=ranks) as job:
+        deadline = time.monotonic() + 180  # a slow machine may take a minute
+        while job[0].poll() is None and time.monotonic() < deadline:
+            if arrived(run, moment):
+                return True
+            time.sleep(0.001)  # watching, not hoping: what it waits for is a file
     return False
-
-
-def assert_gone(group):
-    """Waits until no process of the group is left, so that the next start meets none of them."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.001)
-    raise AssertionError("a process outlived SIGKILL of its group")
 
 
 def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_path):
@@ -79,9 +58,7 @@ def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_
     calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}")
     assert calm.returncode == 0, calm.stdout + calm.stderr
     run = tmp_path / "hunted"
-    came = {
-        name: kill_at(run, moment, "--config", config, f"run.dir={run}", ranks=0) for name, moment in MOMENTS.items()
-    }
+    came = {name: kill_at(run, moment, "--config", config, f"run.dir={run}") for name, moment in MOMENTS.items()}
     assert all(came.values()), came
     end = launch("--config", config, f"run.dir={run}")
     assert end.returncode == 0, end.stdout + end.stderr
@@ -108,15 +85,12 @@ def test_a_stop_signal_commits_a_checkpoint(settings, tmp_path):
     settings["train"]["epochs"] = 50
     config = write_config(settings, tmp_path)
     run = tmp_path / "run"
-    job = subprocess.Popen(
-        [sys.executable, str(ROOT / "launcher/train.py"), "--config", str(config)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not arrived(run, "metrics.jsonl:7"):
-        assert job.poll() is None
-        time.sleep(0.001)
-    job.send_signal(signal.SIGUSR1)
-    _, error = job.communicate(timeout=120)
+    with started("--config", config) as [job]:
+        while not arrived(run, "metrics.jsonl:7"):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.001)
+        job.send_signal(signal.SIGUSR1)
+        _, error = job.communicate(timeout=120)
     assert job.returncode == 75, error
     assert "stopped by SIGUSR1; a checkpoint of step" in error and "rerun the same command to resume" in error
     step = len(losses(run))

@@ -81,7 +81,6 @@ def by_hand(folder, slots, address="127.0.0.1"):
 
 WAYS = {
     "deepspeed": lambda _: [[*DEEPSPEED, "--num_accelerators", "2", "--master_port", str(free_port())]],
-    "deepspeed, hostfile": lambda folder: by_hand(folder, [2]),
     "deepspeed, hostfile, two nodes": lambda folder: by_hand(folder, [1, 1]),
     "mpirun": lambda _: [[*MPIRUN, "-np", "2", sys.executable]],
     "torchrun": lambda _: [[*TORCHRUN, "--standalone", "--nproc_per_node", "2"]],

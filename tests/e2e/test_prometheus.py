@@ -1,6 +1,7 @@
 """Real runs with Prometheus and a Pushgateway: their series equal what the run has written."""
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ import urllib.request
 
 import pytest
 from certificates import make_certificate
-from conftest import ROOT, TORCHRUN, command, environment, results, whole_run, write_config
+from conftest import ROOT, environment, launch, results, started, whole_run, write_config
 from prometheus_client.parser import text_string_to_metric_families
 
 from pkd_dist.config.load import load
@@ -142,18 +143,13 @@ def run(prometheus, gateway, body, data, tmp_path_factory):
     """Run on two ranks; return the run folder, target files, targets, a scrape during training, and the output."""
     folder = tmp_path_factory.mktemp("watched")
     config = write_config(watched(body, data, folder, prometheus, gateway), folder)
-    argv = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *command("--config", config)[1:]]
-    process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
+    with started("--config", config, ranks=2) as job:
         distilling = 'pkd_step > 5 and on (instance) pkd_stage{stage="distill"} == 1'
         until(lambda: prometheus.query(distilling), "a scraped step of the student")
         files, targets = list(prometheus.targets.iterdir()), prometheus.active()
         served = fetch(targets[0]["scrapeUrl"])
-        out, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, out
+        out, _ = job[0].communicate(timeout=240)
+        assert (job[0].returncode, job[1].wait(60)) == (0, 0), out
     return folder / "run", files, targets, served, out
 
 
@@ -223,14 +219,7 @@ def test_rerun_pushes_the_final_values(run, gateway):
 
     before = pushed()
     assert before
-    again = subprocess.run(
-        command("--config", folder / "config.yaml"),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    again = launch("--config", folder / "config.yaml", timeout=240)
     assert again.returncode == 0 and "distill: done" in again.stdout and "distill: runs" not in again.stdout, (
         again.stderr
     )
@@ -241,28 +230,20 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     config = write_config(watched(body, data, tmp_path, prometheus, "http://127.0.0.1:1"), tmp_path)
     live = f'job="pkd", run="{tmp_path / "run"}"'
 
-    def start():
-        argv = command("--config", config, "--stages", "data,teacher,cache,init,distill")
-        return subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    start = functools.partial(started, "--config", config, "--stages", "data,teacher,cache,init,distill")
 
     def distilled(step):
         return f'pkd_step{{{live}}} > {step} and on (instance) pkd_stage{{stage="distill"}} == 1'
 
-    processes = []
-    try:
-        for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
-            processes.append(start())
+    for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
+        with start() as [process]:
             until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
-            processes[-1].send_signal(stop)
-            assert processes[-1].wait(60) == status
+            process.send_signal(stop)
+            assert process.wait(60) == status
             until(lambda: not list(prometheus.targets.iterdir()), "its target file is removed")
-        processes.append(start())
-        out, _ = processes[-1].communicate(timeout=240)
-        assert processes[-1].returncode == 0, out
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with start() as [process]:
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
     for counter in ("pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds_count", "pkd_data_wait_seconds_total"):
         assert prometheus.value(f"resets({counter}{{{live}}}[1h])") == 0, counter
     assert prometheus.value(f"changes(process_start_time_seconds{{{live}}}[1h])") == 2, "three processes"
@@ -280,8 +261,7 @@ def test_nonfinite_loss_ends_the_run_and_fires_the_alert(prometheus, gateway, bo
     """The count cannot be scraped any more: it is pushed, and the next process continues from it."""
     settings = watched(body, data, tmp_path, prometheus, gateway)
     settings["teacher"]["finetune"]["learning_rate"] = 1e30
-    argv = command("--config", write_config(settings, tmp_path), "--stages", "data,teacher")
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = launch("--config", write_config(settings, tmp_path), "--stages", "data,teacher")
     assert done.returncode == 3, done.stdout + done.stderr
     last = f'job="pkd_last", run="{tmp_path / "run"}"'
     until(lambda: prometheus.value(f"pkd_nonfinite_total{{{last}}}") == 1, "the count")
@@ -343,8 +323,7 @@ def test_try_sh_prints_the_targets(tmp_path):
 def test_unusable_files_end_the_run_before_it_starts(settings, tmp_path, key):
     given = {"tls": {"tls_cert": "a.pem", "tls_key": "b.pem"}, "password": {"password_file": "c"}}[key]
     settings["metrics"] = {"port": 0, **given}
-    argv = command("--config", write_config(settings, tmp_path))
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = launch("--config", write_config(settings, tmp_path))
     name, value = next(iter(given.items()))
     said = f"pkd: metrics.{name}: {value} cannot be read (No such file or directory)\n"
     assert (done.returncode, done.stderr) == (2, said)

@@ -69,8 +69,8 @@ def test_killed_and_resumed_run(settings, tmp_path):
     settings["trackers"] = {"tensorboard": True, "wandb": "offline", "wandb_project": "reviews"}
     config, stages = write_config(settings, tmp_path), ("--stages", "data,teacher,cache,init,distill")
     run = tmp_path / "run"
-    assert kill_at(run, "metrics.jsonl:8", "--config", config, *stages, ranks=0)
-    assert kill_at(run, "metrics.jsonl:18", "--config", config, *stages, ranks=0)
+    assert kill_at(run, "metrics.jsonl:8", "--config", config, *stages)
+    assert kill_at(run, "metrics.jsonl:18", "--config", config, *stages)
     done = launch("--config", config, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"tensorboard --logdir {run}" in done.stdout and "is disabled for the rest of the run" not in done.stdout
