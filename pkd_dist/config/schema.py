@@ -203,7 +203,8 @@ PRESETS: dict[str, dict[str, float | str]] = {
     },
     "seed": {
         "alpha": 0.2, "beta": 10.0, "temperature": 1.0, "normalize": False, "states": "tokens",
-        "ds_reduction": "soft_ce_mean", "pt_reduction": "mean", "pair_embeddings": True, "projection": "always",
+        "ds_reduction": "soft_ce_mean", "pt_reduction": "pair_sum", "pair_embeddings": True, "pair_last_layer": True,
+        "projection": "always",
     },
 }  # fmt: skip
 """`distill.preset` -> the loss of the paper, of the authors' code and of the seed (the OneFlow implementation). The paper's
@@ -227,9 +228,14 @@ class Distill(Section):
     temperature: Positive = Field(5.0, description="Softmax temperature of both distributions in DS.")
     patience: Literal["skip", "last"] | list[Count] = Field(
         "skip",
-        description="Teacher layers (from 1) paired with student layers 1 to k-1: `skip`, `last`, or a list of k-1 layers.",
+        description="Teacher layers (from 1) paired with student layers 1 to k-1: `skip`, `last`, or a list of k-1 layers; "
+        "with distill.pair_last_layer, student layers 1 to k and a list of k.",
     )
     pair_embeddings: bool = Field(False, description="Also pair the outputs of the embeddings, as the seed does.")
+    pair_last_layer: bool = Field(
+        False,
+        description="Also pair the student's last layer, as the OneFlow reference does; `skip` pairs it with the teacher's last.",
+    )
     normalize: bool = Field(True, description="L2-normalize the states before the patience term.")
     projection: Literal["auto", "always"] = Field(
         "auto",
@@ -242,9 +248,10 @@ class Distill(Section):
         "by the number of classes. `soft_ce` (paper): soft cross-entropy summed over classes, without T^2. "
         "`soft_ce_mean` (seed): the same divided by the number of classes.",
     )
-    pt_reduction: Literal["sum", "mean"] = Field(
+    pt_reduction: Literal["sum", "mean", "pair_sum"] = Field(
         "mean",
-        description="`sum` (paper): summed over pairs and width, mean over examples. `mean` (authors): mean over all.",
+        description="`sum` (paper): summed over pairs and width, mean over examples. `mean` (authors): mean over all. "
+        "`pair_sum` (OneFlow reference): summed over pairs, mean over width and examples.",
     )
     states: Literal["cls", "tokens"] = Field(
         "cls", description="Compare [CLS] states, or the states of all tokens without padding."
