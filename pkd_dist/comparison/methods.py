@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from pkd_dist.config.schema import PRESETS
+from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 
 Overrides = dict[str, object]

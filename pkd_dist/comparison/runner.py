@@ -168,7 +168,8 @@ class Comparison:
         task = config.task
         unlabeled = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
         read = [task.model_dump(mode="json"), unlabeled, self._data_digests]
-        pairs = [self._paired(config, depth), config.distill.pair_embeddings] if by_token else None
+        paired = [self._paired(config, depth), config.distill.pair_embeddings]
+        pairs = paired if by_token else None
         digest = digest_of([self._teacher_identity, read, config.cache.model_dump(mode="json"), pairs])
         return f"cache-{'tokens' if by_token else 'cls'}-{digest[:8]}"
 

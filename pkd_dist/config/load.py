@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from pkd_dist.config.paths import project_path
-from pkd_dist.config.schema import PRESETS, Config
+from pkd_dist.config.presets import PRESETS
+from pkd_dist.config.schema import Config
 from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
 

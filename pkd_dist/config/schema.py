@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pkd_dist.config.presets import PRESETS
 from pkd_dist.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -194,25 +195,6 @@ class Student(Section):
         return self
 
 
-PRESETS: dict[str, dict[str, float | str]] = {
-    "paper": {
-        "alpha": 0.5, "beta": 0.026, "temperature": 5.0, "normalize": True, "states": "cls",
-        "ds_reduction": "soft_ce", "pt_reduction": "sum",
-    },
-    "authors": {
-        "alpha": 0.5, "beta": 100.0, "temperature": 5.0, "normalize": True, "states": "cls",
-        "ds_reduction": "mean", "pt_reduction": "mean",
-    },
-    "seed": {
-        "alpha": 0.2, "beta": 10.0, "temperature": 1.0, "normalize": False, "states": "tokens",
-        "ds_reduction": "soft_ce_mean", "pt_reduction": "mean", "pair_embeddings": True, "projection": "always",
-    },
-}  # fmt: skip
-"""`distill.preset` -> the loss of the paper, of the authors' code and of the OneFlow reference (`seed`). The paper's beta is
-the authors' 100 at M = 5 pairs of width H = 768: beta_sum = beta_mean / (M * H). The OneFlow reference also averages over
-padding; here padding is always excluded."""
-
-
 class Distill(Section):
     preset: Literal["paper", "authors", "seed"] | None = Field(
         None,
@@ -234,11 +216,12 @@ class Distill(Section):
         "skip",
         description="Teacher layers paired with layers 1 to k-1 of a k-layer student: `skip` (at even distance), `last` (the "
         "k-1 layers below the teacher's last), or a list of k-1 layers, increasing, counted from 1 to N for a teacher of N "
-        "layers (student.layers counts from 0).",
+        "layers (student.layers counts from 0). With distill.pair_last_layer: layers 1 to k, the k last layers, a list of k.",
     )
     pair_embeddings: bool = Field(
         False, description="Also pair the outputs of the embeddings, as the preset `seed` does."
     )
+    pair_last_layer: bool = Field(False, description="Also pair the student's last layer, as the preset `seed` does.")
     normalize: bool = Field(True, description="L2-normalize the states before the patience term.")
     projection: Literal["auto", "always"] = Field(
         "auto",
@@ -251,9 +234,10 @@ class Distill(Section):
         "same divided by the number of classes. `soft_ce` (`paper`): soft cross-entropy summed over classes, without T^2. "
         "`soft_ce_mean` (`seed`): the same divided by the number of classes. T: distill.temperature.",
     )
-    pt_reduction: Literal["sum", "mean"] = Field(
+    pt_reduction: Literal["sum", "mean", "pair_sum"] = Field(
         "mean",
-        description="`sum` (preset `paper`): summed over pairs and width, mean over examples. `mean` (`authors`, `seed`): mean over all.",
+        description="`sum` (preset `paper`): summed over pairs and width. `mean` (`authors`): mean over pairs and width. "
+        "`pair_sum` (`seed`): summed over pairs, mean over width. All: mean over examples.",
     )
     states: Literal["cls", "tokens"] = Field(
         "cls", description="Compare [CLS] states, or the states of all tokens without padding."

@@ -4,7 +4,7 @@
 
 Every function returns one value per example, and the caller averages over the global batch. This keeps the sum over
 micro-batches and ranks exact. States of all tokens are averaged within each example first, so that short and long examples
-have equal weight. All losses are computed in float32 or wider, whatever the dtype of the model.
+have equal weight; TextBrewer and the OneFlow reference average over all tokens of the batch instead. All losses are computed in float32 or wider, whatever the dtype of the model.
 
 Shapes (suffixes of names, see docs/architecture.md): B examples, C classes, M patience pairs, H hidden size, L tokens.
 """
@@ -74,15 +74,17 @@ def patience_loss(
     Args:
         student, teacher: states of the paired layers: (B, M, H) of [CLS], or (B, L, M, H) of all tokens.
         normalize: L2-normalize each state first.
-        reduction: `mean` over M and H (default; the authors' code), or `sum` (the paper). The same loss has
-            beta_sum = beta_mean / (M * H).
+        reduction: Over M and H: `mean` (default; the authors' code), `sum` (the paper), or `pair_sum`: sum over M, mean
+            over H (the OneFlow reference). For the same loss, beta_pair_sum = beta_mean / M = beta_sum * H.
         mask_BL: 1 for real tokens, 0 for padding. Required for states of all tokens, which it averages per example.
     """
     student, teacher = _wide(student), _wide(teacher)
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     distance = (student - teacher).square()
-    distance = distance.sum(dim=(-2, -1)) if reduction == "sum" else distance.mean(dim=(-2, -1))
+    distance = distance.mean(dim=(-2, -1)) if reduction == "mean" else distance.sum(dim=(-2, -1))
+    if reduction == "pair_sum":
+        distance = distance / student.shape[-1]
     if mask_BL is None:
         return distance
     mask_BL = mask_BL.to(distance.dtype)

@@ -22,7 +22,8 @@ def patience_pairs(distill: Distill, teacher_layers: int, student_layers: int) -
     """
     if not distill.beta:
         return ()
-    pairs = enumerate(paired_layers(distill.patience, teacher_layers, student_layers), start=1)
+    paired = paired_layers(distill.patience, teacher_layers, student_layers, distill.pair_last_layer)
+    pairs = enumerate(paired, start=1)
     return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
 
 
@@ -49,20 +50,23 @@ def kept_layers(cache: Cache, pairs: Sequence[tuple[int, int]], teacher_layers: 
     return tuple(sorted(kept))
 
 
-def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """Return the teacher layers (from 1) for student layers 1..k-1; the last one is never paired (PKD, section 3.2).
+def paired_layers(
+    patience: str | Sequence[int], teacher_layers: int, student_layers: int, pair_last_layer: bool = False
+) -> tuple[int, ...]:
+    """Return the teacher layers (from 1) for student layers 1..k-1, or 1..k (PKD, section 3.2, leaves the last one out).
 
     Args:
-        patience: `skip` (student layer i learns from layer i * N / k, rounded), `last` (the k-1 layers below the
-            teacher's last), or the list itself.
+        patience: `skip` (student layer i learns from layer i * N / k, rounded), `last` (the teacher's last layers, without
+            the very last unless `pair_last_layer`), or the list itself.
         teacher_layers: N.
         student_layers: k.
+        pair_last_layer: Also pair the student's layer k.
 
     Raises:
         UserError: The list has the wrong length or a layer out of range, or `skip` or `last` is used with a student
             deeper than its teacher.
     """
-    count = student_layers - 1
+    count = student_layers if pair_last_layer else student_layers - 1
     if isinstance(patience, str):
         if student_layers > teacher_layers:
             raise UserError(
@@ -70,12 +74,14 @@ def paired_layers(patience: str | Sequence[int], teacher_layers: int, student_la
                 f"not {student_layers}; give a list"
             )
         if patience == "skip":
-            return tuple(max(1, round(i * teacher_layers / student_layers)) for i in range(1, student_layers))
-        return tuple(range(teacher_layers - count, teacher_layers))
+            return tuple(max(1, round(i * teacher_layers / student_layers)) for i in range(1, count + 1))
+        top = teacher_layers if pair_last_layer else teacher_layers - 1
+        return tuple(range(top - count + 1, top + 1))
     if len(patience) != count:
+        last = "" if pair_last_layer else " (its last layer is paired only with distill.pair_last_layer=true)"
         raise UserError(
             f"distill.patience: {list(patience)} names {len(patience)} teacher layer(s), but a {student_layers}-layer student "
-            f"has {count} to pair (its last layer is not paired); give {count}"
+            f"has {count} to pair{last}; give {count}"
         )
     for layer in patience:
         if not 1 <= layer <= teacher_layers:

@@ -21,11 +21,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from pkd_dist.config.schema import Config
+from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, remove, write_json
 from pkd_dist.telemetry.log import log
@@ -319,10 +322,20 @@ def label(key: str) -> str:
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Say which inputs changed, at most three of them; empty where none did."""
+    """Say which inputs changed, at most three of them; empty where none did.
+
+    A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior.
+    """
+    before = {key: default for key, default in _defaults().items() if key in now} | before
     changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
     shown = [f"{label(key)} changed ({_short(before.get(key))} -> {_short(now.get(key))})" for key in changed[:3]]
     return "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+@cache
+def _defaults() -> Inputs:
+    plain = {name: field for name, field in fields(Config) if not section_of(field) and not field.is_required()}
+    return {name: json.loads(json.dumps(field.default)) for name, field in plain.items()}
 
 
 def _short(value: object) -> str:

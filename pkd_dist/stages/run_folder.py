@@ -97,8 +97,8 @@ def move_aside(folder: Path) -> Path | None:
 
 def environment(run: Resolved, world: World) -> Environment:
     """Return what the run was resolved to, beside its settings."""
-    beta, scale = run.config.distill.beta, max(1, len(run.pairs) * run.teacher_width)
-    is_mean = run.config.distill.pt_reduction == "mean"
+    distill, pairs = run.config.distill, max(1, len(run.pairs))
+    beta_mean = distill.beta * {"mean": 1, "pair_sum": pairs, "sum": pairs * run.teacher_width}[distill.pt_reduction]
     libraries = {name: found for name in _LIBRARIES if (found := _version(name))}
     return Environment(
         versions={"pkd_dist": __version__, "python": platform.python_version(), **libraries},
@@ -113,8 +113,8 @@ def environment(run: Resolved, world: World) -> Environment:
         student_layers=run.student_layers,
         copied_layers=None if run.copied_layers is None else list(run.copied_layers),
         patience_pairs=[list(pair) for pair in run.pairs],
-        beta_mean=beta if is_mean else beta * scale,
-        beta_sum=beta / scale if is_mean else beta,
+        beta_mean=beta_mean,
+        beta_sum=beta_mean / (pairs * run.teacher_width),
     )
 
 

@@ -12,7 +12,7 @@ from pkd_dist.comparison.methods import METHODS, as_arguments, parse_methods
 from pkd_dist.comparison.runner import Comparison, train_command
 from pkd_dist.comparison.table import as_markdown, mean_interval, plot, summarize
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import PRESETS
+from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import PRESETS
+from pkd_dist.config.presets import PRESETS
 from pkd_dist.data.tasks import GLUE, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -43,6 +43,9 @@ def test_patience_pairs_of_a_configuration():
     assert patience_pairs(Distill(), 12, 3) == ((1, 4), (2, 8))
     assert patience_pairs(Distill(pair_embeddings=True, patience=[2, 5]), 12, 3) == ((0, 0), (1, 2), (2, 5))
     assert patience_pairs(Distill(), 12, 1) == ()
+    assert patience_pairs(Distill(preset="seed"), 12, 3) == ((0, 0), (1, 4), (2, 8), (3, 12)), "the OneFlow reference's"
+    assert patience_pairs(Distill(pair_last_layer=True, patience=[4, 8, 12]), 12, 3) == ((1, 4), (2, 8), (3, 12))
+    assert patience_pairs(Distill(pair_last_layer=True, patience="last"), 12, 3) == ((1, 10), (2, 11), (3, 12))
     assert patience_pairs(Distill(beta=0, pair_embeddings=True), 12, 3) == (), "no weight, no pairs"
 
 

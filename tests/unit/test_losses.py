@@ -89,6 +89,8 @@ def test_patience_reductions(normalize):
     got_mean = patience_loss(as_tensor(student), as_tensor(teacher), normalize, "mean")
     np.testing.assert_allclose(got_sum, total, rtol=1e-10)
     np.testing.assert_allclose(got_mean, total / (M * H), rtol=1e-10)
+    got_pair_sum = patience_loss(as_tensor(student), as_tensor(teacher), normalize, "pair_sum")
+    np.testing.assert_allclose(got_pair_sum, total / H, rtol=1e-10)
 
 
 def test_patience_of_all_tokens_leaves_padding_out():

@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import PRESETS
+from pkd_dist.config.presets import PRESETS
 from pkd_dist.distillation.objective import DistillationLoss
 from pkd_dist.errors import UserError
 
@@ -25,13 +25,13 @@ def distill(*overrides):
 
 def total(settings, mine, theirs, mask=None):
     """The mean loss of a batch, as the run computes it."""
-    tensors = [torch.from_numpy(x) for x in (STUDENT, TEACHER, mine, theirs)]
+    tensors = [torch.as_tensor(x) for x in (STUDENT, TEACHER, mine, theirs)]
     batch = SimpleNamespace(
         inputs={}, labels_B=torch.from_numpy(LABELS), attention_mask_BL=mask, teacher_logits_BC=tensors[1],
         teacher_states=tensors[3],
     )  # fmt: skip
     loss = DistillationLoss(settings, tuple(range(mine.shape[-2])))
-    return float(loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean())
+    return loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean()
 
 
 def normalised(states):
@@ -44,7 +44,7 @@ def test_paper():
     p, q = softmax(TEACHER / 5, axis=1), log_softmax(STUDENT / 5, axis=1)
     soft = np.mean([-sum(p[i, c] * q[i, c] for c in range(C)) for i in range(B)])
     patience = np.mean([np.sum((normalised(mine)[i] - normalised(theirs)[i]) ** 2) for i in range(B)])
-    assert total(distill("distill.preset=paper"), mine, theirs) == pytest.approx(
+    assert float(total(distill("distill.preset=paper"), mine, theirs)) == pytest.approx(
         0.5 * CE + 0.5 * soft + 0.026 * patience, rel=1e-12
     )
 
@@ -55,17 +55,22 @@ def test_authors():
     p, q = softmax(TEACHER / 5, axis=1), log_softmax(STUDENT / 5, axis=1)
     divergence = np.mean(p * (np.log(p) - q)) * 25
     patience = np.mean((normalised(mine) - normalised(theirs)) ** 2)
-    assert total(distill("distill.preset=authors"), mine, theirs) == pytest.approx(
+    assert float(total(distill("distill.preset=authors"), mine, theirs)) == pytest.approx(
         0.5 * CE + 0.5 * divergence + 100 * patience, rel=1e-12
     )
 
 
 def test_seed():
-    """The OneFlow reference: soft cross-entropy over B * C at T = 1, and the mean square over all tokens of a batch without padding."""
-    mine, theirs = RNG.normal(size=(B, L, M + 1, H)), RNG.normal(size=(B, L, M + 1, H))
+    """The OneFlow reference: soft cross-entropy over B * C at T = 1, and for each pair the mean square over all tokens."""
+    mine, theirs = RNG.normal(size=(B, L, M + 2, H)), RNG.normal(size=(B, L, M + 2, H))
     soft = np.mean(-softmax(TEACHER, axis=1) * log_softmax(STUDENT, axis=1))
-    expected = 0.8 * CE + 0.2 * soft + 10 * np.mean((mine - theirs) ** 2)
-    assert total(distill("distill.preset=seed"), mine, theirs, torch.ones(B, L)) == pytest.approx(expected, rel=1e-12)
+    squares = sum(np.mean((mine[:, :, m] - theirs[:, :, m]) ** 2) for m in range(M + 2))
+    states = torch.from_numpy(mine).requires_grad_()
+    loss = total(distill("distill.preset=seed"), states, theirs, torch.ones(B, L))
+    assert float(loss.detach()) == pytest.approx(0.8 * CE + 0.2 * soft + 10 * squares, rel=1e-12)
+    loss.backward()
+    np.testing.assert_allclose(states.grad, 10 * 2 * (mine - theirs) / (B * L * H), rtol=1e-10)
+    assert states.grad[:, :, -1].abs().min() > 0, "the last layer learns too"
 
 
 def test_a_preset_on_the_command_line_overrides_the_file(tmp_path):

@@ -50,7 +50,7 @@ def done(markers, of, output=Made(), seconds=1.0, here=None):
     [
         ({"train.epochs": 1, "init.weights": 2}, None),
         ({"train.epochs": 1, "init.weights": 3}, "the student's initial weights changed (2 -> 3)"),
-        ({"train.epochs": 1, "init.weights": 2, "run.seed": 4}, "run.seed changed (None -> 4)"),
+        ({"train.epochs": 1, "init.weights": 2, "run.seed": 4}, "run.seed changed (42 -> 4)"),
         ({"train.epochs": 1}, "the student's initial weights changed (2 -> None)"),
     ],
 )
@@ -68,6 +68,13 @@ def test_a_raised_version_reruns_the_stage_and_those_after_it(markers):
     for name in ("teacher", "cache"):
         state, why = markers.state(stage({}, name), raised)
         assert (state, why) == (State.STALE, "the code of the stage teacher changed (1 -> 2)")
+
+
+def test_a_setting_added_later_is_unchanged_at_its_default(markers):
+    done(markers, stage({"distill.alpha": 0.5}))
+    assert markers.state(stage({"distill.alpha": 0.5, "distill.pair_last_layer": False}), context())[0] is State.DONE
+    state, why = markers.state(stage({"distill.alpha": 0.5, "distill.pair_last_layer": True}), context())
+    assert (state, why) == (State.STALE, "distill.pair_last_layer changed (False -> True)")
 
 
 def test_outputs_come_back_typed(markers):
