@@ -22,8 +22,8 @@ def prepare(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder with train, dev and perhaps test as .tsv, .csv, .jsonl or .parquet, or as GLUE ships it; or "
-            "hub:NAME or hub:NAME:CONFIGURATION."
+            help="Folder with train, dev (or validation) and perhaps test as .tsv, .csv, .jsonl, .json or .parquet, all but "
+            "the last also as .gz, or as GLUE ships it; or hub:NAME or hub:NAME:CONFIGURATION."
         ),
     ] = "data/movie-reviews",
     text: TextColumns = None,

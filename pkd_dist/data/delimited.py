@@ -104,25 +104,19 @@ def _quoting(path: Path, spec: TableSpec | None) -> _Quoting:
     """Tell whether a TSV file is quoted as in CSV.
 
     It is if every field with a quote is well quoted, and there is evidence that the quotes are not text: a field that has
-    to be quoted, a quoted header, or a column that is quoted in each of several lines.
+    to be quoted, a quoted header, or a column that is quoted in each of several lines. Two lone quotes look like a field with
+    newlines in it, but the lines have the right number of fields without it.
     """
     proven = False
     always: set[int] | None = None  # columns that are quoted in each line after the header
-    record, first, is_open = "", 1, False
     count = width = 0  # records so far, and fields of the first
-    for number, line in enumerate(decoded(path), start=1):
-        first = first if record else number
-        record += line
-        is_open ^= bool(line.count('"') % 2)
-        if is_open and len(record) <= _MAX_QUOTED_RECORD:
-            continue  # a newline in a quoted field
-        if record.isspace():
-            record = ""
-            continue
+    for first, lines_of_record in _records(path):
+        record = "".join(lines_of_record)
         fields = _FIELDS.findall(record) if '"' in record or not count or always else []
         width = width or len(fields)
         if '"' in record:
-            if not _RECORD.fullmatch(record) or len(fields) != width:
+            fits_unquoted = len(lines_of_record) > 1 and all(line.count("\t") + 1 == width for line in lines_of_record)
+            if not _RECORD.fullmatch(record) or len(fields) != width or fits_unquoted:
                 note = (
                     f"quotes are read as text, because not every field with a quote is quoted as in CSV: line {first}"
                 )
@@ -132,11 +126,25 @@ def _quoting(path: Path, spec: TableSpec | None) -> _Quoting:
             quoted = {i for i, text in enumerate(fields) if text.startswith('"')}
             always = quoted if always is None else always & quoted
         count += 1
-        record = ""
-    if record:
-        return _Quoting(False)
     proven = proven or (bool(always) and count > 2)
     return _Quoting(proven, "fields are quoted as in CSV; the quotes were removed" if proven else None)
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line, its lines) of each record of a quoted file: it ends with the line that closes all its quotes."""
+    record: list[str] = []
+    size, is_open = 0, False
+    for number, line in enumerate(decoded(path), start=1):
+        record.append(line)
+        size += len(line)
+        is_open ^= bool(line.count('"') % 2)
+        if is_open and size <= _MAX_QUOTED_RECORD:
+            continue
+        if not line.isspace() or len(record) > 1:
+            yield number - len(record) + 1, record
+        record, size = [], 0
+    if record:
+        yield number - len(record) + 1, record
 
 
 def _is_header(record: str, spec: TableSpec | None) -> bool:

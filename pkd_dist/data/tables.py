@@ -109,7 +109,9 @@ def _as_text(value: object, column: str, where: Callable[[], str]) -> str | None
         if math.isfinite(value):
             return f"{value:.0f}" if value % 1 == 0 and abs(value) < _EXACT_INTEGERS else str(value)
     kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else type(value).__name__
-    raise UserError(f"{where()}: {column} must be text or a finite number, not {kind}: {reprlib.repr(value)}")
+    raise UserError(
+        f"{where()}: {column} must be text or a finite number, not {kind}: {reprlib.repr(value)}; convert the column"
+    )
 
 
 def _open(path: Path) -> BinaryIO:
