@@ -77,21 +77,22 @@ def _csv_options(builder: DatasetBuilder) -> dict[str, object]:
     By default `datasets` guesses types: the text NA becomes a missing value, and 007 becomes 7.
     """
     import pandas
-    from datasets import Features, Value
     from datasets.packaged_modules.csv.csv import CsvConfig
 
     config = builder.config
     if not isinstance(config, CsvConfig):
         return {}
-    files = [str(file) for split in config.data_files.values() for file in split]
+    splits = [[str(file) for file in files] for files in config.data_files.values()]
+    files = [file for split in splits for file in split]
     options: dict[str, object] = {"keep_default_na": False}
     local = [Path(file) for file in files if Path(file).is_file()]
     if config.sep == "\t" and len(local) == len(files) and not any(map(is_quoted, local)):
         options["quoting"] = csv.QUOTE_NONE
     if builder.info.features is not None:  # declared by the data set
         return options | {"na_values": [""]}
-    header = pandas.read_csv(files[0], **(config.pd_read_csv_kwargs | options | {"chunksize": None, "nrows": 0}))
-    return options | {"features": Features({str(name): Value("string") for name in header.columns})}
+    header_only = config.pd_read_csv_kwargs | options | {"chunksize": None, "nrows": 0}
+    names = {str(name) for split in splits for name in pandas.read_csv(split[0], **header_only).columns}
+    return options | {"converters": dict.fromkeys(sorted(names), str)}
 
 
 def read_hub(name: str, splits: Sequence[str], spec: TableSpec) -> Table:

@@ -141,10 +141,11 @@ def test_the_hub_reads_csv_as_a_folder_does(tmp_path, extension):
     mark = {"csv": ",", "tsv": "\t"}[extension]
     rows = "".join(f"{i}{mark}{value}\n" for i, value in enumerate(values))
     write(tmp_path, {f"{name}.{extension}": f"text{mark}label\n{rows}" for name in ("train", "validation")})
+    write(tmp_path, {f"test.{extension}": "text\nx\ny\n"})  # without a label column
     found = {}
     for data in (str(tmp_path), f"hub:{tmp_path}"):
         status, output, line = prepare(data)
-        assert status == 0 and "skipped" not in output, output + line
+        assert status == 0 and "skipped" not in output and re.search(r"test .*unlabelled\n", output), output + line
         found[data] = classes(output)
     assert found[str(tmp_path)] == found[f"hub:{tmp_path}"] == dict.fromkeys(sorted(set(values)), 2)
 
