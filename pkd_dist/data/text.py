@@ -67,7 +67,7 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     labels = _LabelColumn(table, numbers, task.label, values)
     if task.regression:
         return replace(examples, labels_N=_numbers(labels, task))
-    known = known or tuple(_sorted_classes({_class_value(value) for _, value in labels}))
+    known = known or tuple(_sorted_classes(set(map(_class_value, {value for _, value in labels}))))
     labels_N = _class_indices(labels, known, split, task)
     if split == "train" and (labels_N == labels_N[0]).all():
         raise UserError(
@@ -314,8 +314,8 @@ def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, tas
     index = {_class_value(value): i for value, i in index.items()} | index
     out = np.empty(len(labels), np.int64)
     for i, (number, value) in enumerate(labels):
-        found = index.get(value, index.get(_class_value(value)))
-        if found is None:
+        found = index.get(value)
+        if found is None and (found := index.get(_class_value(value))) is None:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             origin = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
             raise UserError(
