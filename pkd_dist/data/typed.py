@@ -12,7 +12,7 @@ from pkd_dist.data.tables import Row, Table, TableSpec, place
 from pkd_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder, DatasetDict
+    from datasets import DatasetDict
 
 _PARQUET_BATCH_ROWS = 4096
 
@@ -60,10 +60,11 @@ def load_hub(name: str) -> DatasetDict:
     Raises:
         UserError: no network, no such data set or configuration.
     """
-    from datasets import load_dataset, load_dataset_builder
+    from datasets import load_dataset
 
+    parts = name.split(":")
     try:
-        return load_dataset(*name.split(":"), **_csv_options(load_dataset_builder(*name.split(":"))))
+        return load_dataset(*parts, **_csv_options(parts))
     except Exception as error:  # of many types
         raise UserError(
             f"hub:{name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -71,27 +72,26 @@ def load_hub(name: str) -> DatasetDict:
         ) from None
 
 
-def _csv_options(builder: DatasetBuilder) -> dict[str, object]:
+def _csv_options(parts: Sequence[str]) -> dict[str, object]:
     """Return options with which CSV files on the hub are read as `delimited.py` reads them: every field is text.
 
     By default `datasets` guesses types: the text NA becomes a missing value, and 007 becomes 7.
     """
-    import pandas
+    from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import CsvConfig
 
+    builder = load_dataset_builder(*parts)
     config = builder.config
     if not isinstance(config, CsvConfig):
         return {}
-    splits = [[str(file) for file in files] for files in config.data_files.values()]
-    files = [file for split in splits for file in split]
+    files = [Path(str(file)) for split in config.data_files.values() for file in split]
     options: dict[str, object] = {"keep_default_na": False}
-    local = [Path(file) for file in files if Path(file).is_file()]
-    if config.sep == "\t" and len(local) == len(files) and not any(map(is_quoted, local)):
+    if config.sep == "\t" and all(map(Path.is_file, files)) and not any(map(is_quoted, files)):
         options["quoting"] = csv.QUOTE_NONE
     if builder.info.features is not None:  # declared by the data set
         return options | {"na_values": [""]}
-    header_only = config.pd_read_csv_kwargs | options | {"chunksize": None, "nrows": 0}
-    names = {str(name) for split in splits for name in pandas.read_csv(split[0], **header_only).columns}
+    splits = load_dataset(*parts, streaming=True, **options)
+    names = {name for split in splits.values() for name in next(iter(split), {})}
     return options | {"converters": dict.fromkeys(sorted(names), str)}
 
 
