@@ -50,10 +50,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
 class _Command(TyperCommand):
     """A command that rejects a repeated option that takes one value; typer would silently use the last."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override] # typer vendors click
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
-            if given.count(option) > 1 and not getattr(option, "multiple", True):
+            if given.count(option) > 1 and not (getattr(option, "multiple", True) or option.is_flag):
                 name = max(option.opts, key=len)
                 print(f"pkd: {name} is given twice; it takes one value", file=sys.stderr)
                 raise typer.Exit(UserError.exit_status)

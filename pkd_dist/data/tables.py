@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from pkd_dist.errors import UserError
 
 _WHITESPACE = b"\xef\xbb\xbf \r\n\t"
-_EXACT_INTEGERS = 2.0**53
+_EXACT_INTEGERS = 2**53
 _MAX_UNUSED = 50
 
 Fields = list[str | None]
@@ -107,7 +107,7 @@ def _as_text(value: object, column: str, where: Callable[[], str]) -> str | None
         if math.isnan(value):
             return None
         if math.isfinite(value):
-            return f"{value:.0f}" if value % 1 == 0 and abs(value) < _EXACT_INTEGERS else str(value)
+            return f"{value + 0:.0f}" if value % 1 == 0 and -_EXACT_INTEGERS < value < _EXACT_INTEGERS else str(value)
     kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else type(value).__name__
     raise UserError(
         f"{where()}: {column} must be text or a finite number, not {kind}: {reprlib.repr(value)}; convert the column"

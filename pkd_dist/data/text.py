@@ -231,7 +231,7 @@ def _unused(table: Table, task: Task) -> Iterator[str]:
 
 
 def _has_text(value: str | None) -> bool:
-    return bool(value) and not value.isspace()
+    return bool(value and not value.isspace())
 
 
 def _require_unicode(table: Table, number: int, column: str, value: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,7 +136,7 @@ def _typed(
                 record = dict(record)
                 for column, names in class_names.items():
                     record[column] = _class_name(record[column], names)
-            yield number, spec.fields(record, lambda number=number: place(name, number, "row"))
+            yield number, spec.fields(record, partial(place, name, number, "row"))
 
     unused: dict[str, None] = {}
     spec.add_unused(available, unused)

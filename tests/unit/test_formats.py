@@ -107,7 +107,7 @@ def test_a_text_that_is_no_text_is_rejected_with_its_place(tmp_path, value):
 
 
 def test_numbers_and_texts_of_a_label_are_the_same_class_in_every_format(tmp_path):
-    values = [1, 0, 1.0, 0.0, True, False, "1", "0"]
+    values = [1, 0, 1.0, -0.0, True, False, "1", "0"]
     rows = [{"text": f"text {i}", "label": value} for i, value in enumerate(values)]
     as_float = [{**row, "label": float(row["label"])} for row in rows]
     table = "".join(f"text {i}\t{value}\n" for i, value in enumerate(["1.0", "0.0", "1", "0"] * 2))
@@ -309,6 +309,7 @@ def test_columns_that_are_not_used_are_named(tmp_path):
         (["prepare", "--data=a", "--task", "sst2", "--data=a"], "--data"),
         (["predict", "--model", "a", "--file", "b", "--file", "c"], "--file"),
         (["config", "check"], None),
+        (["predict", "--pair", "--pair", "a"], None),
         (["export", "--output", "a", "--output", "b"], "--output"),
         (["prepare", "--task", "custom", "--text", "a", "--text", "b", "--label", "c", "--data", "none"], None),
     ],
