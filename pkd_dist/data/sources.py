@@ -7,11 +7,13 @@ holds the names of each task, `rows.py` the kinds of table. Nothing is read here
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pkd_dist.config.paths import project_path
+from pkd_dist.data.delimited import is_quoted
 from pkd_dist.data.rows import EXTENSIONS, FILE_EXTENSIONS, is_table
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.typed import load_hub
@@ -95,14 +97,23 @@ def available(data: str, task: Task) -> list[str]:
 
 
 def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
-    """Return what identifies the content of splits: file name -> sha256, or for the hub split -> name and fingerprint."""
+    """Return what identifies the content of splits: file name -> digest, or for the hub split -> name and fingerprint."""
     if data.startswith(_HUB):
         tables = load_hub(data.removeprefix(_HUB))
         names = {split: name for split in splits for name in reversed(hub_names(split, task)) if name in tables}
         return {split: f"{data} {tables[name]._fingerprint}" for split, name in names.items()}
     sources = {split: source for split in splits if (source := locate(data, split, task))}
     files = [path for s in sources.values() for path in (s.place, s.dev_ids) if isinstance(path, Path)]
-    return {path.name: sha256(path) for path in dict.fromkeys(files)}
+    return {path.name: _digest(path) for path in dict.fromkeys(files)}
+
+
+def _digest(path: Path) -> str:
+    """Return what identifies a file's content and, of a TSV file, how it is read: earlier versions never removed quotes."""
+    quoted = False
+    if path.name.endswith((".tsv", ".tsv.gz")):
+        with contextlib.suppress(UserError):  # reading the rows reports it
+            quoted = is_quoted(path)
+    return sha256(path) + (" unquoted" if quoted else "")
 
 
 def hub_names(split: str, task: Task) -> tuple[str, ...]:
