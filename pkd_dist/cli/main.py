@@ -53,7 +53,8 @@ class _Command(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override] # typer vendors click
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
-            if given.count(option) > 1 and not (getattr(option, "multiple", True) or option.is_flag):
+            takes_one = not (getattr(option, "multiple", True) or getattr(option, "is_flag", False))
+            if takes_one and given.count(option) > 1:
                 name = max(option.opts, key=len)
                 print(f"pkd: {name} is given twice; it takes one value", file=sys.stderr)
                 raise typer.Exit(UserError.exit_status)
