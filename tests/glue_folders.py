@@ -17,7 +17,8 @@ def put(folder, **files):
     return str(folder)
 
 
-MNLI_HEAD = "index|promptID|pairID|genre|s1_binary|s2_binary|s1_parse|s2_parse|sentence1|sentence2"
+MNLI_PARSES = "sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|sentence2_parse"
+MNLI_HEAD = f"index|promptID|pairID|genre|{MNLI_PARSES}|sentence1|sentence2"
 MNLI_ROW = "{0}|31|31n|fiction|( a|( b|(ROOT|(ROOT|{1}|{2}"
 
 
@@ -47,7 +48,7 @@ FOLDERS = {
     "qqp": {
         "train__tsv": lines(
             "id|qid1|qid2|question1|question2|is_duplicate",
-            '1|1|2|What is a "tab?|What?|0', "2|3|4|A question with a", "newline?|Another?|1", "3|5|6|How?||0", "4|7|8|Why?|Why so?|1",
+            '1|1|2|What is a "tab?|What?|0', "2|3|4|A question with a", "newline?|Another?|1", "3|||||0", "4|7|8|Why?|Why so?|1",
             "5|9|10|When?|Now?|0",
         ),
         "dev__tsv": lines("id|qid1|qid2|question1|question2|is_duplicate", "1|1|2|a|b|0", "2|3|4|c|d|1", end=CRLF),
@@ -67,6 +68,7 @@ FOLDERS = {
         "dev_mismatched__tsv": mnli(("m", "n", "-"), ("m", "o", "neutral"), ("m", "p", "contradiction"), labels=5, last=False),
         "test_matched__tsv": mnli(("a", "d"), ("b", "d"), labels=0),
         "test_mismatched__tsv": mnli(("q", "d"), ("r", "d"), labels=0),
+        "diagnostic__tsv": lines("index|sentence1|sentence2", "0|s|d", "1|t|d"),
     },
     "qnli": {
         "train__tsv": lines("index|question|sentence|label", '0|Who "?|He.|entailment', "1|What?|It.|not_entailment", "2|a|b|entailment", end=CRLF),

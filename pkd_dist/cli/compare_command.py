@@ -33,12 +33,12 @@ def compare(
     """
 
     def work() -> None:
-        from rich.console import Console
         from rich.table import Table
 
         from pkd_dist.comparison.methods import parse_methods
         from pkd_dist.comparison.runner import Comparison
         from pkd_dist.comparison.table import rows
+        from pkd_dist.telemetry.markup import console
 
         chosen = parse_methods(methods, method or [])
         made = Comparison(config, overrides or [], chosen, _numbers(seeds), output, launcher, jobs).run()
@@ -46,7 +46,7 @@ def compare(
         table = Table(*header)
         for row in body:
             table.add_row(*row)
-        Console().print(table)
+        console().print(table)
         print(f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over seeds")
         print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
 

@@ -22,8 +22,8 @@ def prepare(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder with train, dev and perhaps test as .tsv, .csv, .jsonl or .parquet, or as GLUE ships it; or "
-            "hub:NAME or hub:NAME:CONFIGURATION."
+            help="Folder with train, dev (or validation) and perhaps test as .tsv, .csv, .jsonl, .json or .parquet, all but "
+            "the last also as .gz, or as GLUE ships it; or hub:NAME or hub:NAME:CONFIGURATION."
         ),
     ] = "data/movie-reviews",
     text: TextColumns = None,
@@ -45,10 +45,9 @@ def prepare(
 
 
 def _prepare(data: str, overrides: list[str], model: str | None, max_length: int) -> None:
-    from rich.console import Console
-
     from pkd_dist.config.load import load
     from pkd_dist.data import sources, summary, tasks, text
+    from pkd_dist.telemetry.markup import console
 
     task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
     token_lengths = _token_lengths(model) if model is not None else None
@@ -56,12 +55,12 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     for name in dict.fromkeys(("train", "dev", *sources.available(data, task))):
         splits[name] = text.read(data, name, task, splits["train"].classes or None if splits else None)
     print("\n".join(summary.all_notes(splits)) + "\n")
-    console = Console(highlight=False)
-    console.width = max(console.width, 0 if console.is_terminal else 140)
-    console.print(summary.splits_table(splits, max_length, token_lengths))
+    terminal = console()
+    terminal.width = max(terminal.width, 0 if terminal.is_terminal else 140)
+    terminal.print(summary.splits_table(splits, max_length, token_lengths))
     if not task.regression:
-        console.print()
-        console.print(summary.classes_table(splits, task))
+        terminal.print()
+        terminal.print(summary.classes_table(splits, task))
 
 
 def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
+from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
@@ -40,6 +41,7 @@ def train(argv: Sequence[str]) -> int:
         description=f"Distil a student from a teacher, in the stages {', '.join(NAMES)}. Rerun the same command to resume.",
         epilog="example: deepspeed launcher/train.py --config configs/demo.yaml train.epochs=2 run.dir=runs/short",
     )
+    parser.register("action", None, OneValue)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
     parser.add_argument("--stages", metavar="a,b", help="run only these stages; those before them must be done")
     parser.add_argument(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import typer
+from typer.core import TyperCommand
 
 from pkd_dist.cli import compare_command, config_commands, data_commands, metrics_commands, model_commands, run_commands
 from pkd_dist.cli.launch import leave
 from pkd_dist.cli.run_commands import stage_command
+from pkd_dist.errors import UserError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": data_commands.prepare,
@@ -44,6 +47,20 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
 }
 
 
+class _Command(TyperCommand):
+    """A command that rejects a repeated option that takes one value; typer would silently use the last."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override] # typer vendors click
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            takes_one = not (getattr(option, "multiple", True) or getattr(option, "is_flag", False))
+            if takes_one and given.count(option) > 1:
+                name = max(option.opts, key=len)
+                print(f"pkd: {name} is given twice; it takes one value", file=sys.stderr)
+                raise typer.Exit(UserError.exit_status)
+        return super().parse_args(ctx, args)
+
+
 def make_app() -> typer.Typer:
     app = typer.Typer(
         help="Single steps of Patient Knowledge Distillation.",
@@ -52,11 +69,11 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name, cls=_Command)(command)
     for name, (what, commands) in GROUPS.items():
         group = typer.Typer(help=what, no_args_is_help=True)
         for subcommand, command in commands.items():
-            group.command(subcommand)(command)
+            group.command(subcommand, cls=_Command)(command)
         app.add_typer(group, name=name)
     return app
 

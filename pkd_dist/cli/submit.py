@@ -20,6 +20,7 @@ from typing import NoReturn
 import yaml
 
 from pkd_dist import __version__
+from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.paths import packaged_path, project_path
@@ -87,6 +88,7 @@ def _make_parser() -> _Parser:
         epilog="example: pkd-submit --config configs/demo.yaml --nodes 2 --gpus-per-node 4 --time 8:00:00",
         allow_abbrev=False,
     )
+    parser.register("action", None, OneValue)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
     parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or MIN-MAX (default 1)")
     parser.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]G", help="GPUs per node, one rank each")

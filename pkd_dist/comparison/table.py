@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
 from pkd_dist.evaluation.results import Results, Scores
+from pkd_dist.telemetry.markup import markdown
 
 RunResults = Mapping[str, Mapping[int, Results]]
 """Method -> seed -> results_eval.json."""
@@ -173,7 +174,7 @@ def rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def as_markdown(summary: Summary) -> str:
     header, body = rows(summary)
-    lines = [header, ["---"] * len(header), *body]
+    lines = [header, ["---"] * len(header), *([markdown(cell) for cell in row] for row in body)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{table}\n\n{summary['metric']} and agreement in percent: means over seeds, ± half of the 95% interval of the mean "
@@ -208,5 +209,5 @@ def _plot_panel(axes: Axes, methods: Mapping[str, MethodSummary], key: str) -> N
     axes.grid(axis="x", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_yticks(range(len(methods)), list(methods))
+    axes.set_yticks(range(len(methods)), list(methods), parse_math=False)
     axes.set_ylim(len(methods) - 0.5, -0.5)

@@ -64,8 +64,9 @@ class Task(Section):
     name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them) or `custom`.")
     data: str = Field(
         "data/movie-reviews",
-        description="Folder with train, dev and optionally test as .tsv, .csv, .jsonl or .parquet, or in GLUE's layout; or a "
-        "Hugging Face data set, `hub:NAME` or `hub:NAME:CONFIGURATION`, such as `hub:nyu-mll/glue:cola`.",
+        description="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
+        "but the last also as .gz, or in GLUE's layout; or a Hugging Face data set, `hub:NAME` or `hub:NAME:CONFIGURATION`, "
+        "such as `hub:nyu-mll/glue:cola`.",
     )
     max_length: Annotated[int, Field(ge=4, le=8192)] = Field(
         128, description="Maximum input length in tokens. Longer inputs are truncated."

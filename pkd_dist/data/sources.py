@@ -1,23 +1,28 @@
 """Find the files of a data set.
 
-A split is `FOLDER/SPLIT.{tsv,csv,jsonl,parquet}`, a file under its GLUE name, a part of the authors' original release, or
-a split of a Hugging Face data set (`hub:NAME`). `tasks.py` holds the names of each task. Nothing is read here except the
-contents that `digests` hashes.
+A split is a table in a folder under the split's name or under another name that is common for it (`validation.csv`,
+`dev_matched.tsv`), a part of the authors' original release, or a split of a Hugging Face data set (`hub:NAME`). `tasks.py`
+holds the names of each task, `rows.py` the kinds of table. Nothing is read here except the contents that `digests` hashes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pkd_dist.config.paths import project_path
-from pkd_dist.data.rows import EXTENSIONS, load_hub
+from pkd_dist.data.delimited import is_quoted
+from pkd_dist.data.rows import EXTENSIONS, FILE_EXTENSIONS, is_table
 from pkd_dist.data.tasks import Task
+from pkd_dist.data.typed import load_hub
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
 
 _HUB = "hub:"
+_OTHER_NAMES = {"dev": ("validation", "valid", "val")}
+_MAX_FILES_IN_MESSAGE = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ def locate(data: str, split: str, task: Task) -> Source | None:
     if data.startswith(_HUB):
         return Source(data.removeprefix(_HUB))
     folder = project_path(data)
+    if folder.is_file():
+        raise UserError(
+            f"{data} is a file; give a folder that contains the examples as train.* and, apart from them, dev.*",
+            "task.data",
+        )
     if not folder.is_dir():
         raise UserError(
             f"no such folder: {data}; it must contain train and dev as {', '.join(EXTENSIONS)}", "task.data"
@@ -68,9 +78,13 @@ def require(data: str, split: str, task: Task) -> Source:
     """
     source = locate(data, split, task)
     if source is None:
-        names = [f"{stem}.{extension}" for stem in _stems(split, task) for extension in EXTENSIONS]
-        names += [task.release.train] if task.release else []
-        raise UserError(f"{data} has no split {split!r}; expected one of {', '.join(names)}", "task.data")
+        stem, *others = _stems(split, task)
+        names = [f"{stem}.{extension}" for extension in EXTENSIONS]
+        names += [f"{other}.*" for other in others] + ([task.release.train] if task.release else [])
+        tables = sorted(path.name for path in project_path(data).iterdir() if is_table(path))
+        more = ", ..." if len(tables) > _MAX_FILES_IN_MESSAGE else ""
+        found = f"; it contains {', '.join(tables[:_MAX_FILES_IN_MESSAGE])}{more}" if tables else ""
+        raise UserError(f"{data} has no split {split!r}; expected one of {', '.join(names)}{found}", "task.data")
     return source
 
 
@@ -83,14 +97,23 @@ def available(data: str, task: Task) -> list[str]:
 
 
 def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
-    """Return what identifies the content of splits: file name -> sha256, or for the hub split -> name and fingerprint."""
+    """Return what identifies the content of splits: file name -> digest, or for the hub split -> name and fingerprint."""
     if data.startswith(_HUB):
         tables = load_hub(data.removeprefix(_HUB))
         names = {split: name for split in splits for name in reversed(hub_names(split, task)) if name in tables}
         return {split: f"{data} {tables[name]._fingerprint}" for split, name in names.items()}
     sources = {split: source for split in splits if (source := locate(data, split, task))}
     files = [path for s in sources.values() for path in (s.place, s.dev_ids) if isinstance(path, Path)]
-    return {path.name: sha256(path) for path in dict.fromkeys(files)}
+    return {path.name: _digest(path) for path in dict.fromkeys(files)}
+
+
+def _digest(path: Path) -> str:
+    """Return what identifies a file's content and, of a TSV file, how it is read: earlier versions never removed quotes."""
+    quoted = False
+    if path.name.endswith((".tsv", ".tsv.gz")):
+        with contextlib.suppress(UserError):  # reading the rows reports it
+            quoted = is_quoted(path)
+    return sha256(path) + (" unquoted" if quoted else "")
 
 
 def hub_names(split: str, task: Task) -> tuple[str, ...]:
@@ -108,7 +131,7 @@ def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
         path = project_path(name)
         if not path.is_file():
             raise UserError(f"task.unlabeled: no such file: {name}")
-        if path.suffix.removeprefix(".") not in (*EXTENSIONS, "txt"):
+        if not is_table(path) and path.suffix != ".txt":
             raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
         if path.suffix == ".txt" and len(task.text) > 1:
             raise UserError(
@@ -119,11 +142,13 @@ def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
 
 
 def _stems(split: str, task: Task) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((split, task.files.get(split, split))))
+    """Return the names that the file of a split may have, without extension."""
+    names = (split, *task.files.get(split, ()), *_OTHER_NAMES.get(split, ()), task.hub_splits.get(split, split))
+    return tuple(dict.fromkeys(names))
 
 
 def _split_files(folder: Path, split: str, task: Task) -> list[Path]:
-    paths = [folder / f"{stem}.{extension}" for stem in _stems(split, task) for extension in EXTENSIONS]
+    paths = [folder / f"{stem}.{extension}" for stem in _stems(split, task) for extension in FILE_EXTENSIONS]
     return [path for path in paths if path.is_file()]
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.tasks import Task
+from pkd_dist.telemetry.markup import printable
 
 _MAX_CLASSES = 20
 TokenLengths = Callable[[Split], np.ndarray]
@@ -74,7 +75,7 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
 
     def add(name: str, count_S: np.ndarray) -> None:
         shares = zip(count_S, count_SC.sum(axis=1), strict=True)
-        table.add_row(name, *(f"{count:,} ({count / total:.1%})" for count, total in shares))
+        table.add_row(printable(name), *(f"{count:,} ({count / total:.1%})" for count, total in shares))
 
     names = task.names_of(classes)
     order = np.argsort(-count_SC[0], kind="stable") if len(classes) > _MAX_CLASSES else np.arange(len(classes))

@@ -51,7 +51,7 @@ class Task:
         regression: whether the label is a number.
         splits: names of its splits, train first. Labels are optional in those that start with `test`.
         value_range: least and greatest regression target; None: any.
-        files: split -> GLUE's file name without extension, where it differs from the split's name.
+        files: split -> GLUE's file names without extension, where they differ from the split's name.
         headerless: all columns of a file that has no header line.
         release: the original release, used if a folder has no file of any split.
         skip_broken: whether lines with too few fields or an empty text are skipped and counted instead of being an error.
@@ -71,7 +71,7 @@ class Task:
     regression: bool = False
     splits: tuple[str, ...] = ("train", "dev", "test")
     value_range: tuple[float, float] | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     headerless: tuple[str, ...] = ()
     release: Release | None = None
     skip_broken: bool = False
@@ -117,17 +117,29 @@ GLUE = {
         ),
         Task(
             "mnli", _PAIR, "gold_label", ("entailment", "neutral", "contradiction"), no_label="-",
-            splits=("train", "dev", "dev_mismatched", "test", "test_mismatched"),
-            files={"dev": "dev_matched", "test": "test_matched"},
+            splits=("train", "dev", "dev_mismatched", "test", "test_mismatched", "test_diagnostic"),
+            files={
+                "dev": ("dev_matched",), "test": ("test_matched",),
+                "test_diagnostic": ("diagnostic", "../diagnostic/diagnostic"),  # a folder of its own beside MNLI's
+            },
             hub_columns={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
             hub_splits={"dev": "validation_matched", "dev_mismatched": "validation_mismatched", "test": "test_matched"},
-            submissions={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+            submissions={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "test_diagnostic": "AX.tsv"},
         ),
         Task("qnli", ("question", "sentence"), "label", _ENTAILMENT, submissions={"test": "QNLI.tsv"}),
         Task("rte", _PAIR, "label", _ENTAILMENT, submissions={"test": "RTE.tsv"}),
         Task("wnli", _PAIR, "label", _BINARY, ("not_entailment", "entailment"), submissions={"test": "WNLI.tsv"}),
     )
 }  # fmt: skip
+
+GLUE_COLUMNS = frozenset(
+    [
+        *("index", "id", "idx", "qid1", "qid2", "#1 ID", "#2 ID", "genre", "filename", "year", "old_index", "source1", "source2"),
+        *("source", "mark", "promptID", "pairID", "label1", "label2", "label3", "label4", "label5"),
+        *(f"{side}{kind}_parse" for side in _PAIR for kind in ("", "_binary")),
+    ]
+)  # fmt: skip
+"""Columns of GLUE's files that no task uses."""
 
 
 def resolve(config: TaskConfig) -> Task:

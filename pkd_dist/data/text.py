@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +21,19 @@ import numpy as np
 
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.examples import Split, example_ids, unlabelled
-from pkd_dist.data.rows import Fields, Row, Table, TableSpec, read_file, read_hub, read_lines
+from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, hub_names, require, unlabeled_paths
-from pkd_dist.data.tasks import Task
+from pkd_dist.data.tables import Fields, Row, Table, TableSpec
+from pkd_dist.data.tasks import GLUE_COLUMNS, Task
+from pkd_dist.data.typed import read_hub
 from pkd_dist.errors import UserError
+from pkd_dist.telemetry.markup import printable
 
-_HUB_UNLABELLED = ("-1", "-1.0")
+_HUB_UNLABELLED = "-1"
 _MAX_NUMBERS_IN_NOTE = 5
+_MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
+_WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 
 
 def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None) -> Split:
@@ -45,24 +51,23 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     source = require(data, split, task)
     labels_optional = split.startswith("test")
     table = _open(source, split, task, labels_optional)
-    notes = list(source.notes)
-    numbers, columns = _store(_select(table, source, task, labels_optional, notes), len(task.text) + 1)
+    skipped: list[str] = []
+    numbers, columns = _store(_select(table, source, task, labels_optional, skipped), len(task.text) + 1)
     if not numbers:
         raise UserError(f"{table.name}: has no examples; at least one is needed")
     texts, values = columns[:-1], columns[-1]
     known = tuple(classes or task.classes or ())
-    examples = Split(
-        example_ids(texts), texts, unlabelled(len(numbers), task.regression), known, table.name, tuple(notes)
-    )
+    notes = (*source.notes, *table.notes, *_unused(table, task), *skipped)
+    examples = Split(example_ids(texts), texts, unlabelled(len(numbers), task.regression), known, table.name, notes)
     if labels_optional and _all_empty(values, known):
-        if len(notes) > len(source.notes):
+        if skipped:
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
         return examples
     labels = _LabelColumn(table, numbers, task.label, values)
     if task.regression:
         return replace(examples, labels_N=_numbers(labels, task))
-    known = known or tuple(_sorted_classes({value for _, value in labels}))
+    known = known or tuple(_sorted_classes(set(map(_class_value, {value for _, value in labels}))))
     labels_N = _class_indices(labels, known, split, task)
     if split == "train" and (labels_N == labels_N[0]).all():
         raise UserError(
@@ -87,12 +92,12 @@ def read_unlabeled(files: Sequence[str], task: Task) -> Split:
     notes: list[str] = []
     for path in unlabeled_paths(files, task):
         table = read_lines(path) if path.suffix == ".txt" else read_file(path, spec)
-        file_notes: list[str] = []
+        skipped: list[str] = []
         before = len(texts[0])
-        _append(texts, _with_text(table, task, file_notes))
+        _append(texts, _with_text(table, task, skipped))
         if len(texts[0]) == before:
             raise UserError(f"{path}: has no examples; at least one is needed")
-        notes += [f"{path.name}: {note}" for note in file_notes]
+        notes += [f"{path.name}: {note}" for note in (*table.notes, *skipped)]
     labels_N = unlabelled(len(texts[0]), task.regression)
     return Split(example_ids(texts), texts, labels_N, task.classes or (), ", ".join(files), tuple(notes))
 
@@ -113,11 +118,11 @@ def _open(source: Source, split: str, task: Task, labels_optional: bool) -> Tabl
     return read_file(source.place, TableSpec(columns, optional, task.headerless, task.skip_broken))
 
 
-def _select(table: Table, source: Source, task: Task, labels_optional: bool, notes: list[str]) -> Iterator[Row]:
-    """Yield the rows that belong to the split. `notes` is complete once all rows were read."""
-    rows = _with_text(table, task, notes)
+def _select(table: Table, source: Source, task: Task, labels_optional: bool, skipped: list[str]) -> Iterator[Row]:
+    """Yield the rows that belong to the split. `skipped` and the table's notes are complete once all rows were read."""
+    rows = _with_text(table, task, skipped)
     if source.dev_ids and task.release:
-        rows = _of_split(rows, source.dev_ids, source.is_dev, task.release.id_columns, table.name, notes)
+        rows = _of_split(rows, source.dev_ids, source.is_dev, task.release.id_columns, table.name, table.notes)
     no_label: set[str | None] = {task.no_label} if task.no_label is not None else set()
     if isinstance(source.place, str) and not labels_optional:
         no_label.add(None)  # -1 of a class label on the hub
@@ -125,7 +130,7 @@ def _select(table: Table, source: Source, task: Task, labels_optional: bool, not
         at = len(task.text)
         shown = " or ".join("missing" if value is None else repr(value) for value in sorted(no_label, key=str))
         reason = f"without a label ({task.label} is {shown})"
-        rows = _skip(rows, lambda fields: fields[at] in no_label, reason, table.unit, notes)
+        rows = _skip(rows, lambda fields: fields[at] in no_label, reason, table.unit, skipped)
     return rows
 
 
@@ -153,49 +158,91 @@ def _read_pairs(path: Path, header: tuple[str, str]) -> set[tuple[str | None, ..
     return pairs - {header}
 
 
-def _with_text(table: Table, task: Task, notes: list[str]) -> Iterator[Row]:
-    """Yield the rows with text in every text column. Others are skipped if the task allows it, else they are an error."""
+def _with_text(table: Table, task: Task, skipped: list[str]) -> Iterator[Row]:
+    """Yield the rows with text. Others are skipped if the task allows it, else they are an error.
+
+    One half of a pair may be empty; the table's notes tell how often.
+    """
     width = len(task.text)
-
-    def is_broken(fields: Fields) -> bool:
-        return not all(value and value.strip() for value in fields[:width])
-
     rows = table.rows
     if task.skip_broken:
-        rows = _skip(rows, is_broken, "with too few fields or an empty text", table.unit, notes)
+        rows = _skip(rows, lambda fields: not any(map(_has_text, fields[:width])), "without text", table.unit, skipped)
+    empty = [_Rows(table.unit) for _ in task.text]
     for number, fields in rows:
-        for column, value in zip(task.text, fields, strict=False):
-            _require_text(table, number, column, value)
+        for column, value, empty_rows in zip(task.text, fields, empty, strict=False):
+            if value and not value.isspace():
+                _require_unicode(table, number, column, value)
+            elif any(map(_has_text, fields[:width])):
+                empty_rows.add(number)
+            else:
+                what = "is empty; give it a value" if width == 1 else "are both empty; give one of them a value"
+                raise UserError(f"{table.at(number)}: {' and '.join(task.text)} {what} or remove the {table.unit}")
         yield number, fields
+    for column, empty_rows in zip(task.text, empty, strict=True):
+        if empty_rows.count:
+            table.notes.append(f"{column} is empty in {empty_rows}")
 
 
 def _skip(
-    rows: Iterator[Row], exclude: Callable[[Fields], bool], reason: str, unit: str, notes: list[str]
+    rows: Iterator[Row], exclude: Callable[[Fields], bool], reason: str, unit: str, skipped: list[str]
 ) -> Iterator[Row]:
     """Yield the rows that are not excluded. After the last one, add a note with the number of the others and the first few."""
-    count, first = 0, []
+    excluded = _Rows(unit)
     for number, fields in rows:
-        if not exclude(fields):
-            yield number, fields
+        if exclude(fields):
+            excluded.add(number)
         else:
-            count += 1
-            if count <= _MAX_NUMBERS_IN_NOTE:
-                first.append(str(number))
-    if count:
-        more = ", ..." if count > len(first) else ""
-        notes.append(f"skipped {count} {unit}{'s' if count > 1 else ''} {reason}: {', '.join(first)}{more}")
+            yield number, fields
+    if excluded.count:
+        skipped.append(f"skipped {excluded.counted} {reason}: {excluded.first}")
 
 
-def _require_text(table: Table, number: int, column: str, value: str | None) -> None:
-    if not value or value.isspace():
-        raise UserError(f"{table.at(number)}: {column} is empty; give it a value or remove the line")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{table.at(number)}: {column} contains an unpaired surrogate, which is not valid text; fix the escape"
-            ) from None
+class _Rows:
+    """Counts rows and remembers the first few numbers, for notes."""
+
+    def __init__(self, unit: str):
+        self._unit = unit
+        self._numbers: list[str] = []
+        self.count = 0
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if self.count <= _MAX_NUMBERS_IN_NOTE:
+            self._numbers.append(str(number))
+
+    @property
+    def counted(self) -> str:
+        return f"{self.count} {self._unit}{'s' if self.count > 1 else ''}"
+
+    @property
+    def first(self) -> str:
+        return ", ".join(self._numbers) + (", ..." if self.count > len(self._numbers) else "")
+
+    def __str__(self) -> str:
+        return f"{self.counted}: {self.first}"
+
+
+def _unused(table: Table, task: Task) -> Iterator[str]:
+    """Yield a note about the columns of a table that the task does not use, except those that GLUE's files have."""
+    unused = [name for name in table.unused if task.name == "custom" or name not in GLUE_COLUMNS]
+    if unused:
+        more = ", ..." if len(unused) > _MAX_COLUMNS_IN_NOTE else ""
+        yield f"columns not used: {', '.join(map(printable, unused[:_MAX_COLUMNS_IN_NOTE]))}{more}"
+
+
+def _has_text(value: str | None) -> bool:
+    return bool(value and not value.isspace())
+
+
+def _require_unicode(table: Table, number: int, column: str, value: str) -> None:
+    if value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{table.at(number)}: {column} contains an unpaired surrogate, which is not valid text; fix the escape"
+        ) from None
 
 
 def _store(rows: Iterator[Row], width: int) -> tuple[array[int], tuple[TextColumn, ...]]:
@@ -231,14 +278,23 @@ class _LabelColumn:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for number, value in zip(self.numbers, self.values, strict=True):
-            _require_text(self.table, number, self.name, value)
+            if not _has_text(value):
+                where = self.table.at(number)
+                raise UserError(f"{where}: {self.name} is empty; give it a value or remove the {self.table.unit}")
+            _require_unicode(self.table, number, self.name, value)
             yield number, value.strip()
 
 
 def _all_empty(values: Sequence[str], known: tuple[str, ...]) -> bool:
     """Return whether no label is set: all are empty, or -1 as on the hub unless -1 is a class."""
-    empty = {"", *_HUB_UNLABELLED} - set(known)
-    return all(value.strip() in empty for value in values)
+    empty = {"", _HUB_UNLABELLED} - set(known)
+    return all(_class_value(value.strip()) in empty for value in values)
+
+
+def _class_value(value: str) -> str:
+    """Return the class that a label is a value of: a number without a fraction is written as an integer, 1.0 as 1."""
+    whole = _WHOLE_NUMBER.fullmatch(value)
+    return (whole[1] if whole[1] != "-0" else "0") if whole else value
 
 
 def _sorted_classes(values: set[str]) -> list[str]:
@@ -249,21 +305,23 @@ def _sorted_classes(values: set[str]) -> list[str]:
         return sorted(values)
     if not all(map(math.isfinite, numbers.values())):
         return sorted(values)
-    return sorted(values, key=lambda value: (numbers[value], value))  # 1 and 1.0 are two classes, in a fixed order
+    return sorted(values, key=lambda value: (numbers[value], value))  # 1 and 01 are two classes, in a fixed order
 
 
 def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
     """Return int64 (N,) class indices. A label may be the value of a class or its name."""
     index = {value: i for values in (task.names_of(known), known) for i, value in enumerate(values)}
+    index = {_class_value(value): i for value, i in index.items()} | index
     out = np.empty(len(labels), np.int64)
     for i, (number, value) in enumerate(labels):
-        if value not in index:
+        found = index.get(value)
+        if found is None and (found := index.get(_class_value(value))) is None:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             origin = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
             raise UserError(
                 f"{labels.table.at(number)}: {task.label} {value!r} is not one of the labels{origin}: {allowed}"
             )
-        out[i] = index[value]
+        out[i] = found
     return out
 
 

@@ -99,12 +99,12 @@ def _checked(place: str, text: str, pair: bool) -> Sequence[str]:
     """Return the one or two texts of a line.
 
     Raises:
-        UserError: A text is empty or not UTF-8, or the line is not a pair.
+        UserError: A text is empty (of a pair, both) or not UTF-8, or the line is not a pair.
     """
     halves = text.split("\t") if pair else [text]
     if pair and len(halves) != 2:
         raise UserError(f"{place}: --pair needs two texts separated by one tab, but this line has {len(halves)}")
-    if any(map(is_empty, halves)):
+    if all(map(is_empty, halves)):
         raise UserError(f"{place}: the text is empty; every line needs one")
     if any("\ud800" <= character <= "\udfff" for half in halves for character in half):
         raise UserError(f"{place}: the text is not UTF-8")

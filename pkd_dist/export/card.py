@@ -14,6 +14,7 @@ from pkd_dist.evaluation.results import Results, agreement_sentence, table_rows
 from pkd_dist.export.manifest import ExportFigures
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.metric_names import METRICS
+from pkd_dist.telemetry.markup import markdown, markdown_code
 
 _TEMPLATE = """\
 ---
@@ -23,7 +24,7 @@ tags: [knowledge-distillation, patient-knowledge-distillation]
 ---
 # {{ results.task }}: a {{ environment.student_layers }}-layer student
 
-Distilled from `{{ config.teacher.model }}` with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
+Distilled from {{ config.teacher.model | code }} with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
 {{ environment.versions.pkd_dist }}. It loads with plain `transformers`:
 
 ```python
@@ -36,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving
 (`tokenizer(text, truncation=True, max_length={{ config.task.max_length }})`).
 {% if facts.class_names %}
-Classes, in the order of the logits: {{ facts.class_names | join(", ") }}.
+Classes, in the order of the logits: {{ facts.class_names | map("code") | join(", ") }}.
 {% else %}
 One output: the predicted value.
 {% endif %}
@@ -73,9 +74,9 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
 
 ## Training
 
-- Data: `{{ facts.train.source }}`, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
-  by {{ metric }} on `{{ facts.dev.source }}`.
-- Student: {{ facts.initialized_from }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
+- Data: {{ facts.train.source | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
+  by {{ metric }} on {{ facts.dev.source | code }}.
+- Student: {{ facts.initialized_from | text }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
 - Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states), temperature {{ config.distill.temperature }},
   `ds_reduction: {{ config.distill.ds_reduction }}`, `pt_reduction: {{ config.distill.pt_reduction }}` (the same weight of PT is
   {{ "%.4g" | format(environment.beta_mean) }} with `mean`, {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
@@ -115,6 +116,7 @@ class CardFacts:
 def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    templates.filters |= {"code": markdown_code, "text": markdown}
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
     return templates.from_string(_TEMPLATE).render(
         facts=facts,

@@ -125,14 +125,15 @@ def _checked(row: object, pair: bool, form: str, limits: Limits) -> Texts:
         row = {"text": row}
     if not isinstance(row, dict) or set(row) != set(names):
         raise HTTPException(422, f"each text must be {form}")
-    return tuple(_checked_text(name, row[name], limits) for name in names)
+    texts = tuple(_checked_text(name, row[name], limits) for name in names)
+    if all(map(is_empty, texts)):
+        raise HTTPException(422, f"{' and '.join(names)} {'are both' if pair else 'is'} empty")
+    return texts
 
 
 def _checked_text(name: str, text: object, limits: Limits) -> str:
     if not isinstance(text, str):
         raise HTTPException(422, f"{name} must be a string")
-    if is_empty(text):
-        raise HTTPException(422, f"{name} is empty")
     if len(text) > limits.text_characters:
         raise HTTPException(413, f"{name} has {len(text)} characters; at most {limits.text_characters} are allowed")
     try:

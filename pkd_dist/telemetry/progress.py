@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 
 from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.markup import console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -41,14 +41,14 @@ class Bar:
         self._show = show
         if show and sys.stdout.isatty():
             self._rich = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(file=sys.stdout),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=console(sys.stdout),
             )
             self._task = self._rich.add_task(label, total=total, completed=done, note="")
 

@@ -79,6 +79,12 @@ CONFIGURATION = {
         ["task.data={at}/none"],
         r"task\.data: no such folder: {at}/none; it must contain train and dev",
     ),
+    "data file": (
+        {"all.csv": "x"},
+        ["task.data={at}/all.csv"],
+        r"task\.data: {at}/all\.csv is a file; give a folder that contains the examples as train\.\* and, apart from them, dev",
+    ),
+    "option twice": ({}, ["--stages", "data", "--stages", "cache"], r"--stages is given twice; it takes one value"),
     "split": (
         {"own/train.tsv": GOOD_DEV},
         ["task.data={at}/own"],
@@ -114,7 +120,8 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(settings, tmp_pat
     config = write_config(settings, tmp_path)
     put(tmp_path, files)
     before = contents(tmp_path)
-    line = refused("--config", config, *(a.replace("{at}", str(tmp_path)) for a in arguments))
+    own = [] if "--config" in arguments else ["--config", config]
+    line = refused(*own, *(a.replace("{at}", str(tmp_path)) for a in arguments))
     assert re.search(expected.replace("{at}", re.escape(str(tmp_path))), line), line
     assert contents(tmp_path) == before and not (tmp_path / "run").exists()
 

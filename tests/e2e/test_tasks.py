@@ -1,6 +1,7 @@
 """Whole runs of other tasks than two classes of single sentences: three classes of pairs as GLUE ships them, a regression,
 fifty classes with text that only the teacher labels; and what `pkd predict` and `pkd compare` make of them."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def logits_of(run, *columns):
 
 def test_three_classes_of_pairs_with_two_dev_sets_and_tests_without_labels(settings, tmp_path):
     data = put(tmp_path / "MNLI", **FOLDERS["mnli"])
+    (tmp_path / "diagnostic").mkdir()
+    (tmp_path / "MNLI/diagnostic.tsv").rename(tmp_path / "diagnostic/diagnostic.tsv")  # as the download has it
     done, run = finished(settings, tmp_path, name="mnli", data=data)
     assert "without a label (gold_label is '-')" in done.stdout
     found = results(run)
@@ -49,7 +52,7 @@ def test_three_classes_of_pairs_with_two_dev_sets_and_tests_without_labels(setti
     assert found["splits"]["dev_mismatched"]["n"] == 2 and "accuracy" in found["splits"]["dev_mismatched"]["student"]
     names = ["entailment", "neutral", "contradiction"]
     for side in ("teacher", "student"):
-        for file in ("MNLI-m.tsv", "MNLI-mm.tsv"):
+        for file in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
             header, *rows = (run / "predictions" / side / file).read_text().splitlines()
             assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == ["0", "1"]
             assert {row.split("\t")[1] for row in rows} <= set(names)
@@ -125,6 +128,29 @@ def test_fifty_classes_with_more_text_than_labels(settings, tmp_path):
     lines = [json.loads(line) for line in said.stdout.decode().splitlines()]
     assert [line["text"] for line in lines] == ["a film", "été", "the plot"]
     assert all(line["label"] in CLASSES and sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+
+
+def test_pairs_with_empty_halves_and_class_names_that_look_like_markup(settings, tmp_path):
+    names = ["[none]", "[/thanks]", "<b>&", "a`|$x_"]
+    rows = [("" if i % 4 == 0 else "a title", text, names[i % 4]) for i, (text, _) in enumerate(sentences(80, 3))]
+    table = "title,body,label,p_none\n" + "".join(f"{title},{body},{label},0.5\n" for title, body, label in rows[:60])
+    put(
+        tmp_path / "data",
+        validation__json=json.dumps([dict(zip(("title", "body", "label"), r, strict=True)) for r in rows[60:]]),
+    )
+    (tmp_path / "data/train.csv.gz").write_bytes(gzip.compress(table.encode()))
+    done, run = finished(
+        settings, tmp_path, name="custom", data=str(tmp_path / "data"), text=["title", "body"], label="label",
+        augment={"copies": 1},
+    )  # fmt: skip
+    assert "title is empty in 15 lines: 2, 6, 10, 14, 18, ..." in done.stdout
+    assert "title is empty in 5 rows: 1, 5, 9, 13, 17" in done.stdout and "columns not used: p_none" in done.stdout
+    card = (run / "export/README.md").read_text()
+    assert "Classes, in the order of the logits: `<b>&`, `[/thanks]`, `[none]`, ``a`|$x_``." in card
+    report = (run / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in report and "<b>&" not in report and "[/thanks]" in report and "a`|$x_" in report
+    said = answers(run, ["\ta warm film", "a title\t"], pair=True)
+    assert said[0]["text"] == "" and said[1]["text_pair"] == "" and {answer["label"] for answer in said} <= set(names)
 
 
 def test_compare_trains_on_one_teacher_and_one_cache_and_goes_on(settings, tmp_path):

@@ -1,5 +1,6 @@
 """What `pkd compare` accepts, and its table."""
 
+import io
 import sys
 
 import numpy as np
@@ -185,6 +186,9 @@ def test_the_table_pools_splits_and_pairs_seeds():
     assert (
         "| teacher |  |  | 90.00 | 80.00 | 82.50 | 100.00 |" in table and "| shallow | 1 | 1 | 50.00 | 50.00 |" in table
     )
+    odd = summarize(load(None, ["run.dir=unused"]), {"a|b *$x_{*": results["kd"]}, {"a|b *$x_{*": 2})
+    assert r"| a\|b \*\$x\_{\* | 2 | 3 |" in as_markdown(odd)
+    plot(odd).savefig(io.BytesIO())
     mcc = {"finetune": {1: {**result(0.8, 0.7, 0.8)}}}
     for side in (mcc["finetune"][1], mcc["finetune"][1]["splits"]["test"]):
         side["student"]["MCC"] = side["teacher"]["MCC"] = 0.25

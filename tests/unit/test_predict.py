@@ -82,11 +82,12 @@ def test_pkd_predict_rejects_bad_arguments(folder, arguments, message):
 
 def test_a_regression_gives_its_value(tmp_path):
     folder = make_folder(tmp_path / "bert", "bert", classifier=True, names=("score",))
-    [answer] = [json.loads(line) for line in predict(folder, [("", "a\tb")], True, None, 1)]
+    answer, half = [json.loads(line) for line in predict(folder, [("", "a\tb"), ("", "\tb")], True, None, 1)]
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
-        value = float(model(**tokenizer("a", "b", return_tensors="pt")).logits)
+        value, half_value = (float(model(**tokenizer(a, "b", return_tensors="pt")).logits) for a in ("a", ""))
     assert answer == {"text": "a", "text_pair": "b", "value": pytest.approx(value, abs=1e-6)}
+    assert half == {"text": "", "text_pair": "b", "value": pytest.approx(half_value, abs=1e-6)}
 
 
 def test_figures_do_not_overwrite_a_file(folder, tmp_path):

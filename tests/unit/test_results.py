@@ -67,7 +67,7 @@ def test_the_model_card(results):
     )  # fmt: skip
     facts = CardFacts(
         config=load(None, ["run.dir=unused", "teacher.model=MINE"]), results=results, environment=environment,
-        main_metric="f_1", class_names=["no", "yes"], train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
+        main_metric="f_1", class_names=["no", "[yes](x)", "a`b", "<b>|"], train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)",
     )  # fmt: skip
     file = {"bytes": 4e6, "main_metric": 0.6, "largest_difference": 1e-6, "agreement": 1.0, **size_and_speed(2)}
@@ -77,7 +77,7 @@ def test_the_model_card(results):
     text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": files, "measured_on": on})
     for line in (
         "# sst2: a 2-layer student",
-        "Classes, in the order of the logits: no, yes.",
+        "Classes, in the order of the logits: `no`, `[yes](x)`, ``a`b``, `<b>|`.",
         "| accuracy | 80.0% (70.0 to 90.0) | 60.0% (50.0 to 70.0) |",
         "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 1.0000 | 2.00 | 3.00 | 200 |",
         "by F1 on `dev.tsv`",

@@ -183,6 +183,8 @@ def test_a_full_queue_and_a_failing_batch():
         ({"texts": ["a"]}, True, "each text must be"),
         ({"texts": ["a"], "text": "b"}, False, "and the only key"),
         ({"text": "\u200b\t"}, False, "text is empty"),
+        ({"text": "", "text_pair": "b"}, True, (True, [("", "b")])),
+        ({"text": "", "text_pair": " "}, True, "text and text_pair are both empty"),
         ({"text": 1}, False, "text must be a string"),
     ],
 )

@@ -1,0 +1,148 @@
+"""What all readers of tables share: rows, the columns to read, the conversion of a value to text, and decoded lines."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import reprlib
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from pkd_dist.errors import UserError
+
+_WHITESPACE = b"\xef\xbb\xbf \r\n\t"
+_EXACT_INTEGERS = 2**53
+_MAX_UNUSED = 50
+
+Fields = list[str | None]
+"""Values of the requested columns; None for a missing value."""
+
+Row = tuple[int, Fields]
+"""The number of a line or row, from 1, and its values."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file or of one split of a hub data set.
+
+    Attributes:
+        name: the file, or `hub:NAME/SPLIT`.
+        rows: can be iterated once; raises UserError at an invalid row.
+        unit: what the row numbers count: `line` or `row`.
+        notes: what a user should know about how the rows were read. Complete once all rows were read.
+        unused: the columns that were not requested, at most 50. Complete once all rows were read.
+    """
+
+    name: str
+    rows: Iterator[Row]
+    unit: str = "line"
+    notes: list[str] = field(default_factory=list)
+    unused: dict[str, None] = field(default_factory=dict)
+
+    def at(self, number: int) -> str:
+        """Return the place of a row, for messages."""
+        return place(self.name, number, self.unit)
+
+
+def place(name: str, number: int, unit: str) -> str:
+    """Return the place of a line or row of a table, for messages."""
+    return f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """The columns to read from a table.
+
+    Attributes:
+        columns: names, in the order in which values are returned.
+        optional: the one of them that may be missing.
+        headerless: all columns of a TSV file that has no header line.
+        allow_short: yield a line with too few fields as a row without values instead of raising an error.
+    """
+
+    columns: tuple[str, ...]
+    optional: str | None = None
+    headerless: tuple[str, ...] = ()
+    allow_short: bool = False
+
+    def missing(self, available: Collection[str]) -> str | None:
+        """Return the first required column that is not available."""
+        return next((name for name in self.columns if name not in available and name != self.optional), None)
+
+    def add_unused(self, available: Iterable[str], unused: dict[str, None]) -> None:
+        """Add the columns that are not requested to `unused`."""
+        for name in available:
+            if name not in self.columns and len(unused) < _MAX_UNUSED:
+                unused[name] = None
+
+    def fields(self, record: Mapping[str, object], where: Callable[[], str]) -> Fields:
+        """Return the values of the requested columns of a typed record as text. All typed formats use this conversion.
+
+        Null and NaN are missing values. A number without a fraction becomes an integer, so that 1 and 1.0 are the same.
+
+        Args:
+            record: column -> value.
+            where: returns the place of the record, for messages.
+
+        Raises:
+            UserError: a value is neither text nor a finite number.
+        """
+        values = map(record.get, self.columns)
+        return [
+            value if value is None or type(value) is str else _as_text(value, column, where)
+            for column, value in zip(self.columns, values, strict=True)
+        ]
+
+
+def _as_text(value: object, column: str, where: Callable[[], str]) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):  # bool too
+        return str(int(value))
+    if isinstance(value, (float, Decimal)):
+        if math.isnan(value):
+            return None
+        if math.isfinite(value):
+            return f"{value + 0:.0f}" if value % 1 == 0 and -_EXACT_INTEGERS < value < _EXACT_INTEGERS else str(value)
+    kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else type(value).__name__
+    raise UserError(
+        f"{where()}: {column} must be text or a finite number, not {kind}: {reprlib.repr(value)}; convert the column"
+    )
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+
+
+def decoded(path: Path) -> Iterator[str]:
+    """Yield each line of a file with its newline, without a byte-order mark. A name that ends in `.gz` is decompressed.
+
+    Raises:
+        UserError: the file is empty, not UTF-8, or not valid gzip.
+    """
+    try:
+        with _open(path) as file:
+            if not any(line.strip(_WHITESPACE) for line in file):
+                raise UserError(f"{path}: is empty; expected a header line and examples")
+            file.seek(0)
+            for number, raw in enumerate(file, start=1):
+                try:
+                    line = raw.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}:{number}: byte 0x{raw[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
+                    ) from None
+                yield line if number > 1 else line.removeprefix("\ufeff")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be decompressed as gzip: {error}; write the file again") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, line without its newline) of the lines that are not blank."""
+    for number, line in enumerate(decoded(path), start=1):
+        if not line.isspace() or "\t" in line:
+            yield number, line.removesuffix("\n").removesuffix("\r")
