@@ -39,10 +39,21 @@ def test_the_keys_of_the_results_and_their_order(results):
     assert results["student"] == side(0.6) | size_and_speed(2) and results["splits"]["test"]["n"] == 70
 
 
-def test_a_teacher_that_learned_nothing_retains_nothing():
-    dev = {"n": 50, "teacher": side(0.0), "student": side(0.6), "agreement": 0.9}
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        (side(0.0), side(0.0), "the teacher scores 0.000, so there is no score for the student to retain"),
+        (side(-0.1), side(0.6), "the teacher scores -0.100, so there is no score for the student to retain"),
+        (side(0.5, undefined=["MCC", "main_metric"]), side(0.5), "the main metric is undefined on these dev examples"),
+    ],
+)
+def test_a_share_of_nothing_is_not_told(teacher, student, said):
+    dev = {"n": 50, "teacher": teacher, "student": student, "agreement": 0.9}
     made = combine("sst2", dev, {"teacher": size_and_speed(4), "student": size_and_speed(2)}, {})
-    assert made["compression"]["retention"] == 0.0
+    assert made["compression"]["retention"] is None
+    shown = closing_table(made, Path("RUN/export"), Path("RUN/report.html"))
+    assert said in shown and "retains" not in shown
+    assert ("undefined" in shown.splitlines()[3]) == ("undefined" in teacher)
 
 
 def test_the_closing_table(results):
