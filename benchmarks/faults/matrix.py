@@ -8,8 +8,9 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -68,69 +69,84 @@ def content(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
+Rerun = Callable[..., "subprocess.CompletedProcess[str]"]
+"""(arguments of the launcher) -> how it ended."""
+
+
+def rerun(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    argv, its = command(*arguments), environment(HF_HUB_OFFLINE="1")
+    return subprocess.run(argv, cwd=ROOT, env=its, capture_output=True, text=True, timeout=600, check=False)
+
+
 class Matrix:
     """The runs to damage, in `work`, and the judgment of each case."""
 
-    def __init__(self, work: Path, watch: Watch):
-        self.work, self.watch = work.resolve(), watch
+    def __init__(self, work: Path, rerun: Rerun = rerun):
+        self.work, self.rerun = work.resolve(), rerun
         body, data = self.work / "bert", make_data(self.work / "data", 101)
         if not body.exists():
             make_body(body)
         self.config = write_config(settings(body, data, self.work / "finished", TIMEOUT_SECONDS), self.work)
-        for kind, moment in KINDS.items():
-            if not (self.work / kind).exists():
-                self._make(kind, moment)
-        self.weights = sha256(self.work / "finished/export/model.safetensors")
+        self.weights = sha256(self.run_of("finished") / "export/model.safetensors")
 
-    def _make(self, kind: str, moment: str | None) -> None:
-        folder = self.work / f"{kind}.new"
+    def run_of(self, kind: str) -> Path:
+        """Return the folder of a run to copy, which is made first if it is not there."""
+        folder, moment, new = self.work / kind, KINDS[kind], self.work / f"{kind}.new"
+        if folder.exists():
+            return folder
+        shutil.rmtree(new, ignore_errors=True)
+        arguments = ("--config", self.config, f"run.dir={new}")
+        if moment is None:
+            done = self.rerun(*arguments)
+            if not complete(new):
+                raise RuntimeError(f"the undisturbed run failed: {done.stdout}{done.stderr}")
+        else:
+            with Start([command(*arguments)], environment(HF_HUB_OFFLINE="1"), self.work / kind) as start:
+                Watch().until(lambda: arrived(new, moment) or start.ended(), 600)
+        return new.rename(folder)
+
+    def cases(self, kind: str) -> Iterator[Case]:
+        skipped = UNREAD + (UNREAD_WHEN_DONE if kind == "finished" else ())
+        run = self.run_of(kind)
+        for path in sorted(run.rglob("*")):
+            file = path.relative_to(run).as_posix()
+            if path.is_file() and not any(fnmatch(file, pattern) for pattern in skipped):
+                yield from (Case(kind, file, way) for way in WAYS)
+
+    def judge(self, *cases: Case) -> Row:
+        """Damage a copy of a run, rerun the command as an operator does, and say what is wrong with the end.
+
+        Args:
+            cases: of one kind; all of them are damaged.
+        """
+        first = cases[0]
+        folder = self.work / "cases" / f"{first.kind}-{first.file.replace('/', '-')}-{first.way}"
         shutil.rmtree(folder, ignore_errors=True)
-        with self._start(folder, self.work / f"log-{kind}") as start:
-            if moment:
-                self.watch.until(lambda: arrived(folder, moment) or start.ended(), 600)
-            else:
-                start.await_end(self.watch, 600)
-        if not moment and not complete(folder):
-            raise RuntimeError(f"the undisturbed run failed: {start.last_message}")
-        folder.rename(self.work / kind)
-
-    def _start(self, run: Path, log: Path) -> Start:
-        return Start([command("--config", self.config, f"run.dir={run}")], environment(HF_HUB_OFFLINE="1"), log)
-
-    def cases(self) -> Iterator[Case]:
-        for kind in KINDS:
-            skipped = UNREAD + (UNREAD_WHEN_DONE if kind == "finished" else ())
-            for path in sorted((self.work / kind).rglob("*")):
-                file = path.relative_to(self.work / kind).as_posix()
-                if path.is_file() and not any(fnmatch(file, pattern) for pattern in skipped):
-                    yield from (Case(kind, file, way) for way in WAYS)
-
-    def judge(self, case: Case) -> Row:
-        """Damage a copy of the run, rerun the command as an operator does, and say what is wrong with the end."""
-        folder = self.work / "cases" / f"{case.kind}-{case.file.replace('/', '-')}-{case.way}"
-        shutil.rmtree(folder, ignore_errors=True)
-        run = folder / "run"
-        shutil.copytree(self.work / case.kind, run)
-        damage(run / case.file, case.way)
-        damaged, statuses, said, message = content(run / case.file), [], "", ""
+        run = Path(shutil.copytree(self.run_of(first.kind), folder / "run"))
+        for case in cases:
+            damage(run / case.file, case.way)
+        damaged = {case.file: content(run / case.file) for case in cases}
+        statuses: list[int] = []
+        said = message = ""
         while len(statuses) < MAX_STARTS and 0 not in statuses:
-            with self._start(run, folder / f"start-{len(statuses)}") as start:
-                start.await_end(self.watch, 300)
-            statuses.append(start.status)
-            said, message = said + start.output, start.last_message if start.status else message
-            if start.status == 2:
+            done = self.rerun("--config", self.config, f"run.dir={run}")
+            statuses.append(done.returncode)
+            said += done.stdout + done.stderr
+            if done.returncode:
+                message = (done.stderr.strip().splitlines() or [""])[-1]
+            if done.returncode == 2:
                 follow(message, folder / "aside")
         problems = [f"status {status}" for status in statuses if status not in (0, 2)]
         problems += ["a traceback"] * ("Traceback" in said or "a bug in pkd_dist" in said)
         problems += ["never done"] * (not complete(run))
-        if complete(run) and sha256(run / "export/model.safetensors") != self.weights:
-            problems.append("other weights")
-        told = said + (run / "report.html").read_text() if complete(run) else said
-        if content(run / case.file) == damaged and Path(case.file).name not in told:
-            problems.append("silent")
+        if complete(run):
+            said += (run / "report.html").read_text()
+            problems += ["other weights"] * (sha256(run / "export/model.safetensors") != self.weights)
+        for file, left in damaged.items():
+            problems += [f"{file}: silent"] * (content(run / file) == left and Path(file).name not in said)
         if not problems:
             shutil.rmtree(folder)
-        return Row(**vars(case), statuses=statuses, last_message=message.replace(f"{folder}/", ""), problems=problems)
+        return Row(**vars(first), statuses=statuses, last_message=message.replace(f"{folder}/", ""), problems=problems)
 
 
 def main(argv: list[str]) -> int:
@@ -142,10 +158,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args(argv)
     options.work.mkdir(parents=True, exist_ok=True)
-    matrix = Matrix(options.work, Watch())
+    matrix = Matrix(options.work)
+    cases = [case for kind in KINDS for case in matrix.cases(kind)]
     rows = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(matrix.judge, list(matrix.cases())[:: options.every]):
+        for row in pool.map(matrix.judge, cases[:: options.every]):
             rows.append(row)
             print(f"{row.kind} {row.file} {row.way}: {row.statuses} {', '.join(row.problems) or 'good'}", flush=True)
     if options.output:
