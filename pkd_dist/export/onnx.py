@@ -217,8 +217,9 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
 
 def _forget_source(message: Message) -> None:
     """Remove what exporters note of each part of a graph: stack traces, which name files of this machine."""
-    for name in {"doc_string", "metadata_props"} & message.DESCRIPTOR.fields_by_name.keys():
-        message.ClearField(name)
+    for name in ("doc_string", "metadata_props"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in [value] if hasattr(value, "ListFields") else value:
