@@ -52,6 +52,7 @@ def _parse(line: str, where: str, needed: Set[str]) -> Record:
         numbers = [record["step"], *(record[key] for key in record.keys() - _NOT_NUMBERS)]
         numbers += record.get("seconds", {}).values()
         complete = isinstance(record["split"], str) if "split" in record else needed <= record.keys()
+        complete = complete and line.isascii()  # as it was written
         if complete and isinstance(record["step"], int) and all(isinstance(number, int | float) for number in numbers):
             return dict(record)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
