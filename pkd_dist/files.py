@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from pkd_dist.errors import UserError
 
@@ -44,12 +44,40 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"), len(text))
 
 
+def read_object(path: Path) -> dict[str, object]:
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file: not UTF-8, not JSON, NaN, nested too deeply, no object.
+    """
+
+    def reject(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=reject)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
 def is_full(error: BaseException) -> bool:
     """Return whether an error means that a disk or a quota is full.
 
     safetensors raises its own exception type, with the Rust I/O error as text.
     """
-    codes = (errno.ENOSPC, errno.EDQUOT)
+    return _has_code(error, errno.ENOSPC, errno.EDQUOT)
+
+
+def is_denied(error: BaseException) -> bool:
+    """Return whether an error means that a file may not be read or written."""
+    return _has_code(error, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _has_code(error: BaseException, *codes: int) -> bool:
     if isinstance(error, OSError) and error.errno in codes:
         return True
     return any(f"(os error {code})" in str(error) for code in codes)
@@ -120,6 +148,26 @@ def folder_digest(folder: Path, names: list[str] | None = None) -> str:
 def file_digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file below a folder, by its relative path."""
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def checksums(paths: Sequence[Path]) -> dict[str, str]:
+    """Return the sha256 of the files at and below `paths`, hidden ones excepted; the keys begin with the name of the path."""
+    found = {}
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            key = file.relative_to(path.parent)
+            if file.is_file() and not any(part.startswith(".") for part in key.parts):
+                found[key.as_posix()] = sha256(file)
+    return found
+
+
+def altered(paths: Sequence[Path], found: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    """Yield the files at and below `paths` that are missing or altered since `checksums` found these, with a message."""
+    folders = {path.name: path.parent for path in paths}
+    for key, digest in found.items():
+        folder = folders.get(key.partition("/")[0])
+        if folder is not None and (problem := changed_file(folder, {key: digest})):
+            yield folder / key, problem
 
 
 def changed_file(folder: Path, digests: dict[str, str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def make_run(
     _write_export(folder / "export")
     for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
         marker = Marker(done=True, inputs={}, fingerprint="", outputs=outputs, seconds=12.5, starts=1)
-        (folder / "stages" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(marker)))
+        marker.write(folder / "stages" / f"{name}.json")
     _write_metrics(folder / "metrics.jsonl", steps, epochs, seed)
     return folder
 
@@ -220,7 +219,13 @@ def read(folder: Path) -> Run:
 
 def change(run: Path, stage: str, edit: Any) -> None:
     """Edit the outputs in the marker of a stage."""
+    rewrite(run, stage, lambda marker: edit(marker["outputs"]))
+
+
+def rewrite(run: Path, stage: str, edit: Any) -> None:
+    """Edit the marker of a stage, as a dictionary."""
     path = run / "stages" / f"{stage}.json"
-    marker = json.loads(path.read_text())
-    edit(marker["outputs"])
-    path.write_text(json.dumps(marker))
+    raw = json.loads(path.read_text())
+    raw.pop("checksum")
+    edit(raw)
+    Marker(**raw).write(path)

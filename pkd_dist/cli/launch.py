@@ -26,7 +26,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.distributed.ranks import discover, first_of_node
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
-from pkd_dist.files import is_full
+from pkd_dist.files import is_denied, is_full
 from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log, to_terminal
 
@@ -205,16 +205,27 @@ def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | N
         return Preempted.exit_status
     except Exception as error:
         log.debug("ended by an exception", exc_info=error)
-        message, status = end(_full_disk(error) if is_full(error) and not hasattr(error, "exit_status") else error)
+        message, status = end(_of_the_system(error))
         if message is not None:
             print(f"pkd: {message}", file=sys.stderr, flush=True)
         return status
     return 0
 
 
-def _full_disk(error: Exception) -> UserError:
+def _of_the_system(error: Exception) -> Exception:
+    """Return what a user reads of a full disk or of files that belong to another user; other errors as they are."""
     name = getattr(error, "filename", None)
-    where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
-    full = UserError(f"{where}; free some and rerun the same command")
-    full.__dict__.update(vars(error))  # whether all ranks raise it
-    return full
+    if hasattr(error, "exit_status"):
+        return error
+    if is_full(error):
+        where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
+        told = UserError(f"{where}; free some and rerun the same command")
+    elif is_denied(error):
+        where = f"{name}: may not be read or written" if name else "a file may not be read or written"
+        told = UserError(
+            f"{where} ({getattr(error, 'strerror', None) or error}); change its mode, or choose another folder"
+        )
+    else:
+        return error
+    told.__dict__.update(vars(error))  # whether all ranks raise it
+    return told

@@ -11,7 +11,6 @@ the same command completes a comparison.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -35,7 +34,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data import sources, tasks
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
-from pkd_dist.files import digest_of, sha256, write_atomically, write_json
+from pkd_dist.files import digest_of, read_object, sha256, write_atomically, write_json
 from pkd_dist.model import encoder
 from pkd_dist.model.layers import patience_pairs
 from pkd_dist.model.student import planned_depth
@@ -241,7 +240,11 @@ class Comparison:
 
     def _train(self, trial: Trial) -> Results:
         self._launch(trial.folder, trial.overrides, "data,teacher,cache,init,distill,evaluate")
-        return cast(Results, json.loads((trial.folder / "results_eval.json").read_text(encoding="utf-8")))
+        path = trial.folder / "results_eval.json"
+        try:
+            return cast(Results, read_object(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); rerun the same command to write it again") from None
 
     def _launch(self, folder: Path, overrides: Overrides, stages: str) -> None:
         """Run stages of a run in a process of their own and wait for it.

@@ -75,10 +75,12 @@ def _read_json(path: Path) -> DeepSpeedConfig:
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; a DeepSpeed JSON has a few levels") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: must contain one JSON object, not a {type(data).__name__}")
     return data

@@ -72,6 +72,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; a configuration has at most three levels") from None
+    except ValueError as error:  # a date that no calendar has, a number of thousands of digits
+        raise UserError(f"{path}: has a value that YAML cannot read: {error}") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -102,8 +106,8 @@ class _Override:
             raise UserError(f"command line: {text!r} is not of the form section.key=value")
         try:
             return cls(text, tuple(key.strip().split(".")), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UserError(f"command line: {text!r}: the value is not valid YAML") from None
+        except (yaml.YAMLError, RecursionError, ValueError):
+            raise UserError(f"command line: {_shortened(text)!r}: the value is not valid YAML") from None
 
     def apply(self, data: dict[str, object]) -> None:
         """Set the value in a nested dict."""
@@ -124,6 +128,10 @@ def _drop_preset_keys(data: dict[str, object], overrides: Sequence[_Override]) -
     if presets and isinstance(distill, dict):
         preset = PRESETS.get(str(presets[-1]), {})
         data["distill"] = {key: value for key, value in distill.items() if key not in preset}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from pkd_dist.data.examples import Split
-from pkd_dist.files import remove, write_atomically, write_json, written_atomically
+from pkd_dist.files import read_object, remove, write_atomically, write_json, written_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,8 +244,8 @@ def problem(folder: Path) -> str | None:
     if not (folder / "meta.json").is_file():
         return f"{folder / 'meta.json'} is missing"
     try:
-        intact = json.loads((folder / "meta.json").read_text())["digest"] == _digest(_map(folder))
-    except (ValueError, OSError, EOFError):
+        intact = read_object(folder / "meta.json")["digest"] == _digest(_map(folder))
+    except (ValueError, LookupError, OSError, EOFError):
         intact = False
     return None if intact else f"{folder} was altered"
 

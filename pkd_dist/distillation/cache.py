@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, sha256, write_json
+from pkd_dist.files import digest_of, read_object, sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -116,34 +117,54 @@ class Manifest:
             "shapes": self.shapes,
             "shards": [vars(entry) for entry in self.shards],
         }
-        write_json(folder / MANIFEST, content)
+        write_json(folder / MANIFEST, content | {"digest": digest_of(content)})
+
+
+class DamagedManifestError(UserError):
+    """The manifest of a cache cannot be used; the shards say themselves whether they can.
+
+    Attributes:
+        problem: what the user reads, without the remedy.
+    """
+
+    def __init__(self, problem: str):
+        super().__init__(f"{problem}; remove the folder to rebuild the cache")
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problem,), vars(self)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a complete cache, or None if none was committed.
 
     Raises:
-        UserError: the manifest cannot be read, or has another format version.
+        DamagedManifestError: the manifest cannot be read, or was altered.
+        UserError: it has another format version, or may not be read.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
-    remedy = "remove the folder to rebuild the cache"
     try:
-        content = json.loads(path.read_text())
+        content = read_object(path)
+        digest = content.pop("digest", None)
+        if digest is not None and digest != digest_of(content):  # earlier versions wrote none
+            raise DamagedManifestError(f"{path}: was altered (its checksum is wrong)")
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: has format version {version}, expected {FORMAT_VERSION}; {remedy}")
-        fingerprint = content["fingerprint"]
-        return Manifest(
-            fingerprint=Fingerprint(**{**fingerprint, "layers": tuple(fingerprint["layers"])}),
-            rows=int(content["rows"]),
-            shard_rows=int(content["shard_rows"]),
-            shapes=content["shapes"],
-            shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); {remedy}") from None
+            raise UserError(
+                f"{path}: has format version {version}, expected {FORMAT_VERSION}; remove the folder to rebuild the cache"
+            )
+        return TypeAdapter(Manifest).validate_python(content)
+    except PermissionError:
+        raise
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DamagedManifestError(
+            f"{path}: cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedManifestError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, expected: Fingerprint) -> None:
@@ -182,6 +203,8 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict
     """
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"{path}: its header is longer than the file")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     # np.memmap keeps a file descriptor for each array, and a process may have few of them; torch's map keeps none.

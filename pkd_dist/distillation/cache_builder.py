@@ -20,10 +20,17 @@ from safetensors.torch import save_file
 
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache
-from pkd_dist.distillation.cache import Fingerprint, Manifest, ShardEntry, map_tensors, shard_name
+from pkd_dist.distillation.cache import (
+    DamagedManifestError,
+    Fingerprint,
+    Manifest,
+    ShardEntry,
+    map_tensors,
+    shard_name,
+)
 from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
 from pkd_dist.distributed.world import World
-from pkd_dist.files import sha256, write_atomically
+from pkd_dist.files import remove, sha256, write_atomically
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -78,7 +85,7 @@ def build(spec: CacheSpec, make_teacher: MakeTeacher, world: World, telemetry: T
         UserError: the folder holds the cache of another fingerprint or a damaged shard, or the disk is full.
         Preempted: a rank received a stop signal; complete shards are kept.
     """
-    manifest = world.on_main(lambda: cache.read_manifest(spec.folder))
+    manifest = world.on_main(lambda: _usable_manifest(spec.folder))
     if manifest is not None:
         cache.require_fingerprint(spec.folder, manifest, spec.fingerprint)
         kept = spec.fingerprint.with_layers_of(manifest)
@@ -99,6 +106,16 @@ def build(spec: CacheSpec, make_teacher: MakeTeacher, world: World, telemetry: T
     entries = world.everywhere(lambda: [_entry(spec, index) for index in mine])
     world.on_main(lambda: _commit(spec, [entry for of_rank in entries for entry in of_rank]))
     return _count_rows(spec, missing)
+
+
+def _usable_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a complete cache. A damaged one is removed: each shard has a digest of its own."""
+    try:
+        return cache.read_manifest(folder)
+    except DamagedManifestError as damaged:
+        log.info("cache: %s; it is made again from the shards", damaged.problem)
+        remove(folder / cache.MANIFEST)
+        return None
 
 
 def _count_rows(spec: CacheSpec, indices: Sequence[int]) -> int:
@@ -134,7 +151,7 @@ def _is_complete(spec: CacheSpec, index: int, manifest: Manifest | None) -> bool
         return True
     try:
         arrays, _, metadata = map_tensors(spec.path(index))
-    except (OSError, ValueError, KeyError, struct.error, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError):
         return False
     return metadata == _metadata(spec.fingerprint, arrays)
 

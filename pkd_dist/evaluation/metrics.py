@@ -56,10 +56,29 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
     return metrics | {MAIN_METRIC: metrics[task.main_metric]}
 
 
+def undefined(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> list[str]:
+    """Return the metrics that `score` counts as 0 because these labels or predictions do not define them.
+
+    A correlation needs two values on both sides. Labels of a single class leave MCC undefined; where that class is not
+    `task.positive`, there is nothing to find, and precision, recall and F1 of two classes are undefined as well.
+    """
+    if task.regression:
+        told = len(labels_N) > 1 and np.ptp(labels_N) > 0 and np.ptp(logits_NC[:, 0].astype(np.float64)) > 0
+        found = [] if told else ["pearson", "spearman", "pearson_spearman"]
+    else:
+        classes = np.unique(labels_N)
+        found = ["MCC"] if len(classes) == 1 else []
+        if logits_NC.shape[1] == 2 and task.positive not in classes:
+            found += ["precision", "recall", "f_1"]
+    return found + ([MAIN_METRIC] if task.main_metric in found else [])
+
+
 def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
     """Return `score` of a labeled split, with the 95% interval of its accuracy."""
     metrics = score(logits_NC, np.asarray(tokens.labels_N), task)
     scores = cast(Scores, metrics)
+    if missing := undefined(logits_NC, np.asarray(tokens.labels_N), task):
+        scores["undefined"] = missing
     if "accuracy" in scores:
         scores["accuracy_interval_95"] = list(wilson_interval(scores["accuracy"], len(tokens)))
     return scores

@@ -8,13 +8,16 @@ from typing import cast
 
 from typing_extensions import TypedDict
 
-from pkd_dist.metric_names import METRICS, TABLE_METRICS
+from pkd_dist.metric_names import MAIN_METRIC, METRICS, TABLE_METRICS
 
 SIDES = ("teacher", "student")
 
 
 class Scores(TypedDict, total=False):
-    """Metrics of a model on a split: those of a classification, or those of a regression."""
+    """Metrics of a model on a split: those of a classification, or those of a regression.
+
+    `undefined` names those that these labels or predictions do not define; they count as 0. It is absent if all are defined.
+    """
 
     accuracy: float
     accuracy_interval_95: list[float]
@@ -26,6 +29,7 @@ class Scores(TypedDict, total=False):
     spearman: float
     pearson_spearman: float
     main_metric: float
+    undefined: list[str]
 
 
 class ModelResults(Scores, total=False):
@@ -42,13 +46,13 @@ class Compression(TypedDict):
     """Ratios of student and teacher.
 
     `parameters`, `size` and `throughput` say how many times smaller or faster the student is, `retention` is its main
-    metric over the teacher's, `agreement` see `metrics.agreement`.
+    metric over the teacher's (None where the teacher has none above 0), `agreement` see `metrics.agreement`.
     """
 
     parameters: float
     size: float
     throughput: float
-    retention: float
+    retention: float | None
     agreement: float
 
 
@@ -96,12 +100,11 @@ def combine(
     """
     teacher = cast(ModelResults, {**dev["teacher"], **models["teacher"]})
     student = cast(ModelResults, {**dev["student"], **models["student"]})
-    retained = teacher["main_metric"]
     compression: Compression = {
         "parameters": teacher["parameters"] / student["parameters"],
         "size": teacher["modelSize"] / student["modelSize"],
         "throughput": student["reasoningTime"] / teacher["reasoningTime"],
-        "retention": student["main_metric"] / retained if retained else 0.0,
+        "retention": _retention(teacher, student),
         "agreement": dev["agreement"],
     }
     results = {
@@ -117,6 +120,12 @@ def combine(
     return cast(Results, results)
 
 
+def _retention(teacher: Scores, student: Scores) -> float | None:
+    """Return the student's main metric over the teacher's; None where that says nothing."""
+    told = all(MAIN_METRIC not in side.get("undefined", ()) for side in (teacher, student))
+    return student["main_metric"] / teacher["main_metric"] if told and teacher["main_metric"] > 0 else None
+
+
 def table_rows(results: Results) -> list[tuple[str, str, str]]:
     """Return (label, teacher, student) rows of the metrics, sizes and speeds."""
     teacher, student = dict(results["teacher"]), dict(results["student"])
@@ -127,6 +136,8 @@ def table_rows(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _score(side: ModelResults, key: str) -> str:
+    if key in side.get("undefined", ()):
+        return "undefined"
     if key == "accuracy":
         low, high = side["accuracy_interval_95"]
         return f"{100 * side['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
@@ -141,15 +152,23 @@ def agreement_sentence(results: Results) -> str:
     return f"the correlation of their predictions is {share:.3f}"
 
 
+def retention_sentence(results: Results) -> str:
+    """Say how much of the teacher's score the student retains, or why nobody can."""
+    retention, score = results["compression"]["retention"], results["teacher"]["main_metric"]
+    if retention is not None:
+        return f"the student retains {100 * retention:.1f}% of the teacher's score"
+    if any(MAIN_METRIC in results[side].get("undefined", ()) for side in SIDES):  # type: ignore[literal-required]
+        return (
+            f"the main metric is undefined on these {results['split']} examples, so it says nothing about either model"
+        )
+    return f"the teacher scores {score:.3f}, so there is no score for the student to retain"
+
+
 def closing_table(results: Results, export: Path, report: Path) -> str:
     """Return the plain-text table a run ends with, and the paths of its export and report."""
     rows = [("", *SIDES), *table_rows(results)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    retention = results["compression"]["retention"]
-    lines.append(
-        f"the student retains {100 * retention:.1f}% of the teacher's score; {agreement_sentence(results)} "
-        f"({results['n']} dev examples)"
-    )
+    lines.append(f"{retention_sentence(results)}; {agreement_sentence(results)} ({results['n']} dev examples)")
     return "\n".join([*lines, "", f"export: {export}", f"report: {report}"])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
 from pkd_dist.config.schema import Config
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.results import Results, agreement_sentence, table_rows
+from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, table_rows
 from pkd_dist.export.manifest import ExportFigures
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.metric_names import METRICS
+from pkd_dist.model.encoder import name_of
 from pkd_dist.telemetry.markup import markdown, markdown_code
 
 _TEMPLATE = """\
@@ -24,7 +26,7 @@ tags: [knowledge-distillation, patient-knowledge-distillation]
 ---
 # {{ results.task }}: a {{ environment.student_layers }}-layer student
 
-Distilled from {{ config.teacher.model | code }} with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
+Distilled from {{ teacher | code }} with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
 {{ environment.versions.pkd_dist }}. It loads with plain `transformers`:
 
 ```python
@@ -50,8 +52,8 @@ One output: the predicted value.
 | {{ label }} | {{ teacher }} | {{ student }} |
 {% endfor %}
 
-The student retains {{ "%.1f" | format(100 * results.compression.retention) }}% of the teacher's score with
-{{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ agreement }}. Latency and throughput were measured
+The student has {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ retention }};
+{{ agreement }}. Latency and throughput were measured
 on the machine that trained the student ({{ environment.device }}), in one process.
 
 ## Files
@@ -74,8 +76,8 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
 
 ## Training
 
-- Data: {{ facts.train.source | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
-  by {{ metric }} on {{ facts.dev.source | code }}.
+- Data: {{ facts.train.source | files | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
+  by {{ metric }} on {{ facts.dev.source | files | code }}.
 - Student: {{ facts.initialized_from | text }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
 - Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states), temperature {{ config.distill.temperature }},
   `ds_reduction: {{ config.distill.ds_reduction }}`, `pt_reduction: {{ config.distill.pt_reduction }}` (the same weight of PT is
@@ -113,18 +115,25 @@ class CardFacts:
     initialized_from: str
 
 
+def _files(source: str) -> str:
+    """Return the names of the files that a token set comes from, without this machine's folders."""
+    return " + ".join(part if part.startswith("hub:") else Path(part).name for part in source.split(" + "))
+
+
 def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    templates.filters |= {"code": markdown_code, "text": markdown}
+    templates.filters |= {"code": markdown_code, "files": _files, "text": markdown}
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
     return templates.from_string(_TEMPLATE).render(
         facts=facts,
         environment=facts.environment,
         config=facts.config,
+        teacher=name_of(facts.config.teacher.model),
         results=facts.results,
         rows=table_rows(facts.results),
         agreement=agreement_sentence(facts.results),
+        retention=retention_sentence(facts.results),
         figures=figures,
         onnx=any(name in ONNX_FILES for name in figures["formats"]),
         quantization=int8.get("quantisation") if int8 else None,

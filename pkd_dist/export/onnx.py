@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkd_dist.errors import UserError
@@ -31,6 +32,7 @@ from pkd_dist.model.encoder import accepted, encoder_layers
 from pkd_dist.model.first_token import Attend, only_first_token
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
     from onnx import ModelProto
 
 OPSET = 20
@@ -209,7 +211,19 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
             program.model_proto, "bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=0,
             optimization_options=fusions,
         )  # fmt: skip
+        _forget_source(fused.model)
         fused.save_model_to_file(str(path))
+
+
+def _forget_source(message: Message) -> None:
+    """Remove what exporters note of each part of a graph: stack traces, which name files of this machine."""
+    for name in ("doc_string", "metadata_props"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _forget_source(part)
 
 
 def split_norms(path: Path) -> None:
@@ -247,6 +261,9 @@ def write_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
         dynamic = torch.export.Dim.DYNAMIC
         trace = _trace(_Function, model, tokenizer, (dynamic, dynamic))
         program = torch.export.export(trace.function, (), kwargs=trace.inputs, dynamic_shapes=trace.dynamic_shapes)
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # names files of this machine
         torch.export.save(program, path)
 
 

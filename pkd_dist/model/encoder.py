@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, folder_digest, require_space, sha256
+from pkd_dist.files import digest_of, folder_digest, read_object, require_space, sha256
 from pkd_dist.model.families import is_bert_like
 from pkd_dist.model.first_token import only_first_token
 from pkd_dist.model.specialize import specialize
@@ -40,6 +39,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 USED_IDS = "vocabulary.used"
 """The entry of an `Encoder`'s weights that lists the token ids of its embedding rows."""
 TOKENIZER_FILES = (
@@ -90,6 +90,11 @@ def locate(model: str, key: str = "teacher.model") -> str:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{key}: {model} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
     return str(folder)
+
+
+def name_of(model: str) -> str:
+    """Return what a model is called where this machine's folders mean nothing: a folder's own name, or the hub's."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
 
 
 def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
@@ -325,11 +330,18 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def weights_digest(folder: str) -> str:
-    """Return a digest of a model's configuration, without library versions, and of the bytes of its weights."""
+    """Return a digest of a model's configuration, without library versions, and of the bytes of its weights.
+
+    Raises:
+        UserError: the folder's configuration cannot be read.
+    """
     path = Path(folder)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-        shape = json.loads((path / "config.json").read_text())
+        files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+        try:
+            shape = read_object(path / "config.json")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / 'config.json'}: cannot be read ({error}); restore the file") from None
         for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
             shape.pop(volatile, None)
         return digest_of([shape, [sha256(p) for p in files]])

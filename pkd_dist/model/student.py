@@ -32,6 +32,7 @@ from pkd_dist.model.encoder import (
     load_model,
     load_tokenizer,
     locate,
+    name_of,
     num_layers,
     shares_layers,
 )
@@ -203,10 +204,10 @@ def create(
         if config.init == "first_k":
             source = load_model(pretrained, new_head=True, **labels)
             layers = _selected_layers(config, source.config)
-            return take_layers(source, layers), f"the first {len(layers)} layers of {pretrained}"
+            return take_layers(source, layers), f"the first {len(layers)} layers of {name_of(pretrained)}"
         source = load_model(locate(config.init, "student.init"), "student.init", new_head=True, **labels)
         layers = _selected_layers(config, source.config)
-        return take_layers(source, layers) if config.num_layers else source, f"the folder {config.init}"
+        return take_layers(source, layers) if config.num_layers else source, f"the folder {name_of(config.init)}"
 
 
 def open_student(

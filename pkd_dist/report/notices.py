@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pkd_dist.evaluation.results import SIDES
+from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
 
@@ -22,6 +23,15 @@ def notices(run: Run) -> Iterator[str]:
 
 def _on_results(run: Run) -> Iterator[str]:
     results = run.results
+    for side in SIDES:
+        names = [METRICS[key] for key in results.models[side].scores.undefined if key in METRICS]
+        if names:
+            yield (
+                f"{', '.join(names)} of the {side} cannot be told: the labels of {results.split} or its predictions are all "
+                "alike. They are counted as 0."
+            )
+    if results.compression.retention is None and not results.student.scores.undefined:
+        yield "The teacher has no score above 0, so there is none for the student to retain."
     lost = 100 * (results.teacher.scores.main_metric - results.student.scores.main_metric)
     if lost > 3:
         yield f"The student is {lost:.1f} points of {run.metric} below its teacher."
@@ -86,6 +96,12 @@ def _on_training(run: Run) -> Iterator[str]:
             f"The student overfitted: epoch {best} of {epochs} was the best ({run.metric_value(distillation.best_metric)} on "
             f"dev, kept), and the last one reached {run.metric_value(last.main_metric)}. Train for fewer epochs or at a lower "
             "learning rate."
+        )
+    expected = distillation.steps // run.config.train.log_every_steps
+    if len(run.steps.step_S) < expected:
+        yield (
+            f"metrics.jsonl has {len(run.steps.step_S):,} of {expected:,} records of steps; the others were lost or altered "
+            "after they were written, and the curves and times of steps lack them."
         )
     pairs = run.environment.patience_pairs
     depth, student_depth = run.environment.teacher_layers, run.environment.student_layers

@@ -74,6 +74,8 @@ class Scores:
     """95%, Wilson."""
     precision: float | None
     recall: float | None
+    undefined: tuple[str, ...] = ()
+    """Keys of the metrics that these examples or predictions do not define."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,11 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class Compression:
-    """Teacher over student (`parameters`), or student over teacher (`throughput`, `retention` of the main metric)."""
+    """Teacher over student (`parameters`), or student over teacher (`throughput`, `retention` of the main metric, if any)."""
 
     parameters: float
     throughput: float
-    retention: float
+    retention: float | None
     agreement: float
 
 

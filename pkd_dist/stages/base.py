@@ -3,13 +3,15 @@
 A stage writes RUN/stages/NAME.json, its marker, when it starts, and again when it is done. The marker holds the inputs that
 decide the stage's outcome, so a stage is run once for each set of inputs:
 
-    no marker                            new      it runs
-    the same inputs, not done            started  it resumes
-    other inputs, or a damaged marker    stale    what it made moves to RUN/previous/N, and it reruns
-    done, but its outcome is missing     broken   it reruns; a resumable stage keeps the intact part
-    done                                 done     it is skipped
+    no marker                               new      it runs
+    the same inputs, not done               started  it resumes
+    other inputs                            stale    what it made moves to RUN/previous/N, and it reruns
+    a damaged marker, or one that is gone   lost     the same; a fingerprinted stage keeps what it made, and resumes
+    done, but its outcome was altered       broken   it reruns; a resumable stage keeps the intact part
+    done                                    done     it is skipped
 
-Inputs have stable dotted keys; `LABELS` names them for people.
+Inputs have stable dotted keys; `LABELS` names them for people. A marker ends with a checksum of its content, and holds those of
+the files that the stage made: what was altered since is not used.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from pkd_dist.config.schema import Config
 from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, remove, write_json
+from pkd_dist.files import altered, checksums, digest_of, read_object, remove, write_json
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ LABELS = {
 }
 """Input key -> what people call it; a key that is not here is a configuration key and is shown as it is."""
 
-FORMAT = 2
+FORMAT = 3
+_CHECKED = 3
+"""The first format with checksums."""
 Output = TypeVar("Output")
 Inputs = dict[str, object]
 """What decides a stage's outcome: dotted key -> a value that JSON can hold."""
@@ -69,12 +73,22 @@ class Artifacts:
     Attributes:
         kept: moved to RUN/previous/N before the stage reruns.
         temporary: removed once the stage is done.
+        unverified: of `kept`, what the marker holds no checksums of: the stage verifies it, or nothing is made of it.
+        records: of `kept`, files that cannot be made again. One that was altered moves to RUN/previous/N.
         resumable: where part of the outcome is missing, the stage keeps the rest and makes that part again.
+        fingerprinted: what it made says itself which inputs it belongs to.
     """
 
     kept: tuple[Path, ...] = ()
     temporary: tuple[Path, ...] = ()
+    unverified: tuple[Path, ...] = ()
+    records: tuple[Path, ...] = ()
     resumable: bool = False
+    fingerprinted: bool = False
+
+    @property
+    def verified(self) -> tuple[Path, ...]:
+        return tuple(path for path in self.kept if path not in (*self.temporary, *self.unverified))
 
 
 def _nothing(context: Context, output: object) -> None:
@@ -91,8 +105,10 @@ class Stage(Generic[Output]):
         inputs: (context) -> what decides the outcome.
         run: (context) -> the output; collective, rank 0's output counts.
         missing: (context, output) -> why the outcome cannot be used, or None. May raise UserError.
+        verifies: ask `missing` even where the marker has checksums: it looks at what they do not cover.
         artifacts: (context) -> see `Artifacts`.
         require_rerunnable: (context, reason) raises UserError where the stage cannot run again.
+        require_replaceable: (context, path) raises UserError where this file, which was altered, must not be made again.
         republish: (context, output) sets the metrics as the stage left them, in a process that skips it.
     """
 
@@ -103,7 +119,9 @@ class Stage(Generic[Output]):
     run: Callable[[Context], Output]
     missing: Callable[[Context, Output], str | None]
     artifacts: Callable[[Context], Artifacts]
+    verifies: bool = False
     require_rerunnable: Callable[[Context, str], None] = _nothing  # type: ignore[assignment]
+    require_replaceable: Callable[[Context, Path], None] = _nothing  # type: ignore[assignment]
     republish: Callable[[Context, Output], None] = _nothing  # type: ignore[assignment]
 
 
@@ -147,6 +165,8 @@ class Marker:
         starts: number of starts with these inputs.
         stopped: how many of them a signal stopped.
         spoiled: why the stage must start over, if it must.
+        files: sha256 of each file that the stage made, once done; the keys begin with the name of the artifact.
+        verified: False: an earlier version wrote it without checksums, which were added to what was found.
     """
 
     done: bool
@@ -157,7 +177,13 @@ class Marker:
     starts: int = 0
     stopped: int = 0
     spoiled: str | None = None
+    files: dict[str, str] | None = None
+    verified: bool = True
     format: int = FORMAT
+
+    def write(self, path: Path) -> None:
+        content = json.loads(json.dumps(dataclasses.asdict(self) | {"format": FORMAT}))
+        write_json(path, content | {"checksum": digest_of(content)})
 
 
 class State(enum.Enum):
@@ -166,12 +192,13 @@ class State(enum.Enum):
     NEW = "new"
     STARTED = "started"
     STALE = "stale"
+    LOST = "lost"
     BROKEN = "broken"
     DONE = "done"
 
 
 Translation = Callable[[str, dict[str, object]], dict[str, object]]
-"""(stage name, marker of format 1) -> the same as format 2."""
+"""(stage name, marker of format 1) -> the same as format 2, which has no checksums either."""
 
 
 class Markers:
@@ -198,42 +225,85 @@ class Markers:
         if not path.exists():
             return None
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw.get("format", 1) == 1:
-                raw = self._translate(name, raw)
-            if raw["format"] > FORMAT:
+            raw = read_object(path)
+            written_by = int(str(raw.get("format", 1)))
+            if "checksum" in raw or written_by >= _CHECKED:
+                if raw.pop("checksum") != digest_of(raw):
+                    raise ValueError
+            else:
+                raw = (self._translate(name, raw) if written_by == 1 else raw) | {"verified": False}
+            if written_by > FORMAT:
                 raise UserError(f"{path}: written by a later version of pkd_dist; use that version, or another run.dir")
             return TypeAdapter(Marker).validate_python(raw, strict=False)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except PermissionError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise _DamagedMarkerError(path) from None
 
     def upgrade(self) -> None:
-        """Rewrite the markers of earlier versions in today's format."""
+        """Rewrite the markers of earlier versions in today's format, with a checksum of what they hold now."""
+        upgraded = []
         for name in NAMES:
             with contextlib.suppress(_DamagedMarkerError):  # reported when the stage's turn comes
-                if (marker := self.read(name)) and '"format"' not in self.path(name).read_text(encoding="utf-8"):
+                if (marker := self.read(name)) and marker.format < FORMAT:
                     self._write(name, marker)
+                    upgraded.append(name)
+        if upgraded:
+            log.info(
+                "%s: an earlier version wrote these markers, without checksums; they are added, and what was altered "
+                "before is not found", ", ".join(upgraded),
+            )  # fmt: skip
 
     def state(self, stage: Stage[Output], context: Context) -> tuple[State, str]:
         """Return how the stage is found and, unless it is done, why it runs."""
         try:
             marker = self.read(stage.name)
-        except _DamagedMarkerError as damaged:
-            return State.STALE, f"{damaged.path} is damaged"
-        if marker is None:
-            return State.NEW, "it has not run yet"
-        if marker.spoiled:
-            return State.STALE, marker.spoiled
-        if changes := _changes(marker.inputs, json.loads(json.dumps(inputs_of(stage, context)))):
-            return State.STALE, changes
-        if not marker.done:
-            return State.STARTED, "it was interrupted"
-        try:
+            if marker is None:
+                return self._without_marker(stage, context)
+            if marker.spoiled:
+                return State.STALE, marker.spoiled
+            if changes := _changes(marker.inputs, json.loads(json.dumps(inputs_of(stage, context)))):
+                return State.STALE, changes
+            if not marker.done:
+                return State.STARTED, "it was interrupted"
             output = self.output(stage)
         except _DamagedMarkerError as damaged:
-            return State.STALE, f"{damaged.path} is damaged"
-        missing = stage.missing(context, output)
-        return (State.BROKEN, missing) if missing else (State.DONE, "")
+            return State.LOST, f"{damaged.path} is damaged"
+        problem = self._altered(stage, context, marker)
+        if problem is None and (stage.verifies or marker.files is None):
+            problem = stage.missing(context, output)
+        return (State.BROKEN, problem) if problem else (State.DONE, "")
+
+    def _without_marker(self, stage: Stage[Output], context: Context) -> tuple[State, str]:
+        """Tell a stage that never ran from one whose marker is gone: later ones have theirs."""
+        later = [self.path(name) for name in NAMES[NAMES.index(stage.name) + 1 :]]
+        made = any(path.exists() for path in stage.artifacts(context).kept)
+        if made and any(path.exists() for path in later):
+            return State.LOST, f"{self.path(stage.name)} is missing"
+        return State.NEW, "it has not run yet"
+
+    def _altered(self, stage: Stage[Output], context: Context, marker: Marker) -> str | None:
+        """Return which of the files that a stage made is not as it left it; records are looked at by `settle`."""
+        artifacts = stage.artifacts(context)
+        paths = [path for path in artifacts.verified if path not in artifacts.records]
+        found = list(altered(paths, marker.files or {}))
+        for path, _ in found:
+            stage.require_replaceable(context, path)
+        return found[0][1] if found else None
+
+    def settle(self, stage: Stage[Output], context: Context) -> None:
+        """Give a stage that is found done the checksums it lacks, and set altered records aside, which stay lost."""
+        marker, artifacts = self._require(stage.name), stage.artifacts(context)
+        if marker.files is None:
+            self._write(stage.name, dataclasses.replace(marker, files=checksums(artifacts.verified)))
+            return
+        lost = list(altered(artifacts.records, marker.files))
+        for path, problem in lost:
+            log.warning("%s: %s; it cannot be made again, and the report lacks what it held", stage.name, problem)
+            self._set_aside(stage.name, (path,))
+        if lost:
+            left = {key: digest for key, digest in marker.files.items() if key not in {path.name for path, _ in lost}}
+            self._write(stage.name, dataclasses.replace(marker, files=left))
 
     def output(self, stage: Stage[Output]) -> Output:
         """Return what a stage that is done handed on.
@@ -257,7 +327,8 @@ class Markers:
         found = next((path for path in artifacts.kept if path.exists()), None)
         if state is State.NEW and found and not artifacts.resumable:
             raise UserError(f"{found}: exists, but this run did not make it; choose another run.dir, or move it away")
-        if state is State.STALE or (state is State.BROKEN and not artifacts.resumable):
+        keeps = {State.BROKEN: artifacts.resumable, State.LOST: artifacts.resumable or artifacts.fingerprinted}
+        if state is State.STALE or not keeps.get(state, True):
             self._set_aside(stage.name, artifacts.kept)
         marker = self.read(stage.name) if state is State.STARTED else None
         if marker is None:
@@ -279,7 +350,8 @@ class Markers:
         marker = self._require(stage.name)
         fields = dataclasses.asdict(output)  # type: ignore[call-overload]
         seconds = round(marker.seconds + seconds, 1)
-        self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds))
+        files = checksums(stage.artifacts(context).verified)
+        self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds, files=files))
         for path in stage.artifacts(context).temporary:
             remove(path)
 
@@ -289,7 +361,7 @@ class Markers:
         return marker
 
     def _write(self, name: str, marker: Marker) -> Marker:
-        write_json(self.path(name), dataclasses.asdict(marker))
+        marker.write(self.path(name))
         return marker
 
     def _set_aside(self, name: str, paths: tuple[Path, ...]) -> None:

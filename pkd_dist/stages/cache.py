@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pkd_dist.distillation import cache
-from pkd_dist.distillation.cache import Fingerprint
+from pkd_dist.distillation.cache import DamagedManifestError, Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
-from pkd_dist.files import remove
+from pkd_dist.errors import UserError
+from pkd_dist.files import is_denied, remove
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
@@ -82,8 +84,13 @@ def _sole_builder(context: Context) -> Iterator[None]:
     locks: list[Lock] = []
 
     def lock() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.append(Lock(folder).acquire(wait=True, tick=lambda: world.interrupt("cache")))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(Lock(folder).acquire(wait=True, tick=lambda: world.interrupt("cache")))
+        except OSError as error:
+            if not is_denied(error):
+                raise
+            return _require_complete(folder, str(error.strerror))
         for leftover in folder.glob(".*.tmp"):
             remove(leftover)
 
@@ -96,12 +103,25 @@ def _sole_builder(context: Context) -> Iterator[None]:
             held.release()
 
 
+def _require_complete(folder: Path, why: str) -> None:
+    """Refuse a cache that this user may read but not complete."""
+    if cache.read_manifest(folder) is None:
+        raise UserError(
+            f"{folder} is not writable ({why}), and holds no complete cache; choose another folder, or ask its owner to "
+            "let you write there", "cache.dir",
+        )  # fmt: skip
+    log.info("cache: %s is not writable (%s); it is used as it is", folder, why)
+
+
 def missing(context: Context, output: CacheOutput) -> str | None:
     """Missing shards are rebuilt; damaged ones, and the cache of another teacher, are rejected."""
     folder = context.resolved.paths.cache
     if not context.resolved.cached:
         return None
-    manifest = cache.read_manifest(folder)
+    try:
+        manifest = cache.read_manifest(folder)
+    except DamagedManifestError as damaged:
+        return damaged.problem
     if manifest is None:
         return f"{folder / cache.MANIFEST} is missing"
     cache.require_fingerprint(folder, manifest, kept_fingerprint(context))
@@ -113,10 +133,11 @@ def missing(context: Context, output: CacheOutput) -> str | None:
 
 
 def artifacts(context: Context) -> Artifacts:
-    return Artifacts((context.resolved.paths.run / "cache",), resumable=True)
+    own = (context.resolved.paths.run / "cache",)  # its manifest has the checksums
+    return Artifacts(own, unverified=own, resumable=True)
 
 
-STAGE = Stage("cache", VERSION, CacheOutput, inputs, run, missing, artifacts)
+STAGE = Stage("cache", VERSION, CacheOutput, inputs, run, missing, artifacts, verifies=True)
 
 
 # ------------------------------------------------------------------------------------------- for the stages after it

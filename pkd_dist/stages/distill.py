@@ -153,12 +153,14 @@ def missing(context: Context, output: DistillOutput) -> str | None:
 def _is_pruned(context: Context, best: Path) -> bool:
     """Whether the export, once verified, removed the weights."""
     run = context.resolved
-    return run.config.export.prune and (run.paths.run / "stages" / "export.json").exists() and not best.exists()
+    exported = (run.paths.run / "stages" / "export.json").exists() or run.paths.export.exists()
+    return run.config.export.prune and exported and not best.exists()
 
 
 def artifacts(context: Context) -> Artifacts:
     paths = context.resolved.paths
-    return Artifacts((paths.checkpoints, paths.records, *trackers.folders(paths.run)))
+    unverified = (paths.checkpoints, *trackers.folders(paths.run))  # checkpoints have checksums of their own
+    return Artifacts((*unverified, paths.records), unverified=unverified, records=(paths.records,), fingerprinted=True)
 
 
 def republish(context: Context, output: DistillOutput) -> None:
@@ -166,7 +168,9 @@ def republish(context: Context, output: DistillOutput) -> None:
     republish_training(context, paths.records, paths.checkpoints)
 
 
-STAGE = Stage("distill", VERSION, DistillOutput, inputs, run, missing, artifacts, republish=republish)
+STAGE = Stage(
+    "distill", VERSION, DistillOutput, inputs, run, missing, artifacts, verifies=True, republish=republish
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- for the stages after it

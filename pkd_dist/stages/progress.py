@@ -18,6 +18,6 @@ def republish_training(context: Context, lines: Path, checkpoints: Path) -> None
         return
     metrics = context.telemetry.metrics
     metrics.eval_metric.clear()
-    metrics.show_past(records.read(lines))
+    metrics.show_past(records.read_complete(lines))
     if commits := checkpoint.committed(checkpoints):
         metrics.checkpoint_time.set((commits[-1] / checkpoint.COMMIT).stat().st_mtime)

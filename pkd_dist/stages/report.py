@@ -76,7 +76,7 @@ def _write(context: Context) -> ReportOutput:
         Settings(resolved.config, resolved.task, environment(resolved, context.world)),
         outputs,
         _times(Markers(paths.run, translate)),
-        list(records.read(paths.records)),
+        list(records.read_complete(paths.records)),
         predictions.read(paths.predictions)["dev"],
         manifest.read(paths.export),
     )
@@ -168,7 +168,7 @@ def _distillation(output: DistillOutput, evaluations: Iterable[Record]) -> shown
         steps=output.steps,
         samples=output.samples,
         tokens=output.tokens,
-        evaluation_seconds=sum(line["seconds"]["evaluation"] for line in evaluations if "seconds" in line),
+        evaluation_seconds=sum(line["seconds"].get("evaluation", 0.0) for line in evaluations if "seconds" in line),
     )
 
 
@@ -177,7 +177,8 @@ def _steps(lines: Sequence[Record]) -> shown.Steps:
     return shown.Steps(
         step_S=np.asarray([line["step"] for line in lines], np.int64),
         losses={
-            term: np.asarray([loss[term] for loss in losses], np.float64) for term in (losses[0] if losses else ())
+            term: np.asarray([loss.get(term, np.nan) for loss in losses], np.float64)
+            for term in (losses[0] if losses else ())
         },
         learning_rate_S=np.asarray([line["learning_rate"] for line in lines], np.float64),
         grad_norm_S=np.asarray([line["grad_norm"] for line in lines], np.float64),
@@ -193,6 +194,7 @@ def _scores(content: Scores) -> shown.Scores:
         accuracy_interval=(low_high[0], low_high[1]) if low_high else None,
         precision=content.get("precision"),
         recall=content.get("recall"),
+        undefined=tuple(content.get("undefined", ())),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import subprocess
@@ -52,6 +53,8 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         for key, given in (("evaluate.result_dir", run.paths.results.parent), ("cache.dir", run.config.cache.dir)):
             with _writable(key, Path(given or folder)):
                 Path(given or folder).mkdir(parents=True, exist_ok=True)
+                if key == "evaluate.result_dir" and not os.access(given, os.W_OK):  # hours before it is written
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         content = {**run.config.model_dump(mode="json"), "resolved": dataclasses.asdict(environment(run, world))}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_atomically(folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pkd_dist.errors import UserError
 from pkd_dist.model import encoder
@@ -92,20 +93,38 @@ def missing(context: Context, output: TeacherOutput) -> str | None:
     folder = context.resolved.paths.teacher
     if not context.resolved.finetunes:
         return None
-    gone = absent(folder)
-    if not gone and encoder.weights_digest(str(folder)) != output.weights:
-        raise UserError(
-            f"{folder}: is not the teacher that this run made and cached; put that one back, or use --fresh"
-        )
-    return gone
+    if gone := absent(folder):
+        return gone
+    try:
+        weights = encoder.weights_digest(str(folder))
+    except UserError as unreadable:
+        return unreadable.message
+    if weights != output.weights:
+        raise _another(folder)
+    return None
+
+
+def _another(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: is not the teacher that this run made and cached; put that one back, remove the folder to fine-tune "
+        "the teacher again, or use --fresh"
+    )
+
+
+def require_replaceable(context: Context, path: Path) -> None:
+    """Refuse weights that may be those of another teacher; a file that a disk lost or emptied is made again."""
+    is_weights = path.suffix in encoder.WEIGHT_SUFFIXES
+    if is_weights and path.is_file() and path.stat().st_size:
+        raise _another(context.resolved.paths.teacher)
 
 
 def artifacts(context: Context) -> Artifacts:
     paths = context.resolved.paths
     if not context.resolved.finetunes:
         return Artifacts()
-    kept = (paths.teacher, paths.teacher_checkpoints, paths.teacher_records, *trackers.folders(paths.run, "teacher_"))
-    return Artifacts(kept, temporary=(paths.teacher_checkpoints,))
+    tracked, records = trackers.folders(paths.run, "teacher_"), paths.teacher_records
+    kept = (paths.teacher, paths.teacher_checkpoints, records, *tracked)
+    return Artifacts(kept, temporary=(paths.teacher_checkpoints,), unverified=tuple(tracked), records=(records,))
 
 
 def republish(context: Context, output: TeacherOutput) -> None:
@@ -113,7 +132,10 @@ def republish(context: Context, output: TeacherOutput) -> None:
     republish_training(context, paths.teacher_records, paths.teacher_checkpoints)
 
 
-STAGE = Stage("teacher", VERSION, TeacherOutput, inputs, run, missing, artifacts, republish=republish)
+STAGE = Stage(
+    "teacher", VERSION, TeacherOutput, inputs, run, missing, artifacts,
+    require_replaceable=require_replaceable, republish=republish,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- for the stages after it

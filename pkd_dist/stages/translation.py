@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pkd_dist.files import digest_of
-from pkd_dist.stages.base import FORMAT, NAMES
+from pkd_dist.stages.base import NAMES
+
+_FORMAT = 2
+"""Of what `translate` returns: stable keys, no checksums."""
 
 _PHRASES: dict[str, dict[str, str]] = {
     "data": {"tokenizer": "teacher.tokenizer"},
@@ -47,7 +50,7 @@ _PHRASES: dict[str, dict[str, str]] = {
 
 
 def translate(name: str, marker: Mapping[str, object]) -> dict[str, object]:
-    """Return a marker of format 1 as one of today's.
+    """Return a marker of format 1 as one of format 2.
 
     Raises:
         LookupError, TypeError, ValueError: it is damaged.
@@ -64,7 +67,7 @@ def translate(name: str, marker: Mapping[str, object]) -> dict[str, object]:
         "inputs": translated,
         "fingerprint": digest_of(inputs),
         "outputs": _outputs(name, marker.get("outputs")),
-        "format": FORMAT,
+        "format": _FORMAT,
     }
 
 

@@ -125,7 +125,7 @@ def targets(folder: Path) -> Iterator[TargetFile]:
         with contextlib.suppress(FileNotFoundError):  # the run just ended
             silent_seconds = now - file.stat().st_mtime
             address, run = "", ""
-            with contextlib.suppress(ValueError, LookupError, TypeError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 [group] = json.loads(file.read_text())
                 address, run = group["targets"][0], group["labels"]["run"]
             yield TargetFile(file, address, run, silent_seconds)

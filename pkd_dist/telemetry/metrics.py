@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from pkd_dist.files import read_object
 from pkd_dist.metric_names import MAIN_METRIC, METRICS
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
@@ -242,9 +243,8 @@ class _PersistentCounters(Collector):
 
 def _load_counts(file: Path) -> dict[str, float]:
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(file.read_text())
-        if isinstance(content, dict):
-            return content
+        content = read_object(file)
+        return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
     return {}
 
 

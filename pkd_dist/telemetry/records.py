@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,10 +21,14 @@ from pkd_dist.files import require_space
 Record: TypeAlias = dict[str, Any]
 """One line of the file."""
 _NOT_NUMBERS = {"split", "seconds"}
+_OF_A_STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
 
 
-def read(path: Path) -> Iterator[Record]:
+def read(path: Path, needed: Set[str] = frozenset()) -> Iterator[Record]:
     """Yield the complete lines of a metrics file; none if it does not exist.
+
+    Args:
+        needed: keys that the record of a step must have.
 
     Raises:
         UserError: a line was not written by a run.
@@ -34,15 +38,22 @@ def read(path: Path) -> Iterator[Record]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                yield _parse(line, f"{path}, line {number}")
+                yield _parse(line, f"{path}, line {number}", needed)
 
 
-def _parse(line: str, where: str) -> Record:
+def read_complete(path: Path) -> Iterator[Record]:
+    """Yield the same; every step has all that charts and gauges show."""
+    return read(path, _OF_A_STEP)
+
+
+def _parse(line: str, where: str, needed: Set[str]) -> Record:
     try:
         record = json.loads(line)
-        if isinstance(record["step"], int) and all(
-            isinstance(record[key], int | float) for key in record.keys() - _NOT_NUMBERS
-        ):
+        numbers = [record["step"], *(record[key] for key in record.keys() - _NOT_NUMBERS)]
+        numbers += record.get("seconds", {}).values()
+        complete = isinstance(record["split"], str) if "split" in record else needed <= record.keys()
+        complete = complete and line.isascii()  # as it was written
+        if complete and isinstance(record["step"], int) and all(isinstance(number, int | float) for number in numbers):
             return dict(record)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass

@@ -178,7 +178,11 @@ def test_a_run_of_0_1_0_is_found_done(finished, tmp_path):
     assert [line for line in again.stdout.splitlines() if line in [f"{name}: done" for name in STAGES]] == [
         f"{name}: done" for name in STAGES
     ]
-    assert all('"format": 2' in path.read_text() for path in (tmp_path / "run/stages").glob("*.json"))
+    for path in (tmp_path / "run/stages").glob("*.json"):
+        marker = json.loads(path.read_text())
+        assert marker["format"] == 3 and marker["verified"] is False and marker["checksum"]
+        assert marker["files"] is not None, "of what is there now"
+    assert again.stdout.count("wrote these markers, without checksums") == 1
 
 
 def test_what_is_gone_or_chosen_otherwise_is_made_again(finished, tmp_path):

@@ -266,7 +266,7 @@ def test_a_damaged_shard_is_named(mine, tokens, world, model, damage):
         ('{"format_version', "cannot be read"),
         ("{}", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format_version": 1, "rows": 3}', r"cannot be read \(KeyError: 'fingerprint'\); remove the folder"),
+        ('{"format_version": 1, "rows": 3}', r"cannot be read \(fingerprint: Field required\); remove the folder"),
     ],
 )
 def test_an_unreadable_manifest_is_rejected(tmp_path, text, message):

@@ -134,6 +134,11 @@ def test_every_shipped_deepspeed_configuration_loads(path):
         ("run: {dir: x\n", "run.yaml:2: not valid YAML: expected ',' or '}'"),
         ("run: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML: could not determine a constructor"),
         (b"run: {dir: \xff}\n", "run.yaml: cannot be read as UTF-8 text"),
+        ("run: " + "[" * 2000 + "]" * 2000, "run.yaml: nested too deeply"),
+        ("run: " + "{a: " * 2000 + "}" * 2000, "run.yaml: nested too deeply"),
+        ("run: &a {dir: x, more: *a}\n", "run.yaml: nested too deeply"),
+        ("run: {dir: x, seed: 2020-13-01}\n", "run.yaml: has a value that YAML cannot read: month must be in 1..12"),
+        ("run: {dir: x, seed: " + "9" * 5000 + "}\n", "run.yaml: has a value that YAML cannot read: Exceeds the limit"),
     ],
 )
 def test_errors_name_file_line_and_key(tmp_path, text, message):
@@ -203,6 +208,8 @@ def deepspeed(folder, text):
     [
         ("", "ds.json:1: not valid JSON"),
         ("[1]", "ds.json: must contain one JSON object, not a list"),
+        ('{"bf16": ' + "[" * 100_000 + "]" * 100_000 + "}", "ds.json: nested too deeply"),
+        ('{"bf16": ' + "9" * 5000 + "}", "ds.json: cannot be read: Exceeds the limit"),
         (
             '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}',
             "bf16 and fp16 are both enabled; enable one precision",

@@ -13,7 +13,7 @@ from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
-from pkd_dist.evaluation.metrics import agreement, score, wilson_interval
+from pkd_dist.evaluation.metrics import agreement, score, undefined, wilson_interval
 from pkd_dist.evaluation.scoring import evaluating, predict_logits, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 
@@ -106,6 +106,23 @@ def test_a_correlation_that_is_not_defined_is_0(n, recwarn):
     found = score(np.full((n, 1), 2.0), np.arange(n, dtype=np.float32), GLUE["stsb"])
     assert set(found.values()) == {0.0}
     assert not recwarn.list
+
+
+def test_what_labels_or_predictions_do_not_define_is_named():
+    def found(predicted, labels, task=GLUE["sst2"]):
+        return undefined(np.asarray(predicted, np.float32), np.asarray(labels), task)
+
+    both, regression = np.eye(2)[[0, 1, 1]], np.asarray([[1.0], [2.0], [3.0]])
+    assert found(both, [0, 1, 1]) == []
+    assert found(both, [1, 1, 1]) == ["MCC"], "all are positive: F1 is defined"
+    assert found(both, [0, 0, 0]) == ["MCC", "precision", "recall", "f_1"]
+    assert found(both, [0, 0, 0], GLUE["cola"]) == ["MCC", "precision", "recall", "f_1", "main_metric"]
+    assert found(np.eye(3), [2, 2, 2]) == ["MCC"]
+    correlations = ["pearson", "spearman", "pearson_spearman", "main_metric"]
+    assert found(regression, [1.0, 2.0, 2.0], GLUE["stsb"]) == []
+    assert found(regression, [2.0, 2.0, 2.0], GLUE["stsb"]) == correlations, "constant targets"
+    assert found(0 * regression, [1.0, 2.0, 2.0], GLUE["stsb"]) == correlations, "a constant prediction"
+    assert found(regression[:1], [2.0], GLUE["stsb"]) == correlations
 
 
 def forward(inputs):

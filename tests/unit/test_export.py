@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -43,6 +44,19 @@ def test_every_family(family, tmp_path):
         assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
+    for name, content in contents(folder):
+        for place in (bytes(tmp_path), b"/pkd_dist/", b"/site-packages/", b"/lib/python"):
+            assert place not in content, f"{name} names a folder of this machine: {place!r}"
+
+
+def contents(folder):
+    """Every file of an export, and every member of its archives."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as archive:
+                yield from ((f"{path.name}/{name}", archive.read(name)) for name in archive.namelist())
+        elif path.is_file():
+            yield path.name, path.read_bytes()
 
 
 def operators(path):

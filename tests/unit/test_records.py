@@ -67,7 +67,20 @@ def test_repeated_steps_are_not_written_again(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("line", ["words", "{}", "[1]", '{"step": 2, "loss": "x"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "words",
+        "{}",
+        "[1]",
+        '{"step": 2, "loss": "x"}',
+        "[" * 100_000,
+        '{"step": 2, "loss_c\xe5": 1}',
+        '{"step": 2, "seconds": {"step": "x"}}',
+        '{"step": 2, "seconds": 1}',
+        '{"step": 2, "split": 1}',
+    ],
+)
 def test_invalid_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1) + f"{line}\n".encode())

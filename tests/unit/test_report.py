@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
-from run_folders import EXAMPLES, change, figures, make_run, read, write_predictions
+from run_folders import EXAMPLES, change, figures, make_run, read, rewrite, write_predictions
 
 from pkd_dist.errors import UserError
 from pkd_dist.report import pages
@@ -289,8 +289,7 @@ class TestMoreWarnings:
         assert "25.0% of the step time was spent waiting for data." in self.shown(run)
 
     def test_stops_and_kills(self, run):
-        path = run / "stages/distill.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"starts": 4, "stopped": 2}))
+        rewrite(run, "distill", lambda marker: marker.update(starts=4, stopped=2))
         shown = self.shown(run)
         assert "The distill stage was stopped by a signal twice and resumed." in shown
         assert (

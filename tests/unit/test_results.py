@@ -39,10 +39,21 @@ def test_the_keys_of_the_results_and_their_order(results):
     assert results["student"] == side(0.6) | size_and_speed(2) and results["splits"]["test"]["n"] == 70
 
 
-def test_a_teacher_that_learned_nothing_retains_nothing():
-    dev = {"n": 50, "teacher": side(0.0), "student": side(0.6), "agreement": 0.9}
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        (side(0.0), side(0.0), "the teacher scores 0.000, so there is no score for the student to retain"),
+        (side(-0.1), side(0.6), "the teacher scores -0.100, so there is no score for the student to retain"),
+        (side(0.5, undefined=["MCC", "main_metric"]), side(0.5), "the main metric is undefined on these dev examples"),
+    ],
+)
+def test_a_share_of_nothing_is_not_told(teacher, student, said):
+    dev = {"n": 50, "teacher": teacher, "student": student, "agreement": 0.9}
     made = combine("sst2", dev, {"teacher": size_and_speed(4), "student": size_and_speed(2)}, {})
-    assert made["compression"]["retention"] == 0.0
+    assert made["compression"]["retention"] is None
+    shown = closing_table(made, Path("RUN/export"), Path("RUN/report.html"))
+    assert said in shown and "retains" not in shown
+    assert ("undefined" in shown.splitlines()[3]) == ("undefined" in teacher)
 
 
 def test_the_closing_table(results):
@@ -56,7 +67,7 @@ def test_the_closing_table(results):
     assert ("parameters", "4,000,000", "2,000,000") in table_rows(results)
 
 
-def test_the_model_card(results):
+def test_the_model_card(results, tmp_path):
     def summary(source, examples):
         return TokenSetSummary(source, examples, examples, "d", "i", 900, 30, 0, [])
 
@@ -66,8 +77,8 @@ def test_the_model_card(results):
         copied_layers=[1, 3], patience_pairs=[[1, 2]], beta_mean=100.0, beta_sum=0.5,
     )  # fmt: skip
     facts = CardFacts(
-        config=load(None, ["run.dir=unused", "teacher.model=MINE"]), results=results, environment=environment,
-        main_metric="f_1", class_names=["no", "[yes](x)", "a`b", "<b>|"], train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
+        config=load(None, ["run.dir=unused", f"teacher.model={tmp_path}"]), results=results, environment=environment,
+        main_metric="f_1", class_names=["no", "[yes](x)", "a`b", "<b>|"], train=summary(f"{tmp_path}/train.tsv + {tmp_path}/more.csv", 60), dev=summary(f"{tmp_path}/dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)",
     )  # fmt: skip
     file = {"bytes": 4e6, "main_metric": 0.6, "largest_difference": 1e-6, "agreement": 1.0, **size_and_speed(2)}
@@ -81,10 +92,14 @@ def test_the_model_card(results):
         "| accuracy | 80.0% (70.0 to 90.0) | 60.0% (50.0 to 70.0) |",
         "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 1.0000 | 2.00 | 3.00 | 200 |",
         "by F1 on `dev.tsv`",
+        "- Data: `train.tsv + more.csv`, 60 examples.",
+        f"Distilled from `{tmp_path.name}` with",
+        "the student retains 75.0% of the teacher's score",
         "counted from 1): (1, 2).",
         "Quantization to int8: static.",
     ):
         assert line in text
+    assert str(tmp_path.parent) not in text, "folders of this machine mean nothing elsewhere"
     assert "ONNX" not in render(
         facts, {"formats": formats[:1], "opset": 20, "files_on_dev": {"model.safetensors": file}, "measured_on": on}
     )

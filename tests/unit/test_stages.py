@@ -1,7 +1,7 @@
 """Whether a stage is done: an input that changes, comes or goes is a change; markers of 0.1.0 count."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -128,26 +128,129 @@ def test_spoiled_work_starts_over(markers):
     assert markers.state(stage({}), context()) == (State.STALE, "the cache was altered")
 
 
+def rewrite(path, **fields):
+    """Change a marker as a program does that knows its checksum."""
+    raw = json.loads(path.read_text())
+    raw.pop("checksum")
+    path.write_text(json.dumps(raw | fields | {"checksum": digest_of(raw | fields)}))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A stage that makes a folder and records, done; returns it with its folder."""
+
+    def make(markers, name="data", **about):
+        outcome, lines = tmp_path / "outcome", tmp_path / "lines"
+        outcome.mkdir()
+        (outcome / "values.json").write_text("[12]")
+        (outcome / ".hidden").write_text("")
+        lines.write_text("1\n2\n")
+        of = stage({}, name, artifacts=Artifacts((outcome, lines), records=(lines,), **about))
+        state, _ = markers.state(of, context())
+        markers.begin(of, context(), State.STARTED if state is State.NEW else state, {f"version.{name}": 1})
+        markers.end(of, context(), Made(7), 1.0)
+        return of
+
+    return make
+
+
+@pytest.mark.parametrize("field", ["outputs", "inputs", "format", "files", "checksum", "seconds", "done"])
+def test_one_changed_character_of_a_marker_is_found(markers, made, field):
+    of = made(markers)
+    text = markers.path("data").read_text()
+    start = text.index(f'"{field}"')
+    for place in (start + 1, start + len(field) + 4):  # the key, and the value
+        other = chr(ord(text[place]) ^ 1)
+        markers.path("data").write_text(text[:place] + other + text[place + 1 :])
+        assert markers.state(of, context())[0] is State.LOST, (text[place], other)
+    markers.path("data").write_text(text)
+    assert markers.state(of, context()) == (State.DONE, "")
+
+
+@pytest.mark.parametrize("content", ["[13]", "", None])
+def test_an_altered_outcome_makes_the_stage_run_again(markers, made, tmp_path, content):
+    of = made(markers)
+    values = tmp_path / "outcome/values.json"
+    values.unlink() if content is None else values.write_text(content)
+    why = f"{values} {'is missing' if content is None else 'was altered'}"
+    assert markers.state(of, context()) == (State.BROKEN, why)
+
+    def keep(context, path):
+        raise UserError(f"{path} must be kept")
+
+    with pytest.raises(UserError, match=r"values\.json must be kept"):
+        markers.state(replace(of, require_replaceable=keep), context())
+
+
+@pytest.mark.parametrize("content", ["1\n3\n", "", None])
+def test_altered_records_are_set_aside_and_do_not_rerun_the_stage(markers, made, tmp_path, caplog, content):
+    of = made(markers)
+    lines = tmp_path / "lines"
+    lines.unlink() if content is None else lines.write_text(content)
+    assert markers.state(of, context()) == (State.DONE, "")
+    with caplog.at_level("WARNING"):
+        markers.settle(of, context())
+        markers.settle(of, context())
+    assert not lines.exists() and len(caplog.records) == 1 and "lines" in caplog.text
+    assert content is None or (tmp_path / "previous/1/lines").read_text() == content
+    assert markers.state(of, context()) == (State.DONE, "")
+
+
+def test_a_marker_without_checksums_is_found_done_and_gets_them(markers, made, tmp_path):
+    of = made(markers)
+    raw = json.loads(markers.path("data").read_text())
+    old = {key: value for key, value in raw.items() if key not in ("checksum", "files", "verified")} | {"format": 2}
+    markers.path("data").write_text(json.dumps(old))
+    assert markers.state(replace(of, missing=lambda context, output: "it asks"), context()) == (State.BROKEN, "it asks")
+    assert markers.state(of, context()) == (State.DONE, "")
+    markers.upgrade()
+    markers.settle(of, context())
+    marker = markers.read("data")
+    assert marker.verified is False and marker.files.keys() == {"outcome/values.json", "lines"}
+    (tmp_path / "outcome/values.json").write_text("[13]")
+    assert markers.state(of, context())[0] is State.BROKEN
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_marker_that_is_gone_is_told_from_a_stage_that_never_ran(markers, made, tmp_path, keeps):
+    of = made(markers, fingerprinted=keeps)
+    markers.path("data").unlink()
+    assert markers.state(of, context()) == (State.NEW, "it has not run yet"), "a user's own folder, perhaps"
+    done(markers, stage({}, "teacher"))
+    state, why = markers.state(of, context())
+    assert state is State.LOST and why == f"{markers.path('data')} is missing"
+    markers.begin(of, context(), state, {})
+    assert (tmp_path / "outcome").exists() == keeps and (tmp_path / "previous").exists() != keeps
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 2, "done": "x", "inputs": 3}', '{"done": true}', "\xff"]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 2, "done": "x", "inputs": 3}',
+        '{"done": true}',
+        "\xff",
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_marker_makes_the_stage_run_again(markers, text):
     markers.path("data").write_text(text, encoding="latin-1")
     state, why = markers.state(stage({}), context())
-    assert state is State.STALE and why.endswith("data.json is damaged")
+    assert state is State.LOST and why.endswith("data.json is damaged")
 
 
 def test_a_damaged_output_makes_the_stage_run_again(markers):
     done(markers, stage({}), Made(3))
-    raw = json.loads(markers.path("data").read_text())
-    markers.path("data").write_text(json.dumps(raw | {"outputs": {"number": "many"}}))
-    assert markers.state(stage({}), context())[0] is State.STALE
+    rewrite(markers.path("data"), outputs={"number": "many"})
+    assert markers.state(stage({}), context())[0] is State.LOST
 
 
 def test_a_marker_of_a_later_version_is_rejected(markers):
     done(markers, stage({}))
-    raw = json.loads(markers.path("data").read_text())
-    markers.path("data").write_text(json.dumps(raw | {"format": 99}))
+    rewrite(markers.path("data"), format=99)
     with pytest.raises(UserError, match="written by a later version of pkd_dist"):
         markers.state(stage({}), context())
 
@@ -177,7 +280,7 @@ def test_a_marker_of_0_1_0_is_found_done(markers, name):
     assert markers.output(of) == Made(5)
     markers.upgrade()
     marker = markers.read(name)
-    assert '"format": 2' in markers.path(name).read_text()
+    assert '"format": 3' in markers.path(name).read_text() and marker.verified is False
     assert (marker.starts, marker.stopped, marker.seconds) == (2, 1, 3.5)
     assert marker.fingerprint == digest_of(OLD[name]), "the checkpoints of 0.1.0 carry this digest"
 
