@@ -64,12 +64,8 @@ def plan(
         if stage.name in names:
             lines.append(f"{stage.name}: {line}")
         elif not done:
-            raise _needed_first(stage, reason)
+            raise UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
     return lines
-
-
-def _needed_first(stage: Stage[Any], reason: str) -> UserError:
-    return UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
 
 
 def run(
@@ -133,7 +129,7 @@ def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: 
             log.info("%s: done", stage.name)
         return
     if not selected:
-        raise _needed_first(stage, reason)
+        raise UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
     world.on_main(lambda: stage.require_rerunnable(context, reason))
     what = {State.NEW: "runs", State.STARTED: "resumes"}.get(state, f"runs again, because {reason}")
     log.info("%s: %s", stage.name, what)
