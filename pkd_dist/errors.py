@@ -7,14 +7,15 @@ class UserError(Exception):
     """Bad input. The message is one line: the value, where it is, what is allowed, and the remedy.
 
     Args:
-        message: the line, without `setting`.
-        setting: the setting or option at fault, such as `task.data` or `--model`; the line begins with it.
+        message: the line, without `where` and `setting`.
+        setting: the setting or option at fault, such as `task.data` or `--model`.
+        where: where it was set, such as `run.yaml:3`; the line begins with it, then names the setting.
     """
 
     exit_status = 2
 
-    def __init__(self, message: str, setting: str | None = None):
-        super().__init__(message if setting is None else f"{setting}: {message}")
+    def __init__(self, message: str, setting: str | None = None, where: str | None = None):
+        super().__init__(": ".join(part for part in (where, setting, message) if part))
         self.message, self.setting = message, setting
 
 

@@ -38,19 +38,33 @@ STAGES: tuple[Stage[Any], ...] = tuple(import_module(f"pkd_dist.stages.{name}").
 VERSIONS = {stage.name: stage.version for stage in STAGES}
 
 
-def plan(config: Config, config_file: str | Path | None, world: World) -> list[str]:
-    """Return a line for each stage: done, or why it would run. Reads; writes nothing."""
+def plan(
+    config: Config, config_file: str | Path | None, world: World, names: Sequence[str] = NAMES, fresh: bool = False
+) -> list[str]:
+    """Return a line for each stage of `names`: done, or why it would run. Writes nothing; raises UserError as `run`."""
     resolved = resolve(config, config_file, world.device)
+    if config.metrics.enabled and world.node_main:
+        load_access(config.metrics)
+    world.on_main(lambda: run_folder.require_writable(resolved))
     context = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
     markers = Markers(resolved.paths.run, translate)
     lines: list[str] = []
-    for number, stage in enumerate(STAGES):
-        state, reason = markers.state(stage, context)
-        if state is not State.DONE:
-            later = [f"{other.name}: may run, after {stage.name}" for other in STAGES[number + 1 :]]
-            return [*lines, f"{stage.name}: runs, because {reason}", *later]
-        context.hand_on(markers.output(stage))
-        lines.append(f"{stage.name}: done")
+    first = ""
+    for stage in STAGES[: NAMES.index(names[-1]) + 1]:
+        if first:  # later stages depend on what it makes
+            done, reason = not fresh and markers.read(stage.name) is not None, "it has not run"
+            line = f"may run, after {first}"
+        else:
+            state, reason = (State.NEW, "--fresh starts over") if fresh else markers.state(stage, context)
+            done = state is State.DONE
+            line = "done" if done else f"runs, because {reason}"
+            if done:
+                context.hand_on(markers.output(stage))
+        first = first or ("" if done else stage.name)
+        if stage.name in names:
+            lines.append(f"{stage.name}: {line}")
+        elif not done:
+            raise UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
     return lines
 
 

@@ -10,4 +10,4 @@ import sys
 from pkd_dist.cli.launch import leave, train
 
 if __name__ == "__main__":
-    leave(train(sys.argv[1:]))
+    leave(train(sys.argv[1:], "python -m pkd_dist.train"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pkd_dist.cli.options import ConfigFile, Overrides, run_command
+from pkd_dist.cli.options import ConfigFile, Overrides, numbers, run_command
 from pkd_dist.errors import UserError
 
 
@@ -41,7 +41,7 @@ def compare(
         from pkd_dist.telemetry.markup import console
 
         chosen = parse_methods(methods, method or [])
-        made = Comparison(config, overrides or [], chosen, _numbers(seeds), output, launcher, jobs).run()
+        made = Comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs).run()
         header, body = rows(made)
         table = Table(*header)
         for row in body:
@@ -53,8 +53,8 @@ def compare(
     run_command(work)
 
 
-def _numbers(seeds: str) -> list[int]:
-    try:
-        return [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds: {seeds!r} is not a list of numbers such as 1,2,3") from None
+def _seeds(given: str) -> list[int]:
+    seeds = numbers(given, "--seeds", "1,2,3")
+    if max(seeds) >= 2**31:
+        raise UserError(f"{max(seeds)} is too large; allowed: integers below 2147483648", "--seeds")
+    return seeds

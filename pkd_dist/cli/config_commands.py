@@ -21,8 +21,11 @@ def check(file: File, overrides: Overrides = None) -> None:
     def work() -> None:
         from pkd_dist.config.deepspeed import load_deepspeed
         from pkd_dist.config.load import load
+        from pkd_dist.data import tasks
 
-        load_deepspeed(load(file, overrides or []), file)
+        config = load(file, overrides or [])
+        load_deepspeed(config, file)
+        tasks.resolve(config.task)
         print(f"{file}: valid")
 
     run_command(work)

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pkd_dist.cli.options import LabelColumn, TaskKind, TextColumns, run_command, task_overrides
+from pkd_dist.cli.options import (
+    DEMO_DATA,
+    LabelColumn,
+    TaskKind,
+    TextColumns,
+    data_or_demo,
+    named_as_options,
+    run_command,
+    task_overrides,
+)
 from pkd_dist.data.tasks import GLUE
 
 if TYPE_CHECKING:
@@ -20,28 +29,36 @@ if TYPE_CHECKING:
 def prepare(
     task: Annotated[str, typer.Option(help=f"A GLUE task ({', '.join(GLUE)}), or `custom`.")] = "sst2",
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Folder with train, dev (or validation) and perhaps test as .tsv, .csv, .jsonl, .json or .parquet, all but "
-            "the last also as .gz, or as GLUE ships it; or hub:NAME or hub:NAME:CONFIGURATION."
+            help="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
+            "but the last also as .gz, or in GLUE's layout; or "
+            f"hub:NAME or hub:NAME:CONFIGURATION. Default, for sst2 only: the demo data, {DEMO_DATA}."
         ),
-    ] = "data/movie-reviews",
+    ] = None,
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
     model: Annotated[
-        str | None, typer.Option(help="A teacher: also count the tokens that its tokenizer makes of the text.")
+        str | None,
+        typer.Option(help="Teacher (folder, hub name or package:NAME): also count tokens. Default: count words only."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(help="With --model: longest input in tokens; longer ones are truncated.")
+        int, typer.Option(help="With --model: maximum input length in tokens; longer inputs are truncated.")
     ] = 128,
 ) -> None:
     """Check a data folder: counts, classes, lengths, rows left out, duplicates.
 
     Example: pkd prepare --task sst2 --data data/movie-reviews
     """
-    overrides = task_overrides({"name": task, "data": data, "text": text, "label": label, "kind": kind})
-    run_command(lambda: _prepare(data, [*overrides, f"task.max_length={max_length}"], model, max_length))
+
+    def work() -> None:
+        folder = data_or_demo(data, task)
+        overrides = task_overrides({"name": task, "data": folder, "text": text, "label": label, "kind": kind})
+        with named_as_options():
+            _prepare(folder, [*overrides, f"task.max_length={max_length}"], model, max_length)
+
+    run_command(work)
 
 
 def _prepare(data: str, overrides: list[str], model: str | None, max_length: int) -> None:

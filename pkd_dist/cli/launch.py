@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
 
 
-def train(argv: Sequence[str]) -> int:
+def train(argv: Sequence[str], program: str = "launcher/train.py") -> int:
     """Run the pipeline that a command line asks for, and return the exit status."""
     parser = _Parser(
-        prog="launcher/train.py",
+        prog=program,
         description=f"Distil a student from a teacher, in the stages {', '.join(NAMES)}. Rerun the same command to resume.",
-        epilog="example: deepspeed launcher/train.py --config configs/demo.yaml train.epochs=2 run.dir=runs/short",
+        epilog=f"example: {program.replace('python -m', 'deepspeed --module')} --config configs/demo.yaml train.epochs=2 run.dir=runs/short",
     )
     parser.register("action", None, OneValue)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
@@ -108,7 +108,7 @@ def launch(
         gc.enable()
         process.world = world = World(ranks, config.run.timeout_seconds, process.signals)
         if dry_run:
-            plan = pipeline.plan(config, config_file, world)
+            plan = pipeline.plan(config, config_file, world, names, fresh)
             if world.main:
                 _print_plan(config, plan)
             return

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from pkd_dist.cli import compare_command, config_commands, data_commands, metrics_commands, model_commands, run_commands
 from pkd_dist.cli.launch import leave
 from pkd_dist.cli.run_commands import stage_command
+from pkd_dist.cli.usage import Group
 from pkd_dist.errors import UserError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -63,6 +64,7 @@ class _Command(TyperCommand):
 
 def make_app() -> typer.Typer:
     app = typer.Typer(
+        cls=Group,
         help="Single steps of Patient Knowledge Distillation.",
         no_args_is_help=True,
         add_completion=False,
@@ -85,6 +87,6 @@ def main() -> None:
     """Run `pkd`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        app(prog_name="pkd")
     except SystemExit as end:
         leave(end.code if isinstance(end.code, int) else int(bool(end.code)))

@@ -39,6 +39,8 @@ def targets(
     def work() -> None:
         from pkd_dist.telemetry import discovery
 
+        if not folder.is_dir():
+            raise UserError(f"no such folder: {folder}; give metrics.discovery_dir of a run", "DIR")
         try:
             found = list(discovery.targets(folder))
         except OSError as error:

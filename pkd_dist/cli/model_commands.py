@@ -12,11 +12,14 @@ import typer
 
 from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import (
+    DEMO_DATA,
     LabelColumn,
     TaskKind,
     TaskName,
     TextColumns,
+    data_or_demo,
     named_as_options,
+    numbers,
     run_command,
     task_overrides,
 )
@@ -41,11 +44,13 @@ def init_student(
         from pkd_dist.config.load import load
         from pkd_dist.model import compatibility, encoder, student
 
-        config = load(None, ["run.dir=unused", f"student.layers=[{layers}]"])
+        chosen = numbers(layers, "--layers", "2,6,10")
         folder = encoder.locate(teacher, "--teacher")
         tokenizer = encoder.load_tokenizer(folder, "--teacher")
         compatibility.require_compatible(encoder.load_config(folder, "--teacher"), tokenizer, 1, teacher, "--teacher")
-        model, made_of = student.create(config.student, folder, folder, {}, config.run.seed)
+        with named_as_options():
+            config = load(None, ["run.dir=unused", f"student.layers={chosen}"])
+            model, made_of = student.create(config.student, folder, folder, {}, config.run.seed)
         encoder.save_model(model, tokenizer, output)
         print(f"{output}: {encoder.parameter_count(model):,} parameters, {made_of}")
 
@@ -55,8 +60,15 @@ def init_student(
 def evaluate(
     model: Annotated[str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")],
     task: TaskName = "sst2",
-    data: Annotated[str, typer.Option(help="Data folder, as of `pkd prepare`.")] = "data/movie-reviews",
-    split: Annotated[str, typer.Option(help="A split with labels: dev, test, or dev_mismatched of MNLI.")] = "dev",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Data folder or hub:NAME, as in `pkd prepare`. Default, for sst2 only: the demo data, {DEMO_DATA}."
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split with labels to score: train, dev, test, or dev_mismatched of MNLI.")
+    ] = "dev",
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
@@ -77,7 +89,8 @@ def evaluate(
         from pkd_dist.config.load import load
         from pkd_dist.evaluation.folder import evaluate_folder
 
-        options = {"name": task, "data": data, "text": text, "label": label, "kind": kind}
+        folder = data_or_demo(data, task)
+        options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind}
         overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}", *task_overrides(options)]
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])
@@ -110,20 +123,27 @@ def predict(
     """
 
     def work() -> None:
-        from pkd_dist.evaluation import predict as prediction
-
         if not model:
             raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
         if texts and file != "-":
             raise UserError("--file: give texts or a file, not both")
+        from pkd_dist.evaluation import predict as prediction
+
         given = [(f"text {i}", text) for i, text in enumerate(texts, start=1)] if texts else prediction.lines(file)
         typed = not texts and file == "-" and sys.stdin.isatty()
+        answered = False
         try:
             for line in prediction.predict(model, given, pair, max_length, 1 if typed else batch_size):
                 print(line, flush=typed or batch_size == 1)
+                answered = True
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has seen enough: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not answered:
+            source = "standard input" if file == "-" else file
+            raise UserError(
+                f"{source} has no text; give texts as arguments, in --file, or one per line on standard input"
+            )
 
     run_command(work)
 
@@ -154,9 +174,12 @@ def serve(
 
     def work() -> None:
         with requires_extra("serve"):
+            from pkd_dist.export.runtime import ONNX_FILES
             from pkd_dist.serve.requests import Limits
             from pkd_dist.serve.server import serve as run_server
 
+            if format is not None and format not in ONNX_FILES:
+                raise UserError(f"{format!r} is unknown; allowed: {', '.join(ONNX_FILES)}", "--format")
             limits = Limits(
                 texts=min(Limits.texts, max_queue), body_bytes=max_body_bytes, text_characters=max_text_characters,
                 batch=max_batch, delay_seconds=max_delay_ms / 1e3, queue=max_queue, concurrency=max_concurrency,

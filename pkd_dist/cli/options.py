@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
@@ -24,32 +26,57 @@ TextColumns = Annotated[
 LabelColumn = Annotated[str | None, typer.Option(help="`custom`: the label column.")]
 TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification or regression.")]
 
-TASK_OPTIONS = {
-    "name": "--task",
-    "data": "--data",
-    "text": "--text",
-    "label": "--label",
-    "kind": "--kind",
-    "max_length": "--max-length",
-}
-"""Key of the section `task` -> the option that sets it."""
+OPTIONS = {
+    "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.kind": "--kind",
+    "task.max_length": "--max-length", "teacher.model": "--model", "student.layers": "--layers",
+    "evaluate.batch_size": "--batch-size",
+}  # fmt: skip
+"""Configuration key -> the option of a command on folders that sets it."""
+
+DEMO_DATA = "data/movie-reviews"
+"""What commands read without --data."""
 
 
 def task_overrides(options: Mapping[str, object]) -> list[str]:
     """Return task options as configuration overrides; the value is JSON, so it is taken as it was typed."""
-    return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value]
+    return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+
+
+def data_or_demo(data: str | None, task: str) -> str:
+    """Return the data folder; without one, that of the demo, and say so on stderr.
+
+    Raises:
+        UserError: the demo data is not of this task.
+    """
+    if data is not None:
+        return data
+    if task != "sst2":
+        raise UserError(f"is missing; without it the demo data is read, whose task is sst2, not {task}", "--data")
+    print(f"pkd: no --data: reading the demo data, {DEMO_DATA}", file=sys.stderr, flush=True)
+    return DEMO_DATA
+
+
+def numbers(text: str, option: str, example: str) -> list[int]:
+    """Return the integers of an option such as `1,2,3`.
+
+    Raises:
+        UserError: it is not a list of integers of at least 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"{text!r} is not a list of integers of at least 0, such as {example}", option)
+    return [int(part) for part in parts]
 
 
 @contextlib.contextmanager
 def named_as_options() -> Iterator[None]:
-    """In an error about a setting, name the command's option for it."""
-    options = {f"task.{key}": option for key, option in TASK_OPTIONS.items()} | {"teacher.model": "--model"}
+    """In an error about settings, name the command's options for them."""
+    key = re.compile("|".join(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])" for name in OPTIONS))
     try:
         yield
     except UserError as error:
-        if error.setting not in options:
-            raise
-        raise UserError(error.message, options[error.setting]) from None
+        message = key.sub(lambda found: OPTIONS[found[0]], error.message)
+        raise UserError(message, error.setting and OPTIONS.get(error.setting, error.setting)) from None
 
 
 def run_command(work: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from pkd_dist.cli.launch import launch
 from pkd_dist.cli.options import ConfigFile, Overrides, run_command
+from pkd_dist.config.schema import ExportFormat
 from pkd_dist.errors import UserError
 from pkd_dist.stages.base import NAMES
 
@@ -48,8 +50,12 @@ def export(
         Path | None, typer.Option(help="With --from-checkpoint: the folder to write; must not exist.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="With --from-checkpoint: float32 (master weights), float16 or bfloat16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="With --from-checkpoint: precision of the weights to write, float32 (the master weights, default), float16 "
+            "or bfloat16."
+        ),
+    ] = None,
 ) -> None:
     """Export a run's student, export a checkpoint, or verify an export.
 
@@ -62,28 +68,54 @@ def export(
     Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
     """
     given = overrides or []
-    of_checkpoint = from_checkpoint is not None or output is not None
-    if config is not None and not of_checkpoint and given[:1] != ["verify"]:
-        wanted = [f"export.formats={json.dumps(formats.split(','))}"] if formats is not None else []
-        raise typer.Exit(launch(config, [*given, *wanted], up_to("export")))
+    options = {
+        "--config": config, "--formats": formats, "--from-checkpoint": from_checkpoint, "--output": output, "--dtype": dtype,
+    }  # fmt: skip
+    named = [option for option, value in options.items() if value is not None]
+    wanted: list[str] = []
 
     def work() -> None:
-        if config is None and formats is None and not of_checkpoint and given[:1] == ["verify"]:
-            return _verify(given[1:])
-        if config is not None or formats is not None or given or from_checkpoint is None or output is None:
-            raise UserError(
-                "pkd export: give one of --config FILE, --from-checkpoint RUN/checkpoints/step-N --output DIR, or verify DIR"
-            )
-        return _from_checkpoint(from_checkpoint, output, dtype)
+        if given[:1] == ["verify"]:
+            _allow(named, (), "verify DIR")
+            _verify(given[1:])
+        elif config is not None:
+            _allow(named, ("--config", "--formats"), "--config")
+            wanted.extend([] if formats is None else [f"export.formats={json.dumps(_formats(formats))}"])
+        elif from_checkpoint is not None and output is not None:
+            _allow([*named, *given], ("--from-checkpoint", "--output", "--dtype"), "--from-checkpoint")
+            _from_checkpoint(from_checkpoint, output, dtype or "float32")
+        elif from_checkpoint is not None:
+            raise UserError("is missing; --from-checkpoint needs a new folder to write", "--output")
+        elif output is not None or dtype is not None:
+            raise UserError(f"is missing; {named[-1]} is used only with it", "--from-checkpoint")
+        elif given or formats is not None:
+            raise UserError(f"is missing; {given[0] if given else '--formats'} is used only with it", "--config")
+        else:
+            raise UserError("give --config FILE, --from-checkpoint RUN/checkpoints/step-N --output DIR, or verify DIR")
 
     run_command(work)
+    if config is not None:
+        raise typer.Exit(launch(config, [*given, *wanted], up_to("export")))
+
+
+def _allow(given: Sequence[str], allowed: Sequence[str], form: str) -> None:
+    if other := [name for name in given if name not in allowed]:
+        raise UserError(f"cannot be used with {form}", other[0])
+
+
+def _formats(given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    allowed = typing.get_args(ExportFormat)
+    if unknown := [name for name in names if name not in allowed]:
+        raise UserError(f"{unknown[0]!r} is unknown; allowed: {', '.join(allowed)}", "--formats")
+    return names
 
 
 def _verify(folders: Sequence[str]) -> None:
     from pkd_dist.export import manifest
 
     if len(folders) != 1:
-        raise UserError("pkd export verify: give one folder, such as runs/demo/export")
+        raise UserError(f"verify takes one folder, such as runs/demo/export, not {len(folders)}")
     verified = manifest.verify(Path(folders[0]))
     print(f"{folders[0]}: {len(verified['files'])} files as they were written")
 

@@ -8,6 +8,7 @@ The job reads nothing else of the project, so every requeue runs the same code w
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 import shutil
@@ -200,6 +201,22 @@ def _checked_config(options: argparse.Namespace) -> Config:
     return config
 
 
+def _require_training() -> None:
+    """Check that this Python, which runs the job, has what training imports.
+
+    Raises:
+        UserError: the extra `train` is not installed.
+    """
+    missing = [
+        name for name in ("torch", "transformers", "datasets", "deepspeed") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise UserError(
+            f"the job would run {sys.executable}, which lacks the Python package {missing[0]}: pip install 'pkd_dist[train]', "
+            "or call pkd-submit from the environment that trains"
+        )
+
+
 def _next_folder(config: Config) -> Path:
     submissions = Path(config.run.dir).absolute() / "slurm"
     if "%" in str(submissions):
@@ -215,6 +232,7 @@ def submit(argv: Sequence[str]) -> None:
         UserError: Invalid options or configuration, no sbatch, or a job that sbatch rejects; nothing is left behind.
     """
     options = _parse_arguments(argv)
+    _require_training()
     config = _checked_config(options)
     folder = _next_folder(config)
     command = _sbatch_command(options, folder)

@@ -47,10 +47,14 @@ def parse_methods(names: str, custom: Sequence[str]) -> dict[str, Overrides]:
         chosen[name] = METHODS[name]
     for given in custom:
         name, overrides = _parse_custom(given)
-        if name in (*chosen, "teacher") or not re.fullmatch(r"[\w+-]+", name) or name.startswith("cache-"):
+        if not re.fullmatch(r"[\w+-]+", name):
+            raise UserError(f"the name {name!r} is invalid; allowed: letters, digits and - + _", "--method")
+        if name in chosen:
             raise UserError(
-                f"the name {name!r} is taken, or has characters other than letters, digits, - + _", "--method"
+                f"the name {name!r} is taken by another method of this comparison; choose another", "--method"
             )
+        if name == "teacher" or name.startswith("cache-"):
+            raise UserError(f"the name {name!r} is reserved for a folder of the comparison; choose another", "--method")
         chosen[name] = overrides
     if not chosen:
         raise UserError(f"name at least one of {', '.join(METHODS)}", "--methods")
@@ -61,8 +65,8 @@ def _parse_custom(given: str) -> tuple[str, Overrides]:
     name, colon, rest = given.partition(":")
     try:
         pairs = [part.partition("=") for part in shlex.split(rest)]
-    except ValueError:  # an unclosed quotation mark
-        pairs = []
+    except ValueError:
+        raise UserError(f"{given!r} has an unclosed quotation mark", "--method") from None
     if not colon or not pairs or not all(key and equals for key, equals, _ in pairs):
         raise UserError(f'{given!r} is not of the form "NAME: section.key=value section.key=value"', "--method")
     return name.strip(), {key: Raw(value) for key, _, value in pairs}

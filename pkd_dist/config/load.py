@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from pkd_dist.config.paths import project_path
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.config.schema import Config
-from pkd_dist.config.section import fields, section_of
+from pkd_dist.config.section import fields, section_of, type_names
 from pkd_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 
@@ -47,7 +48,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         origin = _Origin(path, lines, frozenset(".".join(override.keys) for override in parsed))
-        raise UserError(_message(error, origin)) from None
+        raise _user_error(error, origin) from None
 
 
 # --------------------------------------------------------------------------------------------------------------- input
@@ -59,6 +60,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        inside = path / "config.yaml"  # of a run folder
+        raise UserError(f"{path}: is a folder; give a YAML file{f', {inside}' if inside.is_file() else ''}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
@@ -163,49 +167,87 @@ class _Origin:
         return f"{self.path}:{self.lines[nearest]}" if nearest in self.lines else str(self.path)
 
 
-def _message(error: ValidationError, origin: _Origin) -> str:
+def _user_error(error: ValidationError, origin: _Origin) -> UserError:
     """Return one line about the first mistake: where it is, which key, what is wrong, and what is allowed."""
     errors = error.errors(include_url=False)
-    first = errors[0]
-    path = _key_path(first)
-    key = ".".join(map(str, path))
+    first = next((other for other in errors if other["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(_keys(first))
     where = origin.of(key)
     if first["type"] == "extra_forbidden":
-        return f"{where}: {key}: unknown key; {_suggestion(key)}"
+        return UserError(f"unknown key; {_suggestion(key)}", key, where)
+    known = dict(fields(Config))
     if first["type"] == "missing":
-        return f"{where}: {key} is missing"
-    if first["type"] == "value_error" and key in _sections():
-        return f"{where}: {_requirement(first)}"  # the validator of a section names the keys itself
-    # A value that matches no type of a union has one error per type.
-    of_key = [other for other in errors if other["loc"][: len(path)] == path] or [first]
-    allowed = "; or ".join(dict.fromkeys(map(_requirement, of_key)))
-    shown = first["type"] != "value_error" and isinstance(first["input"], (str, int, float, list))
-    return f"{where}: {key}: {first['input']!r} is invalid: {allowed}" if shown else f"{where}: {key}: {allowed}"
+        key = next(name for name, field in known.items() if f"{name}.".startswith(f"{key}.") and not section_of(field))
+        return UserError(f"is missing; it needs a value ({_meaning(known[key])})", key, where)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])  # the validator of a section names the keys itself
+        return UserError(message, None if key in ("", *filter(None, map(_section_name, known.items()))) else key, where)
+    given, names = first["input"], type_names(known[key].annotation, known[key].metadata)
+    if given in (None, "") and names == ["text"]:
+        return UserError(f"is empty; it needs a value ({_meaning(known[key])})", key, where)
+    return UserError(f"{_shown(given)} is invalid; allowed: {_allowed(first, key, known[key], names)}", key, where)
 
 
-def _key_path(error: ErrorDetails) -> tuple[str | int, ...]:
-    """Return the keys and list positions of an error's location, without the names of union types."""
+def _keys(error: ErrorDetails) -> tuple[str, ...]:
+    """Return the keys of an error's location, without list positions and the names of union types."""
     if error["type"] == "extra_forbidden":
-        return error["loc"]
+        return tuple(map(str, error["loc"]))
     known = {part for name, _ in fields(Config) for part in name.split(".")}
-    return tuple(part for part in error["loc"] if part in known or isinstance(part, int))
+    return tuple(str(part) for part in error["loc"] if part in known)
 
 
-def _sections() -> set[str]:
-    """Return the dotted names of all sections; "" is the whole configuration."""
-    return {"", *(name for name, field in fields(Config) if section_of(field))}
+def _section_name(named: tuple[str, FieldInfo]) -> str | None:
+    return named[0] if section_of(named[1]) else None
 
 
-def _requirement(error: ErrorDetails) -> str:
-    """Return what is allowed, as pydantic or one of our validators says it."""
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return error["msg"][:1].lower() + error["msg"][1:]
+def _meaning(field: FieldInfo) -> str:
+    """Return the first sentence of a key's description."""
+    first = (field.description or "").split(". ")[0].rstrip(".")
+    return first[:1].lower() + first[1:]
+
+
+def _shown(value: object) -> str:
+    """Return a value of the YAML for a message."""
+    if isinstance(value, dict):
+        return "a section"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _allowed(error: ErrorDetails, key: str, field: FieldInfo, names: list[str]) -> str:
+    if error["type"] == "finite_number":
+        return "a finite number"
+    if error["type"] == "too_short":
+        return f"at least {error['ctx']['min_length']} entry"
+    if section := section_of(field):
+        example = f"a section of keys such as {key}.{next(iter(section.model_fields))}"
+        names = [example if name == "section" else name for name in names]
+    return " or ".join(names).replace("`", "")
+
+
+_SYNONYMS = {
+    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "n_epochs": "epochs", "num_epochs": "epochs",
+    "num_train_epochs": "epochs", "wd": "weight_decay", "warmup": "warmup_ratio", "clip": "max_grad_norm",
+    "grad_clip": "max_grad_norm", "gradient_clipping": "max_grad_norm", "eps": "adam_epsilon", "t": "temperature",
+    "temp": "temperature", "max_len": "max_length", "max_seq_length": "max_length", "seq_len": "max_length",
+    "path": "dir", "folder": "dir", "output_dir": "dir", "out": "dir", "n_layers": "num_layers",
+    "depth": "num_layers", "width": "hidden_size", "labels": "label", "type": "kind", "precision": "dtype",
+    "save_steps": "every_steps", "interval": "every_steps", "format": "formats", "project": "wandb_project",
+    "zero": "deepspeed", "timeout": "timeout_seconds",
+}  # fmt: skip
+"""What other tools call a key -> its last part here."""
 
 
 def _suggestion(key: str) -> str:
+    """Return the key of the same section that is most similar, or the keys of the section."""
     known = [name for name, _ in fields(Config)]
-    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-        name for name in known if name.split(".")[-1] == key.split(".")[-1]
-    ]
-    return f"did you mean {similar[0]}?" if similar else "`pkd config reference` lists the known keys"
+    section, _, last = key.rpartition(".")
+    while section and section not in known:
+        section, _, last = section.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    wanted = _SYNONYMS.get(last.lower(), last)
+    if similar := difflib.get_close_matches(wanted, siblings, n=1):
+        return f"did you mean {siblings[similar[0]]}?"
+    if section:
+        return f"the keys of {section} are {', '.join(siblings)}"
+    elsewhere = sorted((name for name in known if name.split(".")[-1] == wanted), key=lambda name: name.count("."))
+    return f"did you mean {elsewhere[0]}?" if elsewhere else "`pkd config reference` lists the known keys"

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import types
-import typing
-from collections.abc import Sequence
-from typing import Annotated, Literal
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.config.schema import Config
-from pkd_dist.config.section import fields, section_of
-
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_TYPE_NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true/false"}
+from pkd_dist.config.section import fields, section_of, type_names
 
 
 def reference() -> str:
@@ -42,28 +34,6 @@ def reference() -> str:
 
 def _row(name: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-    type_name = " or ".join(_type_names(field.annotation, field.metadata))
+    type_name = " or ".join(type_names(field.annotation, field.metadata))
     description = (field.description or "").replace("|", "\\|")
     return f"| `{name}` | {type_name} | {default} | {description} |"
-
-
-def _type_names(annotation: object, constraints: Sequence[object] = ()) -> list[str]:
-    """Return the names of the types of a union, with the ranges of numbers."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        inner, *extra = arguments
-        return _type_names(inner, [m for e in extra for m in getattr(e, "metadata", [e])])
-    if origin in (typing.Union, types.UnionType):
-        return [name for part in arguments for name in _type_names(part)]
-    if origin is Literal:
-        return [f"`{value}`" for value in arguments]
-    if origin is dict:
-        return [" to ".join("/".join(_type_names(part)) for part in arguments)]
-    if origin is list:
-        return ["list of " + "/".join(_type_names(arguments[0]))]
-    if annotation is type(None):
-        return ["null"]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return ["section"]
-    bounds = [f"{_SIGNS[k]} {getattr(c, k)}" for c in constraints for k in _SIGNS if getattr(c, k, None) is not None]
-    return [_TYPE_NAMES[annotation] + (f" {', '.join(bounds)}" if bounds else "")]

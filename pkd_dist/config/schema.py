@@ -120,10 +120,6 @@ class Task(Section):
                     f"task.metric {self.metric} cannot be used with task.kind {self.kind or 'classification'}; allowed: "
                     + ("pearson_spearman" if regression else "accuracy, mcc, f1")
                 )
-        else:
-            given = [k for k in ("text", "label", "kind") if getattr(self, k) is not None]
-            if given:
-                raise ValueError(f"task.{given[0]} is allowed only with task.name custom; {self.name} defines its own")
         return self
 
 

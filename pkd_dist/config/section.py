@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_TYPE_NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true/false"}
 
 
 class Section(BaseModel):
@@ -22,7 +25,10 @@ class Section(BaseModel):
         assert info.field_name
         booleans = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
         if booleans and bool not in _leaf_types(cls.model_fields[info.field_name].annotation):
-            raise ValueError("a true/false value is not allowed here")
+            field = cls.model_fields[info.field_name]
+            allowed = ", ".join(type_names(field.annotation, field.metadata)).replace("`", "")
+            quotes = "; YAML reads yes, no, on and off as true/false, put text in quotes"
+            raise ValueError(f"a true/false value is not allowed here; allowed: {allowed}{quotes}")
         return value
 
 
@@ -45,3 +51,25 @@ def _leaf_types(annotation: object) -> set[object]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list, dict):
         return {leaf for part in typing.get_args(annotation) for leaf in _leaf_types(part)}
     return {annotation}
+
+
+def type_names(annotation: object, constraints: Sequence[object] = ()) -> list[str]:
+    """Return the names of the types and values that an annotation allows, with the ranges of numbers."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        inner, *extra = arguments
+        return type_names(inner, [m for e in extra for m in getattr(e, "metadata", [e])])
+    if origin in (typing.Union, types.UnionType):
+        return [name for part in arguments for name in type_names(part)]
+    if origin is Literal:
+        return [f"`{value}`" for value in arguments]
+    if origin is dict:
+        return ["mapping of " + " to ".join("/".join(type_names(part)) for part in arguments)]
+    if origin is list:
+        return ["list of " + "/".join(type_names(arguments[0]))]
+    if annotation is type(None):
+        return ["null"]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return ["section"]
+    bounds = [f"{_SIGNS[k]} {getattr(c, k)}" for c in constraints for k in _SIGNS if getattr(c, k, None) is not None]
+    return [_TYPE_NAMES[annotation] + (f" {', '.join(bounds)}" if bounds else "")]

@@ -49,7 +49,11 @@ def locate(data: str, split: str, task: Task) -> Source | None:
         UserError: no such folder, or two files of one split.
     """
     if data.startswith(_HUB):
+        if not 1 <= len(names := data.split(":")[1:]) <= 2 or not all(names):
+            raise UserError(f"{data!r} is not of the form hub:NAME or hub:NAME:CONFIGURATION", "task.data")
         return Source(data.removeprefix(_HUB))
+    if not data:
+        raise UserError("is empty; give a folder, or hub:NAME", "task.data")
     folder = project_path(data)
     if folder.is_file():
         raise UserError(
@@ -91,6 +95,7 @@ def require(data: str, split: str, task: Task) -> Source:
 def available(data: str, task: Task) -> list[str]:
     """Return the task's splits that a folder or a hub data set has, in the task's order."""
     if data.startswith(_HUB):
+        locate(data, "train", task)  # checks the form of the name
         tables = load_hub(data.removeprefix(_HUB))
         return [split for split in task.splits if any(name in tables for name in hub_names(split, task))]
     return [split for split in task.splits if locate(data, split, task) is not None]

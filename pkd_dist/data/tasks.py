@@ -6,6 +6,7 @@ read all of them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -156,10 +157,13 @@ def resolve(config: TaskConfig) -> Task:
     try:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
     except KeyError:
+        similar = difflib.get_close_matches(config.name.lower(), [*GLUE, "custom"], n=1)
+        nearest = f"did you mean {similar[0]}? " if similar else ""
         raise UserError(
-            f"unknown task {config.name!r}; allowed: {', '.join(sorted(GLUE))}, custom",
-            "task.name",
+            f"unknown task {config.name!r}; {nearest}allowed: {', '.join(sorted(GLUE))}, custom", "task.name"
         ) from None
+    if own := [key for key in ("text", "label", "kind") if getattr(config, key) is not None]:
+        raise UserError(f"is allowed only with task.name custom; {task.name} defines its own", f"task.{own[0]}")
     if config.metric and task.regression != (config.metric == "pearson_spearman"):
         raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
     return replace(task, metric=config.metric or task.metric)

@@ -47,7 +47,9 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
     task = tasks.resolve(task_settings)
     folder = encoder.locate(model, MODEL_OPTION)
     config = encoder.load_config(folder, MODEL_OPTION)
-    sources.require(task_settings.data, split, task)
+    if sources.locate(task_settings.data, split, task) is None:
+        found = ", ".join(sources.available(task_settings.data, task)) or "none of this task"
+        raise UserError(f"{task_settings.data} has no split {split!r}; it has {found}", "--split")
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
     require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
     if not encoder.is_fine_tuned(folder, MODEL_OPTION):

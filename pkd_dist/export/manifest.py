@@ -108,6 +108,8 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: It is missing or was altered.
     """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; give a folder that `pkd export` wrote, RUN/export")
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:

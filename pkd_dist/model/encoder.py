@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -82,6 +83,7 @@ def locate(model: str, key: str = "teacher.model") -> str:
     if not folder.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UserError(f"{key}: no such folder: {model}")
+        _require_hub(model, key)
         return model
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {model} has no config.json; expected a Hugging Face model folder")
@@ -95,6 +97,23 @@ def locate(model: str, key: str = "teacher.model") -> str:
 def name_of(model: str) -> str:
     """Return what a model is called where this machine's folders mean nothing: a folder's own name, or the hub's."""
     return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def _require_hub(model: str, key: str) -> None:
+    """Check that a hub name is cached or the hub answers: its client would print retries for half a minute.
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            get_session().head(constants.ENDPOINT, timeout=10)
+    except ValueError:  # not a name that the hub allows
+        raise UserError(f"{key}: no such folder: {model}, and it is not a name on the hub") from None
+    except Exception:  # the HTTP client raises many types
+        raise UserError(
+            f"{key}: no folder {model!r}, and the hub cannot be reached; check the path, or the network"
+        ) from None
 
 
 def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:

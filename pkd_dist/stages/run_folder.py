@@ -50,10 +50,10 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
             lock.acquire(tick=world.beat)
             _remove_leftovers(folder, list(artifacts))
             (folder / "stages").mkdir(exist_ok=True)
-        for key, given in (("evaluate.result_dir", run.paths.results.parent), ("cache.dir", run.config.cache.dir)):
-            with _writable(key, Path(given or folder)):
-                Path(given or folder).mkdir(parents=True, exist_ok=True)
-                if key == "evaluate.result_dir" and not os.access(given, os.W_OK):  # hours before it is written
+        for key, other in _other_folders(run).items():
+            with _writable(key, other):
+                other.mkdir(parents=True, exist_ok=True)
+                if key == "evaluate.result_dir" and not os.access(other, os.W_OK):  # hours before it is written
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         content = {**run.config.model_dump(mode="json"), "resolved": dataclasses.asdict(environment(run, world))}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -65,6 +65,30 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         yield
     finally:
         lock.release()
+
+
+def _other_folders(run: Resolved) -> dict[str, Path]:
+    """Return the folders outside the run folder that a run writes to, by their setting."""
+    return {
+        "evaluate.result_dir": run.paths.results.parent,
+        "cache.dir": Path(run.config.cache.dir or run.paths.run),
+    }
+
+
+def require_writable(run: Resolved) -> None:
+    """Check that the folders of a run can be made and written; writes nothing.
+
+    Raises:
+        UserError: one of them cannot.
+    """
+    for key, folder in {"run.dir": run.paths.run, **_other_folders(run)}.items():
+        with _writable(key, folder):
+            nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            shared = key == "cache.dir" and nearest == folder.absolute()  # complete, it is only read
+            if not shared and not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ REFUSED = {
     "no option": ([], r"the following arguments are required: --config"),
     "unknown key": (["distill.alpah=1"], r"distill\.alpah: unknown key; did you mean distill\.alpha\?"),
     "unknown key in the file": (["--config", "bad.yaml"], r"bad\.yaml:2: train\.epoch: unknown key; .*train\.epochs\?"),
-    "value": (["train.epochs=many"], r"train\.epochs: 'many' is invalid: .*integer"),
+    "value": (["train.epochs=many"], r"train\.epochs: 'many' is invalid; allowed: integer >= 1"),
     "no JSON": (["train.deepspeed=no.json"], r"run\.yaml: train\.deepspeed: no such file: no\.json"),
     "no data": (["task.data=nowhere"], r"task\.data: no such folder: nowhere"),
     "unknown option": (["--node=2"], r"unrecognized arguments: --node=2"),

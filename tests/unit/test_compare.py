@@ -32,12 +32,12 @@ def test_methods_by_name_and_custom_ones():
         ("kd,finetune,kd", [], "--methods: kd is duplicated"),
         ("", [], "--methods: name at least one of finetune"),
         ("kd", ["kd: distill.beta=1"], "--method: the name 'kd' is taken"),
-        ("kd", ["a/b: distill.beta=1"], "has characters other than letters"),
+        ("kd", ["a/b: distill.beta=1"], "the name 'a/b' is invalid; allowed: letters"),
         ("kd", ["mine distill.beta=1"], 'not of the form "NAME: section.key=value'),
         ("kd", ["mine: distill.beta"], "not of the form"),
         ("kd", ["mine:"], "not of the form"),
-        ("kd", ["mine: task.label=it's"], "not of the form"),
-        ("kd", ["teacher: distill.beta=1"], "the name 'teacher' is taken"),
+        ("kd", ["mine: task.label=it's"], "has an unclosed quotation mark"),
+        ("kd", ["teacher: distill.beta=1"], "the name 'teacher' is reserved"),
     ],
 )
 def test_methods_that_are_rejected(names, own, message):
@@ -48,7 +48,8 @@ def test_methods_that_are_rejected(names, own, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1,x"], "--seeds: '1,x' is not a list of numbers such as 1,2,3"),
+        (["--seeds", "1,x"], "--seeds: '1,x' is not a list of integers of at least 0, such as 1,2,3"),
+        (["--seeds", "-1"], "--seeds: '-1' is not a list of integers of at least 0"),
         (["--jobs", "2", "--launcher", "deepspeed"], "--jobs: must be 1 with --launcher"),
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
         (["--method", "deep: student.layers=[9]"], "student.layers: layer 9 is out of range"),

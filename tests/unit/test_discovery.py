@@ -180,7 +180,7 @@ def test_unwritable_folder_is_rejected(tmp_path):
     assert str(refused.value) == (
         f"metrics.discovery_dir: {tmp_path / 'file/targets'} is not writable (Not a directory); choose another folder"
     )
-    said = f"pkd: {tmp_path / 'gone'}: not a folder that can be written (No such file or directory)\n"
+    said = f"pkd: DIR: no such folder: {tmp_path / 'gone'}; give metrics.discovery_dir of a run\n"
     assert pkd("metrics", "targets", tmp_path / "gone") == (2, said)
 
 

@@ -83,4 +83,4 @@ def test_a_required_split_is_missing(tmp_path, missing):
     files = {name: content for name, content in FOLDERS["rte"].items() if not name.startswith(missing)}
     status, _, error = pkd("prepare", "--task", "rte", "--data", put(tmp_path, **files))
     assert status == 2
-    assert error.startswith(f"pkd: task.data: {tmp_path} has no split '{missing}'; expected one of {missing}.tsv")
+    assert error.startswith(f"pkd: --data: {tmp_path} has no split '{missing}'; expected one of {missing}.tsv")

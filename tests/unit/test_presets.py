@@ -87,7 +87,5 @@ def test_a_preset_sets_the_keys_that_are_not_given():
         "alpha": 0.7
     }
     assert distill("distill.preset=null") == distill()
-    with pytest.raises(
-        UserError, match=r"distill\.preset: 'papers' is invalid: input should be 'paper', 'authors' or 'seed'"
-    ):
+    with pytest.raises(UserError, match=r"distill\.preset: 'papers' is invalid; allowed: paper or authors or seed"):
         distill("distill.preset=papers")

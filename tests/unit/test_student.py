@@ -98,10 +98,11 @@ def test_pkd_init_student_writes_chosen_layers_bit_for_bit(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("3,12", "student.layers: layer 12 is out of range; the teacher has 12 layers, counted 0 to 11"),
-        ("6,2", "student.layers must be increasing without repeats, not [6, 2]"),
-        ("a,b", "student.layers.0: 'a' is invalid: input should be a valid integer"),
-        ("", "student.layers is empty; it must name at least one teacher layer"),
+        ("3,12", "--layers: layer 12 is out of range; the teacher has 12 layers, counted 0 to 11"),
+        ("6,2", "--layers must be increasing without repeats, not [6, 2]"),
+        ("a,b", "--layers: 'a,b' is not a list of integers of at least 0, such as 2,6,10"),
+        ("", "--layers: '' is not a list of integers"),
+        (",", "--layers: ',' is not a list of integers"),
     ],
 )
 def test_pkd_init_student_rejects_layers(teacher, tmp_path, layers, message):
