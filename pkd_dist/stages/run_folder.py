@@ -53,7 +53,9 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         for key, given in (("evaluate.result_dir", run.paths.results.parent), ("cache.dir", run.config.cache.dir)):
             with _writable(key, Path(given or folder)):
                 Path(given or folder).mkdir(parents=True, exist_ok=True)
-                if key == "evaluate.result_dir" and not os.access(given, os.W_OK):  # hours before it is written
+                if key == "evaluate.result_dir" and not os.access(
+                    Path(given or folder), os.W_OK
+                ):  # hours before it is written
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         content = {**run.config.model_dump(mode="json"), "resolved": dataclasses.asdict(environment(run, world))}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
