@@ -25,7 +25,7 @@ from pkd_dist.files import sha256, write_json
 WAYS = ("flip", "change", "empty", "delete")
 KINDS = {"finished": None, "half-trained": "checkpoints/step-00000020/commit.json"}
 """Kind of a run -> the file at whose appearance it was killed."""
-UNREAD = ("logs/*", "config.yaml", "run.lock", "counters/*")
+UNREAD = ("logs/*", "config.yaml", "run.lock")
 """Files that every start writes again, or that nothing is made of."""
 UNREAD_WHEN_DONE = ("checkpoints/step-*", "*/teacher_metrics.jsonl", "teacher_metrics.jsonl")
 

@@ -147,14 +147,14 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         content = read_object(path)
-        digest = content.pop("digest", None)
-        if digest is not None and digest != digest_of(content):  # earlier versions wrote none
-            raise DamagedManifestError(f"{path}: was altered (its checksum is wrong)")
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{path}: has format version {version}, expected {FORMAT_VERSION}; remove the folder to rebuild the cache"
             )
+        digest = content.pop("digest", None)
+        if digest is not None and digest != digest_of(content):  # earlier versions wrote none
+            raise DamagedManifestError(f"{path}: was altered (its checksum is wrong)")
         return TypeAdapter(Manifest).validate_python(content)
     except PermissionError:
         raise

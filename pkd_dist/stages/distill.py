@@ -186,5 +186,5 @@ def require_weights(context: Context, reason: str) -> None:
     if not best.exists():
         raise UserError(
             f"{best}: was removed (export.prune), so nothing can be made from it again, though {reason}; "
-            f"{context.resolved.paths.export} is left as it is; restore the settings it was made with, or choose another run.dir"
+            f"{context.resolved.paths.export} is left as it is; restore what was changed, or choose another run.dir"
         )

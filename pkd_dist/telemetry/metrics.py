@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from pkd_dist.files import read_object
+from pkd_dist.files import digest_of, read_object
 from pkd_dist.metric_names import MAIN_METRIC, METRICS
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
@@ -234,7 +234,7 @@ class _PersistentCounters(Collector):
         temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(totals, indent=1) + "\n")
+            temporary.write_text(json.dumps(totals | {"checksum": digest_of(totals)}, indent=1) + "\n")
             os.replace(temporary, file)
             self._saved = totals
         except OSError as error:
@@ -242,9 +242,15 @@ class _PersistentCounters(Collector):
 
 
 def _load_counts(file: Path) -> dict[str, float]:
+    """Return the totals of earlier processes; none, with a line, where the file was damaged."""
+    if not file.exists():
+        return {}
     with contextlib.suppress(OSError, ValueError):
         content = read_object(file)
-        return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+        digest = content.pop("checksum", None)  # 0.1.0 wrote none
+        if digest is None or digest == digest_of(content):
+            return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+    log.info("metrics: %s was altered; counters start at 0", file)
     return {}
 
 

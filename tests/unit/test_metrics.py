@@ -84,7 +84,12 @@ def test_counters_continue_from_the_last_scrape_of_a_killed_process(tmp_path):
     assert sample(RunMetrics(file), "pkd_samples_total") == 100
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"pkd_samples_total": 5}), b"\xff"])
+ALTERED = json.dumps({"pkd_samples_total": 5, "pkd_tokens_total": 60, "checksum": "0123456789abcdef"})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", json.dumps({"pkd_samples_total": 5}), b"\xff", ALTERED, "[" * 100_000]
+)
 def test_unusable_counter_file_is_ignored(tmp_path, content):
     file = tmp_path / "node-0.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -284,6 +284,21 @@ class TestMoreWarnings:
         )
         written(run)
 
+    def test_records_that_were_lost(self, run):
+        self.edit_lines(run, lambda lines: lines.__delitem__(slice(0, 20)))
+        assert "metrics.jsonl has 100 of 120 records of steps; the others were lost or altered" in self.shown(run)
+        self.edit_lines(run, lambda lines: lines.clear())
+        assert "metrics.jsonl has 0 of 120 records" in written(run)[1].text
+
+    def test_scores_that_cannot_be_told(self, run):
+        change(run, "evaluate", lambda out: out["results"]["compression"].update(retention=None))
+        shown = self.shown(run)
+        assert "The teacher has no score above 0, so there is none for the student to retain." in shown
+        change(run, "evaluate", lambda out: out["results"]["student"].update(undefined=["MCC", "main_metric"]))
+        text = written(run)[1].text
+        assert "MCC of the student cannot be told: the labels of dev or its predictions are all alike." in text
+        assert "no score above 0" not in text
+
     def test_waiting_for_data(self, run):
         self.edit_lines(run, lambda lines: [line["seconds"].update(data=0.025) for line in lines[:-1]])
         assert "25.0% of the step time was spent waiting for data." in self.shown(run)
