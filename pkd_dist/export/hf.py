@@ -119,7 +119,9 @@ def _save(model: PreTrainedModel, init: Path, output: Path, about: dict[str, obj
     remove(temporary)
     try:
         save_model(model, load_tokenizer(str(init), "student_init"), temporary)
-        reloaded = AutoModelForSequenceClassification.from_pretrained(temporary, dtype="auto").state_dict()
+        reloaded = AutoModelForSequenceClassification.from_pretrained(
+            temporary, dtype="auto", trust_remote_code=False
+        ).state_dict()
         for key, value in model.state_dict().items():
             if reloaded[key].dtype != value.dtype or not torch.equal(reloaded[key], value):
                 raise UserError(f"{output}: {key} reads back differently; the export is not usable")
@@ -145,8 +147,8 @@ def verify(
     Raises:
         UserError: The reloaded model or tokenizer differs.
     """
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for i, ids in enumerate(tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]):
         if ids != dev.input_ids_T[dev.offsets_N1[i] : dev.offsets_N1[i + 1]].tolist():
             raise UserError(
