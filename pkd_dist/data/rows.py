@@ -127,9 +127,23 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
+def header_of(path: Path, spec: TableSpec) -> Sequence[str]:
+    """Return the names of all columns of a CSV or TSV file.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    first = next(_records(path), None)
+    return () if first is None else _header(path, [name.strip() for name in first[1]], spec)[0]
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    return _csv(path) if path.suffix == ".csv" else ((number, line.split("\t")) for number, line in _lines(path))
+
+
 def _delimited(path: Path, spec: TableSpec) -> Iterator[Row]:
     """Yield the rows of a CSV file, or of a TSV file as GLUE ships it: unquoted, so a quote is an ordinary character."""
-    records = _csv(path) if path.suffix == ".csv" else ((number, line.split("\t")) for number, line in _lines(path))
+    records = _records(path)
     first = next(records, None)
     if first is None:
         return

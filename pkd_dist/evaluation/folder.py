@@ -25,21 +25,25 @@ from pkd_dist.evaluation.metrics import score_split
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
-from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.model.compatibility import require_compatible, usual_length
 from pkd_dist.telemetry.progress import Bar
 
 MODEL_OPTION = "--model"
 
 
-def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str) -> dict[str, object]:
+def evaluate_folder(
+    model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str, max_length: int | None
+) -> dict[str, object]:
     """Score a fine-tuned classifier in float32 and time it.
 
     Args:
         model: Folder, hub name or `package:NAME`; errors name it `--model`.
         split: One with labels.
+        max_length: Tokens at which texts are truncated; None: see `usual_length`.
 
     Returns:
-        `task`, `split`, `n` (number of examples), the metrics of the task, `parameters`, `modelSize` (MB) and speed.
+        `task`, `split`, `n` (number of examples), `max_length`, `truncated` (number of examples), the metrics of the task,
+        `parameters`, `modelSize` (MB of 10^6 bytes) and speed.
 
     Raises:
         UserError: The classifier or the data cannot be used, or they do not fit each other.
@@ -49,7 +53,8 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
     config = encoder.load_config(folder, MODEL_OPTION)
     sources.require(task_settings.data, split, task)
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
-    require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
+    max_length = max_length or usual_length(config, tokenizer)
+    require_compatible(config, tokenizer, max_length, model, MODEL_OPTION)
     if not encoder.is_fine_tuned(folder, MODEL_OPTION):
         raise UserError(
             f"{model} is not fine-tuned (it has no sequence classifier); give a fine-tuned folder", MODEL_OPTION
@@ -65,14 +70,14 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
         torch.nn.Module.to(classifier, world.device)
         forward, pad_id = forward_of(classifier), tokenizer.pad_token_id
         with tempfile.TemporaryDirectory() as scratch, evaluating(classifier):
-            made = tokens.tokenize(examples, tokenizer, task_settings.max_length, Path(scratch))
+            made = tokens.tokenize(examples, tokenizer, max_length, Path(scratch))
             with Bar(f"evaluate, {split}", len(made)) as bar:
                 logits_NC = predict_logits(forward, made, world, settings.batch_size, pad_id, bar.advance)
             inputs = TimedInputs.choose(made, pad_id, world.device, settings)
             timing = measure_speed({"model": forward}, inputs)["model"]
             scores = score_split(logits_NC, made, task)
-            n = len(made)
-        return {"task": task.name, "split": split, "n": n, **scores, **size_figures(classifier), **timing.figures}
+            read = {"n": len(made), "max_length": max_length, "truncated": made.truncated}
+        return {"task": task.name, "split": split, **read, **scores, **size_figures(classifier), **timing.figures}
     finally:
         world.close()
 

@@ -272,7 +272,7 @@ def export(
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        save_model(subject.student, subject.tokenizer, temporary)
+        save_model(subject.student, subject.tokenizer, temporary, subject.max_length)
         weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
         with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
             builder = _Builder(subject, temporary, check)
@@ -294,7 +294,7 @@ def export(
         }
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
-        made = manifest.write(temporary, {**about, **figures, "max_length": subject.max_length, "pair": subject.pair})
+        made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})
         remove(output)
         os.replace(temporary, output)
     finally:

@@ -33,8 +33,8 @@ model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving
-(`tokenizer(text, truncation=True, max_length={{ config.task.max_length }})`).
+Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
+is that length.
 {% if facts.class_names %}
 Classes, in the order of the logits: {{ facts.class_names | join(", ") }}.
 {% else %}

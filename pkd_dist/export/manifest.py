@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
 
@@ -53,7 +54,11 @@ class ExportFigures(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures."""
+    """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures.
+
+    `max_length` is the number of tokens at which training truncated, `pair` says whether an example is two texts, and
+    `text_columns` are the columns that they were read from.
+    """
 
     format_version: int
     task: str
@@ -65,6 +70,7 @@ class Manifest(TypedDict, total=False):
     measured_on: MeasuredOn
     max_length: int
     pair: bool
+    text_columns: list[str]
     step: int
     dtype: str
     files: dict[str, str]
@@ -81,6 +87,26 @@ def write(folder: Path, about: Mapping[str, object]) -> Manifest:
     content["digest"] = digest_of(content)
     write_json(folder / MANIFEST, content)
     return cast(Manifest, content)
+
+
+def of_task(task: Task, max_length: int) -> Manifest:
+    """Return the entries that say what a model was trained to read."""
+    return {
+        "task": task.name,
+        "max_length": max_length,
+        "pair": len(task.text) > 1,
+        "text_columns": list(task.text),
+    }
+
+
+def find(folder: str) -> Manifest:
+    """Return the manifest of a model folder; an empty one if the folder is no export.
+
+    Raises:
+        UserError: The manifest was altered.
+    """
+    path = Path(folder) / MANIFEST
+    return read(path.parent) if path.is_file() else {}
 
 
 def verify(folder: Path) -> Manifest:

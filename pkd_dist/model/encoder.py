@@ -316,11 +316,14 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None = None
+) -> None:
     """Write a Hugging Face folder whose tokenizer returns only the inputs that this model takes.
 
     Args:
         folder: Its parent must exist.
+        max_length: Tokens at which training truncates; the tokenizer's limit from now on. None keeps its own.
 
     Raises:
         UserError: The disk is full.
@@ -329,6 +332,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
         model.save_pretrained(folder)
         own = copy.copy(tokenizer)
+        own.model_max_length = max_length or tokenizer.model_max_length
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
         own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved
         own.save_pretrained(folder)

@@ -45,9 +45,12 @@ class ServedModel:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         self._names = {int(number): name for number, name in names.items()}
         self.pair = bool(made["pair"])
-        self.about = {"file": file, "sha256": made["files"][file], "task": made["task"]}
+        self.about = {
+            "file": file, "sha256": made["files"][file], "task": made["task"], "max_length": made["max_length"],
+        }  # fmt: skip
         self.answer([("warm", "up")[: 1 + self.pair]])
 
     def answer(self, texts: Sequence[Texts]) -> list[Answer]:
         """Return the answers to the texts, in order; each is the one that `pkd predict` gives."""
-        return [answer(logits_C, self._names) for logits_C in self._model(self._tokenizer(texts))]
+        inputs, truncated = self._tokenizer.encode(texts)
+        return [answer(row_C, self._names, cut) for row_C, cut in zip(self._model(inputs), truncated, strict=True)]

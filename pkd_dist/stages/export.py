@@ -31,7 +31,7 @@ class ExportOutput:
     files: dict[str, str]
 
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> Inputs:
@@ -48,7 +48,7 @@ def run(context: Context) -> ExportOutput:
 
 def _export(context: Context) -> ExportOutput:
     run, folder = context.resolved, context.resolved.paths.export
-    about = {"task": run.task.name, "main_metric": run.task.main_metric, "pkd_dist": __version__}
+    about = {"main_metric": run.task.main_metric, "pkd_dist": __version__}
     made = build.export(
         _subject(context), run.config.export.formats, folder,
         lambda figures: card.render(_facts(context), figures), about, lambda: context.world.interrupt("export"),

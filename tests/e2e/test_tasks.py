@@ -13,7 +13,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pkd_dist.evaluation.predict import predict
+from pkd_dist.evaluation.inputs import Form, read
+from pkd_dist.evaluation.predict import Predictor
 from pkd_dist.serve.model import ServedModel
 
 CLASSES = [f"topic {i}" for i in range(50)]
@@ -29,8 +30,7 @@ def finished(settings, tmp_path, **task):
 
 
 def answers(run, texts, pair=False):
-    given = ((f"text {i}", text) for i, text in enumerate(texts))
-    return [json.loads(line) for line in predict(str(run / "export"), given, pair, 32, 2)]
+    return list(Predictor(str(run / "export"))(read(texts, "-", [], pair, Form()), 2))
 
 
 def logits_of(run, *columns):
