@@ -86,6 +86,7 @@ def evaluate(
         from pkd_dist.data import tasks
         from pkd_dist.evaluation.folder import evaluate_folder
         from pkd_dist.evaluation.inputs import Form
+        from pkd_dist.evaluation.results import BUSY_SPREAD
         from pkd_dist.export import manifest
         from pkd_dist.model import encoder
 
@@ -98,6 +99,8 @@ def evaluate(
             length = max_length or trained.get("max_length")
             figures = evaluate_folder(model, config.task, config.evaluate, split, length)
         print(json.dumps(figures, indent=2))
+        if figures["spread"] > BUSY_SPREAD:
+            print("pkd: the machine was busy while speed was measured (see spread)", file=sys.stderr)
         if output is not None:
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

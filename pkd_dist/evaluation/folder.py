@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,6 +23,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import size_figures
 from pkd_dist.evaluation.metrics import score_split
+from pkd_dist.evaluation.results import ModelResults
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
@@ -31,9 +33,19 @@ from pkd_dist.telemetry.progress import Bar
 MODEL_OPTION = "--model"
 
 
+class Figures(ModelResults, total=False):
+    """What `pkd evaluate` prints: what was scored, the figures of the model, and the examples that were `truncated`."""
+
+    task: str
+    split: str
+    n: int
+    max_length: int
+    truncated: int
+
+
 def evaluate_folder(
     model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str, max_length: int | None
-) -> dict[str, object]:
+) -> Figures:
     """Score a fine-tuned classifier in float32 and time it.
 
     Args:
@@ -77,7 +89,8 @@ def evaluate_folder(
             timing = measure_speed({"model": forward}, inputs)["model"]
             scores = score_split(logits_NC, made, task)
             read = {"n": len(made), "max_length": max_length, "truncated": made.truncated}
-        return {"task": task.name, "split": split, **read, **scores, **size_figures(classifier), **timing.figures}
+        figures = {"task": task.name, "split": split, **read, **scores, **size_figures(classifier), **timing.figures}
+        return cast(Figures, figures)
     finally:
         world.close()
 

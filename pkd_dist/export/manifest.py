@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
+
+from typing_extensions import TypedDict
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
 
 MANIFEST = "manifest.json"
@@ -23,8 +26,8 @@ class _Quantisation(TypedDict, total=False):
     tried: dict[str, dict[str, float]]
 
 
-class FileFigures(_Quantisation):
-    """What was measured of one file on all of dev, on one core.
+class FileFigures(_Quantisation, Speed):
+    """What was measured of one file on all of dev; `Speed` for its speed.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.
     """
@@ -33,9 +36,6 @@ class FileFigures(_Quantisation):
     main_metric: float
     largest_difference: float
     agreement: float
-    latency_ms_p50: float
-    latency_ms_p99: float
-    reasoningTime: float
 
 
 class MeasuredOn(TypedDict):
@@ -44,8 +44,15 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
-class ExportFigures(TypedDict):
-    """What an export found of its files; `files_on_dev` is by path within the folder."""
+class _TimedTeacher(TypedDict, total=False):
+    teacher: Speed
+
+
+class ExportFigures(_TimedTeacher):
+    """What an export found of its files; `files_on_dev` is by path within the folder.
+
+    `teacher` is its speed, measured in turn with the files.
+    """
 
     formats: list[str]
     opset: int
@@ -68,6 +75,7 @@ class Manifest(TypedDict, total=False):
     opset: int
     files_on_dev: dict[str, FileFigures]
     measured_on: MeasuredOn
+    teacher: Speed
     max_length: int
     pair: bool
     text_columns: list[str]

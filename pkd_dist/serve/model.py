@@ -9,7 +9,7 @@ from pathlib import Path
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import Answer, answer
 from pkd_dist.export import manifest
-from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
+from pkd_dist.export.runtime import ONNX_FILES, PREFERRED, OnnxModel
 from pkd_dist.serve.tokenizer import ServingTokenizer, Texts
 
 
@@ -33,7 +33,7 @@ class ServedModel:
         made = manifest.verify(folder)
         if missing := {"task", "max_length", "pair"} - made.keys():
             raise UserError(f"{folder / manifest.MANIFEST}: {sorted(missing)[0]} is missing; export it again")
-        available = [name for name in ("onnx-int8", "onnx", "onnx-fp16") if ONNX_FILES[name] in made["files"]]
+        available = [name for name in PREFERRED if ONNX_FILES[name] in made["files"]]
         if not available or (format and format not in available):
             raise UserError(
                 f"{folder}: has no file of the format {format or 'onnx'} (it has {', '.join(made.get('formats', []))}; pkd serve "

@@ -37,7 +37,7 @@ class EvaluateOutput:
     rates: dict[str, list[float]]
 
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> Inputs:
