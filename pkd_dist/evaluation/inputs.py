@@ -64,7 +64,12 @@ def read(texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, fo
     Raises:
         UserError: The file cannot be read, or an input is empty or has not the form that the model takes.
     """
-    table = not texts and Path(file).suffix.removeprefix(".") in EXTENSIONS
+    suffix = Path(file).suffix.removeprefix(".")
+    table = not texts and suffix in EXTENSIONS
+    if not (texts or table or suffix in ("", "txt")):
+        raise UserError(
+            f"--file: {file} is neither a table (.{', .'.join(EXTENSIONS)}) nor .txt, a text a line; rename it"
+        )
     if columns and not table:
         raise UserError(f"names a column of a table; give one with --file (.{', .'.join(EXTENSIONS)})", "--text")
     if len(columns) > 2 or (pair and len(columns) == 1):
