@@ -127,8 +127,8 @@ def _on_speed(run: Run) -> Iterator[str]:
     spread = max(*spreads, *(file.spread for file in run.export.files))
     if spread > BUSY_SPREAD:
         yield (
-            f"Passes over the same batches differed by up to {spread:.0%}: the machine was busy while speed was measured. Rerun "
-            "the stage evaluate on an idle one before you quote a figure."
+            f"Passes over the same batches differed by up to {spread:.0%}: the machine was busy while speed was measured. Measure "
+            "again with `pkd evaluate` on an idle one before you quote a figure."
         )
 
 

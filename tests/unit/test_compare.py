@@ -233,6 +233,22 @@ def test_no_axis_leaves_0_to_100_percent():
         assert 0 <= low < high <= 100
 
 
+def test_rows_that_cannot_be_compared_are_left_out(tmp_path):
+    """Of another configuration, or of a method whose settings changed; the others stay."""
+
+    def earlier(*overrides, own):
+        return comparison(tmp_path, *overrides, methods="kd", own=own)._earlier()
+
+    made = comparison(tmp_path, methods="kd", own=["mine: distill.beta=1"])
+    made.output.mkdir()
+    written = made._write({"kd": {1: result(0.8, 0.7, 0.8)}, "mine": {1: result(0.8, 0.7, 0.8)}}, None)
+    assert list(earlier(own=["mine: distill.beta=1"])["methods"]) == ["kd", "mine"] == list(written["methods"])
+    assert list(earlier(own=["mine: distill.beta=2"])["methods"]) == ["kd"]
+    assert earlier("train.epochs=9", own=[]) is None
+    (made.output / "compare.json").write_text('{"methods": {"kd": 1}}')
+    assert earlier(own=[]) is None
+
+
 def test_a_later_call_adds_methods_and_seeds():
     config, depths = load(None, ["run.dir=unused"]), {"finetune": 2, "kd": 2}
     first = summarize(config, {"finetune": {1: result(0.8, 0.7, 0.8), 10: result(0.8, 0.7, 0.8)}}, depths)
