@@ -21,7 +21,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.metrics import agreement, score_split
-from pkd_dist.evaluation.results import ModelResults, Results, SplitResults, combine
+from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
 from pkd_dist.model.encoder import parameter_count
@@ -45,7 +45,7 @@ class Evaluation:
     logits: Logits
 
 
-def size_figures(model: PreTrainedModel) -> ModelResults:
+def size_figures(model: PreTrainedModel) -> Size:
     """Return `parameters` and `modelSize` (MB of the weights, 10^6 bytes) of a model."""
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     return {"parameters": parameter_count(model), "modelSize": size}

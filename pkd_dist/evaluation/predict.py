@@ -69,7 +69,8 @@ class Predictor:
         given = dict(zip(names, encoded, strict=True))
         inputs = self._tokenizer.pad(given, return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
-            logits_BC = self._forward(inputs.to(self._device)).float().cpu().numpy()
+            on_device = {name: value.to(self._device) for name, value in inputs.items()}
+            logits_BC = self._forward(on_device).float().cpu().numpy()
         self.answered += len(batch)
         self.truncated += len(truncated)
         for row, (example, logits_C) in enumerate(zip(batch, logits_BC, strict=True)):

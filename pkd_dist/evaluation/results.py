@@ -49,11 +49,15 @@ class Speed(TypedDict):
     threads: int
 
 
-class ModelResults(Scores, Speed, total=False):
-    """Scores of a model on dev, its size (MB of its weights, 10^6 bytes) and its speed."""
+class Size(TypedDict):
+    """Size of a model; `modelSize` is that of its weights in MB, 10^6 bytes each."""
 
     parameters: int
     modelSize: float
+
+
+class ModelResults(Scores, Size, Speed):
+    """Scores of a model on dev, its size and its speed."""
 
 
 class Compression(TypedDict):
