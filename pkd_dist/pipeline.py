@@ -26,6 +26,8 @@ from pkd_dist.stages import run_folder
 from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
 from pkd_dist.stages.evaluate import EvaluateOutput
+from pkd_dist.stages.export import deployed
+from pkd_dist.stages.report import ReportOutput
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
@@ -111,9 +113,10 @@ def run(
 
 
 def summary(context: Context) -> str:
-    """Return the table a run ends with, and where its export and report are."""
-    paths = context.resolved.paths
-    return closing_table(context.output(EvaluateOutput).results, paths.export, paths.report)
+    """Return the table a run ends with, where its export and report are, and what is worth a look."""
+    paths, notices = context.resolved.paths, context.output(ReportOutput).notices
+    table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report, deployed(context))
+    return "\n".join([table, *(["", "worth a look:", *(f"- {notice}" for notice in notices)] if notices else [])])
 
 
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:

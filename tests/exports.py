@@ -9,7 +9,7 @@ from typing import Any
 from families import make_folder
 
 from benchmarks.faults.tiny import sentences, write_tsv
-from pkd_dist.config.schema import Config, Evaluate
+from pkd_dist.config.schema import Config, Evaluate, Task
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.export import build
 from pkd_dist.export.manifest import Manifest
@@ -30,6 +30,24 @@ def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
     return build.Subject(
         encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"], sets["train"],
         tuple(column[:8] for column in split.texts), 32, Evaluate(batch_size=16, latency_samples=10),
+    )  # fmt: skip
+
+
+def pair_subject(folder: Path) -> build.Subject:
+    """A classifier of pairs, the columns `a` and `b` of CSV files, with random weights."""
+    model = make_folder(folder / "model", "bert", classifier=True, names=("other", "same"))
+    for name, seed in (("train", 1), ("dev", 2)):
+        texts = [text for text, _ in sentences(30, seed)]
+        rows = [f"{a},{b},{'same' if a == b else 'other'}" for a, b in zip(texts, texts[:15] * 2, strict=True)]
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / f"data/{name}.csv").write_text("\n".join(["a,b,label", *rows, ""]))
+    given = {"name": "custom", "text": ["a", "b"], "label": "label"}
+    task, tokenizer = tasks.resolve(Task.model_validate(given)), encoder.load_tokenizer(model)
+    splits = {name: text.read(str(folder / "data"), name, task) for name in ("train", "dev")}
+    sets = {name: tokens.tokenize(split, tokenizer, 48, folder / name) for name, split in splits.items()}
+    return build.Subject(
+        encoder.load_model(model), tokenizer, task, ["other", "same"], sets["dev"], sets["train"],
+        tuple(column[:8] for column in splits["dev"].texts), 48, Evaluate(batch_size=16, latency_samples=10),
     )  # fmt: skip
 
 

@@ -119,7 +119,9 @@ def _section(made: dict[str, Any]) -> str:
     body[0] += ["", ""]
     for row, method in zip(body[1:], made["methods"].values(), strict=True):
         against = method.get(f"minus finetune-{method['layers']}", {}).get("score")
-        row.append(f"{100 * against['mean']:+.2f} ± {100 * against['half_interval_95']:.2f}" if against else "")
+        half = against.get("half_interval_95")
+        shown = f"{100 * against['mean']:+.2f}" if against else ""
+        row.append(shown if half is None else f"{shown} ± {100 * half:.2f}")
         row.append(f"{method['mean']['score'] / made['teacher']['score']:.3f}")
     device = f" Trained on {made['trained_on']}." if made.get("trained_on") else ""
     speeds, columns = made["speed"], ("reasoningTime", "latency_ms_p50", "latency_ms_p99")

@@ -22,10 +22,12 @@ def compare(
         list[str] | None, typer.Option(help='Your own: "NAME: section.key=value ...". May be repeated.')
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the students.")] = "1,2,3",
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each has its share of the GPUs and cores.")] = 1,
     launcher: Annotated[str, typer.Option(help="Launcher of each run, such as deepspeed; default: this Python.")] = "",
 ) -> None:
     """Train several methods over several seeds on one teacher and one cache; print and plot the table.
+
+    Another call with the same output adds its methods and seeds to the table.
 
     Example: pkd compare --config configs/demo.yaml --output runs/compare --methods finetune,kd,pkd-skip --seeds 1,2,3
 
@@ -37,7 +39,7 @@ def compare(
 
         from pkd_dist.comparison.methods import parse_methods
         from pkd_dist.comparison.runner import Comparison
-        from pkd_dist.comparison.table import rows
+        from pkd_dist.comparison.table import MIN_SEEDS, rows
         from pkd_dist.telemetry.markup import console
 
         chosen = parse_methods(methods, method or [])
@@ -47,7 +49,9 @@ def compare(
         for row in body:
             table.add_row(*row)
         console().print(table)
-        print(f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over seeds")
+        print(
+            f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over {MIN_SEEDS} or more seeds"
+        )
         print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
 
     run_command(work)

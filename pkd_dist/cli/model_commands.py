@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,14 @@ from pkd_dist.cli.options import (
     task_overrides,
 )
 from pkd_dist.errors import UserError
+
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        min=4,
+        help="Longest input in tokens; longer ones are truncated. Default: as an export was trained, else the model's.",
+    ),
+]
 
 
 def init_student(
@@ -72,7 +81,7 @@ def evaluate(
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
-    max_length: Annotated[int, typer.Option(help="Longest input in tokens; longer ones are truncated.")] = 128,
+    max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 64,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
@@ -87,15 +96,25 @@ def evaluate(
         if output is not None and output.exists():
             raise UserError(f"--output: {output} exists; choose another name")
         from pkd_dist.config.load import load
+        from pkd_dist.data import tasks
         from pkd_dist.evaluation.folder import evaluate_folder
+        from pkd_dist.evaluation.inputs import Form
+        from pkd_dist.evaluation.results import BUSY_SPREAD
+        from pkd_dist.export import manifest
+        from pkd_dist.model import encoder
 
         folder = data_or_demo(data, task)
         options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind}
-        overrides = [f"task.max_length={max_length}", f"evaluate.batch_size={batch_size}", *task_overrides(options)]
+        overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options)]
+        trained = manifest.find(encoder.locate(model, "--model"))
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])
-            figures = evaluate_folder(model, config.task, config.evaluate, split)
+            Form(trained.get("pair")).require(len(tasks.resolve(config.task).text) > 1, "--task")
+            length = max_length or trained.get("max_length")
+            figures = evaluate_folder(model, config.task, config.evaluate, split, length)
         print(json.dumps(figures, indent=2))
+        if figures["spread"] > BUSY_SPREAD:
+            print("pkd: the machine was busy while speed was measured (see spread)", file=sys.stderr)
         if output is not None:
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
@@ -107,45 +126,73 @@ def predict(
     model: Annotated[
         str, typer.Option(help="Hugging Face folder of a fine-tuned classifier, such as RUN/export.")
     ] = "",
-    file: Annotated[str, typer.Option(help="One text a line, blank lines are skipped; `-`: standard input.")] = "-",
-    pair: Annotated[bool, typer.Option("--pair", help="Each line is a pair, separated by a tab.")] = False,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=4, help="Longest input in tokens; longer ones are truncated. Default: at most 128."),
+    file: Annotated[
+        str,
+        typer.Option(
+            help="A table (.csv, .tsv, .jsonl, .parquet), or one text a line, blank lines are skipped; `-`: standard input."
+        ),
+    ] = "-",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text column of the table; give it twice for pairs. Default: those of the training data."),
     ] = None,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="Each line is a pair, separated by a tab. Default: as an export was trained.")
+    ] = False,
+    max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")] = 32,
 ) -> None:
     """Classify texts with any fine-tuned folder: one JSON object a line, with label names and probabilities.
 
+    The other columns of a table are kept; one that has the name of a key of the answer, such as label, becomes input_label.
+    A text that is longer than the model reads is truncated, and its answer says so.
+
     Example: pkd predict --model runs/demo/export "A thoroughly engaging film."
+
+    Example: pkd predict --model runs/demo/export --file reviews.csv --text review > predictions.jsonl
 
     Example: cut -f1 reviews.tsv | pkd predict --model runs/demo/export > predictions.jsonl
     """
 
     def work() -> None:
+        from pkd_dist.data.tasks import GLUE
+        from pkd_dist.evaluation import inputs
+        from pkd_dist.evaluation.predict import Predictor
+        from pkd_dist.export import manifest
+        from pkd_dist.model import encoder
+
         if not model:
             raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
         if texts and file != "-":
             raise UserError("--file: give texts or a file, not both")
-        from pkd_dist.evaluation import predict as prediction
-
-        given = [(f"text {i}", text) for i, text in enumerate(texts, start=1)] if texts else prediction.lines(file)
+        trained = manifest.find(encoder.locate(model, "--model"))
+        task = GLUE.get(trained.get("task", ""))
+        known = inputs.Form(
+            trained.get("pair"), tuple(trained.get("text_columns", ())), task.headerless if task else ()
+        )
+        given = inputs.read(texts or (), file, text or (), pair, known)
+        predictor = Predictor(model, max_length or trained.get("max_length"))
         typed = not texts and file == "-" and sys.stdin.isatty()
-        answered = False
-        try:
-            for line in prediction.predict(model, given, pair, max_length, 1 if typed else batch_size):
-                print(line, flush=typed or batch_size == 1)
-                answered = True
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has seen enough: `| head`
-            return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not answered:
+        _print_lines(predictor(given, 1 if typed else batch_size), flush=typed or batch_size == 1)
+        if not predictor.answered:
             source = "standard input" if file == "-" else file
             raise UserError(
                 f"{source} has no text; give texts as arguments, in --file, or one per line on standard input"
             )
+        if predictor.truncated:
+            count = f"{predictor.truncated:,} of {predictor.answered:,} texts"
+            print(f"pkd: {count} were truncated to {predictor.max_length} tokens", file=sys.stderr)
 
     run_command(work)
+
+
+def _print_lines(answers: Iterable[Mapping[str, object]], flush: bool) -> None:
+    try:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), flush=flush)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve(

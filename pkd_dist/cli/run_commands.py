@@ -6,7 +6,7 @@ import json
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from pkd_dist.cli.options import ConfigFile, Overrides, run_command
 from pkd_dist.config.schema import ExportFormat
 from pkd_dist.errors import UserError
 from pkd_dist.stages.base import NAMES
+
+if TYPE_CHECKING:
+    from pkd_dist.export.manifest import Manifest
+    from pkd_dist.stages.base import Markers
 
 
 def up_to(stage: str) -> tuple[str, ...]:
@@ -120,6 +124,21 @@ def _verify(folders: Sequence[str]) -> None:
     print(f"{folders[0]}: {len(verified['files'])} files as they were written")
 
 
+def _trained(markers: Markers) -> Manifest | None:
+    """Return what a run's model reads, for its manifest; None where the stage `data` left no marker."""
+    from pkd_dist.config import schema
+    from pkd_dist.data import tasks
+    from pkd_dist.export import manifest
+
+    marker = markers.read("data")
+    if marker is None:
+        return None
+    settings = {key.removeprefix("task."): value for key, value in marker.inputs.items()}
+    known = {key: value for key, value in settings.items() if key in schema.Task.model_fields}
+    task = schema.Task.model_validate(known)
+    return manifest.of_task(tasks.resolve(task), task.max_length)
+
+
 def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
@@ -127,8 +146,9 @@ def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
     from pkd_dist.stages.base import Markers
     from pkd_dist.stages.translation import translate
 
-    marker = Markers(checkpoint.absolute().parents[1], translate).read("distill")
+    markers = Markers(checkpoint.absolute().parents[1], translate)
+    marker = markers.read("distill")
     started_from = str(marker.inputs["init.weights"]) if marker else None
-    made = hf.from_checkpoint(checkpoint, output, dtype, started_from)
+    made = hf.from_checkpoint(checkpoint, output, dtype, started_from, _trained(markers))
     seen = "not evaluated" if made.epoch is None else f"dev {made.main_metric:.4f} after epoch {made.epoch}"
     print(f"{output}: the student at step {made.step} ({seen}), {made.parameters:,} parameters in {dtype}")

@@ -6,11 +6,12 @@
     OUTPUT/compare.json, .md, .png the table
 
 Each run is a process of the launcher. It resumes where it was stopped and does nothing where nothing changed, so rerunning
-the same command completes a comparison.
+the same command completes a comparison. A call with other methods or seeds adds to the table of the folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -20,15 +21,17 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import NoReturn, cast
 
 from pkd_dist.comparison.methods import Overrides, as_arguments
-from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line, plot, summarize
+from pkd_dist.comparison.shares import Share, require_divisible, shares, visible_devices, with_own_port
+from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line, plot, read_summary, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.data import sources, tasks
@@ -75,6 +78,10 @@ def train_command(launcher: str) -> list[str]:
     return [*prefix, sys.executable, "-m", TRAIN_MODULE]
 
 
+def _as_json(overrides: Overrides) -> Overrides:
+    return cast(Overrides, json.loads(json.dumps(overrides)))
+
+
 class Comparison:
     """All runs of a comparison.
 
@@ -83,7 +90,7 @@ class Comparison:
         methods: Name -> overrides.
         output: Folder of everything.
         launcher: See `train_command`.
-        jobs: Concurrent runs; they share the cores.
+        jobs: Concurrent runs; they share the cores and the GPUs.
 
     Raises:
         UserError: The configuration of a method is invalid; nothing was run.
@@ -99,12 +106,16 @@ class Comparison:
         launcher: str,
         jobs: int,
     ):
-        if jobs > 1 and launcher:
-            raise UserError("must be 1 with --launcher, whose ranks need the machine to themselves", "--jobs")
+        devices = visible_devices() if jobs > 1 else []
+        if jobs > 1:
+            require_divisible(launcher, devices)
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{', '.join(map(str, seeds))}: a seed is duplicated; give each once", "--seeds")
         self.config_file, self.given, self.output = config_file, list(overrides), output
-        self.command, self.jobs = train_command(launcher), jobs
+        self.launcher, self.command, self.jobs = launcher, train_command(launcher), jobs
+        self._shares: SimpleQueue[Share] = SimpleQueue()
+        for share in shares(jobs, devices, sorted(os.sched_getaffinity(0)), one_rank=not launcher):
+            self._shares.put(share)
         if not shutil.which(self.command[0]):
             raise UserError(f"{self.command[0]!r} is not a program on PATH; give one such as deepspeed", "--launcher")
         self.base = self._resolved({})
@@ -173,6 +184,12 @@ class Comparison:
         return f"cache-{'tokens' if by_token else 'cls'}-{digest[:8]}"
 
     @cached_property
+    def _identity(self) -> str:
+        """What all rows of a table have in common: the data, the teacher, and the settings that methods do not change."""
+        settings = self.base.model_dump(mode="json", include={"task", "teacher", "student", "distill", "train"})
+        return digest_of([settings, self._data_digests, self._teacher_identity])
+
+    @cached_property
     def _teacher_identity(self) -> object:
         made = self.base.teacher.model_dump(mode="json")
         return [made, self.base.run.seed] if self.base.teacher.finetune else encoder.weights_digest(self.folder)
@@ -203,11 +220,12 @@ class Comparison:
         if diverged:
             named = "; ".join(f"{trial.method}, seed {trial.seed}" for trial in diverged)
             raise DivergedError(f"compare: {named} diverged; the table in {self.output} has the other runs")
-        return self._write(results)
+        return self._write(results, self._earlier())
 
     def _run_trials(self, bar: Bar) -> tuple[RunResults, list[Trial]]:
         """Return the results of the trials, and those that diverged."""
         results: dict[str, dict[int, Results]] = {name: {} for name in self.methods}
+        earlier = self._earlier()
         diverged: list[Trial] = []
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self._train, trial): trial for trial in self.trials}
@@ -223,15 +241,38 @@ class Comparison:
                         continue
                     results[trial.method][trial.seed] = result
                     log.info("compare: %s, seed %d: %s", trial.method, trial.seed, one_line(result))
-                    self._write(results)  # long comparisons show intermediate results
+                    self._write(results, earlier)  # long comparisons show intermediate results
             except BaseException:
                 self._stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         return results, diverged
 
-    def _write(self, results: RunResults) -> Summary:
-        summary = summarize(self.base, {name: by_seed for name, by_seed in results.items() if by_seed}, self.depths)
+    def _earlier(self) -> Summary | None:
+        """Return the table that earlier calls left, without the rows that cannot be compared with this call's."""
+        path = self.output / "compare.json"
+        found = read_summary(path)
+        if found is None:
+            if path.exists():
+                log.info("compare: %s is damaged; the rows of earlier calls are left out of the table", path)
+            return None
+        if found.get("of") != self._identity:
+            log.info("compare: %s has rows of another configuration; they are left out of the table", self.output)
+            return None
+        for name in [name for name in self.methods if name in found["methods"]]:
+            if found["methods"][name].get("overrides") != _as_json(self.methods[name]):
+                log.info(
+                    "compare: %s has other settings than before; its earlier seeds are left out of the table", name
+                )
+                del found["methods"][name]
+        return found
+
+    def _write(self, results: RunResults, earlier: Summary | None) -> Summary:
+        made = {name: by_seed for name, by_seed in results.items() if by_seed}
+        summary = summarize(self.base, made, self.depths, earlier)
+        summary["of"] = self._identity
+        for name in made:
+            summary["methods"][name]["overrides"] = _as_json(self.methods[name])
         write_json(self.output / "compare.json", summary)
         table = as_markdown(summary)
         write_atomically(self.output / "compare.md", lambda tmp: tmp.write_text(table, encoding="utf-8"))
@@ -239,28 +280,44 @@ class Comparison:
         return summary
 
     def _train(self, trial: Trial) -> Results:
-        self._launch(trial.folder, trial.overrides, "data,teacher,cache,init,distill,evaluate")
+        share = self._shares.get()
+        try:
+            self._launch(trial.folder, trial.overrides, "data,teacher,cache,init,distill,evaluate", share)
+        finally:
+            self._shares.put(share)
         path = trial.folder / "results_eval.json"
         try:
             return cast(Results, read_object(path))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); rerun the same command to write it again") from None
 
-    def _launch(self, folder: Path, overrides: Overrides, stages: str) -> None:
+    def _launch(self, folder: Path, overrides: Overrides, stages: str, share: Share | None = None) -> None:
         """Run stages of a run in a process of their own and wait for it.
+
+        Args:
+            share: What it may use of this host beside other runs; None: everything.
 
         Raises:
             UserError, DivergedError, Preempted: As the run ended.
         """
         folder.mkdir(parents=True, exist_ok=True)
         arguments = [*self.given, *as_arguments({**RUN_OVERRIDES, **overrides}), "--stages", stages]
-        environment = dict(os.environ)
-        if self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
+        environment, command = dict(os.environ), self.command
+        if share and self.jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(len(share.cores)))
+            if share.devices:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
+            if self.launcher:
+                command = with_own_port(command, self.launcher, environment)
         with open(folder / "log.txt", "ab") as output:
             start = output.tell()
-            command = [*self.command, "--config", self.config_file, *arguments]
-            job = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+            job = subprocess.Popen(
+                [*command, "--config", self.config_file, *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            )  # fmt: skip
+            if share and self.jobs > 1 and self.launcher:
+                with suppress(ProcessLookupError):  # before it has started its ranks, which divide its cores
+                    os.sched_setaffinity(job.pid, share.cores)
             status = self._wait(job)
         if self._stopped.is_set() or status == Preempted.exit_status:
             raise Preempted(_STOPPED, signal.SIGTERM)

@@ -6,11 +6,14 @@ results_eval.json of every run -> compare.json -> rows -> compare.md, compare.pn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict, cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
@@ -23,26 +26,39 @@ Figures = dict[str, float]
 """The metric by split, `score` and `agreement` over the pooled splits, `parameters` and `modelSize`."""
 
 
+MIN_SEEDS = 3
+"""Seeds from which a mean has an interval: that of two is 18 times the standard error of many, which says nothing."""
+
+
 class MeanDifference(TypedDict):
     mean: float
     half_interval_95: float | None
 
 
-class MethodSummary(TypedDict):
+class MethodSummary(TypedDict, total=False):
     """One method over its seeds.
 
-    `half_interval_95` is half the interval of the mean, None for one seed. A method with the depth of an earlier one also
-    has a key `minus FIRST`: its differences to the first such method, paired by seed; see `differences`.
+    `half_interval_95` is half the interval of the mean, None for fewer than `MIN_SEEDS` seeds. A method with the depth of an
+    earlier one also has a key `minus FIRST`: its differences to the first such method, paired by seed; see
+    `set_differences`. `overrides` are the settings of the method.
     """
 
     seeds: dict[str, Figures]
     mean: Figures
     half_interval_95: dict[str, float | None]
     layers: int
+    overrides: dict[str, object]
 
 
-class Summary(TypedDict):
-    """compare.json. `pooled` names the splits that `score` and `agreement` are over."""
+class _Identified(TypedDict, total=False):
+    of: str
+
+
+class Summary(_Identified):
+    """compare.json. `pooled` names the splits that `score` and `agreement` are over.
+
+    `of` identifies what all rows have in common: a later call adds to the table where it is the same.
+    """
 
     task: str
     metric: str
@@ -58,34 +74,47 @@ class MeanInterval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
-    """Return the mean over seeds and half of its 95% interval (Student's t), None for one seed."""
+    """Return the mean over seeds and half of its 95% interval (Student's t), None for fewer than `MIN_SEEDS`."""
     from scipy.stats import t
 
     count = len(values)
-    if count < 2:
+    if count < MIN_SEEDS:
         return MeanInterval(float(np.mean(values)), None)
     half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
     return MeanInterval(float(np.mean(values)), half)
 
 
-def summarize(config: Config, results: RunResults, depths: Mapping[str, int]) -> Summary:
+def read_summary(path: Path) -> Summary | None:
+    """Return the content of compare.json; None where there is none, or it is damaged."""
+    try:
+        return TypeAdapter(Summary).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def summarize(
+    config: Config, results: RunResults, depths: Mapping[str, int], earlier: Summary | None = None
+) -> Summary:
     """Return the content of compare.json.
 
     Args:
         results: At least one method with at least one seed.
         depths: Method -> layers of its student.
+        earlier: Rows to add to.
     """
     metric = tasks.resolve(config.task).main_metric
     one = next(iter(next(iter(results.values())).values()))
     splits = ["dev", *one["splits"]]
     pooled = splits if metric == "accuracy" else ["dev"]  # other metrics of a union are not the mean of its parts
-    methods: dict[str, MethodSummary] = {}
+    methods: dict[str, MethodSummary] = dict(earlier["methods"]) if earlier else {}
     for name, by_seed in results.items():
-        figures = {seed: _figures(result, splits, pooled, metric) for seed, result in sorted(by_seed.items())}
-        keys = list(next(iter(figures.values())))
-        intervals = {key: mean_interval([figures[seed][key] for seed in figures]) for key in keys}
+        seeds = dict(methods[name]["seeds"]) if name in methods else {}
+        seeds |= {str(seed): _figures(result, splits, pooled, metric) for seed, result in by_seed.items()}
+        seeds = {seed: seeds[seed] for seed in sorted(seeds, key=int)}
+        keys = list(next(iter(seeds.values())))
+        intervals = {key: mean_interval([figures[key] for figures in seeds.values()]) for key in keys}
         methods[name] = {
-            "seeds": {str(seed): values for seed, values in figures.items()},
+            "seeds": seeds,
             "mean": {key: interval.mean for key, interval in intervals.items()},
             "half_interval_95": {key: interval.half for key, interval in intervals.items()},
             "layers": depths[name],
@@ -178,7 +207,7 @@ def as_markdown(summary: Summary) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{table}\n\n{summary['metric']} and agreement in percent: means over seeds, ± half of the 95% interval of the mean "
-        "(Student's t).\n"
+        f"(Student's t) from {MIN_SEEDS} seeds on.\n"
     )
 
 
@@ -200,12 +229,14 @@ def plot(summary: Summary) -> Figure:
 def _plot_panel(axes: Axes, methods: Mapping[str, MethodSummary], key: str) -> None:
     for place, method in enumerate(methods.values()):
         values = [100 * figures[key] for figures in method["seeds"].values()]
-        axes.plot(values, [place] * len(values), "o", color="#8bb0d8", markersize=5)
-        half = method["half_interval_95"][key]
-        axes.errorbar(
-            [100 * method["mean"][key]], [place], xerr=None if half is None else [100 * half], fmt="D",
-            color="#1f4e8c", capsize=4, markersize=6,
-        )  # fmt: skip
+        axes.plot(values, [place] * len(values), "o", color="#8bb0d8", markersize=5, clip_on=False)
+        mean, half = 100 * method["mean"][key], method["half_interval_95"][key]
+        axes.plot([mean], [place], "D", color="#1f4e8c", markersize=6, clip_on=False)
+        if half is not None:
+            axes.errorbar([mean], [place], xerr=[100 * half], color="#1f4e8c", capsize=4)
+    left, right = axes.get_xlim()
+    negative = any(figures[key] < 0 for method in methods.values() for figures in method["seeds"].values())
+    axes.set_xlim(max(left, -100.0 if negative else 0.0), min(right, 100.0))
     axes.grid(axis="x", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -31,10 +31,14 @@ def read_delimited(path: Path, spec: TableSpec, comma: bool) -> Table:
     """Open a CSV file (`comma`) or a TSV file."""
     notes: list[str] = []
     unused: dict[str, None] = {}
-    return Table(str(path), _rows(path, spec, comma, notes, unused), notes=notes, unused=unused)
+    others: dict[str, object] = {}
+    rows = _rows(path, spec, comma, notes, unused, others)
+    return Table(str(path), rows, notes=notes, unused=unused, others=others)
 
 
-def _rows(path: Path, spec: TableSpec, comma: bool, notes: list[str], unused: dict[str, None]) -> Iterator[Row]:
+def _rows(
+    path: Path, spec: TableSpec, comma: bool, notes: list[str], unused: dict[str, None], others: dict[str, object]
+) -> Iterator[Row]:
     if comma:
         records = _csv(path, ",")
     else:
@@ -50,6 +54,7 @@ def _rows(path: Path, spec: TableSpec, comma: bool, notes: list[str], unused: di
     indices = [header.index(name) if name in header else None for name in spec.columns]
     for line, fields in records if has_header else itertools.chain([first], records):
         if len(fields) == len(header):
+            spec.update_others(dict(zip(header, fields, strict=True)), others)
             yield line, [None if i is None else fields[i] for i in indices]
         elif len(fields) < len(header) and spec.allow_short:
             yield line, [None] * len(indices)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec, decoded, lines, place
 from pkd_dist.errors import UserError
@@ -41,12 +42,20 @@ def read_json(path: Path, spec: TableSpec, document: bool) -> Table:
         document: whether the file may hold one list of objects, which is then held in memory, instead of lines.
     """
     unused: dict[str, None] = {}
+    others: dict[str, object] = {}
+
+    def fields(record: object, where: str) -> Fields:
+        values = _fields(record, spec, where)
+        spec.add_unused(cast(dict[str, object], record), unused)
+        spec.update_others(cast(dict[str, object], record), others)
+        return values
+
     if document and next((line for line in decoded(path) if not line.isspace()), "").lstrip().startswith("["):
-        return Table(str(path), _of_list(path, spec, unused), "row", unused=unused)
-    return Table(str(path), _of_lines(path, spec, document, unused), unused=unused)
+        return Table(str(path), _of_list(path, fields), "row", unused=unused, others=others)
+    return Table(str(path), _of_lines(path, fields, document), unused=unused, others=others)
 
 
-def _of_lines(path: Path, spec: TableSpec, document: bool, unused: dict[str, None]) -> Iterator[Row]:
+def _of_lines(path: Path, fields: Callable[[object, str], Fields], document: bool) -> Iterator[Row]:
     for number, line in lines(path):
         where = place(str(path), number, "line")
         try:
@@ -56,10 +65,10 @@ def _of_lines(path: Path, spec: TableSpec, document: bool, unused: dict[str, Non
             if document and number == 1:
                 raise UserError(f"{path}: must be a list of objects, or one object per line: {error.msg}") from None
             raise UserError(f"{where}: not valid JSON: {error.msg}") from None
-        yield number, _fields(record, spec, where, unused)
+        yield number, fields(record, where)
 
 
-def _of_list(path: Path, spec: TableSpec, unused: dict[str, None]) -> Iterator[Row]:
+def _of_list(path: Path, fields: Callable[[object, str], Fields]) -> Iterator[Row]:
     text = "".join(decoded(path))
     number, at = 0, _skip_space(text, text.index("[") + 1)
     try:
@@ -67,7 +76,7 @@ def _of_list(path: Path, spec: TableSpec, unused: dict[str, None]) -> Iterator[R
             number += 1
             where = place(str(path), number, "row")
             record, at = _decode(text, at, where)
-            yield number, _fields(record, spec, where, unused)
+            yield number, fields(record, where)
             at = _skip_space(text, at)
             if text[at : at + 1] != ",":
                 break
@@ -92,7 +101,7 @@ def _decode(text: str, at: int, where: str) -> tuple[object, int]:
         raise UserError(f"{where}: the JSON is nested too deeply to be read; remove the nested field") from None
 
 
-def _fields(record: object, spec: TableSpec, where: str, unused: dict[str, None]) -> Fields:
+def _fields(record: object, spec: TableSpec, where: str) -> Fields:
     """Return the values of the requested columns."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object with the keys {', '.join(spec.columns)}")
@@ -101,7 +110,6 @@ def _fields(record: object, spec: TableSpec, where: str, unused: dict[str, None]
     if isinstance(record, _Repeated):
         for name in record.names.intersection(spec.columns):
             raise UserError(f"{where}: has the key {name!r} twice; keep one")
-    spec.add_unused(record, unused)
     return spec.fields(record, lambda: where)
 
 

@@ -42,6 +42,8 @@ class Table:
     unit: str = "line"
     notes: list[str] = field(default_factory=list)
     unused: dict[str, None] = field(default_factory=dict)
+    others: dict[str, object] = field(default_factory=dict)
+    """The columns of the latest row that were not requested, if `TableSpec.keep_others`."""
 
     def at(self, number: int) -> str:
         """Return the place of a row, for messages."""
@@ -62,12 +64,14 @@ class TableSpec:
         optional: the one of them that may be missing.
         headerless: all columns of a TSV file that has no header line.
         allow_short: yield a line with too few fields as a row without values instead of raising an error.
+        keep_others: fill `Table.others`.
     """
 
     columns: tuple[str, ...]
     optional: str | None = None
     headerless: tuple[str, ...] = ()
     allow_short: bool = False
+    keep_others: bool = False
 
     def missing(self, available: Collection[str]) -> str | None:
         """Return the first required column that is not available."""
@@ -78,6 +82,12 @@ class TableSpec:
         for name in available:
             if name not in self.columns and len(unused) < _MAX_UNUSED:
                 unused[name] = None
+
+    def update_others(self, record: Mapping[str, object], others: dict[str, object]) -> None:
+        """Replace the columns of the latest row that are not requested, if they are kept."""
+        if self.keep_others:
+            others.clear()
+            others.update((name, value) for name, value in record.items() if name not in self.columns)
 
     def fields(self, record: Mapping[str, object], where: Callable[[], str]) -> Fields:
         """Return the values of the requested columns of a typed record as text. All typed formats use this conversion.

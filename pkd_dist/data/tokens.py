@@ -94,12 +94,12 @@ def tokenize(
         for start in range(0, len(split), _CHUNK_EXAMPLES):
             check()
             rows = slice(start, start + _CHUNK_EXAMPLES)
-            encoded, long = _encode(tokenizer, [column[rows] for column in split.texts], len(dtypes), max_length)
+            encoded, long = encode(tokenizer, [column[rows] for column in split.texts], len(dtypes), max_length)
             arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):
                 append(array)
             lengths.append(np.fromiter(map(len, encoded[0]), np.int64, len(encoded[0])))
-            truncated += long
+            truncated += len(long)
             hash_sum += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
     if "type_ids" not in dtypes:
         remove(folder / "type_ids.npy")  # left by another tokenizer
@@ -121,10 +121,10 @@ Encoded = list[list[list[int]]]
 """Token ids and, if the tokenizer has them, token types: [kind][example][token]."""
 
 
-def _encode(
+def encode(
     tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], kinds: int, max_length: int
-) -> tuple[Encoded, int]:
-    """Return the tokens of each text or pair, truncated to `max_length`, and the number of truncated examples.
+) -> tuple[Encoded, list[int]]:
+    """Return the tokens of each text or pair, truncated to `max_length`, and the rows that were truncated.
 
     Everything is tokenized in full first, and long examples again with truncation, because truncated output does not show
     whether it was truncated.
@@ -136,7 +136,7 @@ def _encode(
         for full, truncated in zip(encoded, _call_tokenizer(tokenizer, texts, kinds, max_length), strict=True):
             for row, tokens in zip(long, truncated, strict=True):
                 full[row] = tokens
-    return encoded, len(long)
+    return encoded, long
 
 
 def _call_tokenizer(

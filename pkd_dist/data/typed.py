@@ -131,7 +131,9 @@ def _typed(
     class_names = {column: names for column in spec.columns if (names := getattr(features.get(column), "names", None))}
 
     def rows() -> Iterator[Row]:
-        for number, record in enumerate(select([column for column in spec.columns if column in features]), start=1):
+        requested = [column for column in spec.columns if column in features]
+        for number, record in enumerate(select(list(available) if spec.keep_others else requested), start=1):
+            spec.update_others(record, others)
             if class_names:
                 record = dict(record)
                 for column, names in class_names.items():
@@ -139,8 +141,9 @@ def _typed(
             yield number, spec.fields(record, partial(place, name, number, "row"))
 
     unused: dict[str, None] = {}
+    others: dict[str, object] = {}
     spec.add_unused(available, unused)
-    return Table(name, rows(), "row", unused=unused)
+    return Table(name, rows(), "row", unused=unused, others=others)
 
 
 def _class_name(value: object, names: Sequence[str]) -> object:

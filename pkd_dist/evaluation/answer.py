@@ -19,18 +19,21 @@ def is_empty(text: str) -> bool:
     return all(unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
 
 
-def answer(logits_C: np.ndarray, names: Mapping[int, str]) -> Answer:
+def answer(logits_C: np.ndarray, names: Mapping[int, str], truncated: bool = False) -> Answer:
     """Turn the logits of one text into its answer.
 
     Args:
         logits_C: float32 (C,); C = 1 for a regression.
         names: Class names by class index; unused for a regression.
+        truncated: Whether the model read only the beginning of the text.
 
     Returns:
-        `label`, `probability` and `probabilities` by class name, or `value` for a regression.
+        `label`, `probability` and `probabilities` by class name, or `value` for a regression; then `truncated: true` where
+        it was.
     """
+    note: Answer = {"truncated": True} if truncated else {}
     if len(logits_C) == 1:
-        return {"value": float(logits_C[0])}
+        return {"value": float(logits_C[0])} | note
     powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
     probabilities = (powers_C / powers_C.sum()).astype(np.float32).tolist()
     best = int(logits_C.argmax())
@@ -38,4 +41,4 @@ def answer(logits_C: np.ndarray, names: Mapping[int, str]) -> Answer:
         "label": names[best],
         "probability": probabilities[best],
         "probabilities": {names[i]: probability for i, probability in enumerate(probabilities)},
-    }
+    } | note

@@ -6,8 +6,7 @@ models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> sp
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -22,9 +21,9 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.metrics import agreement, score_split
-from pkd_dist.evaluation.results import ModelResults, Results, SplitResults, combine
+from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
-from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed
+from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
 from pkd_dist.model.encoder import parameter_count
 from pkd_dist.telemetry.progress import Bar
 
@@ -46,8 +45,8 @@ class Evaluation:
     logits: Logits
 
 
-def size_figures(model: PreTrainedModel) -> ModelResults:
-    """Return `parameters` and `modelSize` (MB of the weights) of a model."""
+def size_figures(model: PreTrainedModel) -> Size:
+    """Return `parameters` and `modelSize` (MB of the weights, 10^6 bytes) of a model."""
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     return {"parameters": parameter_count(model), "modelSize": size}
 
@@ -73,7 +72,8 @@ def compare_models(
     def measure() -> dict[str, Timing]:
         forwards = {name: forward_of(model) for name, model in models.items()}
         inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
-        with _all_cores(), torch.inference_mode():
+        all_cores = len(os.sched_getaffinity(0))  # the other ranks are waiting
+        with timing_threads(all_cores), torch.inference_mode():
             return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
 
     timings = world.on_main(measure)
@@ -113,14 +113,3 @@ def _score(logits: Logits, splits: Mapping[str, TokenSet], task: Task) -> dict[s
         for split, tokens in splits.items()
         if is_labelled(tokens.labels_N).all()
     }
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Let PyTorch use every core of this node: the other ranks are waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,24 +23,39 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import size_figures
 from pkd_dist.evaluation.metrics import score_split
+from pkd_dist.evaluation.results import ModelResults
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
-from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.model.compatibility import require_compatible, usual_length
 from pkd_dist.telemetry.progress import Bar
 
 MODEL_OPTION = "--model"
 
 
-def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str) -> dict[str, object]:
+class Figures(ModelResults, total=False):
+    """What `pkd evaluate` prints: what was scored, the figures of the model, and the examples that were `truncated`."""
+
+    task: str
+    split: str
+    n: int
+    max_length: int
+    truncated: int
+
+
+def evaluate_folder(
+    model: str, task_settings: schema.Task, settings: schema.Evaluate, split: str, max_length: int | None
+) -> Figures:
     """Score a fine-tuned classifier in float32 and time it.
 
     Args:
         model: Folder, hub name or `package:NAME`; errors name it `--model`.
         split: One with labels.
+        max_length: Tokens at which texts are truncated; None: see `usual_length`.
 
     Returns:
-        `task`, `split`, `n` (number of examples), the metrics of the task, `parameters`, `modelSize` (MB) and speed.
+        `task`, `split`, `n` (number of examples), `max_length`, `truncated` (number of examples), the metrics of the task,
+        `parameters`, `modelSize` (MB of 10^6 bytes) and speed.
 
     Raises:
         UserError: The classifier or the data cannot be used, or they do not fit each other.
@@ -51,7 +67,8 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
         found = ", ".join(sources.available(task_settings.data, task)) or "none of this task"
         raise UserError(f"{task_settings.data} has no split {split!r}; it has {found}", "--split")
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
-    require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
+    max_length = max_length or usual_length(config, tokenizer)
+    require_compatible(config, tokenizer, max_length, model, MODEL_OPTION)
     if not encoder.is_fine_tuned(folder, MODEL_OPTION):
         raise UserError(
             f"{model} is not fine-tuned (it has no sequence classifier); give a fine-tuned folder", MODEL_OPTION
@@ -67,14 +84,15 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
         torch.nn.Module.to(classifier, world.device)
         forward, pad_id = forward_of(classifier), tokenizer.pad_token_id
         with tempfile.TemporaryDirectory() as scratch, evaluating(classifier):
-            made = tokens.tokenize(examples, tokenizer, task_settings.max_length, Path(scratch))
+            made = tokens.tokenize(examples, tokenizer, max_length, Path(scratch))
             with Bar(f"evaluate, {split}", len(made)) as bar:
                 logits_NC = predict_logits(forward, made, world, settings.batch_size, pad_id, bar.advance)
             inputs = TimedInputs.choose(made, pad_id, world.device, settings)
             timing = measure_speed({"model": forward}, inputs)["model"]
             scores = score_split(logits_NC, made, task)
-            n = len(made)
-        return {"task": task.name, "split": split, "n": n, **scores, **size_figures(classifier), **timing.figures}
+            read = {"n": len(made), "max_length": max_length, "truncated": made.truncated}
+        figures = {"task": task.name, "split": split, **read, **scores, **size_figures(classifier), **timing.figures}
+        return cast(Figures, figures)
     finally:
         world.close()
 

@@ -1,89 +1,89 @@
-"""`pkd predict`: texts in, one JSON object per line out, with any fine-tuned classifier.
+"""`pkd predict`: examples in, one answer each out, with any fine-tuned classifier.
 
-lines of a file -> checked texts -> batches -> logits -> JSON lines, in the order of the texts
+examples -> batches -> tokens, truncated as in training -> logits -> answers, in the order of the examples
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from pkd_dist.data.class_mapping import output_names
+from pkd_dist.data.tokens import encode
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.answer import answer, is_empty
+from pkd_dist.evaluation.answer import answer
+from pkd_dist.evaluation.inputs import Example
 from pkd_dist.evaluation.scoring import forward_of
 from pkd_dist.model import encoder
-from pkd_dist.model.compatibility import longest_input
+from pkd_dist.model.compatibility import longest_input, usual_length
+
+TEXTS = ("text", "text_pair")
+OWN_KEYS = (*TEXTS, "label", "probability", "probabilities", "value", "truncated")
+"""Keys of an answer; a column of the same name becomes `input_NAME`."""
 
 
-def lines(file: str) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each non-blank line of a file, or of standard input (`-`).
-
-    Raises:
-        UserError: The file cannot be read, or a line is not UTF-8.
-    """
-    name = "standard input" if file == "-" else file
-    try:
-        source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"--file: {file} cannot be read ({error.strerror})") from None
-    with source:
-        for number, line in enumerate(source, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}:{number}: byte 0x{line[error.start]:02x} is not valid UTF-8; save the text as UTF-8"
-                ) from None
-            if text.strip():
-                yield f"{name}:{number}", text
-
-
-def predict(
-    model: str, texts: Iterable[tuple[str, str]], pair: bool, max_length: int | None, batch_size: int
-) -> Iterator[str]:
-    """Yield one JSON object for each text, in order: `text` (and `text_pair`), then the keys of `answer`.
+class Predictor:
+    """A fine-tuned classifier that answers examples.
 
     Args:
-        model: Folder or hub name of a fine-tuned sequence classifier.
-        texts: (place, text), where the place is for error messages; a tab separates the two texts of a pair.
-        max_length: Tokens; longer texts are truncated. None: 128, or the model's limit if that is lower.
+        model: Its folder or hub name.
+        max_length: Tokens; longer texts are truncated. None: see `usual_length`.
+
+    Attributes:
+        answered, truncated: Number of examples so far.
 
     Raises:
-        UserError: The model cannot be used, or a text is empty or not a pair. Earlier texts are answered first.
+        UserError: The model cannot be used.
     """
-    folder = encoder.locate(model, "--model")
-    classifier = encoder.load_model(folder, "--model")
-    tokenizer = encoder.load_tokenizer(folder, "--model")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {model} has no padding token; give it one (pad_token)", "--model")
-    longest = longest_input(classifier.config)
-    max_length = max_length or min(128, longest or 128)
-    if longest and max_length > longest:
-        raise UserError(f"{max_length} is more than {model} can read; give at most {longest}", "--max-length")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(classifier, device)
-    forward, names = forward_of(classifier), dict(enumerate(output_names(classifier.config)))
-    for batch in _batches(texts, pair, batch_size):
-        columns = [list(column) for column in zip(*batch, strict=True)]
-        inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+
+    def __init__(self, model: str, max_length: int | None = None):
+        folder = encoder.locate(model, "--model")
+        classifier = encoder.load_model(folder, "--model")
+        self._tokenizer = encoder.load_tokenizer(folder, "--model")
+        if self._tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer of {model} has no padding token; give it one (pad_token)", "--model")
+        longest = longest_input(classifier.config)
+        if max_length and longest and max_length > longest:
+            raise UserError(f"{max_length} is more than {model} can read; give at most {longest}", "--max-length")
+        self.max_length = max_length or usual_length(classifier.config, self._tokenizer)
+        self.answered = self.truncated = 0
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.nn.Module.to(classifier, self._device)
+        self._forward, self._names = forward_of(classifier), dict(enumerate(output_names(classifier.config)))
+
+    def __call__(self, examples: Iterable[Example], batch_size: int) -> Iterator[dict[str, object]]:
+        """Yield an answer for each example, in order: `text` (and `text_pair`), its other columns, the keys of `answer`.
+
+        Raises:
+            UserError: `examples` raised it; those before it are answered first.
+        """
+        for batch in _batches(examples, batch_size):
+            yield from self._answers(batch)
+
+    def _answers(self, batch: Sequence[Example]) -> Iterator[dict[str, object]]:
+        names = ("input_ids", "token_type_ids")[: 1 + ("token_type_ids" in self._tokenizer.model_input_names)]
+        columns = [list(column) for column in zip(*(example.texts for example in batch), strict=True)]
+        encoded, truncated = encode(self._tokenizer, columns, len(names), self.max_length)
+        given = dict(zip(names, encoded, strict=True))
+        inputs = self._tokenizer.pad(given, return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
-            logits_BC = forward(inputs.to(device)).float().cpu().numpy()
-        for halves, logits_C in zip(batch, logits_BC, strict=True):
-            given = dict(zip(("text", "text_pair"), halves, strict=False))
-            yield json.dumps(given | answer(logits_C, names), ensure_ascii=False)
+            on_device = {name: value.to(self._device) for name, value in inputs.items()}
+            logits_BC = self._forward(on_device).float().cpu().numpy()
+        self.answered += len(batch)
+        self.truncated += len(truncated)
+        for row, (example, logits_C) in enumerate(zip(batch, logits_BC, strict=True)):
+            texts = dict(zip(TEXTS, example.texts, strict=False))
+            yield {**texts, **_kept(example.columns), **answer(logits_C, self._names, row in truncated)}
 
 
-def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterator[list[Sequence[str]]]:
-    """Yield batches of checked texts; those before an invalid text come before its error."""
-    batch: list[Sequence[str]] = []
+def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Yield batches; the examples before an invalid one come before its error."""
+    batch: list[Example] = []
     try:
-        for place, text in texts:
-            batch.append(_checked(place, text, pair))
+        for example in examples:
+            batch.append(example)
             if len(batch) == size:
                 yield batch
                 batch = []
@@ -95,17 +95,21 @@ def _batches(texts: Iterable[tuple[str, str]], pair: bool, size: int) -> Iterato
         yield batch
 
 
-def _checked(place: str, text: str, pair: bool) -> Sequence[str]:
-    """Return the one or two texts of a line.
+def _kept(columns: Mapping[str, object]) -> dict[str, object]:
+    """Return the other columns of a row as JSON can hold them, under names that no answer has."""
+    kept: dict[str, object] = {}
+    for name, value in columns.items():
+        while name in OWN_KEYS or name in kept:
+            name = f"input_{name}"
+        kept[name] = _as_json(value)
+    return kept
 
-    Raises:
-        UserError: A text is empty (of a pair, both) or not UTF-8, or the line is not a pair.
-    """
-    halves = text.split("\t") if pair else [text]
-    if pair and len(halves) != 2:
-        raise UserError(f"{place}: --pair needs two texts separated by one tab, but this line has {len(halves)}")
-    if all(map(is_empty, halves)):
-        raise UserError(f"{place}: the text is empty; every line needs one")
-    if any("\ud800" <= character <= "\udfff" for half in halves for character in half):
-        raise UserError(f"{place}: the text is not UTF-8")
-    return halves
+
+def _as_json(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, bool, int)) else str(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -32,14 +33,35 @@ class Scores(TypedDict, total=False):
     undefined: list[str]
 
 
-class ModelResults(Scores, total=False):
-    """Scores of a model on dev, its size (MB of its weights) and its speed (see `Timing.figures`)."""
+BUSY_SPREAD = 0.25
+"""Spread of the passes from which other work on the machine is likely to have changed the figures."""
+
+
+class Speed(TypedDict):
+    """How fast a model was, in the files that a run leaves.
+
+    Latencies are percentiles at batch size 1. `samples_per_second` is that of the median pass over batches; `reasoningTime`
+    is the same number under the name that readers of the OneFlow reference look for. `spread` is how far the passes differ,
+    as a share of the median; `threads` is 0 on a GPU.
+    """
+
+    latency_ms_p50: float
+    latency_ms_p99: float
+    samples_per_second: float
+    reasoningTime: float
+    spread: float
+    threads: int
+
+
+class Size(TypedDict):
+    """Size of a model; `modelSize` is that of its weights in MB, 10^6 bytes each."""
 
     parameters: int
     modelSize: float
-    latency_ms_p50: float
-    latency_ms_p99: float
-    reasoningTime: float
+
+
+class ModelResults(Scores, Size, Speed):
+    """Scores of a model on dev, its size and its speed."""
 
 
 class Compression(TypedDict):
@@ -66,7 +88,8 @@ class SplitResults(TypedDict):
 
 
 class Results(TypedDict):
-    """results_eval.json. The student's metrics, modelSize and reasoningTime are repeated at the top level."""
+    """results_eval.json. The student's metrics, modelSize, samples_per_second and reasoningTime (the same number) are repeated
+    at the top level."""
 
     task: str
     split: str
@@ -77,15 +100,14 @@ class Results(TypedDict):
     splits: dict[str, SplitResults]
 
 
-_SIZE_AND_SPEED = (
-    ("parameters", "parameters", "{:,}"),
-    ("modelSize", "size, MB", "{:.1f}"),
+_SIZE = (("parameters", "parameters", "{:,}"), ("modelSize", "size, MB (10^6 bytes)", "{:.1f}"))
+_SPEED = (
     ("reasoningTime", "sentences per second", "{:.0f}"),
     ("latency_ms_p50", "latency at batch 1, p50, ms", "{:.2f}"),
     ("latency_ms_p99", "latency at batch 1, p99, ms", "{:.2f}"),
 )
 """(key, label, format) of what a table shows beside the metrics."""
-_STUDENT_ONLY = ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95")
+_STUDENT_ONLY = ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95", "spread", "threads")
 """Keys of the student that are not repeated at the top level."""
 
 
@@ -126,13 +148,28 @@ def _retention(teacher: Scores, student: Scores) -> float | None:
     return student["main_metric"] / teacher["main_metric"] if told and teacher["main_metric"] > 0 else None
 
 
-def table_rows(results: Results) -> list[tuple[str, str, str]]:
+def table_rows(results: Results, speed: bool = True) -> list[tuple[str, str, str]]:
     """Return (label, teacher, student) rows of the metrics, sizes and speeds."""
-    teacher, student = dict(results["teacher"]), dict(results["student"])
+    teacher, student = results["teacher"], results["student"]
     scores = [key for key in TABLE_METRICS if key in teacher]
-    rows = [(METRICS[key], _score(results["teacher"], key), _score(results["student"], key)) for key in scores]
-    rows += [(label, form.format(teacher[key]), form.format(student[key])) for key, label, form in _SIZE_AND_SPEED]
-    return rows
+    rows = [(METRICS[key], _score(teacher, key), _score(student, key)) for key in scores]
+    rows += _figure_rows(_SIZE, teacher, student)
+    return rows + (_figure_rows(_SPEED, teacher, student) if speed else [])
+
+
+def _figure_rows(
+    keys: Sequence[tuple[str, str, str]], first: Mapping[str, object], second: Mapping[str, object]
+) -> list[tuple[str, str, str]]:
+    where = threads(first.get("threads"))
+    return [
+        (label + (where if keys is _SPEED else ""), form.format(first[key]), form.format(second[key]))
+        for key, label, form in keys
+    ]
+
+
+def threads(count: object) -> str:
+    """Return what a figure of speed is followed by; nothing for a GPU, whose name is shown elsewhere."""
+    return f", {count} thread{'s' if count != 1 else ''}" if count else ""
 
 
 def _score(side: ModelResults, key: str) -> str:
@@ -164,11 +201,45 @@ def retention_sentence(results: Results) -> str:
     return f"the teacher scores {score:.3f}, so there is no score for the student to retain"
 
 
-def closing_table(results: Results, export: Path, report: Path) -> str:
-    """Return the plain-text table a run ends with, and the paths of its export and report."""
-    rows = [("", *SIDES), *table_rows(results)]
+@dataclass(frozen=True)
+class Deployed:
+    """The file of an export to deploy.
+
+    Attributes:
+        metric, score: Its main metric on dev.
+        speed, teacher, student: Its speed and that of both models in PyTorch, measured in turn.
+    """
+
+    path: Path
+    bytes: int
+    metric: str
+    score: float
+    speed: Speed
+    teacher: Speed
+    student: Speed
+
+    def line(self) -> str:
+        """Say what it is worth."""
+        score = f"{100 * self.score:.1f}%" if self.metric == "accuracy" else f"{self.score:.3f}"
+        rate, of_teacher = self.speed["reasoningTime"], self.teacher["reasoningTime"]
+        return (
+            f"deploy {self.path}: {METRICS[self.metric]} {score}, {self.bytes / 1e6:.1f} MB, {rate:,.0f} sentences per second "
+            f"({rate / of_teacher:.1f} times the teacher's), p50 {self.speed['latency_ms_p50']:.2f} ms"
+            f"{threads(self.speed['threads'])}"
+        )
+
+
+def closing_table(results: Results, export: Path, report: Path, deployed: Deployed | None = None) -> str:
+    """Return the plain-text table a run ends with, and the paths of its export and report.
+
+    It leads with the file to deploy, if there is one; then the speeds of the models are those measured in turn with it.
+    """
+    rows = [("", *SIDES), *table_rows(results, speed=deployed is None)]
+    if deployed is not None:
+        rows += _figure_rows(_SPEED, deployed.teacher, deployed.student)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines.append(f"{retention_sentence(results)}; {agreement_sentence(results)} ({results['n']} dev examples)")
-    return "\n".join([*lines, "", f"export: {export}", f"report: {report}"])
+    first = [] if deployed is None else [deployed.line(), ""]
+    return "\n".join([*first, *lines, "", f"export: {export}", f"report: {report}"])

@@ -6,7 +6,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -17,10 +18,23 @@ import torch
 from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs
 
 Timed = Callable[[Inputs], object]
 """A forward pass whose output does not matter."""
+
+
+@contextmanager
+def timing_threads(default: int) -> Iterator[int]:
+    """Let PyTorch use the threads that the user allows (OMP_NUM_THREADS), else `default`, and yield their number."""
+    before, allowed = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    threads = int(allowed) if allowed.isdecimal() and int(allowed) > 0 else default
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -30,18 +44,24 @@ class Timing:
     Attributes:
         latencies_ms_R: (R,) float64, of each request of one sentence, in order.
         rates: Samples per second of each pass over the batches.
+        threads: Of the CPU; 0 on a GPU.
     """
 
     latencies_ms_R: np.ndarray
     rates: list[float]
+    threads: int
 
     @property
-    def figures(self) -> dict[str, float]:
-        """Percentiles of latency at batch size 1, and `reasoningTime`: samples per second of the median pass."""
+    def figures(self) -> Speed:
+        """Summarize the timing."""
+        rate = float(np.median(self.rates))
         return {
             "latency_ms_p50": float(np.percentile(self.latencies_ms_R, 50)),
             "latency_ms_p99": float(np.percentile(self.latencies_ms_R, 99)),
-            "reasoningTime": float(np.median(self.rates)),
+            "samples_per_second": rate,
+            "reasoningTime": rate,
+            "spread": float((max(self.rates) - min(self.rates)) / rate),
+            "threads": self.threads,
         }
 
 
@@ -107,8 +127,9 @@ def measure_speed(
         for one in inputs.batches:
             for name, forward in forwards.items():
                 seconds[name][repeat] += seconds_of(forward, one)
+    threads = 0 if inputs.device.type == "cuda" else torch.get_num_threads()
     return {
-        name: Timing(np.asarray(latencies_ms[name]), [inputs.samples / each for each in seconds[name]])
+        name: Timing(np.asarray(latencies_ms[name]), [inputs.samples / each for each in seconds[name]], threads)
         for name in forwards
     }
 

@@ -23,8 +23,9 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.metrics import agreement, score
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
-from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed
+from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timing_threads
 from pkd_dist.export import hf, manifest, onnx, triton
 from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
 from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
@@ -40,6 +41,7 @@ LOSS_ALLOWED = 0.005
 CALIBRATION = (32, 8)
 """Batches of training text, and examples of each, that static quantization is calibrated on."""
 WEIGHTS_FILE = "model.safetensors"
+TEACHER = "teacher"
 TORCH_FILE = "torch_export/model.pt2"
 _TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
 
@@ -61,6 +63,7 @@ class Subject:
         texts: The first texts of dev, by column.
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
+        teacher: In float32, on the CPU: timed beside the files; None: it is not.
     """
 
     student: PreTrainedModel
@@ -72,6 +75,7 @@ class Subject:
     texts: tuple[list[str], ...]
     max_length: int
     evaluate: Evaluate
+    teacher: PreTrainedModel | None = None
 
     @property
     def pad_id(self) -> int:
@@ -79,7 +83,7 @@ class Subject:
 
     @property
     def pair(self) -> bool:
-        return len(self.texts) > 1
+        return len(self.task.text) > 1
 
 
 class _Verifier:
@@ -225,25 +229,22 @@ class _Builder:
         inputs = list(accepted(subject.student, dict.fromkeys(subject.tokenizer.model_input_names)))
         triton.write(self.folder / "triton", graphs, inputs, subject.labels, subject.pair, subject.max_length)
 
-    def measure(self) -> dict[str, dict[str, float]]:
-        """Return file name -> latency and throughput, PyTorch's under `WEIGHTS_FILE`.
+    def measure(self) -> dict[str, Speed]:
+        """Return file name -> speed, PyTorch's under `WEIGHTS_FILE` and the teacher's under `TEACHER`, all in turn.
 
-        All run on one core, so that thread pools do not compete.
+        They run on one core unless OMP_NUM_THREADS is set, so that thread pools do not compete.
         """
         subject = self.subject
-        forwards: dict[str, Runnable] = {WEIGHTS_FILE: forward_of(subject.student), **self._programs}
-        forwards |= {
-            name: OnnxModel(self.folder / name, threads=1) for name in self.found if name not in self._programs
-        }
-        settings = subject.evaluate.model_copy(update={"throughput_samples": subject.evaluate.latency_samples})
+        settings = subject.evaluate.model_copy(update={"throughput_samples": -(-subject.evaluate.latency_samples // 2)})
         inputs = TimedInputs.choose(subject.dev, subject.pad_id, torch.device("cpu"), settings)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                timings = measure_speed(forwards, inputs, repeats=1, check=self.check)
-        finally:
-            torch.set_num_threads(threads)
+        models = {TEACHER: subject.teacher} if subject.teacher is not None else {}
+        with timing_threads(1) as threads, torch.inference_mode():
+            forwards: dict[str, Runnable] = {
+                **{name: forward_of(model) for name, model in {**models, WEIGHTS_FILE: subject.student}.items()},
+                **self._programs,
+                **{name: OnnxModel(self.folder / name, threads) for name in self.found if name not in self._programs},
+            }
+            timings = measure_speed(forwards, inputs, check=self.check)
         return {name: timing.figures for name, timing in timings.items()}
 
 
@@ -272,7 +273,7 @@ def export(
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        save_model(subject.student, subject.tokenizer, temporary)
+        save_model(subject.student, subject.tokenizer, temporary, subject.max_length)
         weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
         with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
             builder = _Builder(subject, temporary, check)
@@ -290,11 +291,13 @@ def export(
                 name: cast(FileFigures, {**found, **speeds[name]})
                 for name, found in {WEIGHTS_FILE: weights, **builder.found}.items()
             },
-            "measured_on": {**machine(), "threads": 1},
+            "measured_on": {**machine(), "threads": speeds[WEIGHTS_FILE]["threads"]},
         }
+        if TEACHER in speeds:
+            figures["teacher"] = speeds[TEACHER]
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
-        made = manifest.write(temporary, {**about, **figures, "max_length": subject.max_length, "pair": subject.pair})
+        made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})
         remove(output)
         os.replace(temporary, output)
     finally:

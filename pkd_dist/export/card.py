@@ -11,7 +11,7 @@ import jinja2
 from pkd_dist.config.schema import Config
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, table_rows
+from pkd_dist.evaluation.results import BUSY_SPREAD, Results, agreement_sentence, retention_sentence, table_rows
 from pkd_dist.export.manifest import ExportFigures
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.metric_names import METRICS
@@ -36,8 +36,8 @@ model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving
-(`tokenizer(text, truncation=True, max_length={{ config.task.max_length }})`).
+Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
+is that length.
 {% if facts.class_names %}
 Classes, in the order of the logits: {{ facts.class_names | map("code") | join(", ") }}.
 {% else %}
@@ -53,16 +53,19 @@ One output: the predicted value.
 {% endfor %}
 
 The student has {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ retention }};
-{{ agreement }}. Latency and throughput were measured
-on the machine that trained the student ({{ environment.device }}), in one process.
+{{ agreement }}.
 
 ## Files
 
 Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. Speed is
-that of one core of {{ figures.measured_on.processor }}: latency of single sentences of {{ results.split }}, throughput in batches of {{ config.evaluate.batch_size }}.
+that of {{ "one core" if figures.measured_on.threads == 1 else "%d threads" % figures.measured_on.threads }} of {{ figures.measured_on.processor }}, all rows in turn in one session: latency of single sentences of {{ results.split }}, throughput
+in batches of {{ config.evaluate.batch_size }}.{{ " Passes over the same batches differed by up to %.0f%%: other work on the machine is likely to have changed these figures." | format(100 * spread) if busy }} A MB is 10^6 bytes.
 
 | file | MB | {{ metric }} | difference | agreement | latency p50, ms | p99, ms | sentences per second |
 | --- | --- | --- | --- | --- | --- | --- | --- |
+{% if figures.teacher is defined %}
+| teacher, PyTorch | {{ "%.1f" | format(results.teacher.modelSize) }} | {{ "%.4f" | format(results.teacher.main_metric) }} | | {{ "%.4f" | format(results.compression.agreement) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p50) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p99) }} | {{ "%.0f" | format(figures.teacher.reasoningTime) }} |
+{% endif %}
 {% for name, file in figures.files_on_dev.items() -%}
 | `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
 {% endfor %}
@@ -124,6 +127,7 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     templates.filters |= {"code": markdown_code, "files": _files, "text": markdown}
+    spread = max(file.get("spread", 0.0) for file in figures["files_on_dev"].values())
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
     return templates.from_string(_TEMPLATE).render(
         facts=facts,
@@ -131,7 +135,9 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         config=facts.config,
         teacher=name_of(facts.config.teacher.model),
         results=facts.results,
-        rows=table_rows(facts.results),
+        rows=table_rows(facts.results, speed=False),
+        spread=spread,
+        busy=spread > BUSY_SPREAD,
         agreement=agreement_sentence(facts.results),
         retention=retention_sentence(facts.results),
         figures=figures,

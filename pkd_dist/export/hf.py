@@ -58,7 +58,9 @@ class CheckpointStudent:
     parameters: int
 
 
-def from_checkpoint(path: Path, output: Path, dtype: str, started_from: str | None) -> CheckpointStudent:
+def from_checkpoint(
+    path: Path, output: Path, dtype: str, started_from: str | None, trained: manifest.Manifest | None = None
+) -> CheckpointStudent:
     """Export the student at a checkpoint of any world size and ZeRO stage, in one process.
 
     Args:
@@ -66,6 +68,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str, started_from: str | No
         output: Written atomically; must not exist.
         dtype: float32 (the master weights), float16 or bfloat16.
         started_from: `weights_digest` of the student's starting weights as the run recorded it; None: not checked.
+        trained: `manifest.of_task` of the run, which the manifest repeats; None: unknown.
 
     Raises:
         UserError: `path` is not a committed, intact checkpoint next to the folder it was started from, or `output` exists.
@@ -84,7 +87,7 @@ def from_checkpoint(path: Path, output: Path, dtype: str, started_from: str | No
         weights[name] = full_embedding(table, weights.pop(USED_IDS), weights[name], state["decay"])
     _with_weights(model, weights).to(getattr(torch, dtype))
     progress = state["progress"]
-    _save(model, init, output, {"step": progress["step"], "dtype": dtype})
+    _save(model, init, output, {**(trained or {}), "step": progress["step"], "dtype": dtype})
     last = progress["history"][-1] if progress["history"] else {}
     return CheckpointStudent(
         step=progress["step"],
@@ -113,13 +116,15 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
     return init
 
 
-def _save(model: PreTrainedModel, init: Path, output: Path, about: dict[str, object]) -> None:
+def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.Manifest) -> None:
     """Write a model with the tokenizer of `init`, after checking that it reloads unchanged."""
     temporary = output.with_name(f".{output.name}.tmp")
     remove(temporary)
     try:
-        save_model(model, load_tokenizer(str(init), "student_init"), temporary)
-        reloaded = AutoModelForSequenceClassification.from_pretrained(temporary, dtype="auto").state_dict()
+        save_model(model, load_tokenizer(str(init), "student_init"), temporary, about.get("max_length"))
+        reloaded = AutoModelForSequenceClassification.from_pretrained(
+            temporary, dtype="auto", trust_remote_code=False
+        ).state_dict()
         for key, value in model.state_dict().items():
             if reloaded[key].dtype != value.dtype or not torch.equal(reloaded[key], value):
                 raise UserError(f"{output}: {key} reads back differently; the export is not usable")
@@ -145,8 +150,8 @@ def verify(
     Raises:
         UserError: The reloaded model or tokenizer differs.
     """
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for i, ids in enumerate(tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]):
         if ids != dev.input_ids_T[dev.offsets_N1[i] : dev.offsets_N1[i + 1]].tolist():
             raise UserError(

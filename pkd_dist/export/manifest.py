@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
+from typing_extensions import TypedDict
+
+from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
 
 MANIFEST = "manifest.json"
@@ -22,8 +26,8 @@ class _Quantization(TypedDict, total=False):
     tried: dict[str, dict[str, float]]
 
 
-class FileFigures(_Quantization):
-    """What was measured of one file on all of dev, on one core.
+class FileFigures(_Quantization, Speed):
+    """What was measured of one file on all of dev; `Speed` for its speed.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.
     """
@@ -32,9 +36,6 @@ class FileFigures(_Quantization):
     main_metric: float
     largest_difference: float
     agreement: float
-    latency_ms_p50: float
-    latency_ms_p99: float
-    reasoningTime: float
 
 
 class MeasuredOn(TypedDict):
@@ -43,8 +44,15 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
-class ExportFigures(TypedDict):
-    """What an export found of its files; `files_on_dev` is by path within the folder."""
+class _TimedTeacher(TypedDict, total=False):
+    teacher: Speed
+
+
+class ExportFigures(_TimedTeacher):
+    """What an export found of its files; `files_on_dev` is by path within the folder.
+
+    `teacher` is its speed, measured in turn with the files.
+    """
 
     formats: list[str]
     opset: int
@@ -53,7 +61,11 @@ class ExportFigures(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures."""
+    """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures.
+
+    `max_length` is the number of tokens at which training truncated, `pair` says whether an example is two texts, and
+    `text_columns` are the columns that they were read from.
+    """
 
     format_version: int
     task: str
@@ -63,8 +75,10 @@ class Manifest(TypedDict, total=False):
     opset: int
     files_on_dev: dict[str, FileFigures]
     measured_on: MeasuredOn
+    teacher: Speed
     max_length: int
     pair: bool
+    text_columns: list[str]
     step: int
     dtype: str
     files: dict[str, str]
@@ -81,6 +95,26 @@ def write(folder: Path, about: Mapping[str, object]) -> Manifest:
     content["digest"] = digest_of(content)
     write_json(folder / MANIFEST, content)
     return cast(Manifest, content)
+
+
+def of_task(task: Task, max_length: int) -> Manifest:
+    """Return the entries that say what a model was trained to read."""
+    return {
+        "task": task.name,
+        "max_length": max_length,
+        "pair": len(task.text) > 1,
+        "text_columns": list(task.text),
+    }
+
+
+def find(folder: str) -> Manifest:
+    """Return the manifest of a model folder; an empty one if the folder is no export.
+
+    Raises:
+        UserError: The manifest was altered.
+    """
+    path = Path(folder) / MANIFEST
+    return read(path.parent) if path.is_file() else {}
 
 
 def verify(folder: Path) -> Manifest:

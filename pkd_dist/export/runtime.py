@@ -12,6 +12,8 @@ from pkd_dist.errors import UserError
 
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-fp16": "onnx/model.fp16.onnx", "onnx-int8": "onnx/model.int8.onnx"}
 """Where an export holds the graph of each format."""
+PREFERRED = ("onnx-int8", "onnx", "onnx-fp16")
+"""Formats to run on a CPU, best first."""
 
 
 class OnnxModel:

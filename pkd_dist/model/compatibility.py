@@ -12,6 +12,8 @@ KNOWN_FAMILIES = (
     "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "deberta-v2", "modernbert",
 )  # fmt: skip
 """Tested `model_type`s. Other encoders may work: the check is of what a model needs, not of its name."""
+_LONGEST_WITHOUT_LIMIT = 512
+"""Tokens of an input where neither the model nor its tokenizer has a limit."""
 _NO_STATE_PER_TOKEN = ("canine", "funnel", "perceiver")
 PROBES = (
     ("A film by José Núñez, isn't it?  Yes: 3.5/5!",),
@@ -26,6 +28,15 @@ def longest_input(config: PretrainedConfig) -> int | None:
     if not isinstance(positions, int) or positions <= 0 or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa without absolute positions clips relative ones
     return positions - (config.pad_token_id + 1 if positions_follow_padding(config) else 0)
+
+
+def usual_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens at which a model's inputs are truncated unless told otherwise: its tokenizer's limit, if it has one.
+
+    The tokenizer of a model that this project trained is limited to the length it was trained with.
+    """
+    longest = longest_input(config) or _LONGEST_WITHOUT_LIMIT
+    return min(tokenizer.model_max_length, longest)
 
 
 def require_compatible(

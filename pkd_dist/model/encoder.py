@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
@@ -119,18 +120,18 @@ def _require_hub(model: str, key: str) -> None:
 def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises UserError, which names the setting `key`."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types
-        raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_reason(error, folder)}") from None
 
 
 def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> PretrainedConfig:
     """Load a model configuration with some fields replaced. Raises UserError, which names the setting `key`."""
     try:
-        return AutoConfig.from_pretrained(folder, **overrides)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **overrides)
     except Exception as error:
         raise UserError(
-            f"{key}: {folder} is neither a model folder nor a name on the hub: {_first_line(error)}"
+            f"{key}: {folder} is neither a model folder nor a name on the hub: {_reason(error, folder)}"
         ) from None
 
 
@@ -154,10 +155,11 @@ def load_model(
     set_dropout(config, dropout)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=new_head
-        )
+            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=new_head,
+            trust_remote_code=False,
+        )  # fmt: skip
     except Exception as error:
-        raise UserError(f"{key}: {folder} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{key}: {folder} cannot be loaded: {_reason(error, folder)}") from None
     base = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
     body = [name for name in missing if name.startswith(base) and "pooler" not in name]
@@ -173,8 +175,21 @@ def is_fine_tuned(folder: str, key: str = "teacher.model") -> bool:
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception, folder: str) -> str:
+    """Return the first line of an error of transformers, with a remedy for a model that brings its own code."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if not isinstance(error, ValueError) or not _brings_code(folder):
+        return line
+    return "it brings its own Python code, which pkd_dist never runs; use a model of an architecture in transformers"
+
+
+def _brings_code(folder: str) -> bool:
+    """Return whether the configuration of a model or of its tokenizer names classes in the folder's own modules."""
+    try:
+        found, _ = PretrainedConfig.get_config_dict(folder)
+        return "auto_map" in found or "auto_map" in get_tokenizer_config(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
@@ -325,11 +340,14 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None = None
+) -> None:
     """Write a Hugging Face folder whose tokenizer returns only the inputs that this model takes.
 
     Args:
         folder: Its parent must exist.
+        max_length: Tokens at which training truncates; the tokenizer's limit from now on. None keeps its own.
 
     Raises:
         UserError: The disk is full.
@@ -338,6 +356,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
         model.save_pretrained(folder)
         own = copy.copy(tokenizer)
+        own.model_max_length = max_length or tokenizer.model_max_length
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
         own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved
         own.save_pretrained(folder)

@@ -158,7 +158,9 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
                 value = weights.pop(name)
                 if int(match[1]) in layers:
                     weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
-    model = AutoModelForSequenceClassification.from_config(_with_layers(source.config, layers), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(
+        _with_layers(source.config, layers), dtype=torch.float32, trust_remote_code=False
+    )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -199,7 +201,7 @@ def create(
             shape = _with_layers(_with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape, layers)
             for name, value in labels.items():
                 setattr(shape, name, value)
-            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=False)
             return model, f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
         if config.init == "first_k":
             source = load_model(pretrained, new_head=True, **labels)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkd_dist.evaluation.results import SIDES
+from pkd_dist.evaluation.metrics import wilson_interval
+from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
@@ -18,6 +19,7 @@ def notices(run: Run) -> Iterator[str]:
     yield from _on_classes(run)
     yield from _on_data(run)
     yield from _on_training(run)
+    yield from _on_speed(run)
     yield from _on_stages(run)
 
 
@@ -91,7 +93,7 @@ def _on_training(run: Run) -> Iterator[str]:
     best, last = distillation.best_epoch, distillation.history[-1]
     if best == epochs:
         yield f"The best epoch is the last one ({best}); longer training may help."
-    elif last.main_metric < distillation.best_metric:
+    elif distillation.best_metric - last.main_metric > _noise(run):
         yield (
             f"The student overfitted: epoch {best} of {epochs} was the best ({run.metric_value(distillation.best_metric)} on "
             f"dev, kept), and the last one reached {run.metric_value(last.main_metric)}. Train for fewer epochs or at a lower "
@@ -119,6 +121,31 @@ def _on_training(run: Run) -> Iterator[str]:
     waits = [seconds["data"] / seconds["step"] for seconds in run.steps.seconds]
     if waits and np.mean(waits) > 0.2:
         yield f"{percent(float(np.mean(waits)))} of the step time was spent waiting for data."
+
+
+def _noise(run: Run) -> float:
+    """Return half of the 95% interval of the main metric on dev: Wilson's of a share, Fisher's of a correlation."""
+    scores, best, n = run.results.student.scores, run.distillation.best_metric, run.results.examples
+    if run.task.main_metric == "accuracy" and scores.accuracy_interval:
+        low, high = scores.accuracy_interval
+    elif run.task.main_metric == "f_1":
+        low, high = wilson_interval(best, n)
+    else:
+        z, half = np.arctanh(np.clip(best, -0.999999, 0.999999)), 1.96 / np.sqrt(max(1, n - 3))
+        low, high = np.tanh(z - half), np.tanh(z + half)
+    return float(high - low) / 2
+
+
+def _on_speed(run: Run) -> Iterator[str]:
+    spreads = [
+        (max(model.rates) - min(model.rates)) / model.sentences_per_second for model in run.results.models.values()
+    ]
+    spread = max(*spreads, *(file.spread for file in run.export.files))
+    if spread > BUSY_SPREAD:
+        yield (
+            f"Passes over the same batches differed by up to {spread:.0%}: the machine was busy while speed was measured. Measure "
+            "again with `pkd evaluate` on an idle one before you quote a figure."
+        )
 
 
 def _on_stages(run: Run) -> Iterator[str]:

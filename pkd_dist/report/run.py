@@ -85,6 +85,7 @@ class ModelResult:
     Attributes:
         rates: sentences per second of each pass; `sentences_per_second` is their median.
         latencies_ms: of single-sentence requests.
+        threads: of the CPU; 0: unknown, or a GPU.
     """
 
     scores: Scores
@@ -92,6 +93,7 @@ class ModelResult:
     sentences_per_second: float
     rates: tuple[float, ...]
     latencies_ms: tuple[float, ...]
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class ExportFile:
     latency_ms_p50: float
     latency_ms_p99: float
     sentences_per_second: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class Export:
     """The export; `largest_difference` is that of a logit between the exported and the trained student."""
 
     processor: str
+    threads: int
     files: tuple[ExportFile, ...]
     largest_difference: float
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import Answer, answer
 from pkd_dist.export import manifest
-from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
+from pkd_dist.export.runtime import ONNX_FILES, PREFERRED, OnnxModel
 from pkd_dist.serve.tokenizer import ServingTokenizer, Texts
 
 
@@ -33,7 +33,7 @@ class ServedModel:
         made = manifest.verify(folder)
         if missing := {"task", "max_length", "pair"} - made.keys():
             raise UserError(f"{folder / manifest.MANIFEST}: {sorted(missing)[0]} is missing; export it again")
-        available = [name for name in ("onnx-int8", "onnx", "onnx-fp16") if ONNX_FILES[name] in made["files"]]
+        available = [name for name in PREFERRED if ONNX_FILES[name] in made["files"]]
         if not available or (format and format not in available):
             raise UserError(
                 f"{folder}: has no file of the format {format or 'onnx'} (it has {', '.join(made.get('formats', []))}; pkd serve "
@@ -45,9 +45,12 @@ class ServedModel:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         self._names = {int(number): name for number, name in names.items()}
         self.pair = bool(made["pair"])
-        self.about = {"file": file, "sha256": made["files"][file], "task": made["task"]}
+        self.about = {
+            "file": file, "sha256": made["files"][file], "task": made["task"], "max_length": made["max_length"],
+        }  # fmt: skip
         self.answer([("warm", "up")[: 1 + self.pair]])
 
     def answer(self, texts: Sequence[Texts]) -> list[Answer]:
         """Return the answers to the texts, in order; each is the one that `pkd predict` gives."""
-        return [answer(logits_C, self._names) for logits_C in self._model(self._tokenizer(texts))]
+        inputs, truncated = self._tokenizer.encode(texts)
+        return [answer(row_C, self._names, cut) for row_C, cut in zip(self._model(inputs), truncated, strict=True)]

@@ -17,6 +17,8 @@ from starlette.requests import Request
 from pkd_dist.evaluation.answer import is_empty
 from pkd_dist.serve.tokenizer import Texts
 
+_SINGLE, _PAIR = '{"text": ...}', '{"text": ..., "text_pair": ...}'
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -107,7 +109,7 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
         raise HTTPException(400, f"the body is not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
-    form = '{"text": ..., "text_pair": ...}' if pair else '{"text": ...}'
+    form = _PAIR if pair else _SINGLE
     if not isinstance(given, dict):
         raise HTTPException(422, f'the body must be {form}, or {{"texts": [{form}, ...]}}')
     single = "texts" not in given
@@ -124,7 +126,8 @@ def _checked(row: object, pair: bool, form: str, limits: Limits) -> Texts:
     if isinstance(row, str) and not pair:
         row = {"text": row}
     if not isinstance(row, dict) or set(row) != set(names):
-        raise HTTPException(422, f"each text must be {form}")
+        takes = "a pair of texts" if pair else "a single text"
+        raise HTTPException(422, f"each text must be {form}: the model takes {takes}")
     texts = tuple(_checked_text(name, row[name], limits) for name in names)
     if all(map(is_empty, texts)):
         raise HTTPException(422, f"{' and '.join(names)} {'are both' if pair else 'is'} empty")

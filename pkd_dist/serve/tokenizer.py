@@ -54,14 +54,19 @@ class ServingTokenizer:
 
     def __call__(self, texts: Sequence[Texts]) -> dict[str, np.ndarray]:
         """Return `input_ids`, `token_type_ids` and `attention_mask` of the texts, each int64 (B, L)."""
+        return self.encode(texts)[0]
+
+    def encode(self, texts: Sequence[Texts]) -> tuple[dict[str, np.ndarray], list[bool]]:
+        """Return the arrays of the texts, and which texts were truncated."""
         encodings: list[Encoding] = self._tokenizer.encode_batch(
             [text[0] if len(text) == 1 else text for text in texts]
         )
-        return {
+        arrays = {
             "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
             "token_type_ids": np.array([encoding.type_ids for encoding in encodings], np.int64),
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
         }
+        return arrays, [bool(encoding.overflowing) for encoding in encodings]
 
 
 def _content(token: object) -> str | None:

@@ -398,7 +398,7 @@ def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
     A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior.
     """
-    before = {key: default for key, default in _defaults().items() if key in now} | before
+    before = {**{key: default for key, default in _defaults().items() if key in now}, **before}
     changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
     shown = [f"{label(key)} changed ({_short(before.get(key))} -> {_short(now.get(key))})" for key in changed[:3]]
     return "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")

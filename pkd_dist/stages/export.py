@@ -6,8 +6,11 @@ import json
 from dataclasses import dataclass
 
 from pkd_dist import __version__
+from pkd_dist.evaluation.results import Deployed
 from pkd_dist.export import build, card, manifest
+from pkd_dist.export.runtime import ONNX_FILES, PREFERRED
 from pkd_dist.files import changed_file, digest_of, sha256
+from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import SAMPLE, DataOutput, open_tokens
@@ -15,6 +18,7 @@ from pkd_dist.stages.distill import DistillOutput, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.run_folder import environment
+from pkd_dist.stages.teacher import teacher_folder
 from pkd_dist.telemetry.log import log
 
 
@@ -50,7 +54,7 @@ def run(context: Context) -> ExportOutput:
 
 def _export(context: Context) -> ExportOutput:
     run, folder = context.resolved, context.resolved.paths.export
-    about = {"task": run.task.name, "main_metric": run.task.main_metric, "pkd_dist": __version__}
+    about = {"main_metric": run.task.main_metric, "pkd_dist": __version__}
     made = build.export(
         _subject(context), run.config.export.formats, folder,
         lambda figures: card.render(_facts(context), figures), about, lambda: context.world.interrupt("export"),
@@ -78,6 +82,7 @@ def _subject(context: Context) -> build.Subject:
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,
+        teacher=encoder.load_model(teacher_folder(context)),
     )
 
 
@@ -103,6 +108,18 @@ def missing(context: Context, output: ExportOutput) -> str | None:
 def artifacts(context: Context) -> Artifacts:
     paths = context.resolved.paths
     return Artifacts((paths.export,), temporary=(paths.checkpoints,) if context.resolved.config.export.prune else ())
+
+
+def deployed(context: Context) -> Deployed | None:
+    """Return the file to deploy; None where the export has only PyTorch's."""
+    folder, metric = context.resolved.paths.export, context.resolved.task.main_metric
+    made = manifest.read(folder)
+    files = made["files_on_dev"]
+    name = next((ONNX_FILES[name] for name in PREFERRED if ONNX_FILES[name] in files), None)
+    if name is None or "teacher" not in made:
+        return None
+    file, student = files[name], files[build.WEIGHTS_FILE]
+    return Deployed(folder / name, file["bytes"], metric, file["main_metric"], file, made["teacher"], student)
 
 
 STAGE = Stage("export", VERSION, ExportOutput, inputs, run, missing, artifacts, require_rerunnable=require_weights)

@@ -63,7 +63,7 @@ def _create(context: Context) -> InitOutput:
     )
     temporary = folder.with_name(f".{folder.name}.tmp")
     remove(temporary)
-    encoder.save_model(model, run.tokenizer, temporary)
+    encoder.save_model(model, run.tokenizer, temporary, run.config.task.max_length)
     remove(folder)
     os.replace(temporary, folder)
     log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), made_of)

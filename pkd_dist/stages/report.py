@@ -22,6 +22,7 @@ from pkd_dist.files import digest_of
 from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.report import pages
 from pkd_dist.report import run as shown
+from pkd_dist.report.notices import notices
 from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput
@@ -43,9 +44,11 @@ class ReportOutput:
 
     Attributes:
         bytes: size of the page.
+        notices: what it calls worth a look.
     """
 
     bytes: int
+    notices: tuple[str, ...]
 
 
 VERSION = 1
@@ -80,7 +83,7 @@ def _write(context: Context) -> ReportOutput:
         predictions.read(paths.predictions)["dev"],
         manifest.read(paths.export),
     )
-    return ReportOutput(pages.write(page, paths.report))
+    return ReportOutput(pages.write(page, paths.report), tuple(notices(page)))
 
 
 def _times(markers: Markers) -> list[shown.StageTime]:
@@ -205,6 +208,7 @@ def _model_result(content: ModelResults, rates: list[float], latencies_ms: list[
         sentences_per_second=content["reasoningTime"],
         rates=tuple(rates),
         latencies_ms=tuple(latencies_ms),
+        threads=content.get("threads", 0),
     )
 
 
@@ -232,6 +236,7 @@ def _results(output: EvaluateOutput) -> shown.Results:
 def _export(content: Manifest, output: ExportOutput) -> shown.Export:
     return shown.Export(
         processor=content["measured_on"]["processor"],
+        threads=content["measured_on"].get("threads", 1),
         files=tuple(
             shown.ExportFile(
                 name=name,
@@ -241,6 +246,7 @@ def _export(content: Manifest, output: ExportOutput) -> shown.Export:
                 latency_ms_p50=file["latency_ms_p50"],
                 latency_ms_p99=file["latency_ms_p99"],
                 sentences_per_second=file["reasoningTime"],
+                spread=file.get("spread", 0.0),
             )
             for name, file in content["files_on_dev"].items()
         ),

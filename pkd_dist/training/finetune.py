@@ -115,6 +115,6 @@ def _write(teacher: TeacherJob, progress: Progress) -> None:
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in load_file(best).items()})
     temporary = teacher.output.with_name(f".{teacher.output.name}.tmp")
     remove(temporary)
-    save_model(model, teacher.tokenizer, temporary)
+    save_model(model, teacher.tokenizer, temporary, teacher.config.task.max_length)
     remove(teacher.output)
     os.replace(temporary, teacher.output)

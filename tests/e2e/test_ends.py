@@ -127,6 +127,9 @@ def test_a_checkpoint_of_any_stage_is_exported_bit_for_bit(prepared, tmp_path, s
         assert cli.returncode == 0 and "the student at step 13 (dev 0." in cli.stdout, cli.stdout + cli.stderr
         again = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert again.returncode == 2 and again.stderr == f"pkd: --output: {output} exists; choose a new folder\n"
+        read = json.loads((output / "manifest.json").read_text())
+        assert (read["max_length"], read["pair"], read["text_columns"], read["step"]) == (32, False, ["sentence"], 13)
+        assert json.loads((output / "tokenizer_config.json").read_text())["model_max_length"] == 32
     else:
         hf.from_checkpoint(path, output, "float32", None)
     exported = load_file(output / "model.safetensors")

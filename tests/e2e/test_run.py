@@ -1,6 +1,7 @@
 """Whole runs through the real launcher, with a tiny teacher: what they leave behind, and what a second start does."""
 
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -60,6 +61,19 @@ def test_what_a_run_leaves_behind(finished):
         assert found[key] == found["student"][key]
     for side in ("teacher", "student"):
         assert {"parameters", "latency_ms_p50", "latency_ms_p99"} <= found[side].keys()
+        assert found[side]["threads"] == 1, "as OMP_NUM_THREADS says"
+        assert found[side]["samples_per_second"] == found[side]["reasoningTime"] > 0
+    made = json.loads((run / "export/manifest.json").read_text())
+    assert made["measured_on"]["threads"] == made["teacher"]["threads"] == 1
+    assert made["text_columns"] == ["sentence"] and made["max_length"] == 32
+    ending = done.stdout[done.stdout.index("deploy ") :]
+    file, rate = run / "export/onnx/model.int8.onnx", made["files_on_dev"]["onnx/model.int8.onnx"]["samples_per_second"]
+    assert ending.startswith(f"deploy {file}: accuracy ") and f", {rate:,.0f} sentences per second (" in ending
+    assert "latency at batch 1, p50, ms, 1 thread " in ending
+    said = ending[ending.index("worth a look:\n") :].splitlines()[1:]
+    assert any("41 dev examples determine the accuracy only to within" in line for line in said)
+    page = html.unescape((run / "report.html").read_text())
+    assert all(line.startswith("- ") and line[2:] in page for line in said)
     assert found["compression"].keys() == {"parameters", "size", "throughput", "retention", "agreement"}
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["resolved"]["world_size"] == 2

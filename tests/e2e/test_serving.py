@@ -46,6 +46,7 @@ def check(folder):
         negative, positive = wanted[text]
         assert answer["probabilities"] == pytest.approx({"negative": negative, "positive": positive}, abs=1e-4)
         assert answer["label"] == ("negative", "positive")[positive > negative]
+        assert answer.get("truncated", False) == (text == TEXTS[-1]), "of 200 words, for a model that reads 32 tokens"
 
     return compare
 
@@ -58,10 +59,12 @@ def test_one_text_and_several(port, check):
     status, answer = once(port, {"text": TEXTS[0]})
     assert status == 200 and answer.keys() == {"label", "probability", "probabilities"}
     check(TEXTS[0], answer)
-    status, answer = once(port, {"texts": [TEXTS[1], {"text": TEXTS[2]}]})
+    given = [TEXTS[1], TEXTS[2], TEXTS[-1]]
+    status, answer = once(port, {"texts": [given[0], {"text": given[1]}, given[2]]})
     assert status == 200
-    for text, found in zip(TEXTS[1:3], answer["answers"], strict=True):
+    for text, found in zip(given, answer["answers"], strict=True):
         check(text, found)
+    assert once(port, {"text": TEXTS[-1]})[1]["truncated"] is True
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pkd_dist.cli.main import app
 from pkd_dist.comparison.methods import METHODS, as_arguments, parse_methods
 from pkd_dist.comparison.runner import Comparison, train_command
+from pkd_dist.comparison.shares import require_divisible, shares, visible_devices, with_own_port
 from pkd_dist.comparison.table import as_markdown, mean_interval, plot, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
@@ -50,7 +51,10 @@ def test_methods_that_are_rejected(names, own, message):
     [
         (["--seeds", "1,x"], "--seeds: '1,x' is not a list of integers of at least 0, such as 1,2,3"),
         (["--seeds", "-1"], "--seeds: '-1' is not a list of integers of at least 0"),
-        (["--jobs", "2", "--launcher", "deepspeed"], "--jobs: must be 1 with --launcher"),
+        (
+            ["--jobs", "2", "--launcher", "torchrun --master_port=5 --nproc_per_node 2"],
+            "--launcher: --master_port=5: with --jobs",
+        ),
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
         (["--method", "deep: student.layers=[9]"], "student.layers: layer 9 is out of range"),
         (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
@@ -132,7 +136,29 @@ def test_the_interval_of_a_mean_is_students():
     mean, half = mean_interval(list(a - b))
     expected = ttest_rel(a, b).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
-    assert mean_interval([3.0]) == (3.0, None)
+    assert mean_interval([3.0]) == (3.0, None) and mean_interval([3.0, 5.0]) == (4.0, None), "two seeds say too little"
+
+
+def test_runs_at_a_time_have_their_own_gpus_cores_and_port(monkeypatch):
+    found = shares(2, ["4", "5", "6", "7", "8"], [0, 1, 2, 3], one_rank=False)
+    assert [share.devices for share in found] == [("4", "5"), ("6", "7")]
+    assert [share.cores for share in found] == [(0, 1), (2, 3)]
+    assert [share.devices for share in shares(2, ["4", "5", "6", "7"], [0], one_rank=True)] == [("4",), ("6",)]
+    crowded = shares(3, ["4", "5"], [0, 1], one_rank=True)
+    assert [(share.devices, share.cores) for share in crowded] == [(("4",), (0,)), (("5",), (1,)), (("4",), (0,))]
+    assert shares(2, [], [0, 1], one_rank=True)[1].devices == ()
+    ports = set()
+    for launcher in ("deepspeed --num_nodes 1", "torchrun --nproc_per_node 2", "python -m torch.distributed.run"):
+        command = with_own_port(train_command(launcher), launcher, environment := {})
+        assert command[-4:-2] == ["--master_port", environment["MASTER_PORT"]] and command[-1] == "pkd_dist.train"
+        ports.add(environment["MASTER_PORT"])
+    assert with_own_port(train_command("mpirun -n 2"), "mpirun -n 2", environment) == train_command("mpirun -n 2")
+    assert len({*ports, environment["MASTER_PORT"]}) == 4
+    with pytest.raises(UserError, match=r"--launcher: --num_gpus: with --jobs each run has a port and GPUs of its own"):
+        require_divisible("deepspeed --num_gpus 2", ["0", "1"])
+    require_divisible("deepspeed --num_gpus 2", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, MIG-1")
+    assert visible_devices() == ["3", "MIG-1"]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +203,14 @@ def test_the_table_pools_splits_and_pairs_seeds():
     assert scores == pytest.approx({"1": (83 + 213) / 400, "2": (84 + 219) / 400, "3": 0.9})
     gain = [(83 + 213 - 80 - 210) / 400, (84 + 219 - 82 - 216) / 400]
     assert made["methods"]["kd"]["minus finetune"]["score"] == {
-        "mean": pytest.approx(np.mean(gain)), "half_interval_95": pytest.approx(mean_interval(gain).half),
+        "mean": pytest.approx(np.mean(gain)), "half_interval_95": None,
     }  # fmt: skip
     assert (
         made["methods"]["shallow"]["half_interval_95"]["score"] is None
         and "minus finetune" not in made["methods"]["shallow"]
     )
+    assert made["methods"]["finetune"]["half_interval_95"]["score"] is None
+    assert made["methods"]["kd"]["half_interval_95"]["score"] > 0
     table = as_markdown(made)
     assert (
         "| teacher |  |  | 90.00 | 80.00 | 82.50 | 100.00 |" in table and "| shallow | 1 | 1 | 50.00 | 50.00 |" in table
@@ -199,3 +227,40 @@ def test_the_table_pools_splits_and_pairs_seeds():
         "accuracy on dev + test, %",
         "agreement with the teacher, %",
     ]
+
+
+def test_no_axis_leaves_0_to_100_percent():
+    results = {"kd": {1: result(0.1, 0.1, 0.1), 2: result(0.99, 0.99, 0.99), 3: result(1.0, 1.0, 1.0)}}
+    made = summarize(load(None, ["run.dir=unused"]), results, {"kd": 2})
+    assert made["methods"]["kd"]["mean"]["score"] + made["methods"]["kd"]["half_interval_95"]["score"] > 1.5
+    for axes in plot(made).axes:
+        low, high = axes.get_xlim()
+        assert 0 <= low < high <= 100
+
+
+def test_rows_that_cannot_be_compared_are_left_out(tmp_path):
+    """Of another configuration, or of a method whose settings changed; the others stay."""
+
+    def earlier(*overrides, own):
+        return comparison(tmp_path, *overrides, methods="kd", own=own)._earlier()
+
+    made = comparison(tmp_path, methods="kd", own=["mine: distill.beta=1"])
+    made.output.mkdir()
+    written = made._write({"kd": {1: result(0.8, 0.7, 0.8)}, "mine": {1: result(0.8, 0.7, 0.8)}}, None)
+    assert list(earlier(own=["mine: distill.beta=1"])["methods"]) == ["kd", "mine"] == list(written["methods"])
+    assert list(earlier(own=["mine: distill.beta=2"])["methods"]) == ["kd"]
+    assert earlier("train.epochs=9", own=[]) is None
+    (made.output / "compare.json").write_text('{"methods": {"kd": 1}}')
+    assert earlier(own=[]) is None
+
+
+def test_a_later_call_adds_methods_and_seeds():
+    config, depths = load(None, ["run.dir=unused"]), {"finetune": 2, "kd": 2}
+    first = summarize(config, {"finetune": {1: result(0.8, 0.7, 0.8), 10: result(0.8, 0.7, 0.8)}}, depths)
+    second = summarize(config, {"kd": {1: result(0.9, 0.9, 0.9)}}, depths, first)
+    third = summarize(config, {"finetune": {2: result(0.82, 0.72, 0.8)}}, depths, second)
+    assert {name: list(method["seeds"]) for name, method in third["methods"].items()} == {
+        "finetune": ["1", "2", "10"], "kd": ["1"],
+    }  # fmt: skip
+    assert third["methods"]["kd"]["minus finetune"]["score"]["mean"] == pytest.approx(0.9 - (80 + 210) / 400)
+    assert third["methods"]["finetune"]["half_interval_95"]["score"] is not None

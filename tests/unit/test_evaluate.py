@@ -14,8 +14,9 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.metrics import agreement, score, undefined, wilson_interval
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import evaluating, predict_logits, predict_logits_single
-from pkd_dist.evaluation.speed import TimedInputs, measure_speed
+from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
 
 EXAMPLES, PAD = 37, 0
 
@@ -188,13 +189,30 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
     for timing in found.values():
         assert timing.latencies_ms_R.shape == (10,) and len(timing.rates) == 2
         figures = timing.figures
-        assert figures.keys() == {"latency_ms_p50", "latency_ms_p99", "reasoningTime"}
+        assert figures.keys() == Speed.__annotations__.keys()
+        assert (
+            figures["reasoningTime"] == figures["samples_per_second"] and figures["threads"] == torch.get_num_threads()
+        )
         assert 0 < figures["latency_ms_p50"] <= figures["latency_ms_p99"] and figures["reasoningTime"] > 0
     batches = EXAMPLES // 8  # the full ones
     timed = seen[-3 * (10 + 2 * batches) :]
     assert len(seen) == len(timed) + 3 * 6, "warm-up: 5 sentences and a batch of each"
     assert [name for name, _ in timed] == list(names) * (10 + 2 * batches), "in turn"
     assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
+
+
+def test_the_threads_are_those_that_the_user_allows(monkeypatch):
+    before = torch.get_num_threads()
+    for given, wanted in (("3", 3), ("2,1", 2), ("", 5), ("0", 5), ("many", 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with timing_threads(5) as threads:
+            assert threads == torch.get_num_threads() == wanted
+        assert torch.get_num_threads() == before
+
+
+def test_the_spread_of_the_passes():
+    figures = Timing(np.asarray([1.0]), [100.0, 80.0, 120.0], 2).figures
+    assert (figures["samples_per_second"], figures["spread"], figures["threads"]) == (100.0, 0.4, 2)
 
 
 @pytest.mark.parametrize(("examples", "wanted"), [(8, [4]), (12, [2, 8]), (24, [1, 4, 7]), (72, range(9))])

@@ -1,7 +1,6 @@
 """`pkd predict`: answers equal the model's, in the order of the lines; invalid lines are rejected."""
 
 import io
-import json
 import sys
 
 import pytest
@@ -12,7 +11,8 @@ from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.predict import lines, predict
+from pkd_dist.evaluation.inputs import Example, Form, lines, read
+from pkd_dist.evaluation.predict import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 def test_answers_are_the_models_own(folder):
     texts = ["a film", "the plot was very dull and the story empty", "good"]
-    said = [json.loads(line) for line in predict(folder, ((t, t) for t in texts), False, None, 2)]
+    said = list(Predictor(folder)((Example(text, (text,)) for text in texts), 2))
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for text, answer in zip(texts, said, strict=True):
         shares = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1).detach()
@@ -34,23 +34,27 @@ def test_answers_are_the_models_own(folder):
 @pytest.mark.parametrize(
     ("text", "pair", "message"),
     [
-        ("", False, "here:1: the text is empty; every line needs one"),
-        ("  \t", True, "here:1: the text is empty"),
-        ("no tab", True, "here:1: --pair needs two texts separated by one tab, but this line has 1"),
+        ("", False, "text 1: the text is empty; every input needs one"),
+        ("  \t", True, "text 1: the text is empty"),
+        ("no tab", True, "text 1: a pair needs two texts separated by one tab, but this line has 1"),
         ("a\tb\tc", True, "but this line has 3"),
         ("\u200b\x00", False, "the text is empty"),
-        ("bad \udcff byte", False, "here:1: the text is not UTF-8"),
+        ("bad \udcff byte", False, "text 1: the text is not UTF-8"),
     ],
 )
-def test_an_invalid_text_is_rejected(folder, text, pair, message):
+def test_an_invalid_text_is_rejected(text, pair, message):
     with pytest.raises(UserError, match=message):
-        list(predict(folder, [("here:1", text)], pair, 16, 4))
+        list(read([text], "-", [], pair, Form()))
+
+
+def test_one_half_of_a_pair_may_be_empty():
+    assert [example.texts for example in read(["\tb", "a\t"], "-", [], True, Form())] == [("", "b"), ("a", "")]
 
 
 def test_texts_before_an_invalid_one_are_answered(folder):
-    answers = predict(folder, [("here:1", "good"), ("here:2", "fine"), ("here:3", "")], False, 16, 4)
-    assert [json.loads(next(answers))["text"] for _ in range(2)] == ["good", "fine"]
-    with pytest.raises(UserError, match="here:3: the text is empty"):
+    answers = Predictor(folder)(read(["good", "fine", ""], "-", [], False, Form()), 4)
+    assert [next(answers)["text"] for _ in range(2)] == ["good", "fine"]
+    with pytest.raises(UserError, match="text 3: the text is empty"):
         next(answers)
 
 
@@ -82,7 +86,7 @@ def test_pkd_predict_rejects_bad_arguments(folder, arguments, message):
 
 def test_a_regression_gives_its_value(tmp_path):
     folder = make_folder(tmp_path / "bert", "bert", classifier=True, names=("score",))
-    answer, half = [json.loads(line) for line in predict(folder, [("", "a\tb"), ("", "\tb")], True, None, 1)]
+    answer, half = Predictor(folder)([Example("", ("a", "b")), Example("", ("", "b"))], 1)
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
         value, half_value = (float(model(**tokenizer(a, "b", return_tensors="pt")).logits) for a in ("a", ""))

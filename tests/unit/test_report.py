@@ -253,6 +253,27 @@ class TestMoreWarnings:
         change(run, "distill", fell)
         expected = "overfitted: epoch 2 of 3 was the best (75.0% on dev, kept), and the last one reached 70.0%"
         assert expected in self.shown(run)
+        change(run, "evaluate", lambda out: out["results"]["student"].update(accuracy_interval_95=[0.75, 0.86]))
+        assert "overfitted" not in self.shown(run), "5 points are within the interval"
+
+    @pytest.mark.parametrize(
+        ("metric", "last", "warned"), [("f1", 0.7, False), ("f1", 0.6, True), ("mcc", 0.7, False), ("mcc", 0.5, True)]
+    )
+    def test_overfitting_beyond_noise_by_any_metric(self, run, metric, last, warned):
+        """200 examples: F1 of 0.75 is known to within 0.06, a correlation of 0.75 to within 0.06."""
+        path = run / "config.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"task": {"metric": metric}}))
+
+        def fell(out):
+            out["history"][-1]["main_metric"], out["best_metric"] = last, 0.75
+
+        change(run, "distill", fell)
+        assert ("overfitted" in self.shown(run)) == warned
+
+    def test_a_busy_machine(self, run):
+        assert "busy" not in self.shown(run)
+        change(run, "evaluate", lambda out: out["rates"].update(student=[200.0, 371.0, 380.0]))
+        assert "differed by up to 49%: the machine was busy while speed was measured" in self.shown(run)
 
     def test_few_examples(self, run):
         change(run, "evaluate", lambda out: out["results"]["student"].update(accuracy_interval_95=[0.7, 0.9]))

@@ -7,7 +7,7 @@ import pytest
 from pkd_dist.config.load import load
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.results import closing_table, combine, table_rows
+from pkd_dist.evaluation.results import Deployed, closing_table, combine, table_rows
 from pkd_dist.export.card import CardFacts, render
 
 
@@ -67,6 +67,29 @@ def test_the_closing_table(results):
     assert ("parameters", "4,000,000", "2,000,000") in table_rows(results)
 
 
+def speed(rate, p50):
+    return {
+        "latency_ms_p50": p50, "latency_ms_p99": 9.0, "samples_per_second": rate, "reasoningTime": rate, "spread": 0.1,
+        "threads": 2,
+    }  # fmt: skip
+
+
+def test_the_closing_table_leads_with_the_file_to_deploy(results):
+    """With speeds of one session, and what they were measured on."""
+    file = Deployed(
+        Path("RUN/model.int8.onnx"), 1_500_000, "accuracy", 0.59, speed(1000, 0.5), speed(50, 9.5), speed(90, 5)
+    )
+    lines = closing_table(results, Path("RUN/export"), Path("RUN/report.html"), file).splitlines()
+    assert lines[0] == (
+        "deploy RUN/model.int8.onnx: accuracy 59.0%, 1.5 MB, 1,000 sentences per second (20.0 times the teacher's), "
+        "p50 0.50 ms, 2 threads"
+    )
+    table = [line.split() for line in lines]
+    assert ["size,", "MB", "(10^6", "bytes)", "16.0", "8.0"] in table
+    assert ["sentences", "per", "second,", "2", "threads", "50", "90"] in table
+    assert ["latency", "at", "batch", "1,", "p50,", "ms,", "2", "threads", "9.50", "5.00"] in table
+
+
 def test_the_model_card(results, tmp_path):
     def summary(source, examples):
         return TokenSetSummary(source, examples, examples, "d", "i", 900, 30, 0, [])
@@ -100,6 +123,14 @@ def test_the_model_card(results, tmp_path):
     ):
         assert line in text
     assert str(tmp_path.parent) not in text, "folders of this machine mean nothing elsewhere"
+    assert "that of one core of CPU" in text and "other work" not in text and "teacher, PyTorch" not in text
+    busy = {name: figures | {"spread": 0.5} for name, figures in files.items()}
+    on, timed = on | {"threads": 3}, speed(50, 9.5)
+    text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": busy, "measured_on": on, "teacher": timed})
+    assert "that of 3 threads of CPU" in text and "differed by up to 50%: other work on the machine" in text
+    assert "| teacher, PyTorch | 16.0 | 0.8000 | | 0.9000 | 9.50 | 9.00 | 50 |" in text
+    assert text.count("sentences per second") == 1, "one session"
+    on = on | {"threads": 1}
     assert "ONNX" not in render(
         facts, {"formats": formats[:1], "opset": 20, "files_on_dev": {"model.safetensors": file}, "measured_on": on}
     )

@@ -87,7 +87,9 @@ def require_same_arrays(folder, texts, max_length):
             return_tensors="np",
             return_token_type_ids=True,
         )
-        made = serving(given)
+        made, truncated = serving.encode(given)
+        full = reference(*columns)["input_ids"]
+        assert truncated == [len(ids) > max_length for ids in full]
         assert made["input_ids"].shape[1] <= max_length
         for name, array in wanted.items():
             assert made[name].dtype == array.dtype == np.int64
@@ -138,6 +140,7 @@ def test_answers():
         json.dumps(made, allow_nan=False)
     assert answer(np.float32([1000, -1000]), {0: "a", 1: "b"})["probabilities"] == {"a": 1.0, "b": 0.0}
     assert answer(np.float32([2.5]), {}) == {"value": 2.5}
+    assert answer(np.float32([2.5]), {}, truncated=True) == {"value": 2.5, "truncated": True}
 
 
 def batcher(answer_batch, **options):
@@ -179,8 +182,13 @@ def test_a_full_queue_and_a_failing_batch():
         ({"text": "a"}, False, (True, [("a",)])),
         ({"texts": ["a", {"text": "b"}]}, False, (False, [("a",), ("b",)])),
         ({"text": "a", "text_pair": "b"}, True, (True, [("a", "b")])),
-        ({"text": "a"}, True, "each text must be"),
-        ({"texts": ["a"]}, True, "each text must be"),
+        ({"text": "a", "text_pair": ""}, True, (True, [("a", "")])),
+        ({"text": "a"}, True, 'each text must be {"text": ..., "text_pair": ...}: the model takes a pair of texts'),
+        ({"texts": ["a"]}, True, "the model takes a pair of texts"),
+        ({"texts": [["a", "b"]]}, True, "the model takes a pair of texts"),
+        ({"text": "", "text_pair": " "}, True, "text and text_pair are empty"),
+        ({"text": "a", "text_pair": "b"}, False, 'each text must be {"text": ...}: the model takes a single text'),
+        ({"texts": ["a", {"text": "a", "text_pair": "b"}]}, False, "the model takes a single text"),
         ({"texts": ["a"], "text": "b"}, False, "and the only key"),
         ({"text": "\u200b\t"}, False, "text is empty"),
         ({"text": "", "text_pair": "b"}, True, (True, [("", "b")])),

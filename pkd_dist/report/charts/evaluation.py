@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pkd_dist.evaluation.results import SIDES
+from pkd_dist.evaluation.results import SIDES, threads
 from pkd_dist.report.charts.drawing import COLORS, Draw, Plot, bars, plot
 from pkd_dist.report.run import Run
 
@@ -50,7 +50,7 @@ def latency(run: Run) -> Plot:
     )
     note = (
         f"share of {len(latencies['student'])} single-sentence requests answered within the time; dots: p50, p95, p99; "
-        "the slowest 0.5% are not shown"
+        f"the slowest 0.5% are not shown{threads(run.results.student.threads)}"
     )
     return plot("Latency at batch 1", note, f"Latency at batch 1: {percentiles}", draw)
 
@@ -61,6 +61,7 @@ def throughput(run: Run) -> Plot:
     passes = {side: run.results.models[side].rates for side in SIDES}
     note = (
         f"sentences per second in batches of {run.config.evaluate.batch_size}, higher is better; rings: single passes"
+        f"{threads(run.results.student.threads)}"
     )
     return bars("Throughput", note, rates, SIDES, "{:,.0f}".format, passes)
 

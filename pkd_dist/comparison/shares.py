@@ -1,0 +1,80 @@
+"""What each of several runs at a time has to itself: GPUs, cores and a port for its ranks to meet at."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd_dist.errors import UserError
+from pkd_dist.network import free_port
+
+_OWN_PORT = ("--master_port", "--master-port", "--rdzv_endpoint", "--rdzv-endpoint")
+_OWN_DEVICES = ("--num_gpus", "--num_accelerators", "--include", "--exclude")
+"""Options with which deepspeed ignores CUDA_VISIBLE_DEVICES."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run may use.
+
+    Attributes:
+        devices: For CUDA_VISIBLE_DEVICES; empty: there is no GPU.
+        cores: Of this process's.
+    """
+
+    devices: tuple[str, ...]
+    cores: tuple[int, ...]
+
+
+def visible_devices() -> list[str]:
+    """Return the names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def shares(jobs: int, devices: Sequence[str], cores: Sequence[int], one_rank: bool) -> list[Share]:
+    """Divide the GPUs and the cores of this host among `jobs` runs; where there are fewer than runs, several share one.
+
+    Args:
+        one_rank: Of each run, which uses one GPU.
+    """
+    return [Share(_part(devices, job, jobs)[: 1 if one_rank else None], _part(cores, job, jobs)) for job in range(jobs)]
+
+
+def _part(items: Sequence, job: int, jobs: int) -> tuple:  # type: ignore[type-arg]
+    size = len(items) // jobs
+    return tuple(items[job * size : (job + 1) * size] or items[job % len(items) :][:1]) if items else ()
+
+
+def require_divisible(launcher: str, devices: Sequence[str]) -> None:
+    """Check that several runs of a launcher can run side by side.
+
+    Raises:
+        UserError: It fixes the port or the GPUs, which would be the same for all runs.
+    """
+    fixed = _OWN_PORT + (_OWN_DEVICES if devices and "deepspeed" in _programs(launcher) else ())
+    for option in shlex.split(launcher):
+        if option.partition("=")[0] in fixed:
+            raise UserError(
+                f"{option}: with --jobs each run has a port and GPUs of its own; leave the option out", "--launcher"
+            )
+
+
+def with_own_port(command: Sequence[str], launcher: str, environment: dict[str, str]) -> list[str]:
+    """Return the command of a run whose ranks meet at a free port; sets MASTER_PORT for launchers without an option."""
+    port = environment["MASTER_PORT"] = str(free_port())
+    arguments = shlex.split(launcher)
+    if {"deepspeed", "torchrun", "torch.distributed.run"} & set(_programs(launcher)):
+        return [*command[: len(arguments)], "--master_port", port, *command[len(arguments) :]]
+    return list(command)
+
+
+def _programs(launcher: str) -> list[str]:
+    return [Path(argument).name for argument in shlex.split(launcher)]

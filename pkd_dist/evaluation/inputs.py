@@ -1,0 +1,149 @@
+"""What `pkd predict` classifies: texts of the command line, lines of a file or of standard input, rows of a table.
+
+texts, lines or rows -> checked examples, each with its place for messages and the other columns of its row
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pkd_dist.data.rows import FILE_EXTENSIONS, is_table, read_file
+from pkd_dist.data.tables import TableSpec
+from pkd_dist.errors import UserError
+from pkd_dist.evaluation.answer import is_empty
+
+
+@dataclass(frozen=True)
+class Example:
+    """The one or two texts of an input.
+
+    Attributes:
+        place: For messages.
+        columns: Of its row, the others.
+    """
+
+    place: str
+    texts: tuple[str, ...]
+    columns: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model was trained to read.
+
+    Attributes:
+        pair: Whether an input is two texts; None: unknown.
+        columns: The text columns of its data; empty: unknown.
+        headerless: All columns of a TSV file of its data that has no header line.
+    """
+
+    pair: bool | None = None
+    columns: tuple[str, ...] = ()
+    headerless: tuple[str, ...] = ()
+
+    def require(self, pair: bool, where: str) -> None:
+        """Raise UserError if the model takes single texts and is given pairs, or the other way round."""
+        if self.pair not in (None, pair):
+            takes, given = ("pairs of texts", "single texts") if self.pair else ("single texts", "pairs of texts")
+            raise UserError(f"{where}: the model takes {takes}, not {given}; give it the form that it was trained on")
+
+
+def read(texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, form: Form) -> Iterator[Example]:
+    """Return the examples of a command line, which are read as they are taken.
+
+    Args:
+        texts: Those of the command line; empty: read `file`.
+        file: A table, known by its extension, or a text a line; `-`: standard input.
+        columns: The text columns of the table; empty: those of `form`.
+        pair: An input is a pair, whatever `form` knows.
+
+    Raises:
+        UserError: The file cannot be read, or an input is empty or has not the form that the model takes.
+    """
+    table = not texts and is_table(Path(file))
+    if not (texts or table or Path(file).suffix in ("", ".txt")):
+        raise UserError(
+            f"--file: {file} is neither a table (.{', .'.join(FILE_EXTENSIONS)}) nor .txt, a text a line; rename it"
+        )
+    if columns and not table:
+        raise UserError(f"names a column of a table; give one with --file (.{', .'.join(FILE_EXTENSIONS)})", "--text")
+    if len(columns) > 2 or (pair and len(columns) == 1):
+        raise UserError(f"{len(columns)} column(s); give one for single texts and two for pairs", "--text")
+    if pair or columns:
+        form.require(pair or len(columns) == 2, "--text" if columns else "--pair")
+    if table:
+        _require_readable(file)
+        return _rows(Path(file), tuple(columns) or form.columns, form.headerless)
+    given = ((f"text {i}", text) for i, text in enumerate(texts, start=1)) if texts else lines(file)
+    return (_example(place, text, pair or bool(form.pair), form) for place, text in given)
+
+
+def _require_readable(file: str) -> None:
+    try:
+        open(file, "rb").close()
+    except OSError as error:
+        raise UserError(f"--file: {file} cannot be read ({error.strerror})") from None
+
+
+def lines(file: str) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) for each non-blank line of a file, or of standard input (`-`).
+
+    Raises:
+        UserError: The file cannot be read, or a line is not UTF-8.
+    """
+    name = "standard input" if file == "-" else file
+    if file != "-":
+        _require_readable(file)
+    with sys.stdin.buffer if file == "-" else open(file, "rb") as source:
+        for number, line in enumerate(source, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{name}:{number}: byte 0x{line[error.start]:02x} is not valid UTF-8; save the text as UTF-8"
+                ) from None
+            if text.strip():
+                yield f"{name}:{number}", text
+
+
+def _example(place: str, text: str, pair: bool, form: Form) -> Example:
+    halves = tuple(text.split("\t")) if pair else (text,)
+    if pair and len(halves) != 2:
+        raise UserError(
+            f"{place}: a pair needs two texts separated by one tab, but this line has {len(halves)}; or give a table of pairs, "
+            "--file PAIRS.csv"
+        )
+    if form.pair is False and "\t" in text:
+        raise UserError(
+            f"{place}: has a tab, as a pair or a row of a table, but the model takes single texts; give a table with --file and "
+            "--text, or write a space for the tab"
+        )
+    return checked(Example(place, halves))
+
+
+def checked(example: Example) -> Example:
+    """Return an example whose text can be read; one half of a pair may be empty.
+
+    Raises:
+        UserError: All its text is empty, or it is not UTF-8.
+    """
+    if all(map(is_empty, example.texts)):
+        raise UserError(f"{example.place}: the text is empty; every input needs one")
+    if any("\ud800" <= character <= "\udfff" for text in example.texts for character in text):
+        raise UserError(f"{example.place}: the text is not UTF-8")
+    return example
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _rows(path: Path, columns: tuple[str, ...], headerless: tuple[str, ...]) -> Iterator[Example]:
+    """Yield the rows of a table: the text columns as training reads them, the others as they are."""
+    if not columns:
+        raise UserError(f"name the text column of {path}, or give it twice for the two of a pair", "--text")
+    table = read_file(path, TableSpec(columns, headerless=headerless, keep_others=True))
+    for number, values in table.rows:
+        yield checked(Example(table.at(number), tuple(value or "" for value in values), dict(table.others)))
