@@ -30,6 +30,8 @@ TASK_OPTIONS = {
     "text": "--text",
     "label": "--label",
     "kind": "--kind",
+    "class_names": "--class-name",
+    "positive": "--positive",
     "max_length": "--max-length",
 }
 """Key of the section `task` -> the option that sets it."""

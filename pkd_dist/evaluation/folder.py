@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pkd_dist.config import schema
 from pkd_dist.data import sources, tasks, text, tokens
 from pkd_dist.data.class_mapping import (
     class_order,
+    match,
+    output_names,
     require_outputs,
     require_outputs_for_split,
-    with_positive_class,
+    with_positive,
 )
 from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.distributed.ranks import discover
@@ -22,6 +25,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import size_figures
 from pkd_dist.evaluation.metrics import score_split
+from pkd_dist.evaluation.results import class_facts
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
@@ -50,15 +54,15 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
     sources.require(task_settings.data, split, task)
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
     require_compatible(config, tokenizer, task_settings.max_length, model, MODEL_OPTION)
-    if not encoder.is_fine_tuned(folder, MODEL_OPTION):
-        raise UserError(
-            f"{model} is not fine-tuned (it has no sequence classifier); give a fine-tuned folder", MODEL_OPTION
-        )
+    encoder.require_classifier(folder, model, MODEL_OPTION)
     require_outputs(task, config, model, MODEL_OPTION)
     order = class_order(task, config, MODEL_OPTION)
-    task = with_positive_class(task, order)
-    examples = _read(task_settings.data, split, task, order)
+    examples, per_class = _read(task_settings.data, split, task, order)
     require_outputs_for_split(task, config, examples, model, MODEL_OPTION)
+    about: Mapping[str, object] = {}
+    if not task.regression:
+        classes = match(task, examples.classes, per_class, output_names(config))
+        task, about = with_positive(task, classes), class_facts(classes)
     classifier = encoder.load_model(folder, MODEL_OPTION)
     world = World(discover())
     try:
@@ -72,16 +76,23 @@ def evaluate_folder(model: str, task_settings: schema.Task, settings: schema.Eva
             timing = measure_speed({"model": forward}, inputs)["model"]
             scores = score_split(logits_NC, made, task)
             n = len(made)
-        return {"task": task.name, "split": split, "n": n, **scores, **size_figures(classifier), **timing.figures}
+        figures = {**scores, **size_figures(classifier), **timing.figures}
+        return {"task": task.name, "split": split, "n": n, **figures, **about}
     finally:
         world.close()
 
 
-def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> Split:
-    """Read a labelled split; a task without fixed classes takes them from the training split, if there is one."""
-    if classes is None and not task.regression and sources.locate(data, "train", task):
-        classes = text.read(data, "train", task).classes
+def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> tuple[Split, Sequence[int] | None]:
+    """Read a labelled split, and count the training examples of each class if they choose the positive one.
+
+    A task without fixed classes takes them from the training split, if there is one.
+    """
+    per_class: list[int] | None = None
+    two_of_data = task.positive_class is None and len(classes or ()) in (0, 2) and not task.regression
+    if two_of_data and sources.locate(data, "train", task):
+        train = text.read(data, "train", task, classes)
+        classes, per_class = train.classes, np.bincount(train.labels_N, minlength=len(train.classes)).tolist()
     examples = text.read(data, split, task, classes)
     if not is_labelled(examples.labels_N).all():
         raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")
-    return examples
+    return examples, per_class

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pkd_dist.data.class_mapping import output_names
+from pkd_dist.data.class_mapping import output_names, require_supported_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer, is_empty
 from pkd_dist.evaluation.scoring import forward_of
@@ -57,6 +57,8 @@ def predict(
         UserError: The model cannot be used, or a text is empty or not a pair. Earlier texts are answered first.
     """
     folder = encoder.locate(model, "--model")
+    encoder.require_classifier(folder, model, "--model")
+    require_supported_outputs(encoder.load_config(folder, "--model"), model, "--model")
     classifier = encoder.load_model(folder, "--model")
     tokenizer = encoder.load_tokenizer(folder, "--model")
     if tokenizer.pad_token_id is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
 
 from pkd_dist.config.schema import Config
+from pkd_dist.data.class_mapping import ClassMapping
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.results import Results, agreement_sentence, table_rows
@@ -35,8 +35,18 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving
 (`tokenizer(text, truncation=True, max_length={{ config.task.max_length }})`).
-{% if facts.class_names %}
-Classes, in the order of the logits: {{ facts.class_names | join(", ") }}.
+{% if facts.classes %}
+Classes, in the order of the logits: {{ facts.classes.names | join(", ") }}.
+
+| output of the teacher | label in the data | class |
+| --- | --- | --- |
+{% for row in facts.classes.as_rows() -%}
+| {{ row.output }} | {{ row.label }} | {{ row.name }} |
+{% endfor %}
+{% if facts.classes.positive is not none %}
+
+Precision, recall and F1 are those of the class {{ facts.classes.names[facts.classes.positive] }} ({{ facts.classes.why }}).
+{% endif %}
 {% else %}
 One output: the predicted value.
 {% endif %}
@@ -97,7 +107,7 @@ class CardFacts:
 
     Attributes:
         main_metric: key of the metric that selected the best epoch.
-        class_names: in the order of the logits; empty for a regression.
+        classes: what the outputs mean; None for a regression.
         initialized_from: one line on the student's initial weights.
     """
 
@@ -105,7 +115,7 @@ class CardFacts:
     results: Results
     environment: Environment
     main_metric: str
-    class_names: Sequence[str]
+    classes: ClassMapping | None
     train: TokenSetSummary
     dev: TokenSetSummary
     best_epoch: int

@@ -10,12 +10,13 @@ from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
-from pkd_dist.files import remove
+from pkd_dist.files import digest_of, remove
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
+from pkd_dist.model.regression_head import standardize
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_tokens, training_set
+from pkd_dist.stages.data import DataOutput, open_tokens, scale_input, training_set
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
@@ -122,9 +123,9 @@ STAGE = Stage("cache", VERSION, CacheOutput, inputs, run, missing, artifacts)
 
 def needed_fingerprint(context: Context) -> Fingerprint:
     """Return the identity of the teacher outputs that this run needs."""
-    run = context.resolved
+    run, weights, scale = context.resolved, context.output(TeacherOutput).weights, scale_input(context)
     return Fingerprint(
-        teacher=context.output(TeacherOutput).weights,
+        teacher=digest_of([weights, scale]) if scale else weights,  # standardized outputs are another teacher's
         tokenizer=encoder.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
@@ -144,7 +145,7 @@ def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
     """Load the teacher with the hidden states of `layers`, counted from 1."""
     run = context.resolved
     return LiveTeacher(
-        encoder.load_model(teacher_folder(context)),
+        standardize(encoder.load_model(teacher_folder(context)), context.output(DataOutput).scale),
         layers,
         run.teacher_precision,
         run.config.cache.dtype,

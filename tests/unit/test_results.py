@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from pkd_dist.config.load import load
+from pkd_dist.data.class_mapping import match
 from pkd_dist.data.prepare import TokenSetSummary
+from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.results import closing_table, combine, table_rows
 from pkd_dist.export.card import CardFacts, render
@@ -67,7 +69,7 @@ def test_the_model_card(results):
     )  # fmt: skip
     facts = CardFacts(
         config=load(None, ["run.dir=unused", "teacher.model=MINE"]), results=results, environment=environment,
-        main_metric="f_1", class_names=["no", "yes"], train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
+        main_metric="f_1", classes=match(Task("t", ("a",), "b"), ("no", "yes"), [9, 1], ("LABEL_0", "LABEL_1")), train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)",
     )  # fmt: skip
     file = {"bytes": 4e6, "main_metric": 0.6, "largest_difference": 1e-6, "agreement": 1.0, **size_and_speed(2)}
@@ -78,6 +80,8 @@ def test_the_model_card(results):
     for line in (
         "# sst2: a 2-layer student",
         "Classes, in the order of the logits: no, yes.",
+        "| LABEL_1 | yes | yes |",
+        "those of the class yes (the rarer one in training; set task.positive to choose).",
         "| accuracy | 80.0% (70.0 to 90.0) | 60.0% (50.0 to 70.0) |",
         "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 1.0000 | 2.00 | 3.00 | 200 |",
         "by F1 on `dev.tsv`",
