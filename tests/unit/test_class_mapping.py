@@ -116,7 +116,7 @@ def test_the_mapping_in_one_line():
         (
             GLUE["stsb"],
             classifier("a", problem_type="single_label_classification"),
-            "a classifier with a single output",
+            "is a classifier with a single output",
         ),
         (GLUE["stsb"], classifier("a", problem_type="multi_label_classification"), "is a multi-label classifier"),
     ],
