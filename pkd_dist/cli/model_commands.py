@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +81,15 @@ def evaluate(
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
+    class_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=NAME", help="Name of a label of the data in the model, where they differ; repeat it."
+        ),
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Positive class of two; default: the task's own, or the rarer one in training.")
+    ] = None,
     max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 64,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
@@ -104,7 +113,10 @@ def evaluate(
         from pkd_dist.model import encoder
 
         folder = data_or_demo(data, task)
-        options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind}
+        options: dict[str, object] = {
+            "name": task, "data": folder, "text": text, "label": label, "kind": kind, "positive": positive,
+        }  # fmt: skip
+        options["class_names"] = _class_names(class_name) if class_name else None
         overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options)]
         trained = manifest.find(encoder.locate(model, "--model"))
         with named_as_options():
@@ -119,6 +131,14 @@ def evaluate(
             output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
     run_command(work)
+
+
+def _class_names(given: Sequence[str]) -> dict[str, str]:
+    """Return label value -> class name of options LABEL=NAME."""
+    pairs = [each.partition("=") for each in given]
+    if bad := next((each for each, pair in zip(given, pairs, strict=True) if not pair[1]), None):
+        raise UserError(f"{bad!r} is not LABEL=NAME, such as 0=negative", "--class-name")
+    return {label: name for label, _, name in pairs}
 
 
 def predict(

@@ -28,8 +28,8 @@ TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification or 
 
 OPTIONS = {
     "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.kind": "--kind",
-    "task.max_length": "--max-length", "teacher.model": "--model", "student.layers": "--layers",
-    "evaluate.batch_size": "--batch-size",
+    "task.class_names": "--class-name", "task.positive": "--positive", "task.max_length": "--max-length",
+    "teacher.model": "--model", "student.layers": "--layers", "evaluate.batch_size": "--batch-size",
 }  # fmt: skip
 """Configuration key -> the option of a command on folders that sets it."""
 

@@ -78,6 +78,17 @@ class Task(Section):
         None,
         description="Metric that selects the best epoch. null: the task's own; for `custom`, accuracy or pearson_spearman.",
     )
+    class_names: dict[str, str] | None = Field(
+        None,
+        description="Name of each class by label value, such as `{0: negative, 1: positive}`: the names in the exported "
+        "model, and those by which a given teacher's outputs are matched. Their order is the order of the classes, and of "
+        "a given teacher's outputs if it does not name them. null: the task's own names; for `custom`, the label values.",
+    )
+    positive: str | None = Field(
+        None,
+        description="The positive class of two, by name or label value: precision, recall and F1, also as `task.metric`, are "
+        "those of this class. null: the task's own; for `custom`, the one with fewer training examples.",
+    )
     unlabeled: list[str] = Field(
         [],
         description="Files with more text for the teacher to label: `.txt` with one text per line, or tables with the task's "
@@ -102,6 +113,29 @@ class Task(Section):
             if isinstance(name, bool) or isinstance(weight, bool):
                 raise ValueError("a true/false value is not allowed here; put a class name such as 'no' in quotes")
         return {str(name): weight for name, weight in value.items()}
+
+    @field_validator("class_names", mode="before")
+    @classmethod
+    def _class_names_map(cls, value: object) -> object:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError("must be a mapping from label value to class name, such as {0: negative, 1: positive}")
+        if any(isinstance(part, bool) for pair in value.items() for part in pair):
+            raise ValueError("a true/false value is not allowed here; put a label such as 'no' in quotes")
+        names = {str(label).strip(): str(name).strip() for label, name in value.items()}
+        if len(names) < 2 or not all(names) or not all(names.values()):
+            raise ValueError("needs at least two classes, each with a label value and a name")
+        if len(names) < len(value) or len(set(names.values())) < len(names):
+            raise ValueError("labels and names must be different from each other; give each class its own")
+        return names
+
+    @field_validator("positive", mode="before")
+    @classmethod
+    def _positive_is_text(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a true/false value is not allowed here; put a class such as 'no' in quotes")
+        return str(value) if isinstance(value, (int, float)) else value
 
     @model_validator(mode="after")
     def _custom_keys(self) -> Task:

@@ -48,7 +48,9 @@ class Task:
         classes: values of the label column in class order; None: taken from the training split, sorted.
         class_names: names of the classes in the exported model, also accepted as labels; None: the values themselves.
         metric: a key of `MAIN_METRICS`.
-        positive: index of the positive class for precision, recall and F1 of binary tasks.
+        positive: index of the positive class for precision, recall and F1 of two classes, as `class_mapping` finds it.
+        positive_class: its label value or name; None: the data decides.
+        positive_is_set: whether the user named it.
         regression: whether the label is a number.
         splits: names of its splits, train first. Labels are optional in those that start with `test`.
         value_range: least and greatest regression target; None: any.
@@ -69,6 +71,8 @@ class Task:
     class_names: tuple[str, ...] | None = None
     metric: str = "accuracy"
     positive: int = 1
+    positive_class: str | None = None
+    positive_is_set: bool = False
     regression: bool = False
     splits: tuple[str, ...] = ("train", "dev", "test")
     value_range: tuple[float, float] | None = None
@@ -153,7 +157,8 @@ def resolve(config: TaskConfig) -> Task:
         assert config.text and config.label, "checked by the schema"
         regression = config.kind == "regression"
         metric = config.metric or ("pearson_spearman" if regression else "accuracy")
-        return Task("custom", tuple(config.text), config.label, metric=metric, regression=regression)
+        task = Task("custom", tuple(config.text), config.label, metric=metric, regression=regression)
+        return _with_classes(task, config)
     try:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
     except KeyError:
@@ -166,4 +171,37 @@ def resolve(config: TaskConfig) -> Task:
         raise UserError(f"is allowed only with task.name custom; {task.name} defines its own", f"task.{own[0]}")
     if config.metric and task.regression != (config.metric == "pearson_spearman"):
         raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
-    return replace(task, metric=config.metric or task.metric)
+    if task.classes and len(task.classes) == 2:
+        task = replace(task, positive_class=task.classes[1])
+    return _with_classes(replace(task, metric=config.metric or task.metric), config)
+
+
+def _with_classes(task: Task, config: TaskConfig) -> Task:
+    """Return the task with the classes, names and positive class that the user gave.
+
+    Raises:
+        UserError: a regression has no classes, or they are not the task's.
+    """
+    for key, given in (("class_names", config.class_names), ("positive", config.positive)):
+        if task.regression and given is not None:
+            raise UserError("a regression has no classes; remove it", f"task.{key}")
+    if config.class_names is not None:
+        classes, names = tuple(config.class_names), tuple(config.class_names.values())
+        if task.classes and sorted(classes) != sorted(task.classes):
+            raise UserError(
+                f"names {', '.join(classes)}; the labels of {task.name} are {', '.join(task.classes)}; give each a name",
+                "task.class_names",
+            )
+        task = replace(task, classes=classes, class_names=names)
+    if config.positive is not None:
+        if task.classes and config.positive not in (*task.classes, *(task.class_names or ())):
+            raise UserError(
+                f"{config.positive!r} is not a class; allowed: {', '.join(task.class_names or task.classes)}",
+                "task.positive",
+            )
+        if task.classes and len(task.classes) != 2:
+            raise UserError(
+                f"only two classes have a positive one; {task.name} has {len(task.classes)}", "task.positive"
+            )
+        task = replace(task, positive_class=config.positive, positive_is_set=True)
+    return task

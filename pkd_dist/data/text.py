@@ -34,6 +34,7 @@ _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
 _WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+_NUMBERED = re.compile(r"(.*[^\W\d]\W*)([0-9]{1,9})", re.DOTALL)
 
 
 def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None) -> Split:
@@ -298,14 +299,24 @@ def _class_value(value: str) -> str:
 
 
 def _sorted_classes(values: set[str]) -> list[str]:
-    """Sort label values: numerically if all are finite numbers, else alphabetically."""
+    """Sort label values: by number if all are finite numbers or one prefix with a number (`LABEL_10`), else as text."""
     try:
         numbers = {value: float(value) for value in values}
     except ValueError:
-        return sorted(values)
+        order = _numbered(values)
+        return sorted(values, key=lambda value: (order[value], value)) if order else sorted(values)
     if not all(map(math.isfinite, numbers.values())):
         return sorted(values)
     return sorted(values, key=lambda value: (numbers[value], value))  # 1 and 01 are two classes, in a fixed order
+
+
+def _numbered(values: set[str]) -> dict[str, int] | None:
+    """Return the number of each value; None unless all are the same text with a number after it."""
+    parts = {value: _NUMBERED.fullmatch(value) for value in values}
+    found = {value: (part[1], int(part[2])) for value, part in parts.items() if part}
+    if len(found) < len(values) or len({prefix for prefix, _ in found.values()}) != 1:
+        return None
+    return {value: number for value, (_, number) in found.items()}
 
 
 def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
@@ -318,8 +329,9 @@ def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, tas
         if found is None and (found := index.get(_class_value(value))) is None:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             origin = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
+            remedy = "; task.class_names maps labels to its classes" if origin == " of the teacher" else ""
             raise UserError(
-                f"{labels.table.at(number)}: {task.label} {value!r} is not one of the labels{origin}: {allowed}"
+                f"{labels.table.at(number)}: {task.label} {value!r} is not one of the labels{origin}: {allowed}{remedy}"
             )
         out[i] = found
     return out

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from pkd_dist.config import schema
 from pkd_dist.data import sources, tasks, text, tokens
 from pkd_dist.data.class_mapping import (
     class_order,
+    match,
+    output_names,
     require_outputs,
     require_outputs_for_split,
-    with_positive_class,
+    with_positive,
 )
 from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.distributed.ranks import discover
@@ -23,7 +26,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import size_figures
 from pkd_dist.evaluation.metrics import score_split
-from pkd_dist.evaluation.results import ModelResults
+from pkd_dist.evaluation.results import ModelResults, class_facts
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, measure_speed
 from pkd_dist.model import encoder
@@ -69,15 +72,15 @@ def evaluate_folder(
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
     max_length = max_length or usual_length(config, tokenizer)
     require_compatible(config, tokenizer, max_length, model, MODEL_OPTION)
-    if not encoder.is_fine_tuned(folder, MODEL_OPTION):
-        raise UserError(
-            f"{model} is not fine-tuned (it has no sequence classifier); give a fine-tuned folder", MODEL_OPTION
-        )
+    encoder.require_classifier(folder, model, MODEL_OPTION)
     require_outputs(task, config, model, MODEL_OPTION)
     order = class_order(task, config, MODEL_OPTION)
-    task = with_positive_class(task, order)
-    examples = _read(task_settings.data, split, task, order)
+    examples, per_class = _read(task_settings.data, split, task, order)
     require_outputs_for_split(task, config, examples, model, MODEL_OPTION)
+    about: Mapping[str, object] = {}
+    if not task.regression:
+        classes = match(task, examples.classes, per_class, output_names(config))
+        task, about = with_positive(task, classes), class_facts(classes)
     classifier = encoder.load_model(folder, MODEL_OPTION)
     world = World(discover())
     try:
@@ -91,17 +94,23 @@ def evaluate_folder(
             timing = measure_speed({"model": forward}, inputs)["model"]
             scores = score_split(logits_NC, made, task)
             read = {"n": len(made), "max_length": max_length, "truncated": made.truncated}
-        figures = {"task": task.name, "split": split, **read, **scores, **size_figures(classifier), **timing.figures}
-        return cast(Figures, figures)
+        figures = {**scores, **size_figures(classifier), **timing.figures}
+        return cast(Figures, {"task": task.name, "split": split, **read, **figures, **about})
     finally:
         world.close()
 
 
-def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> Split:
-    """Read a labeled split; a task without fixed classes takes them from the training split, if there is one."""
-    if classes is None and not task.regression and sources.locate(data, "train", task):
-        classes = text.read(data, "train", task).classes
+def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None) -> tuple[Split, Sequence[int] | None]:
+    """Read a labeled split, and count the training examples of each class if they choose the positive one.
+
+    A task without fixed classes takes them from the training split, if there is one.
+    """
+    per_class: list[int] | None = None
+    two_of_data = task.positive_class is None and len(classes or ()) in (0, 2) and not task.regression
+    if two_of_data and sources.locate(data, "train", task):
+        train = text.read(data, "train", task, classes)
+        classes, per_class = train.classes, np.bincount(train.labels_N, minlength=len(train.classes)).tolist()
     examples = text.read(data, split, task, classes)
     if not is_labelled(examples.labels_N).all():
         raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")
-    return examples
+    return examples, per_class

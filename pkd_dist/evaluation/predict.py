@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from pkd_dist.data.class_mapping import output_names
+from pkd_dist.data.class_mapping import output_names, require_supported_outputs
 from pkd_dist.data.tokens import encode
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer
@@ -40,6 +40,8 @@ class Predictor:
 
     def __init__(self, model: str, max_length: int | None = None):
         folder = encoder.locate(model, "--model")
+        encoder.require_classifier(folder, model, "--model")
+        require_supported_outputs(encoder.load_config(folder, "--model"), model, "--model")
         classifier = encoder.load_model(folder, "--model")
         self._tokenizer = encoder.load_tokenizer(folder, "--model")
         if self._tokenizer.pad_token_id is None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from pkd_dist.metric_names import MAIN_METRIC, METRICS, TABLE_METRICS
+
+if TYPE_CHECKING:
+    from pkd_dist.data.class_mapping import ClassMapping
 
 SIDES = ("teacher", "student")
 
@@ -89,7 +92,12 @@ class SplitResults(TypedDict):
 
 class Results(TypedDict):
     """results_eval.json. The student's metrics, modelSize, samples_per_second and reasoningTime (the same number) are repeated
-    at the top level."""
+    at the top level.
+
+    `classes` has one entry for each output, in order: `output` (the teacher's name of it), `label` (the value in the data)
+    and `name`. `positive` is the name of the class of precision, recall and F1; null unless there are two classes. A
+    regression has neither.
+    """
 
     task: str
     split: str
@@ -98,6 +106,20 @@ class Results(TypedDict):
     student: ModelResults
     compression: Compression
     splits: dict[str, SplitResults]
+    classes: NotRequired[list[dict[str, str]]]
+    positive: NotRequired[str | None]
+
+
+class ClassFacts(TypedDict):
+    """The part of `Results` that says what the outputs mean."""
+
+    classes: list[dict[str, str]]
+    positive: str | None
+
+
+def class_facts(classes: ClassMapping) -> ClassFacts:
+    positive = None if classes.positive is None else classes.names[classes.positive]
+    return {"classes": classes.as_rows(), "positive": positive}
 
 
 _SIZE = (("parameters", "parameters", "{:,}"), ("modelSize", "size, MB (10^6 bytes)", "{:.1f}"))

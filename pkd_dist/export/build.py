@@ -35,7 +35,7 @@ from pkd_dist.model.encoder import accepted, save_model
 from pkd_dist.telemetry.log import log
 
 TOLERANCE = 1e-4
-"""Largest difference allowed between a logit of a float32 file and PyTorch's."""
+"""Largest difference allowed between a logit of a float32 file and PyTorch's; see `hf.tolerance`."""
 LOSS_ALLOWED = 0.005
 """Loss of the main metric allowed for a file of lower precision; one example where dev has fewer than 200."""
 CALIBRATION = (32, 8)
@@ -124,10 +124,11 @@ class _Verifier:
         """Raise UserError where a file is too far from the student: in its logits if `exact`, else in its metric."""
         metric, lost = self._subject.task.main_metric, self.main_metric - verdict["main_metric"]
         remedy = f"the export is not written; leave its format out of export.formats ({name})"
-        if exact and not verdict["largest_difference"] <= TOLERANCE:
+        tolerance = hf.tolerance(TOLERANCE, self.logits_NC)
+        if exact and not verdict["largest_difference"] <= tolerance:
             raise UserError(
                 f"export: {name}: logits differ from PyTorch's by {verdict['largest_difference']:.2g} on dev, more than "
-                f"{TOLERANCE:.0e}; {remedy}"
+                f"{tolerance:.0e}; {remedy}"
             )
         allowed = max(LOSS_ALLOWED, 1 / len(self._subject.dev))
         if not exact and not lost <= allowed + 1e-9:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from pkd_dist.config.schema import Config
+from pkd_dist.data.class_mapping import ClassMapping
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.results import BUSY_SPREAD, Results, agreement_sentence, retention_sentence, table_rows
@@ -38,8 +38,18 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
 is that length.
-{% if facts.class_names %}
-Classes, in the order of the logits: {{ facts.class_names | map("code") | join(", ") }}.
+{% if facts.classes %}
+Classes, in the order of the logits: {{ facts.classes.names | map("code") | join(", ") }}.
+
+| output of the teacher | label in the data | class |
+| --- | --- | --- |
+{% for row in facts.classes.as_rows() -%}
+| {{ row.output | code }} | {{ row.label | code }} | {{ row.name | code }} |
+{% endfor %}
+{% if facts.classes.positive is not none %}
+
+Precision, recall and F1 are those of the class {{ facts.classes.names[facts.classes.positive] | code }} ({{ facts.classes.why }}).
+{% endif %}
 {% else %}
 One output: the predicted value.
 {% endif %}
@@ -103,7 +113,7 @@ class CardFacts:
 
     Attributes:
         main_metric: key of the metric that selected the best epoch.
-        class_names: in the order of the logits; empty for a regression.
+        classes: what the outputs mean; None for a regression.
         initialized_from: one line on the student's initial weights.
     """
 
@@ -111,7 +121,7 @@ class CardFacts:
     results: Results
     environment: Environment
     main_metric: str
-    class_names: Sequence[str]
+    classes: ClassMapping | None
     train: TokenSetSummary
     dev: TokenSetSummary
     best_epoch: int

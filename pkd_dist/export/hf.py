@@ -17,23 +17,39 @@ from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import manifest
 from pkd_dist.files import remove, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model, weights_digest
+from pkd_dist.model.regression_head import restore
 from pkd_dist.model.vocabulary import full_embedding
 from pkd_dist.training import checkpoint
 
 TOLERANCE = 1e-5
-"""Largest difference allowed between a logit of the trained and of the reloaded student, in float32."""
+"""Largest difference allowed between a logit of the trained and of the reloaded student, in float32; see `tolerance`."""
+
+
+def tolerance(base: float, logits_NC: np.ndarray) -> float:
+    """Return the difference allowed between logits: `base`, relative to the spread of a regression's predictions.
+
+    A prediction far from 0 also has the rounding of float32, a few units in the last place.
+
+    Args:
+        base: For logits of a classification, whose spread is about 1.
+        logits_NC: The expected ones; C = 1 for a regression.
+    """
+    if logits_NC.shape[1] > 1:
+        return base
+    ulp = float(np.finfo(np.float32).eps * np.abs(logits_NC).max())
+    return base * float(logits_NC.std()) + 8 * ulp
 
 
 def best_student(init: Path, weights: Path, digest: str) -> PreTrainedModel:
     """Return the trained student as a plain model: the starting folder's shape and the best epoch's weights.
 
-    A projection, which only training needs, is left out.
+    A projection, which only training needs, is left out. A regression predicts in the user's unit.
 
     Raises:
         UserError: The weights do not have this sha256.
     """
     require_unaltered(weights, digest)
-    return _with_weights(load_model(str(init), "student_init"), load_file(weights))
+    return restore(_with_weights(load_model(str(init), "student_init"), load_file(weights)))
 
 
 def _with_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -85,7 +101,7 @@ def from_checkpoint(
         table: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         name = next(f"model.{n}" for n, p in model.named_parameters() if p.data_ptr() == table.data_ptr())
         weights[name] = full_embedding(table, weights.pop(USED_IDS), weights[name], state["decay"])
-    _with_weights(model, weights).to(getattr(torch, dtype))
+    restore(_with_weights(model, weights)).to(getattr(torch, dtype))
     progress = state["progress"]
     _save(model, init, output, {**(trained or {}), "step": progress["step"], "dtype": dtype})
     last = progress["history"][-1] if progress["history"] else {}
@@ -159,9 +175,10 @@ def verify(
             )
     found_NC = predict_logits_single(forward_of(reloaded), dev, batch_size, tokenizer.pad_token_id)
     difference = float(np.abs(found_NC - logits_NC).max())
-    if not difference <= TOLERANCE:
+    allowed = tolerance(TOLERANCE, logits_NC)
+    if not difference <= allowed:
         raise UserError(
-            f"{folder}: the reloaded student's logits differ by {difference:.2g}, more than {TOLERANCE:.0e}; the export "
+            f"{folder}: the reloaded student's logits differ by {difference:.2g}, more than {allowed:.0e}; the export "
             "is not usable"
         )
     return difference

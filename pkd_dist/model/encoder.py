@@ -54,6 +54,19 @@ TOKENIZER_FILES = (
 )
 
 
+_OTHER_HEADS = {
+    "ForMultipleChoice": "multiple choice",
+    "ForTokenClassification": "token classification",
+    "ForQuestionAnswering": "question answering",
+    "ForNextSentencePrediction": "next sentence prediction",
+    "ForImageClassification": "image classification",
+    "ForAudioClassification": "audio classification",
+    "ForCausalLM": "text generation",
+    "ForConditionalGeneration": "text generation",
+}
+"""Part of an architecture's name -> its task, of models that are fine-tuned, but not to classify a text."""
+
+
 def locate(model: str, key: str = "teacher.model") -> str:
     """Resolve `model`: a folder, `package:NAME` of an installed package, or a hub name.
 
@@ -169,10 +182,27 @@ def load_model(
     return model.eval()
 
 
-def is_fine_tuned(folder: str, key: str = "teacher.model") -> bool:
-    """Return whether a folder holds a sequence classifier, according to `architectures` in its config."""
-    names = load_config(folder, key).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
+def require_classifier(folder: str, name: str, key: str) -> None:
+    """Check that a folder holds a sequence classifier, according to `architectures` in its config.
+
+    Args:
+        name: The model as the user named it, under `key`.
+
+    Raises:
+        UserError: It is a body without a head, or a model of another task.
+    """
+    architectures = load_config(folder, key).architectures or []
+    if any(each.endswith("ForSequenceClassification") for each in architectures):
+        return
+    other = next((task for each in architectures for suffix, task in _OTHER_HEADS.items() if suffix in each), None)
+    if other:
+        raise UserError(
+            f"{name} is a model for {other} ({architectures[0]}), whose outputs are not classes of a text; give a sequence "
+            "classifier of this task",
+            key,
+        )
+    remedy = "set teacher.finetune to fine-tune it here, or give" if key == "teacher.model" else "give"
+    raise UserError(f"{name} is not fine-tuned (it has no sequence classifier); {remedy} a fine-tuned folder", key)
 
 
 def _reason(error: Exception, folder: str) -> str:

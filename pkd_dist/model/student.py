@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pkd_dist.config.schema import Student as StudentConfig
+from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.errors import UserError
 from pkd_dist.model.compatibility import require_compatible, require_same_tokens
 from pkd_dist.model.encoder import (
@@ -37,6 +38,7 @@ from pkd_dist.model.encoder import (
     shares_layers,
 )
 from pkd_dist.model.layers import copied_layers
+from pkd_dist.model.regression_head import has_trained_head, standardize
 
 INIT_METHODS = ("teacher_layers", "first_k", "random")
 """Values of `student.init` that are not a folder."""
@@ -173,7 +175,12 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
 
 
 def create(
-    config: StudentConfig, teacher: str, pretrained: str, labels: Mapping[str, Any], seed: int
+    config: StudentConfig,
+    teacher: str,
+    pretrained: str,
+    labels: Mapping[str, Any],
+    seed: int,
+    scale: TargetScale | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """Create the student's initial weights.
 
@@ -183,6 +190,7 @@ def create(
         pretrained: Folder or hub name of the teacher before fine-tuning, for `first_k`.
         labels: Fields of a model configuration that describe the classes (`num_labels`, `id2label`, ...).
         seed: For random weights.
+        scale: Of a regression's targets: the student predicts standardized ones. None: it predicts them as they are.
 
     Returns:
         The model, and a line for people that says what it was made of.
@@ -194,22 +202,32 @@ def create(
         torch.manual_seed(seed)
         if config.init == "teacher_layers":
             layers = _selected_layers(config, load_config(teacher))
-            return take_layers(load_model(teacher), layers), f"teacher layers {list(layers)} (from 0)"
+            model = take_layers(load_model(teacher), layers)
+            _set_fields(model.config, labels)  # a given teacher may lack the names
+            return standardize(model, scale), f"teacher layers {list(layers)} (from 0)"
         if config.init == "random":
             shape = load_config(teacher)
             layers = _selected_layers(config, shape)
             shape = _with_layers(_with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape, layers)
-            for name, value in labels.items():
-                setattr(shape, name, value)
+            _set_fields(shape, labels)
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=False)
-            return model, f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
+            made_of = f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
+            return standardize(model, scale, trained_head=False), made_of
         if config.init == "first_k":
-            source = load_model(pretrained, new_head=True, **labels)
+            trained = has_trained_head(load_config(pretrained))
+            source = standardize(load_model(pretrained, new_head=True, **labels), scale, trained)
             layers = _selected_layers(config, source.config)
             return take_layers(source, layers), f"the first {len(layers)} layers of {name_of(pretrained)}"
-        source = load_model(locate(config.init, "student.init"), "student.init", new_head=True, **labels)
+        folder = locate(config.init, "student.init")
+        trained = has_trained_head(load_config(folder, "student.init"))
+        source = standardize(load_model(folder, "student.init", new_head=True, **labels), scale, trained)
         layers = _selected_layers(config, source.config)
         return take_layers(source, layers) if config.num_layers else source, f"the folder {name_of(config.init)}"
+
+
+def _set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        setattr(config, name, value)
 
 
 def open_student(

@@ -48,6 +48,8 @@ LABELS = {
     "student.init.weights": "the weights of student.init",
     "data.class_names": "the class names",
     "data.training": "the training data",
+    "data.scale": "the scale of the targets",
+    "data.outputs": "the names of the student's outputs",
     "data.tokens": "the training tokens",
     "init.weights": "the student's initial weights",
     "cache.fingerprint": "the teacher's outputs",

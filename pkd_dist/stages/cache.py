@@ -12,12 +12,13 @@ from pkd_dist.distillation.cache import DamagedManifestError, Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.errors import UserError
-from pkd_dist.files import is_denied, remove
+from pkd_dist.files import digest_of, is_denied, remove
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
+from pkd_dist.model.regression_head import standardize
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_tokens, training_set
+from pkd_dist.stages.data import DataOutput, open_tokens, scale_input, training_set
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
@@ -148,9 +149,9 @@ def needed_fingerprint(context: Context) -> Fingerprint:
 
     A cache that holds more layers serves it too.
     """
-    run = context.resolved
+    run, weights, scale = context.resolved, context.output(TeacherOutput).weights, scale_input(context)
     return Fingerprint(
-        teacher=context.output(TeacherOutput).weights,
+        teacher=digest_of([weights, scale]) if scale else weights,  # standardized outputs are another teacher's
         tokenizer=encoder.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
@@ -170,7 +171,7 @@ def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
     """Load the teacher with the hidden states of `layers`, counted from 1 (0: the embeddings)."""
     run = context.resolved
     return LiveTeacher(
-        encoder.load_model(teacher_folder(context)),
+        standardize(encoder.load_model(teacher_folder(context)), context.output(DataOutput).scale),
         layers,
         run.teacher_precision,
         run.config.cache.dtype,

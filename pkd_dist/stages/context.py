@@ -22,7 +22,6 @@ from pkd_dist.data import class_mapping, sources, tasks
 from pkd_dist.data.tasks import Task
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
-from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.compatibility import require_compatible
@@ -213,10 +212,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     require_compatible(source_config, tokenizer, config.task.max_length, config.teacher.model, "teacher.model")
     order = task.classes
     if config.teacher.finetune is None:
-        _require_fine_tuned(source, config.teacher.model)
+        encoder.require_classifier(source, config.teacher.model, "teacher.model")
         class_mapping.require_outputs(task, source_config, config.teacher.model, "teacher.model")
         order = class_mapping.class_order(task, source_config, "teacher.model")
-        task = class_mapping.with_positive_class(task, order)
     depth = encoder.num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
     pairs = layers.patience_pairs(config.distill, depth, student_depth)
@@ -237,14 +235,6 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )
-
-
-def _require_fine_tuned(source: str, name: str) -> None:
-    if not encoder.is_fine_tuned(source):
-        raise UserError(
-            f"teacher.model: {name} is not fine-tuned (it has no sequence classifier); give teacher.finetune to fine-tune "
-            "it here, or a fine-tuned folder"
-        )
 
 
 def with_fingerprint(context: Context, fingerprint: str) -> Context:

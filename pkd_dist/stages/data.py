@@ -11,13 +11,14 @@ import torch
 from pkd_dist.data import class_mapping, sources, tokens
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
+from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256, write_json
 from pkd_dist.model import encoder, vocabulary
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
-from pkd_dist.stages.context import Context
+from pkd_dist.stages.context import Context, Resolved
 from pkd_dist.telemetry.log import log
 
 SAMPLE, SAMPLE_TEXTS = "sample.json", 8
@@ -31,12 +32,14 @@ class DataOutput:
     Attributes:
         classes: label values in the order of the logits; empty for a regression.
         class_names: their names, in the same order.
+        scale: of a regression's training targets; None: targets are learned as they are.
         sets: token set -> what is in it: the splits, and `distill` where there is extra text.
     """
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     sets: dict[str, TokenSetSummary]
+    scale: TargetScale | None = None
 
     @property
     def scored(self) -> list[str]:
@@ -61,8 +64,11 @@ VERSION = 1
 def inputs(context: Context) -> Inputs:
     run, task = context.resolved, context.resolved.config.task
     files = sources.digests(task.data, sources.available(task.data, run.task), run.task)
-    settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights"})
-    return {
+    settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights", "positive"})
+    if task.class_names:
+        settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
+    found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
+    return found | {
         **{f"task.data:{file}": digest for file, digest in files.items()},
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
         **{f"task.{key}": value for key, value in settings.items()},
@@ -87,16 +93,27 @@ def _prepare(context: Context) -> DataOutput:
             run.task, run.source_config, train, run.config.teacher.model, "teacher.model"
         )
         if run.class_order is None and names:
-            log.info(
-                "data: the teacher's outputs have no names; they are taken to be %s, in this order", ", ".join(names)
-            )
-    class_weights(task.class_weights, train.labels_N, train.classes, names)  # rejects weights that do not fit
+            log.warning(
+                "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
+                run.config.teacher.model, ", ".join(names),
+            )  # fmt: skip
+    class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
     if len(train) < context.world.size:
         raise UserError(
             f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
         )
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
-    return DataOutput(tuple(train.classes), tuple(names), summaries)
+    if run.task.regression:
+        scale = TargetScale.of(np.asarray(train.labels_N))
+        log.info(
+            "data: targets are learned as (target - %.6g) / %.6g; every model predicts in their own unit",
+            scale.mean,
+            scale.std,
+        )
+        return DataOutput((), (), summaries, scale)
+    output = DataOutput(tuple(train.classes), tuple(names), summaries)
+    log.info("data: %s", _classes(run, output).sentence())
+    return output
 
 
 def missing(context: Context, output: DataOutput) -> str | None:
@@ -112,6 +129,44 @@ STAGE = Stage("data", VERSION, DataOutput, inputs, run, missing, artifacts)
 
 
 # ------------------------------------------------------------------------------------------- for the stages after it
+
+
+def classes_of(context: Context) -> class_mapping.ClassMapping | None:
+    """Return how the teacher's outputs, label values and names correspond; None for a regression."""
+    output = context.output(DataOutput)
+    return _classes(context.resolved, output) if output.classes else None
+
+
+def _classes(run: Resolved, output: DataOutput) -> class_mapping.ClassMapping:
+    outputs = None if run.finetunes else class_mapping.output_names(run.source_config)
+    return class_mapping.match(run.task, output.classes, output.sets["train"].per_class, outputs)
+
+
+def scored_task(context: Context) -> Task:
+    """Return the task with its positive class, which may depend on the data."""
+    task, classes = context.resolved.task, classes_of(context)
+    return class_mapping.with_positive(task, classes) if classes else task
+
+
+def positive_input(context: Context) -> Inputs:
+    """Return the positive class as an input of a stage that scores, unless it is the task's usual one."""
+    classes, usual = classes_of(context), context.resolved.task.positive_class
+    if classes is None or classes.positive is None:
+        return {}
+    value = classes.values[classes.positive]
+    return {} if value == (usual or classes.values[1]) else {"task.positive": value}
+
+
+def scale_input(context: Context) -> Inputs:
+    """Return the scale of a regression's targets as an input of a stage that trains or runs a model."""
+    scale = context.output(DataOutput).scale
+    return {"data.scale": [scale.mean, scale.std]} if scale else {}
+
+
+def open_training_tokens(context: Context, name: str) -> TokenSet:
+    """Open a token set to train on: targets of a regression are standardized."""
+    scale, found = context.output(DataOutput).scale, open_tokens(context, name)
+    return scale.standardized(found) if scale else found
 
 
 def open_tokens(context: Context, name: str) -> TokenSet:

@@ -15,7 +15,17 @@ from pkd_dist.model import student
 from pkd_dist.stages.base import Artifacts, Inputs, SpoiledError, Stage, absent
 from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, training_set, used_vocabulary
+from pkd_dist.stages.data import (
+    DataOutput,
+    open_class_weights,
+    open_tokens,
+    open_training_tokens,
+    positive_input,
+    scale_input,
+    scored_task,
+    training_set,
+    used_vocabulary,
+)
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.telemetry import trackers
@@ -56,6 +66,8 @@ def inputs(context: Context) -> Inputs:
         **{f"distill.{key}": value for key, value in config.distill.model_dump().items()},
         **{f"train.{key}": value for key, value in config.train.model_dump(include=_TRAIN_KEYS).items()},
         **run.training_inputs(),
+        **positive_input(context),
+        **scale_input(context),
         "student.dropout": config.student.dropout,
         "evaluate.every_epochs": config.evaluate.every_epochs,
         "cache.enabled": config.cache.enabled,
@@ -100,9 +112,9 @@ def training_job(context: Context) -> Job:
         module=module,
         losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
         teacher_outputs=_teacher_outputs(context),
-        train=open_tokens(context, training_set(context)),
+        train=open_training_tokens(context, training_set(context)),
         dev=open_tokens(context, "dev"),
-        task=run.task,
+        task=scored_task(context),
         pad_id=run.tokenizer.pad_token_id,
         seed=config.run.seed,
         settings=config.train,

@@ -12,13 +12,13 @@ from pkd_dist.data import submission
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.compare import Evaluation, compare_models
-from pkd_dist.evaluation.results import Results
+from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
 from pkd_dist.files import write_json
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_tokens
+from pkd_dist.stages.data import DataOutput, classes_of, open_tokens, positive_input, scored_task
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
@@ -49,6 +49,7 @@ def inputs(context: Context) -> Inputs:
         "teacher.weights": context.output(TeacherOutput).weights,
         **{f"data.{split}": data.sets[split].digest for split in data.scored},
         "task.metric": run.task.metric,
+        **positive_input(context),
         "evaluate.result_dir": run.config.evaluate.result_dir,
     }
 
@@ -56,8 +57,10 @@ def inputs(context: Context) -> Inputs:
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
     models = {"teacher": encoder.load_model(teacher_folder(context)), "student": best_student(context)}
-    run = context.resolved
-    compared = compare_models(models, splits, run.task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    run, task, classes = context.resolved, scored_task(context), classes_of(context)
+    compared = compare_models(models, splits, task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    if classes:
+        compared.results.update(class_facts(classes))
     context.world.on_main(lambda: _write(context, compared, splits))
     output = EvaluateOutput(
         compared.results,

@@ -13,7 +13,7 @@ from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import SAMPLE, DataOutput, open_tokens
+from pkd_dist.stages.data import SAMPLE, DataOutput, classes_of, open_tokens, scored_task
 from pkd_dist.stages.distill import DistillOutput, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
 from pkd_dist.stages.init import InitOutput
@@ -75,7 +75,7 @@ def _subject(context: Context) -> build.Subject:
     return build.Subject(
         student=best_student(context),
         tokenizer=run.tokenizer,
-        task=run.task,
+        task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
         dev=open_tokens(context, "dev"),
         train=open_tokens(context, "train"),
@@ -92,7 +92,7 @@ def _facts(context: Context) -> card.CardFacts:
         config=run.config,
         results=context.output(EvaluateOutput).results,
         main_metric=run.task.main_metric,
-        class_names=data.class_names,
+        classes=classes_of(context),
         train=data.sets["train"],
         dev=data.sets["dev"],
         best_epoch=context.output(DistillOutput).best_epoch,

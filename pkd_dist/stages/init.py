@@ -9,7 +9,7 @@ from pkd_dist.files import changed_file, file_digests, remove
 from pkd_dist.model import encoder, student
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput
+from pkd_dist.stages.data import DataOutput, classes_of, scale_input
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
 
@@ -41,11 +41,18 @@ def inputs(context: Context) -> Inputs:
         "data.class_names": list(context.output(DataOutput).class_names),
         "run.seed": run.config.run.seed,
     }
+    found |= scale_input(context) | _output_names(context)
     if settings.init == "first_k":
         found["teacher.model.weights"] = encoder.weights_digest(run.source)
     elif settings.init not in student.INIT_METHODS:
         found["student.init.weights"] = encoder.weights_digest(encoder.locate(settings.init, "student.init"))
     return found
+
+
+def _output_names(context: Context) -> Inputs:
+    """Return the names of the student's outputs where they differ from those of a given teacher."""
+    classes = classes_of(context)
+    return {} if classes is None or classes.outputs == classes.names else {"data.outputs": list(classes.names)}
 
 
 def run(context: Context) -> InitOutput:
@@ -60,6 +67,7 @@ def _create(context: Context) -> InitOutput:
         run.source,
         context.output(DataOutput).model_fields(run.task),
         run.config.run.seed,
+        context.output(DataOutput).scale,
     )
     temporary = folder.with_name(f".{folder.name}.tmp")
     remove(temporary)

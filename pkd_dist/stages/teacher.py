@@ -9,7 +9,16 @@ from pkd_dist.errors import UserError
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, used_vocabulary
+from pkd_dist.stages.data import (
+    DataOutput,
+    open_class_weights,
+    open_tokens,
+    open_training_tokens,
+    positive_input,
+    scale_input,
+    scored_task,
+    used_vocabulary,
+)
 from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.telemetry import trackers
 from pkd_dist.training import checkpoint
@@ -43,7 +52,7 @@ def inputs(context: Context) -> Inputs:
     }
     if settings := run.config.teacher.finetune:
         found |= {f"teacher.finetune.{key}": value for key, value in settings.model_dump().items()}
-        found |= run.training_inputs()
+        found |= run.training_inputs() | positive_input(context) | scale_input(context)
         found |= {f"data.{split}": data.sets[split].digest for split in ("train", "dev")}
     return found
 
@@ -65,10 +74,11 @@ def _finetune(context: Context) -> None:
         base=run.source,
         tokenizer=run.tokenizer,
         labels=context.output(DataOutput).model_fields(run.task),
-        task=run.task,
-        train=open_tokens(context, "train"),
+        task=scored_task(context),
+        train=open_training_tokens(context, "train"),
         dev=open_tokens(context, "dev"),
         class_weights_C=open_class_weights(context),
+        scale=context.output(DataOutput).scale,
         used_V=used_vocabulary(context, "train", "dev"),
         deepspeed=run.deepspeed,
         output=run.paths.teacher,

@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pkd_dist.config.schema import Config
 from pkd_dist.data.batches import Batch
+from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.world import World
 from pkd_dist.files import remove, require_unaltered
-from pkd_dist.model.encoder import Encoder, load_model, save_model
+from pkd_dist.model.encoder import Encoder, load_config, load_model, save_model
+from pkd_dist.model.regression_head import has_trained_head, restore, standardize
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.job import DeepSpeedJson, Forward, Job, Progress
 from pkd_dist.training.trainer import train
@@ -44,6 +46,7 @@ class TeacherJob:
         base: folder or hub name of the model to start from.
         labels: fields of the model configuration about the classes (`num_labels`, `id2label`, ...).
         class_weights_C: see `hard_loss`.
+        scale: of a regression's targets, which are standardized in `train`; the folder predicts in the user's unit.
         used_V: token ids that occur in `train` or `dev`.
         deepspeed: the DeepSpeed JSON.
         output: the Hugging Face folder to write. Checkpoints and metrics are beside it.
@@ -58,6 +61,7 @@ class TeacherJob:
     train: TokenSet
     dev: TokenSet
     class_weights_C: torch.Tensor | None
+    scale: TargetScale | None
     used_V: np.ndarray
     deepspeed: DeepSpeedJson
     output: Path
@@ -86,7 +90,9 @@ def training_job(teacher: TeacherJob) -> Job:
     config, settings = teacher.config, teacher.config.teacher.finetune
     assert settings is not None
     torch.manual_seed(config.run.seed)  # the new head is the same on every rank
+    trained_head = has_trained_head(load_config(teacher.base))
     model = load_model(teacher.base, new_head=True, dropout=settings.dropout, **teacher.labels)
+    standardize(model, teacher.scale, trained_head)
     own = settings.model_dump(include={"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"})
     return Job(
         name="teacher",
@@ -111,8 +117,9 @@ def _write(teacher: TeacherJob, progress: Progress) -> None:
     assert progress.best_file is not None and progress.best_sha256 is not None
     best = teacher.checkpoints / progress.best_file
     require_unaltered(best, progress.best_sha256)
-    model = load_model(teacher.base, new_head=True, **teacher.labels)
+    model = standardize(load_model(teacher.base, new_head=True, **teacher.labels), teacher.scale)
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in load_file(best).items()})
+    restore(model)
     temporary = teacher.output.with_name(f".{teacher.output.name}.tmp")
     remove(temporary)
     save_model(model, teacher.tokenizer, temporary, teacher.config.task.max_length)

@@ -183,11 +183,11 @@ def test_more_ranks_than_examples(settings, tmp_path):
     assert line.endswith("own/train.tsv: 2 examples for 3 ranks; use at most as many ranks as examples")
 
 
-def relabel(folder, *names):
+def relabel(folder, *names, **fields):
     """Makes a body's configuration say that it is a classifier of these classes."""
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
-    (folder / "config.json").write_text(json.dumps(config | {"label2id": {n: i for i, n in enumerate(names)}}))
+    (folder / "config.json").write_text(json.dumps(config | {"label2id": {n: i for i, n in enumerate(names)}} | fields))
 
 
 def truncate(path):
@@ -213,7 +213,27 @@ TEACHERS = {
     "class names": (
         lambda f: relabel(f, "cat", "dog"),
         [AS_IT_IS],
-        r"its classes are cat, dog, those of sst2 are negative, positive; give a model of this task",
+        r"its classes are cat, dog, those of sst2 are negative, positive; map them with task\.class_names, or give a model",
+    ),
+    "several classes for a text": (
+        lambda f: relabel(f, "no", "yes", problem_type="multi_label_classification"),
+        [AS_IT_IS],
+        r"{at} is a multi-label classifier: .*; give a model of this task, or set teacher\.finetune",
+    ),
+    "a regression with two outputs": (
+        lambda f: relabel(f, "no", "yes", problem_type="regression"),
+        [AS_IT_IS],
+        r"{at} is a regression with 2 outputs \(problem_type regression in its config\.json\)",
+    ),
+    "token classification": (
+        lambda f: relabel(f, "no", "yes", architectures=["BertForTokenClassification"]),
+        [AS_IT_IS],
+        r"{at} is a model for token classification \(BertForTokenClassification\), .*; give a sequence classifier of this task$",
+    ),
+    "multiple choice": (
+        lambda f: relabel(f, "no", "yes", architectures=["BertForMultipleChoice"]),
+        [AS_IT_IS],
+        r"{at} is a model for multiple choice \(BertForMultipleChoice\), .*; give a sequence classifier of this task$",
     ),
 }
 

@@ -1,6 +1,8 @@
 """`pkd predict`: answers equal the model's, in the order of the lines; invalid lines are rejected."""
 
 import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -56,6 +58,24 @@ def test_texts_before_an_invalid_one_are_answered(folder):
     assert [next(answers)["text"] for _ in range(2)] == ["good", "fine"]
     with pytest.raises(UserError, match="text 3: the text is empty"):
         next(answers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "is a multi-label classifier"),
+        ({"problem_type": "regression"}, "is a regression with 2 outputs"),
+        ({"architectures": ["BertForTokenClassification"]}, "is a model for token classification"),
+        ({"architectures": ["BertModel"]}, "is not fine-tuned"),
+    ],
+)
+def test_a_model_of_another_kind_is_rejected(folder, tmp_path, fields, message):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | fields
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["predict", "--model", str(tmp_path / "model"), "good"])
+    assert result.exit_code == 2 and message in result.stderr and not result.stdout
+    assert result.stderr.startswith("pkd: --model: ") and len(result.stderr.splitlines()) == 1
 
 
 def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from pkd_dist.config.load import load
+from pkd_dist.data.class_mapping import match
 from pkd_dist.data.prepare import TokenSetSummary
+from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.results import Deployed, closing_table, combine, table_rows
 from pkd_dist.export.card import CardFacts, render
@@ -100,8 +102,9 @@ def test_the_model_card(results, tmp_path):
         copied_layers=[1, 3], patience_pairs=[[1, 2]], beta_mean=100.0, beta_sum=0.5,
     )  # fmt: skip
     facts = CardFacts(
-        config=load(None, ["run.dir=unused", f"teacher.model={tmp_path}"]), results=results, environment=environment,
-        main_metric="f_1", class_names=["no", "[yes](x)", "a`b", "<b>|"], train=summary(f"{tmp_path}/train.tsv + {tmp_path}/more.csv", 60), dev=summary(f"{tmp_path}/dev.tsv", 50),
+        config=load(None, ["run.dir=unused", f"teacher.model={tmp_path}"]), results=results, environment=environment, main_metric="f_1",
+        classes=match(Task("t", ("a",), "b"), ("no", "[yes](x)"), [9, 1], ("LABEL_0", "LABEL_1")),
+        train=summary(f"{tmp_path}/train.tsv + {tmp_path}/more.csv", 60), dev=summary(f"{tmp_path}/dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)",
     )  # fmt: skip
     file = {"bytes": 4e6, "main_metric": 0.6, "largest_difference": 1e-6, "agreement": 1.0, **size_and_speed(2)}
@@ -111,7 +114,9 @@ def test_the_model_card(results, tmp_path):
     text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": files, "measured_on": on})
     for line in (
         "# sst2: a 2-layer student",
-        "Classes, in the order of the logits: `no`, `[yes](x)`, ``a`b``, `<b>|`.",
+        "Classes, in the order of the logits: `no`, `[yes](x)`.",
+        "| `LABEL_1` | `[yes](x)` | `[yes](x)` |",
+        "those of the class `[yes](x)` (the rarer one in training; set task.positive to choose).",
         "| accuracy | 80.0% (70.0 to 90.0) | 60.0% (50.0 to 70.0) |",
         "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 1.0000 | 2.00 | 3.00 | 200 |",
         "by F1 on `dev.tsv`",
