@@ -109,6 +109,7 @@ def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: 
     state, reason = world.on_main(lambda: markers.state(stage, context))
     if state is State.DONE:
         output = world.on_main(lambda: markers.output(stage))
+        world.on_main(lambda: markers.tidy(stage, context))
         context.hand_on(output)
         world.together(lambda: stage.republish(context, output))
         if selected:

@@ -21,6 +21,7 @@ from pkd_dist.cli.options import (
     task_overrides,
 )
 from pkd_dist.errors import UserError
+from pkd_dist.files import folder_written_atomically, write_json
 
 
 def init_student(
@@ -46,7 +47,8 @@ def init_student(
         tokenizer = encoder.load_tokenizer(folder, "--teacher")
         compatibility.require_compatible(encoder.load_config(folder, "--teacher"), tokenizer, 1, teacher, "--teacher")
         model, made_of = student.create(config.student, folder, folder, {}, config.run.seed)
-        encoder.save_model(model, tokenizer, output)
+        with folder_written_atomically(output) as temporary:
+            encoder.save_model(model, tokenizer, temporary)
         print(f"{output}: {encoder.parameter_count(model):,} parameters, {made_of}")
 
     run_command(work)
@@ -84,7 +86,7 @@ def evaluate(
             figures = evaluate_folder(model, config.task, config.evaluate, split)
         print(json.dumps(figures, indent=2))
         if output is not None:
-            output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            write_json(output, figures)
 
     run_command(work)
 

@@ -28,7 +28,7 @@ from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed
 from pkd_dist.export import hf, manifest, onnx, triton
 from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
 from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
-from pkd_dist.files import remove, require_space, write_atomically
+from pkd_dist.files import folder_written_atomically, require_space, write_atomically
 from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.model.encoder import accepted, save_model
 from pkd_dist.telemetry.log import log
@@ -269,9 +269,7 @@ def export(
     Raises:
         UserError: A file is too far from the student, a format cannot be written, or the disk is full.
     """
-    temporary = output.with_name(f".{output.name}.tmp")
-    remove(temporary)
-    try:
+    with folder_written_atomically(output) as temporary:
         save_model(subject.student, subject.tokenizer, temporary)
         weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
         with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
@@ -295,8 +293,4 @@ def export(
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, "max_length": subject.max_length, "pair": subject.pair})
-        remove(output)
-        os.replace(temporary, output)
-    finally:
-        remove(temporary)
     return made

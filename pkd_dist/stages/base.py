@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, remove, write_json
+from pkd_dist.files import digest_of, evict, make_folder, move, remove, write_json
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -272,11 +271,24 @@ class Markers:
         self._write(name, dataclasses.replace(self._require(name), done=False, spoiled=reason))
 
     def end(self, stage: Stage[Output], context: Context, output: Output, seconds: float) -> None:
-        """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start."""
+        """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start.
+
+        Raises:
+            UserError: the outcome does not read back from the disk as it was written; temporary files are kept.
+        """
+        if any(path.exists() for path in stage.artifacts(context).temporary):
+            for path in stage.artifacts(context).kept:
+                evict(path)
+            if problem := stage.missing(context, output):
+                raise UserError(f"{problem} on the disk; nothing is removed; check the disk and rerun the same command")
         marker = self._require(stage.name)
         fields = dataclasses.asdict(output)  # type: ignore[call-overload]
         seconds = round(marker.seconds + seconds, 1)
         self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds))
+        self.tidy(stage, context)
+
+    def tidy(self, stage: Stage[Output], context: Context) -> None:
+        """Remove the temporary files of a stage that is done; a kill may have left some."""
         for path in stage.artifacts(context).temporary:
             remove(path)
 
@@ -296,9 +308,9 @@ class Markers:
         previous = self._run / "previous"
         numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
         target = previous / str(max(numbers, default=0) + 1)
-        target.mkdir(parents=True)
+        make_folder(target)
         for path in existing:
-            os.replace(path, target / path.name)
+            move(path, target / path.name)
         log.info("%s: its earlier outcome is kept in %s", name, target)
 
 

@@ -10,7 +10,7 @@ from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
-from pkd_dist.files import remove
+from pkd_dist.files import make_folder, remove_leftovers
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
@@ -80,10 +80,9 @@ def _sole_builder(context: Context) -> Iterator[None]:
     locks: list[Lock] = []
 
     def lock() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         locks.append(Lock(folder).acquire(wait=True, tick=lambda: world.interrupt("cache")))
-        for leftover in folder.glob(".*.tmp"):
-            remove(leftover)
+        remove_leftovers(folder)
 
     if context.resolved.config.cache.dir:
         world.on_main(lock)

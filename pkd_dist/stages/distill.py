@@ -12,12 +12,13 @@ from pkd_dist.distillation.objective import DistillationLoss, TeacherOutputs, ca
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
 from pkd_dist.model import student
-from pkd_dist.stages.base import Artifacts, Inputs, SpoiledError, Stage, absent
+from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
 from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_class_weights, open_tokens, training_set, used_vocabulary
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import trackers
 from pkd_dist.training.job import Job
 from pkd_dist.training.trainer import train
@@ -65,7 +66,7 @@ def inputs(context: Context) -> Inputs:
 
 
 def run(context: Context) -> DistillOutput:
-    progress = train(training_job(context), context.world, context.telemetry)
+    progress = train(lambda: training_job(context), context.world, context.telemetry)
     _require_cache_unaltered(context)
     assert progress.best_file is not None and progress.best_sha256 is not None
     return DistillOutput(
@@ -150,8 +151,10 @@ def missing(context: Context, output: DistillOutput) -> str | None:
 
 def _is_pruned(context: Context, best: Path) -> bool:
     """Whether the export, once verified, removed the weights."""
-    run = context.resolved
-    return run.config.export.prune and (run.paths.run / "stages" / "export.json").exists() and not best.exists()
+    if not context.resolved.config.export.prune or best.exists():
+        return False
+    export = Markers(context.resolved.paths.run, translate).read("export")
+    return export is not None and export.done
 
 
 def artifacts(context: Context) -> Artifacts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.world import World
-from pkd_dist.files import remove, require_unaltered
+from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_model, save_model
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.job import DeepSpeedJson, Forward, Job, Progress
@@ -76,7 +75,7 @@ def finetune(teacher: TeacherJob, world: World, telemetry: Telemetry) -> Progres
     Raises:
         DivergedError, Preempted, UserError: see `trainer.train`.
     """
-    progress = train(training_job(teacher), world, telemetry)
+    progress = train(lambda: training_job(teacher), world, telemetry)
     world.on_main(lambda: _write(teacher, progress))
     return progress
 
@@ -113,8 +112,5 @@ def _write(teacher: TeacherJob, progress: Progress) -> None:
     require_unaltered(best, progress.best_sha256)
     model = load_model(teacher.base, new_head=True, **teacher.labels)
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in load_file(best).items()})
-    temporary = teacher.output.with_name(f".{teacher.output.name}.tmp")
-    remove(temporary)
-    save_model(model, teacher.tokenizer, temporary)
-    remove(teacher.output)
-    os.replace(temporary, teacher.output)
+    with folder_written_atomically(teacher.output) as temporary:
+        save_model(model, teacher.tokenizer, temporary)

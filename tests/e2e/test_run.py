@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,9 @@ def test_what_a_run_leaves_behind(finished):
     card = (run / "export/README.md").read_text()
     assert "| `onnx/model.int8.onnx` |" in card and "one core of" in card and "\n\n`manifest.json`" in card
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
+    os.umask(umask := os.umask(0o022))
+    modes = {str(path): path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert not {name for name, mode in modes.items() if mode != 0o666 & ~umask}, "another user can serve the export"
 
 
 def test_the_export_loads_without_us(finished):
