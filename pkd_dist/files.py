@@ -168,6 +168,14 @@ def size_of(path: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
+def readable_bytes(count: int) -> str:
+    """Return a number of bytes as people read it, such as `1.2 GB` (10^9 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return (

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from pkd_dist import __version__
+from pkd_dist import __version__, disk_space
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import closing_table
+from pkd_dist.files import readable_bytes, size_of
 from pkd_dist.stages import run_folder
-from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
+from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of, previous_folder
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
 from pkd_dist.stages.evaluate import EvaluateOutput
 from pkd_dist.stages.translation import translate
@@ -91,6 +92,8 @@ def run(
             world.on_main(markers.upgrade)
             for stage in STAGES[: NAMES.index(names[-1]) + 1]:
                 _run_stage(stage, context, markers, stage.name in names)
+                if stage.name == "data":
+                    world.on_main(lambda: disk_space.require(context, markers, names))
                 if publisher:
                     publisher.push()
     return context
@@ -99,7 +102,12 @@ def run(
 def summary(context: Context) -> str:
     """Return the table a run ends with, and where its export and report are."""
     paths = context.resolved.paths
-    return closing_table(context.output(EvaluateOutput).results, paths.export, paths.report)
+    table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report)
+    previous = previous_folder(paths.run)
+    if not previous.exists():
+        return table
+    size = readable_bytes(size_of(previous))
+    return f"{table}\nearlier outcomes: {previous}, {size}; `pkd runs clean {paths.run}` removes them"
 
 
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:

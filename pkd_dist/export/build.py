@@ -247,6 +247,11 @@ class _Builder:
         return {name: timing.figures for name, timing in timings.items()}
 
 
+def needed_bytes(weights_bytes: int, formats: Sequence[str]) -> int:
+    """Return about how much disk an export of these formats takes while it is built."""
+    return weights_bytes * len(formats)
+
+
 def export(
     subject: Subject,
     formats: Sequence[str],
@@ -272,7 +277,7 @@ def export(
     with folder_written_atomically(output) as temporary:
         save_model(subject.student, subject.tokenizer, temporary)
         weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
-        with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
+        with require_space(output.absolute().parent, needed_bytes(weights_bytes, formats), output.name):
             builder = _Builder(subject, temporary, check)
             verifier = builder.verifier
             difference = hf.verify(temporary, verifier.logits_NC, subject.dev, subject.texts, subject.max_length,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, evict, make_folder, move, remove, write_json
+from pkd_dist.files import digest_of, evict, make_folder, move, readable_bytes, remove, size_of, write_json
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -305,13 +305,18 @@ class Markers:
         existing = [path for path in paths if path.exists()]
         if not existing:
             return
-        previous = self._run / "previous"
+        previous = previous_folder(self._run)
         numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
         target = previous / str(max(numbers, default=0) + 1)
         make_folder(target)
         for path in existing:
             move(path, target / path.name)
-        log.info("%s: its earlier outcome is kept in %s", name, target)
+        log.info("%s: its earlier outcome is kept in %s (%s)", name, target, readable_bytes(size_of(target)))
+
+
+def previous_folder(run: Path) -> Path:
+    """Return where a run keeps the outcomes of earlier settings."""
+    return run / "previous"
 
 
 def inputs_of(stage: Stage[Output], context: Context) -> Inputs:

@@ -164,7 +164,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: DistillOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.records, paths.checkpoints)
+    republish_training(context, paths.records, paths.checkpoints, output.history)
 
 
 STAGE = Stage("distill", VERSION, DistillOutput, inputs, run, missing, artifacts, republish=republish)

@@ -109,7 +109,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: TeacherOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.teacher_records, paths.teacher_checkpoints)
+    republish_training(context, paths.teacher_records, paths.teacher_checkpoints, output.history)
 
 
 STAGE = Stage("teacher", VERSION, TeacherOutput, inputs, run, missing, artifacts, republish=republish)
