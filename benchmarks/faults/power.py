@@ -16,11 +16,20 @@ from benchmarks.faults.campaign import git_revision
 from benchmarks.faults.recorder import VARIANTS, Cut, read, rebuild
 from benchmarks.faults.tiny import command, environment, make_body, make_data, write_config
 from benchmarks.faults.trial import Outcome, left_behind, outcome, settings
+from pkd_dist import pipeline
+from pkd_dist.config.load import load
+from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 from pkd_dist.training import checkpoint
 
 _OUTLIVED = re.compile(r"runs again|is damaged|was altered|is missing|cannot be read|has \d+ bytes, not|Traceback")
 """What the run says of a marker whose content is lost."""
+
+
+_CHANGED = re.compile(r": runs, because (?!it has not run yet|it was interrupted)")
+"""A line of the plan: a stage that its marker calls done, but whose outcome is not there."""
 
 
 @dataclass
@@ -52,7 +61,9 @@ class Recording:
         body, data = make_body(work / "bert"), make_data(work / "data")
         self.run = self.disk / "run"
         chosen = settings(body, data, self.run, 60) | {"export": {"formats": ["safetensors"], "prune": True}} | sections
-        self.command = command("--config", write_config(chosen, work))
+        self.config = str(write_config(chosen, work))
+        self.command = command("--config", self.config)
+        self.world = World(Ranks(0, 0, 1, 1, "python"), 60)
         recorder = [sys.executable, "-m", "benchmarks.faults.recorder", str(self.disk), str(self.store)]
         done = self._start([*recorder, *self.command[1:]])
         assert done.returncode == 0, done.stdout + done.stderr
@@ -62,14 +73,28 @@ class Recording:
     def _start(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
-    def replay(self, number: int, variant: str) -> Replay:
-        """Run the same command on what a cut leaves; the folder is kept for a look."""
-        row = Replay(number, self.cuts[number].event.replace(f"{self.work}/", ""), variant)
+    def _rebuild(self, number: int, variant: str) -> None:
         shutil.rmtree(self.disk)
         self.disk.mkdir()
         rebuild(self.cuts[number], variant, self.store, self.disk)
-        for committed in (checkpoint.committed(folder) for folder in self.run.glob("*checkpoints")):
-            row.outlived += [problem for path in committed if (problem := checkpoint.damage(path)[0])]
+
+    def outlived(self, number: int, variant: str) -> list[str]:
+        """Return what is wrong with that which the markers of stages and checkpoints vouch for after a cut."""
+        self._rebuild(number, variant)
+        committed = [path for folder in self.run.glob("*checkpoints") for path in checkpoint.committed(folder)]
+        found = [problem for path in committed if (problem := checkpoint.damage(path)[0])]
+        try:
+            lines = pipeline.plan(load(self.config), self.config, self.world)
+        except UserError as error:
+            return [*found, str(error)]
+        return found + [line for line in lines if _CHANGED.search(line)]
+
+    def replay(self, number: int, variant: str) -> Replay:
+        """Run the same command on what a cut leaves; the folder is kept for a look."""
+        row = Replay(number, self.cuts[number].event.replace(f"{self.work}/", ""), variant)
+        for one in VARIANTS:
+            row.outlived += self.outlived(number, one)
+        self._rebuild(number, variant)
         done = self._start(self.command)
         row.status, row.identical = done.returncode, outcome(self.run) == self.outcome
         row.outlived += [line for line in (done.stdout + done.stderr).splitlines() if _OUTLIVED.search(line)]
