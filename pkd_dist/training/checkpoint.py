@@ -281,7 +281,8 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
             skipped[path] = str(found.best_damage)
         else:
             if not lacking:
-                return _none_intact(folder, skipped)
+                _require_intact(folder, skipped)
+                return None
             found = lacking[0]
         if problem := next(iter(skipped.values()), found.best_damage):
             report(f"resuming from {found.path.name}: {problem}")
@@ -292,7 +293,8 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
     return world.on_main(choose)
 
 
-def _none_intact(folder: Path, damaged: dict[Path, str]) -> None:
+def _require_intact(folder: Path, damaged: dict[Path, str]) -> None:
+    """Raise UserError if there are checkpoints, all damaged."""
     for problem in damaged.values():
         raise UserError(f"{problem}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
 
