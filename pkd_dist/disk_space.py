@@ -83,7 +83,7 @@ def _needs(context: Context) -> Iterator[Need]:
     run, paths, data = context.resolved, context.resolved.paths, context.output(DataOutput)
     config = run.config
     shape = copy.deepcopy(run.source_config)
-    shape.num_labels = max(1, len(data.class_names))
+    classes = shape.num_labels = max(1, len(data.class_names))
     if settings := config.teacher.finetune:
         used = len(used_vocabulary(context, "train", "dev"))
         weights, trained = encoder.planned_sizes(shape, used)
@@ -93,7 +93,7 @@ def _needs(context: Context) -> Iterator[Need]:
     summary = data.sets[training_set(context)]
     if run.cached:
         states = summary.tokens if config.distill.states == "tokens" else summary.examples
-        values = states * len(run.kept_layers) * run.teacher_width + summary.examples * shape.num_labels
+        values = states * len(run.kept_layers) * run.teacher_width + summary.examples * classes
         yield Need("cache", values * (4 if config.cache.dtype == "float32" else 2), 0, (paths.cache,))
     used = len(used_vocabulary(context, training_set(context), "dev"))
     weights, trained = encoder.planned_sizes(student.planned_config(config.student, shape), used)
