@@ -7,6 +7,7 @@ PYTHON ?= python3
 ARGS ?=
 TRIALS ?= 100
 SEED ?= 1
+CUTS ?= 50
 # One rank per GPU, at most two; two ranks on a machine without GPUs.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
@@ -21,8 +22,8 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench-faults bench-glue bench-peers bench-profile bench-ranks bench-scaling \
-    bench-scrapers bench-serving docs lock clean
+.PHONY: help demo test lint coverage bench-faults bench-power bench-glue bench-peers bench-profile bench-ranks \
+    bench-scaling bench-scrapers bench-serving docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,9 @@ coverage: .venv/.installed-test ## run the tests, list uncovered lines of pkd_di
 
 bench-faults: .venv/.installed-test ## inject faults into a run (TRIALS=n SEED=s; needs root for network and disk faults)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.faults --trials $(TRIALS) --seed $(SEED) $(ARGS)
+
+bench-power: .venv/.installed-test ## cut the power at moments of a recorded run (CUTS=n)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.faults.power --cuts $(CUTS) $(ARGS)
 
 bench-glue: .venv/.installed-demo ## compare methods, depths and seeds on real tasks (GLUE=folder with SST-2/ and RTE/; ARGS)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.glue $(if $(GLUE),--glue-dir $(GLUE)) $(ARGS)

@@ -1,4 +1,9 @@
-"""Atomic writes (a temporary file, synced, then renamed), disk space, and digests of files."""
+"""Durable writes, disk space, and digests of files.
+
+A file or a folder gets its name when its content is on disk, in this order: files, folders from the innermost out, the rename,
+the parent folder. So neither a kill nor a power loss shows it incomplete, and what is written later, such as a marker, never
+outlives it. Modes follow the umask, whatever the library that wrote a file chose.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -17,20 +23,76 @@ from pkd_dist.errors import UserError
 
 @contextlib.contextmanager
 def written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """Yield a temporary path. At the end its file is synced and renamed to `path`; after a failure it is removed.
+    """Yield a temporary path, of an empty file. At the end it durably becomes `path`; after a failure it is removed.
+
+    It is in a temporary folder of its own, which is removed with all that a writer or a kill leaves in it.
 
     Raises:
         UserError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with require_space(path.parent, needed_bytes, path.name):
+            remove(scratch)
+            scratch.mkdir()
+            temporary = scratch / path.name
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
+            os.chmod(temporary, mode)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(scratch)
+
+
+@contextlib.contextmanager
+def folder_written_atomically(folder: Path) -> Iterator[Path]:
+    """Yield a temporary, empty folder. At the end it durably becomes `folder`; after a failure it is removed.
+
+    An earlier `folder` is removed once the new one is on disk.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    remove(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        remove(folder)
+        move(temporary, folder)
+    finally:
+        remove(temporary)
+
+
+def _flush(folder: Path) -> None:
+    """Set the modes of all files and folders below a folder to those of new ones, and flush them to disk, innermost first."""
+    probe = folder / ".mode"
+    probe.touch()
+    modes = stat.S_IMODE(probe.stat().st_mode), stat.S_IMODE(folder.stat().st_mode)
+    probe.unlink()
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            os.chmod(path := Path(place, name), modes[0])
+            sync(path)
+        os.chmod(place, modes[1])
+        sync(Path(place))
+
+
+def make_folder(folder: Path) -> None:
+    """Durably create a folder and its missing parents."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Durably rename a complete file or folder, on one file system."""
+    os.replace(source, target)
+    sync(target.parent)
+    if source.parent.resolve() != target.parent.resolve():
+        sync(source.parent)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], needed_bytes: int = 0) -> None:
@@ -120,6 +182,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def evict(path: Path) -> None:
+    """Drop a synced file, or all files below a folder, from the page cache, so that the next read is from the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder; 0 if it does not exist."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def readable_bytes(count: int) -> str:
+    """Return a number of bytes as people read it, such as `1.2 GB` (10^9 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return (
@@ -184,6 +268,15 @@ def require_unaltered(path: Path, digest: str) -> None:
     """Raise UserError unless a file exists and has this sha256."""
     if not path.is_file() or sha256(path) != digest:
         raise UserError(f"{path}: was altered since it was written; rerun the same command to rebuild it")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders that a killed job left in a folder into which nobody writes now.
+
+    `.tmpXXXXXX` are those of safetensors, for which versions up to 0.1.0 did not make a folder.
+    """
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
+        remove(leftover)
 
 
 def remove(path: Path) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from pkd_dist import __version__
+from pkd_dist import __version__, disk_space
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import closing_table
+from pkd_dist.files import readable_bytes, size_of
 from pkd_dist.stages import run_folder
-from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
+from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of, previous_folder
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
 from pkd_dist.stages.evaluate import EvaluateOutput
 from pkd_dist.stages.export import deployed
@@ -107,6 +108,8 @@ def run(
             world.on_main(markers.upgrade)
             for stage in STAGES[: NAMES.index(names[-1]) + 1]:
                 _run_stage(stage, context, markers, stage.name in names)
+                if stage.name == "data":
+                    world.on_main(lambda: disk_space.require(context, markers, names))
                 if publisher:
                     publisher.push()
     return context
@@ -116,6 +119,11 @@ def summary(context: Context) -> str:
     """Return the table a run ends with, where its export and report are, and what is worth a look."""
     paths, notices = context.resolved.paths, context.output(ReportOutput).notices
     table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report, deployed(context))
+    kept = previous_folder(paths.run)
+    if kept.exists():
+        table += (
+            f"\nearlier outputs: {kept}, {readable_bytes(size_of(kept))}; `pkd runs clean {paths.run}` removes them"
+        )
     return "\n".join([table, *(["", "worth a look:", *(f"- {notice}" for notice in notices)] if notices else [])])
 
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 import typer
 from typer.core import TyperCommand
 
-from pkd_dist.cli import compare_command, config_commands, data_commands, metrics_commands, model_commands, run_commands
+from pkd_dist.cli import (
+    compare_command,
+    config_commands,
+    data_commands,
+    metrics_commands,
+    model_commands,
+    run_commands,
+    runs_commands,
+)
 from pkd_dist.cli.launch import leave
 from pkd_dist.cli.run_commands import stage_command
 from pkd_dist.cli.usage import Group
@@ -45,6 +53,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
             "withdraw": metrics_commands.withdraw,
         },
     ),
+    "runs": ("Clean up run folders.", {"clean": runs_commands.clean}),
 }
 
 

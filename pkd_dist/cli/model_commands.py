@@ -25,6 +25,7 @@ from pkd_dist.cli.options import (
     task_overrides,
 )
 from pkd_dist.errors import UserError
+from pkd_dist.files import folder_written_atomically, write_json
 
 MaxLength = Annotated[
     int | None,
@@ -60,7 +61,8 @@ def init_student(
         with named_as_options():
             config = load(None, ["run.dir=unused", f"student.layers={chosen}"])
             model, made_of = student.create(config.student, folder, folder, {}, config.run.seed)
-        encoder.save_model(model, tokenizer, output)
+        with folder_written_atomically(output) as temporary:
+            encoder.save_model(model, tokenizer, temporary)
         print(f"{output}: {encoder.parameter_count(model):,} parameters, {made_of}")
 
     run_command(work)
@@ -128,7 +130,7 @@ def evaluate(
         if figures["spread"] > BUSY_SPREAD:
             print("pkd: the machine was busy while speed was measured (see spread)", file=sys.stderr)
         if output is not None:
-            output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            write_json(output, figures)
 
     run_command(work)
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from pkd_dist.data.examples import Split
-from pkd_dist.files import read_object, remove, write_atomically, write_json, written_atomically
+from pkd_dist.files import make_folder, read_object, remove, write_atomically, write_json, written_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def tokenize(
         folder: created if missing.
         check: called between chunks; an exception it raises stops the work.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dtypes: dict[str, type] = {"input_ids": np.int32}
     if "token_type_ids" in tokenizer.model_input_names:
         dtypes["type_ids"] = np.uint8

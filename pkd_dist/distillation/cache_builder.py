@@ -30,7 +30,7 @@ from pkd_dist.distillation.cache import (
 )
 from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
 from pkd_dist.distributed.world import World
-from pkd_dist.files import remove, sha256, write_atomically
+from pkd_dist.files import make_folder, remove, sha256, write_atomically
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -133,7 +133,7 @@ def _find_missing(spec: CacheSpec, manifest: Manifest | None, mine: Sequence[int
     """
 
     def check_mine() -> list[tuple[int, bool]]:
-        spec.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(spec.folder)
         found = [(index, spec.path(index).exists()) for index in mine]
         return [(index, exists) for index, exists in found if not (exists and _is_complete(spec, index, manifest))]
 

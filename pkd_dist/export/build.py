@@ -29,7 +29,7 @@ from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timin
 from pkd_dist.export import hf, manifest, onnx, triton
 from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
 from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
-from pkd_dist.files import remove, require_space, write_atomically
+from pkd_dist.files import folder_written_atomically, require_space, write_atomically
 from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.model.encoder import accepted, save_model
 from pkd_dist.telemetry.log import log
@@ -249,6 +249,11 @@ class _Builder:
         return {name: timing.figures for name, timing in timings.items()}
 
 
+def needed_bytes(weights_bytes: int, formats: Sequence[str]) -> int:
+    """Return about how much disk an export of these formats takes while it is built."""
+    return weights_bytes * len(formats)
+
+
 def export(
     subject: Subject,
     formats: Sequence[str],
@@ -271,12 +276,10 @@ def export(
     Raises:
         UserError: A file is too far from the student, a format cannot be written, or the disk is full.
     """
-    temporary = output.with_name(f".{output.name}.tmp")
-    remove(temporary)
-    try:
+    with folder_written_atomically(output) as temporary:
         save_model(subject.student, subject.tokenizer, temporary, subject.max_length)
         weights_bytes = (temporary / WEIGHTS_FILE).stat().st_size
-        with require_space(output.absolute().parent, weights_bytes * len(formats), output.name):
+        with require_space(output.absolute().parent, needed_bytes(weights_bytes, formats), output.name):
             builder = _Builder(subject, temporary, check)
             verifier = builder.verifier
             difference = hf.verify(temporary, verifier.logits_NC, subject.dev, subject.texts, subject.max_length,
@@ -299,8 +302,4 @@ def export(
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})
-        remove(output)
-        os.replace(temporary, output)
-    finally:
-        remove(temporary)
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import manifest
-from pkd_dist.files import remove, require_unaltered
+from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model, weights_digest
 from pkd_dist.model.regression_head import restore
 from pkd_dist.model.vocabulary import full_embedding
@@ -121,7 +120,7 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
         raise UserError(f"no such folder: {output.absolute().parent}", "--output")
     if not (path / checkpoint.COMMIT).is_file():
         raise UserError(f"{path} is not a committed checkpoint; expected RUN/checkpoints/step-N", "--from-checkpoint")
-    problem, _ = checkpoint.damage(path, best=False)
+    problem, _ = checkpoint.damage(path)
     if problem:
         raise UserError(f"{problem}; choose another checkpoint", "--from-checkpoint")
     init = path.absolute().parent.parent / "student_init"
@@ -134,9 +133,7 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
 
 def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.Manifest) -> None:
     """Write a model with the tokenizer of `init`, after checking that it reloads unchanged."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    remove(temporary)
-    try:
+    with folder_written_atomically(output) as temporary:
         save_model(model, load_tokenizer(str(init), "student_init"), temporary, about.get("max_length"))
         reloaded = AutoModelForSequenceClassification.from_pretrained(
             temporary, dtype="auto", trust_remote_code=False
@@ -145,9 +142,6 @@ def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.Mani
             if reloaded[key].dtype != value.dtype or not torch.equal(reloaded[key], value):
                 raise UserError(f"{output}: {key} reads back differently; the export is not usable")
         manifest.write(temporary, about)
-        os.replace(temporary, output)
-    finally:
-        remove(temporary)
 
 
 @torch.inference_mode()

@@ -75,6 +75,13 @@ def planned_depth(
     return len(_selected_layers(config, own))
 
 
+def planned_config(config: StudentConfig, teacher: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the student's model, as `create` will make it."""
+    shape = teacher if config.init in INIT_METHODS else load_config(locate(config.init, "student.init"), "student.init")
+    shape = _with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape
+    return _with_layers(shape, _selected_layers(config, shape))
+
+
 def copied_teacher_layers(config: StudentConfig, teacher: PretrainedConfig) -> tuple[int, ...] | None:
     """Return the teacher layers (from 0) that the student starts from; None if it starts otherwise."""
     return _selected_layers(config, teacher) if config.init == "teacher_layers" else None

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +31,19 @@ from pydantic import TypeAdapter, ValidationError
 from pkd_dist.config.schema import Config
 from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
-from pkd_dist.files import altered, checksums, digest_of, read_object, remove, write_json
+from pkd_dist.files import (
+    altered,
+    checksums,
+    digest_of,
+    evict,
+    make_folder,
+    move,
+    read_object,
+    readable_bytes,
+    remove,
+    size_of,
+    write_json,
+)
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -295,6 +306,7 @@ class Markers:
 
     def settle(self, stage: Stage[Output], context: Context) -> None:
         """Give a stage that is found done the checksums it lacks, and set altered records aside, which stay lost."""
+        self._tidy(stage, context)
         marker, artifacts = self._require(stage.name), stage.artifacts(context)
         if marker.files is None:
             self._write(stage.name, dataclasses.replace(marker, files=checksums(artifacts.verified)))
@@ -348,12 +360,25 @@ class Markers:
         self._write(name, dataclasses.replace(self._require(name), done=False, spoiled=reason))
 
     def end(self, stage: Stage[Output], context: Context, output: Output, seconds: float) -> None:
-        """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start."""
+        """Mark a stage as done, and remove its temporary files. `seconds` is the time since its last start.
+
+        Raises:
+            UserError: the outcome does not read back from the disk as it was written; temporary files are kept.
+        """
+        if any(path.exists() for path in stage.artifacts(context).temporary):
+            for path in stage.artifacts(context).kept:
+                evict(path)
+            if problem := stage.missing(context, output):
+                raise UserError(f"{problem} on the disk; nothing is removed; check the disk and rerun the same command")
         marker = self._require(stage.name)
         fields = dataclasses.asdict(output)  # type: ignore[call-overload]
         seconds = round(marker.seconds + seconds, 1)
         files = checksums(stage.artifacts(context).verified)
         self._write(stage.name, dataclasses.replace(marker, done=True, outputs=fields, seconds=seconds, files=files))
+        self._tidy(stage, context)
+
+    def _tidy(self, stage: Stage[Output], context: Context) -> None:
+        """Remove the temporary files of a stage that is done; a kill may have left some."""
         for path in stage.artifacts(context).temporary:
             remove(path)
 
@@ -370,13 +395,18 @@ class Markers:
         existing = [path for path in paths if path.exists()]
         if not existing:
             return
-        previous = self._run / "previous"
+        previous = previous_folder(self._run)
         numbers = [int(p.name) for p in previous.iterdir() if p.name.isdigit()] if previous.exists() else []
         target = previous / str(max(numbers, default=0) + 1)
-        target.mkdir(parents=True)
+        make_folder(target)
         for path in existing:
-            os.replace(path, target / path.name)
-        log.info("%s: its earlier outcome is kept in %s", name, target)
+            move(path, target / path.name)
+        log.info("%s: its earlier outcome is kept in %s (%s)", name, target, readable_bytes(size_of(target)))
+
+
+def previous_folder(run: Path) -> Path:
+    """Return where a run keeps the outcomes of earlier settings."""
+    return run / "previous"
 
 
 def inputs_of(stage: Stage[Output], context: Context) -> Inputs:

@@ -12,7 +12,7 @@ from pkd_dist.distillation.cache import DamagedManifestError, Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, is_denied, remove
+from pkd_dist.files import digest_of, is_denied, make_folder, remove_leftovers
 from pkd_dist.lock import Lock
 from pkd_dist.model import encoder
 from pkd_dist.model.regression_head import standardize
@@ -86,14 +86,13 @@ def _sole_builder(context: Context) -> Iterator[None]:
 
     def lock() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             locks.append(Lock(folder).acquire(wait=True, tick=lambda: world.interrupt("cache")))
         except OSError as error:
             if not is_denied(error):
                 raise
             return _require_complete(folder, str(error.strerror))
-        for leftover in folder.glob(".*.tmp"):
-            remove(leftover)
+        remove_leftovers(folder)
 
     if context.resolved.config.cache.dir:
         world.on_main(lock)

@@ -12,7 +12,7 @@ from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss,
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
 from pkd_dist.model import student
-from pkd_dist.stages.base import Artifacts, Inputs, SpoiledError, Stage, absent
+from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
 from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
@@ -28,6 +28,7 @@ from pkd_dist.stages.data import (
 )
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import trackers
 from pkd_dist.training.job import Job
 from pkd_dist.training.trainer import train
@@ -79,7 +80,7 @@ def inputs(context: Context) -> Inputs:
 
 
 def run(context: Context) -> DistillOutput:
-    progress = train(training_job(context), context.world, context.telemetry)
+    progress = train(lambda: training_job(context), context.world, context.telemetry)
     _require_cache_unaltered(context)
     assert progress.best_file is not None and progress.best_sha256 is not None
     return DistillOutput(
@@ -164,9 +165,11 @@ def missing(context: Context, output: DistillOutput) -> str | None:
 
 def _is_pruned(context: Context, best: Path) -> bool:
     """Whether the export, once verified, removed the weights."""
-    run = context.resolved
-    exported = (run.paths.run / "stages" / "export.json").exists() or run.paths.export.exists()
-    return run.config.export.prune and exported and not best.exists()
+    paths = context.resolved.paths
+    if not context.resolved.config.export.prune or best.exists():
+        return False
+    export = Markers(paths.run, translate).read("export")
+    return export.done if export else paths.export.exists()
 
 
 def artifacts(context: Context) -> Artifacts:
@@ -177,7 +180,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: DistillOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.records, paths.checkpoints)
+    republish_training(context, paths.records, paths.checkpoints, output.history)
 
 
 STAGE = Stage(

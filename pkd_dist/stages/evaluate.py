@@ -14,7 +14,7 @@ from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.compare import Evaluation, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
-from pkd_dist.files import write_json
+from pkd_dist.files import make_folder, write_json
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
@@ -73,7 +73,7 @@ def run(context: Context) -> EvaluateOutput:
 
 def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) -> None:
     paths = context.resolved.paths
-    paths.results.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.results.parent)
     write_json(paths.results, compared.results)
     predictions.write(paths.predictions, splits, compared.logits)
     for split in splits.keys() - {"dev", *compared.results["splits"]}:
@@ -83,7 +83,7 @@ def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) 
 
 def _submit(context: Context, split: str, name: str, logits_NC: np.ndarray) -> None:
     folder = context.resolved.paths.submissions / name
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = submission.write(folder, split, context.resolved.task, logits_NC, context.output(DataOutput).classes)
     log.info("evaluate: %s has no labels; the %s's predictions are in %s", split, name, path)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from pkd_dist.files import changed_file, file_digests, remove
+from pkd_dist.files import changed_file, file_digests, folder_written_atomically
 from pkd_dist.model import encoder, student
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
@@ -69,11 +68,8 @@ def _create(context: Context) -> InitOutput:
         run.config.run.seed,
         context.output(DataOutput).scale,
     )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    remove(temporary)
-    encoder.save_model(model, run.tokenizer, temporary, run.config.task.max_length)
-    remove(folder)
-    os.replace(temporary, folder)
+    with folder_written_atomically(folder) as temporary:
+        encoder.save_model(model, run.tokenizer, temporary, run.config.task.max_length)
     log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), made_of)
     if run.pairs_are_rounded:
         log.info(

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pkd_dist.stages.context import Context
 from pkd_dist.telemetry import records
+from pkd_dist.telemetry.log import log
 from pkd_dist.training import checkpoint
 
 EpochScores = dict[str, int | float]
 """`epoch`, `step`, and the scores on dev after it."""
 
 
-def republish_training(context: Context, lines: Path, checkpoints: Path) -> None:
-    """Set the gauges to where an earlier process left a training that is done."""
+def republish_training(context: Context, lines: Path, checkpoints: Path, history: Sequence[EpochScores]) -> None:
+    """Set the gauges to where an earlier process left a training that is done.
+
+    Args:
+        lines: its metrics file; a warning says where it lacks an evaluation.
+        history: its evaluations.
+    """
     if not context.world.node_main:
         return
     metrics = context.telemetry.metrics
     metrics.eval_metric.clear()
-    metrics.show_past(records.read_complete(lines))
+    found = list(records.read_complete(lines))
+    lost = len({entry["step"] for entry in history} - {line["step"] for line in found if "split" in line})
+    if lost:
+        log.warning(
+            "%s: lacks %d of the %d evaluations of its training: it was emptied, cut or deleted; the model is not affected, but a "
+            "report made now is incomplete; restore the file if there is a copy", lines, lost, len(history),
+        )  # fmt: skip
+    metrics.show_past(found)
     if commits := checkpoint.committed(checkpoints):
         metrics.checkpoint_time.set((commits[-1] / checkpoint.COMMIT).stat().st_mtime)

@@ -18,7 +18,7 @@ from pkd_dist import __version__
 from pkd_dist.distributed.world import World
 from pkd_dist.environment import Environment
 from pkd_dist.errors import UserError
-from pkd_dist.files import is_full, remove, write_atomically
+from pkd_dist.files import is_full, make_folder, move, remove, remove_leftovers, write_atomically
 from pkd_dist.lock import Lock
 from pkd_dist.stages.base import Artifacts
 from pkd_dist.stages.context import Resolved
@@ -46,13 +46,13 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
             Lock(folder).acquire(tick=world.beat).release()  # not while another job uses it
             log.info("--fresh: the earlier run is kept in %s", move_aside(folder))
         with _writable("run.dir", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock.acquire(tick=world.beat)
             _remove_leftovers(folder, list(artifacts))
-            (folder / "stages").mkdir(exist_ok=True)
+            make_folder(folder / "stages")
         for key, other in _other_folders(run).items():
             with _writable(key, other):
-                other.mkdir(parents=True, exist_ok=True)
+                make_folder(other)
                 if key == "evaluate.result_dir" and not os.access(other, os.W_OK):  # hours before it is written
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         content = {**run.config.model_dump(mode="json"), "resolved": dataclasses.asdict(environment(run, world))}
@@ -103,11 +103,19 @@ def _writable(key: str, folder: Path) -> Iterator[None]:
 
 def _remove_leftovers(folder: Path, artifacts: list[Artifacts]) -> None:
     """Remove temporary files that a killed job left where a run writes; the lock says that nobody writes there now."""
-    made = {path for stage in artifacts for path in (*stage.kept, *stage.temporary)} | {folder / "config.yaml"}
-    beside = [leftover for path in made for leftover in path.parent.glob(f".{path.name}.*tmp")]
-    folders = {path for path in made if path.is_dir()} | {folder / "stages", *(folder / "data").glob("*")}
-    for leftover in (*beside, *(inside for path in folders for inside in path.glob(".*.tmp"))):
-        remove(leftover)
+    made = {path for stage in artifacts for path in (*stage.kept, *stage.temporary)}
+    for path in made:
+        for leftover in path.parent.glob(f".{path.name}.*tmp"):  # beside results that are elsewhere
+            remove(leftover)
+    for path in {
+        folder,
+        folder / "stages",
+        folder / "counters",
+        *made,
+        *folder.glob("data/*"),
+        *folder.glob("predictions/*"),
+    }:
+        remove_leftovers(path)
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -118,7 +126,7 @@ def move_aside(folder: Path) -> Path | None:
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    os.replace(folder, target)
+    move(folder, target)
     return target
 
 

@@ -90,7 +90,8 @@ def _finetune(context: Context) -> None:
 def _finished(context: Context) -> TeacherOutput:
     paths = context.resolved.paths
     committed = checkpoint.committed(paths.teacher_checkpoints)
-    progress = checkpoint.read_state(committed[-1])["progress"] if committed else {}
+    intact = committed and checkpoint.damage(committed[-1])[0] is None  # an earlier start may have written the teacher
+    progress = checkpoint.read_state(committed[-1])["progress"] if intact else {}
     return TeacherOutput(
         encoder.weights_digest(str(paths.teacher)),
         str(paths.teacher),
@@ -139,7 +140,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: TeacherOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.teacher_records, paths.teacher_checkpoints)
+    republish_training(context, paths.teacher_records, paths.teacher_checkpoints, output.history)
 
 
 STAGE = Stage(

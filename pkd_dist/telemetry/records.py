@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object per line, append-only, without gaps or duplicates across kills and resumes.
 
 A resumed run repeats the steps since its checkpoint, whose lines are already in the file. They are identified by step and, for
-evaluations, split, and are not written again. A line torn by a kill is cut off before the first write.
+evaluations, split, and are not written again. What a kill or a power loss left at the end, a torn line or blocks of zeros, is cut
+off first. All lines up to a checkpoint are on disk before it is committed.
 
 A step has `step`, `epoch`, `loss`, `loss_TERM`, `learning_rate`, `grad_norm`, `time` and more numbers; an evaluation has
 `split` and its metrics. In both, `seconds` is an object: the seconds of each part of the step, or of the evaluation.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import require_space
+from pkd_dist.files import make_folder, require_space, sync
 
 Record: TypeAlias = dict[str, Any]
 """One line of the file."""
@@ -77,19 +78,26 @@ class Records:
     """Writer of a metrics file; use on one rank only."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._written = {_key(record) for record in read(path)}
+        make_folder(path.parent)
         self._path = path
         self._file = open(path, "ab+")  # noqa: SIM115 - open as long as the run
-        self._cut_torn_line()
+        sync(path.parent)
+        self._cut_tail()
+        self._written = {_key(record) for record in read(path)}
 
-    def _cut_torn_line(self) -> None:
-        size = self._file.seek(0, os.SEEK_END)
-        window = min(size, 1 << 16)
-        self._file.seek(size - window)
-        tail = self._file.read(window)
-        if tail and not tail.endswith(b"\n"):
-            self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+    def _cut_tail(self) -> None:
+        """Cut the file before the first line that a kill tore, or of which a power loss left zeros."""
+        self._file.seek(0)
+        intact = 0
+        for line in self._file:
+            if not line.endswith(b"\n") or b"\0\0" in line:
+                self._file.truncate(intact)
+                return
+            intact += len(line)
+
+    def sync(self) -> None:
+        """Flush the file to disk. Call before a checkpoint is committed: earlier records are not written again."""
+        os.fsync(self._file.fileno())
 
     def write(self, record: Record) -> bool:
         """Append a record and return True; return False if the file already has it."""

@@ -5,6 +5,7 @@
                                      and of Adam's two moments, and where the slice starts
         state.json                   position, history, best epoch so far, counters: equal on all ranks
         commit.json                  size and sha256 of every file; written last, atomically
+    FOLDER/step-00000200.earlier/    its predecessor of the same step, while it is replaced
     FOLDER/best-00000530.safetensors consolidated float32 weights of the best evaluation so far
 
 A folder without `commit.json` is ignored on resume. Slices name a parameter and a position, not a rank or a stage, so a
@@ -21,12 +22,22 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
-from pkd_dist.files import remove, require_space, sha256, sync, write_json
+from pkd_dist.files import (
+    make_folder,
+    remove,
+    remove_leftovers,
+    require_space,
+    sha256,
+    sync,
+    write_atomically,
+    write_json,
+)
 
 COMMIT, STATE = "commit.json", "state.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -53,13 +64,27 @@ class State(TypedDict, total=False):
     decay: float
 
 
-class Marker(TypedDict):
+@dataclass(frozen=True)
+class Commit:
     """`commit.json`."""
 
     step: int
     world_size: int
     fingerprint: str
     files: FileSums
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to resume from.
+
+    Attributes:
+        best_damage: what is wrong with the best weights that it refers to; None if they are intact.
+    """
+
+    path: Path
+    state: State
+    best_damage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: Stat
     needed = sum(world.gather(sum(s.values.nbytes for s in slices)))
 
     def create() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         remove(temporary)
         with require_space(folder, needed, label):
             temporary.mkdir()
@@ -129,13 +154,8 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: Stat
         with require_space(folder, 0, label):
             files = {name: sums for rank_files in written for name, sums in rank_files.items()}
             files |= _write_state(temporary / STATE, state)
-            marker: Marker = {
-                "step": step, "world_size": world.size, "fingerprint": state["fingerprint"], "files": files,
-            }  # fmt: skip
-            write_json(temporary / COMMIT, marker)
-            earlier = _move_into_place(temporary, folder / step_name(step))
-        if earlier.exists():
-            _discard(earlier)
+            write_json(temporary / COMMIT, vars(Commit(step, world.size, state["fingerprint"], files)))
+            _move_into_place(temporary, folder / step_name(step))
         _retain(folder, keep)
         return sum(size for size, _ in files.values())
 
@@ -152,37 +172,39 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: Stat
 def _write_slices(path: Path, slices: list[Slice]) -> FileSums:
     places = {s.key: [s.start, list(s.shape)] for s in slices}
     values = {s.key: s.values.detach().cpu() for s in slices}
-    save_file(values, path, metadata={"places": json.dumps(places)})
-    return _synced(path)
+    write_atomically(path, lambda tmp: save_file(values, tmp, metadata={"places": json.dumps(places)}))
+    return _sums(path)
 
 
 def _write_state(path: Path, state: State) -> FileSums:
-    path.write_text(json.dumps(state))
-    return _synced(path)
+    write_atomically(path, lambda tmp: tmp.write_text(json.dumps(state)))
+    return _sums(path)
 
 
-def _synced(path: Path) -> FileSums:
-    sync(path)
+def _sums(path: Path) -> FileSums:
     return {path.name: (path.stat().st_size, sha256(path))}
 
 
-def _move_into_place(temporary: Path, final: Path) -> Path:
-    """Rename a complete checkpoint to its final name.
+def _earlier(final: Path) -> Path:
+    """Return the name to which a checkpoint of the same step, saved before its evaluation, is moved."""
+    return final.with_name(f"{final.name}.earlier")
 
-    Returns:
-        The folder to which a checkpoint of the same step, saved before its evaluation, was moved; it may not exist.
-    """
-    earlier = final.with_name(f"{final.name}.earlier")
-    if final.exists():
-        os.replace(final, earlier)
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    """Rename a complete checkpoint to its final name. At any moment an intact one of the same step stays committed."""
+    if (final / COMMIT).exists():
+        _discard(_earlier(final))
+        os.replace(final, _earlier(final))
+    remove(final)
     os.replace(temporary, final)
     sync(final.parent)
-    return earlier
+    _discard(_earlier(final))
 
 
 def committed(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{COMMIT}"))
+    found = (path.parent for path in folder.glob(f"step-*/{COMMIT}"))
+    return sorted(found, key=lambda path: (path.stem, not path.suffix))  # an `.earlier` one before its successor
 
 
 def _retain(folder: Path, keep: int) -> None:
@@ -191,22 +213,34 @@ def _retain(folder: Path, keep: int) -> None:
     for old in checkpoints[:-keep]:
         _discard(old)
     retain_best(folder)
-    for leftover in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
+    for leftover in folder.glob("step-*"):
         if leftover not in checkpoints:
             remove(leftover)
+    remove_leftovers(folder)
 
 
 def retain_best(folder: Path, newest: str | None = None) -> None:
     """Remove all best weights but `newest` and those that a committed checkpoint refers to."""
-    wanted = {newest, *(read_state(path)["best_file"] for path in committed(folder))}
+    wanted = {newest, *map(_best_of, committed(folder))}
     for best in folder.glob("best-*.safetensors"):
         if best.name not in wanted:
             remove(best)
 
 
+def _best_of(checkpoint: Path) -> str | None:
+    """Return the best weights that a checkpoint refers to; None if it is damaged, so that nothing can resume from it."""
+    try:
+        return str(read_state(checkpoint)["best_file"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def _discard(path: Path) -> None:
-    (path / COMMIT).unlink(missing_ok=True)  # first: a half-removed folder must not look committed
-    remove(path)
+    """Remove a checkpoint, its marker first: a half-removed folder must not look committed, after a power loss either."""
+    if path.exists():
+        (path / COMMIT).unlink(missing_ok=True)
+        sync(path)
+        remove(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -216,59 +250,78 @@ def read_state(checkpoint: Path) -> State:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], None]) -> tuple[Path, State] | None:
-    """Return the newest intact checkpoint and its state, or None if there is no checkpoint; collective.
+def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], None]) -> Found | None:
+    """Return the newest checkpoint to resume from, or None if there is none; collective.
+
+    That is one that is intact and refers to intact best weights, or to those of its own step, which it holds itself. If there
+    is no such checkpoint, it is the newest intact one: its best weights are needed only where no later epoch is better.
 
     Args:
-        report: called with a message if damaged checkpoints are skipped.
+        report: called with a message if something damaged was found.
 
     Raises:
         UserError: there are checkpoints, but of another run, or none is intact.
     """
 
-    def choose() -> tuple[Path, State] | None:
-        damaged: list[tuple[Path, str]] = []
+    def choose() -> Found | None:
+        skipped: dict[Path, str] = {}
+        lacking: list[Found] = []
         for path in reversed(committed(folder)):
-            problem, marker = damage(path)
-            if problem or marker is None:
-                damaged.append((path, str(problem)))
+            problem, commit = damage(path)
+            if problem or commit is None:
+                skipped[path] = str(problem)
                 continue
-            if marker["fingerprint"] != fingerprint:
+            if commit.fingerprint != fingerprint:
                 raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
-            if damaged:
-                report(f"resuming from {path.name}: {damaged[0][1]}")
-            for skipped, _ in damaged:
-                (skipped / COMMIT).unlink(missing_ok=True)  # the next save removes it
-            return path, read_state(path)
-        if damaged:
-            raise UserError(f"{damaged[0][1]}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
-        return None
+            state = read_state(path)
+            found = Found(path, state, best_damage(folder, state["best_file"], state["best_sha256"]))
+            if found.best_damage is None or state["best_file"] == best_name(commit.step):
+                break
+            lacking.append(found)
+            skipped[path] = str(found.best_damage)
+        else:
+            if not lacking:
+                _require_intact(folder, skipped)
+                return None
+            found = lacking[0]
+        if problem := next(iter(skipped.values()), found.best_damage):
+            report(f"resuming from {found.path.name}: {problem}")
+        for path in skipped.keys() - {found.path}:
+            (path / COMMIT).unlink(missing_ok=True)  # the next save removes it
+        return found
 
     return world.on_main(choose)
 
 
-def damage(checkpoint: Path, best: bool = True) -> tuple[str | None, Marker | None]:
-    """Verify a checkpoint by reading every byte.
+def _require_intact(folder: Path, damaged: dict[Path, str]) -> None:
+    """Raise UserError if there are checkpoints, all damaged."""
+    for problem in damaged.values():
+        raise UserError(f"{problem}; no intact checkpoint is left in {folder}; restore one, or use --fresh")
 
-    Args:
-        best: also verify the best weights that it refers to.
+
+def damage(checkpoint: Path) -> tuple[str | None, Commit | None]:
+    """Verify a checkpoint by reading every byte; the best weights that it refers to are not part of it.
 
     Returns:
         What is wrong (None: nothing), and the commit marker (None: it cannot be read).
     """
+    unreadable = f"{checkpoint / COMMIT} cannot be read"
     try:
-        marker: Marker = json.loads((checkpoint / COMMIT).read_text())
-        files = marker["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint / COMMIT} cannot be read", None
-    for name, (size, digest) in files:
+        commit = TypeAdapter(Commit).validate_json((checkpoint / COMMIT).read_bytes())
+    except (OSError, ValidationError):
+        return unreadable, None
+    for name, (size, digest) in commit.files.items():
         problem = _file_damage(checkpoint / name, size, digest)
         if problem:
-            return problem, marker
-    state = read_state(checkpoint)
-    if best and state["best_file"]:
-        return _file_damage(checkpoint.parent / state["best_file"], None, str(state["best_sha256"])), marker
-    return None, marker
+            return problem, commit
+    if STATE not in commit.files or read_state(checkpoint)["fingerprint"] != commit.fingerprint:
+        return unreadable, None
+    return None, commit
+
+
+def best_damage(folder: Path, name: str | None, digest: str | None) -> str | None:
+    """Say what is wrong with best weights in a folder of checkpoints; None if they are intact, or there are none yet."""
+    return _file_damage(folder / name, None, str(digest)) if name else None
 
 
 def _file_damage(file: Path, size: int | None, digest: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.world import World
-from pkd_dist.files import remove, require_unaltered
+from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_config, load_model, save_model
 from pkd_dist.model.regression_head import has_trained_head, restore, standardize
 from pkd_dist.telemetry import Telemetry
@@ -80,7 +79,7 @@ def finetune(teacher: TeacherJob, world: World, telemetry: Telemetry) -> Progres
     Raises:
         DivergedError, Preempted, UserError: see `trainer.train`.
     """
-    progress = train(training_job(teacher), world, telemetry)
+    progress = train(lambda: training_job(teacher), world, telemetry)
     world.on_main(lambda: _write(teacher, progress))
     return progress
 
@@ -120,8 +119,5 @@ def _write(teacher: TeacherJob, progress: Progress) -> None:
     model = standardize(load_model(teacher.base, new_head=True, **teacher.labels), teacher.scale)
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in load_file(best).items()})
     restore(model)
-    temporary = teacher.output.with_name(f".{teacher.output.name}.tmp")
-    remove(temporary)
-    save_model(model, teacher.tokenizer, temporary, teacher.config.task.max_length)
-    remove(teacher.output)
-    os.replace(temporary, teacher.output)
+    with folder_written_atomically(teacher.output) as temporary:
+        save_model(model, teacher.tokenizer, temporary, teacher.config.task.max_length)

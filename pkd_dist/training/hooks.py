@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pkd_dist.errors import Preempted
 from pkd_dist.evaluation.metrics import score
 from pkd_dist.evaluation.scoring import evaluating, predict_logits
-from pkd_dist.files import sha256, write_atomically
+from pkd_dist.files import make_folder, sha256, write_atomically
 from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
@@ -138,6 +138,7 @@ class RecordsHook(Hook):
 
     def before_checkpoint(self, trainer: Trainer) -> None:
         self._tracking.flush()
+        self._records.sync()
 
     def on_end(self, trainer: Trainer, completed: bool) -> None:
         self._tracking.close(completed)
@@ -220,7 +221,7 @@ class EvaluationHook(Hook):
         path = job.folder / checkpoint.best_name(progress.step)
 
         def write() -> str:
-            job.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(job.folder)
             write_atomically(path, lambda tmp: save_file(weights, tmp), sum(w.nbytes for w in weights.values()))
             checkpoint.retain_best(job.folder, path.name)
             return sha256(path)

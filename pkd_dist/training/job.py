@@ -71,3 +71,9 @@ class Progress:
     best_file: str | None = None
     best_sha256: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def forget_evaluation(self) -> None:
+        """Have the last epoch evaluated again, which was the best, so that its weights are written again."""
+        self.history.pop()
+        self.evaluated_epochs = int(self.history[-1]["epoch"]) if self.history else 0
+        self.best_metric = float("-inf")

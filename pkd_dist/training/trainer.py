@@ -18,6 +18,7 @@ from typing import NoReturn
 from pkd_dist.data.batches import steps_per_epoch
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import Preempted
+from pkd_dist.files import remove
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -33,15 +34,29 @@ from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import NonFiniteError, StepInputs, StepResult, TrainStep
 
 
-def train(job: Job, world: World, telemetry: Telemetry) -> Progress:
+def train(open_job: Callable[[], Job], world: World, telemetry: Telemetry) -> Progress:
     """Run a job to its end, from its newest checkpoint if there is one; collective.
+
+    Args:
+        open_job: called again if the training has to start over, because its best weights were damaged meanwhile.
+
+    Returns:
+        The end, whose best weights are intact.
 
     Raises:
         DivergedError: a loss or gradient is not finite. Nothing of that step is saved.
         Preempted: a rank received a stop signal. A checkpoint is committed.
         UserError: the checkpoints belong to another run, or none is intact; the disk is full.
     """
-    return open_trainer(job, world, telemetry).run()
+    job = open_job()
+    progress = open_trainer(job, world, telemetry).run()
+    folder, best, digest = job.folder, progress.best_file, progress.best_sha256
+    problem = world.on_main(lambda: checkpoint.best_damage(folder, best, digest))
+    if problem is None:
+        return progress
+    log.warning("%s: %s, and no later epoch is better; training again from the start", job.name, problem)
+    world.on_main(lambda: remove(folder))
+    return open_trainer(open_job(), world, telemetry).run()
 
 
 def open_trainer(job: Job, world: World, telemetry: Telemetry) -> Trainer:
@@ -63,9 +78,11 @@ def resume(job: Job, world: World, engine: Engine, telemetry: Telemetry) -> Prog
     found = checkpoint.find(world, job.folder, job.fingerprint, log.info)
     if found is None:
         return Progress()
-    path, state = found
+    path, state = found.path, found.state
     engine.state.restore(checkpoint.Shards(path), state["counters"])
     progress, total = Progress(**state["progress"]), engine.schedule.total_steps
+    if found.best_damage and progress.best_step == progress.step:
+        progress.forget_evaluation()
     telemetry.metrics.checkpoint_time.set((path / checkpoint.COMMIT).stat().st_mtime)
     if progress.step < total:
         log.info("%s: resuming from step %d of %d (%s)", job.name, progress.step, total, path.name)

@@ -9,9 +9,13 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import launch, sentences, started, write_config, write_tsv
+
+from pkd_dist.stages.base import Markers
+from pkd_dist.stages.translation import translate
 
 HEADER = "sentence\tlabel\n"
 GOOD_DEV = HEADER + "a good film\t1\na dull plot\t0\n"
@@ -424,6 +428,37 @@ def test_a_damaged_checkpoint_goes_back_to_the_one_before(halfway):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert re.search(rf"resuming from {older.name}: {damaged} has \d+ bytes, not \d+", done.stdout), done.stdout
     assert "distill: done in" in done.stdout
+
+
+def test_an_older_damaged_checkpoint_and_a_replaced_one_hinder_nothing(halfway):
+    config, (older, newest) = halfway
+    shutil.copytree(newest, newest.with_name(f"{newest.name}.earlier"))  # killed before its predecessor was removed
+    (older / "state.json").write_bytes(b"")
+    unknown = newest.parent / ".tmpAbC123"  # as safetensors left it, killed while it wrote best weights
+    unknown.write_bytes(bytes(100))
+    done = launch("--config", config, "--stages", "distill")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"({newest.name})" in done.stdout and "distill: done in" in done.stdout, done.stdout
+    left = {path.name for path in newest.parent.iterdir()}
+    assert len(left) == 3 and all(name.startswith(("best-", "step-")) for name in left), left
+
+
+def test_damaged_best_weights_are_made_again(copy):
+    """Killed after the last step, with the weights of an earlier epoch damaged: no checkpoint holds them."""
+    run, config = copy
+    markers = Markers(run, translate)
+    marker = markers.read("distill")
+    markers._write("distill", replace(marker, done=False, outputs=None))
+    [best] = run.glob("checkpoints/best-*")
+    assert best.name not in {f"best-{path.name[5:]}.safetensors" for path in run.glob("checkpoints/step-*")}
+    before = products(run)
+    flip(best, -1)
+    done = launch("--config", config)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"{best} was altered (its checksum is wrong), and no later epoch is better" in done.stdout, done.stdout
+    after = products(run)
+    for name in (f"checkpoints/{best.name}", "metrics.jsonl", "export/model.safetensors"):
+        assert after[name] == before[name], name
 
 
 def test_no_intact_checkpoint_is_refused(halfway):

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -92,6 +93,9 @@ def test_what_a_run_leaves_behind(finished):
     card = (run / "export/README.md").read_text()
     assert "| `onnx/model.int8.onnx` |" in card and "one core of" in card and "\n\n`manifest.json`" in card
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
+    os.umask(umask := os.umask(0o022))
+    modes = {str(path): path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert not {name for name, mode in modes.items() if mode != 0o666 & ~umask}, "another user can serve the export"
 
 
 def test_the_export_loads_without_us(finished):
@@ -104,6 +108,56 @@ def test_the_export_loads_without_us(finished):
     assert found["accuracy"] == pytest.approx(results(folder / "run")["accuracy"])
     assert found["labels"] == {"0": "negative", "1": "positive"}
     assert found["layers"] == 2
+
+
+def pkd(*arguments):
+    argv = [sys.executable, "-m", "pkd_dist.cli", *map(str, arguments)]
+    return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_run_says_how_much_disk_it_needs(finished):
+    folder, _, done = finished
+    said = re.search(rf"{folder}/run: needs about ([\d.]+) ([kM]B) of disk, [\d.]+ [GMk]B are free", done.stdout)
+    needed = float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]]
+    stay = ("teacher", "cache", "student_init", "checkpoints", "export")
+    used = sum(path.stat().st_size for name in stay for path in (folder / "run" / name).rglob("*") if path.is_file())
+    assert 0.7 * used < needed < 2 * used, (used, needed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="a small disk needs root and mount")
+@pytest.mark.parametrize("key", ["run.dir", "cache.dir"])
+def test_a_run_that_the_disk_cannot_hold_ends_before_it_trains(settings, tmp_path, key):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k" if key == "run.dir" else "size=16k", "tmpfs", disk], check=True
+    )
+    try:
+        settings["cache"]["dtype"] = "float32"
+        config = write_config(settings, tmp_path)
+        run = disk / "run" if key == "run.dir" else tmp_path / "run"
+        refused = launch("--config", config, f"{key}={disk / 'run'}")
+        assert refused.returncode == 2, refused.stdout
+        line = (
+            rf"pkd: {disk}/run: no space left for the run: it needs about [\d,]{{5,}} bytes, [\d,]+ are free; free some"
+        )
+        assert re.match(line, refused.stderr) and refused.stderr.count("\n") == 1, refused.stderr
+        assert (run / "stages/data.json").exists() and not (run / "stages/teacher.json").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_lost_metrics_are_reported(finished, tmp_path):
+    folder, settings, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    config = write_config(json.loads(json.dumps(settings).replace(str(folder), str(tmp_path / "copy"))), tmp_path)
+    run = tmp_path / "copy/run"
+    (run / "metrics.jsonl").write_bytes(b"")
+    (run / "teacher_metrics.jsonl").unlink()
+    again = launch("--config", config)
+    assert again.returncode == 0 and "distill: done\n" in again.stdout, again.stderr
+    assert f"{run}/metrics.jsonl: lacks 2 of the 2 evaluations of its training" in again.stdout
+    assert f"{run}/teacher_metrics.jsonl: lacks 3 of the 3 evaluations" in again.stdout
 
 
 def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path):
@@ -127,6 +181,19 @@ def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path
     assert "distill: runs again, because" in changed.stdout
     assert (tmp_path / "copy/run/previous/1").is_dir(), "what was made before is kept"
     assert list((tmp_path / "copy/run/previous").glob("*/checkpoints/step-*"))
+    run = tmp_path / "copy/run"
+    assert re.search(rf"earlier outcomes: {run}/previous, [\d.]+ [kM]B; `pkd runs clean {run}` removes", changed.stdout)
+    assert re.search(rf"distill: its earlier outcome is kept in {run}/previous/\d \([\d.]+ [kM]B\)", changed.stdout)
+    before = {path for path in run.rglob("*") if "previous" not in path.parts}
+    assert "would be removed" in pkd("runs", "clean", run, "--dry-run").stdout and (run / "previous").exists()
+    assert re.search(rf"{run}/previous: removed, [\d.]+ [kM]B\n", pkd("runs", "clean", run).stdout)
+    assert {path for path in run.rglob("*")} == before
+    assert pkd("runs", "clean", run).stdout == f"{run}: nothing to remove\n"
+    refused = pkd("runs", "clean", tmp_path)
+    assert (
+        refused.returncode == 2
+        and refused.stderr == f"pkd: {tmp_path}: is not a run folder; give one, such as runs/demo\n"
+    )
 
 
 RAISED = """

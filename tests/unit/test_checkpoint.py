@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent; the newest intact one of the same run; readable whatever ranks wrote them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def look(world, folder, fingerprint="mine"):
     said = []
     found = find(world, folder, fingerprint, said.append)
     if found:
-        assert found[0] == folder / step_name(found[1]["step"])
-    return found and found[1]["step"], said
+        assert found.path == folder / step_name(found.state["step"])
+    return found and found.state["step"], said
 
 
 def test_a_saved_checkpoint_is_found(tmp_path, world):
@@ -89,7 +90,7 @@ def test_a_second_save_of_a_step_never_leaves_none(tmp_path, world, monkeypatch)
     monkeypatch.undo()
     assert happened == [[".step-00000005.tmp", "step-00000005.earlier"]]
     found = find(world, tmp_path, "mine", print)
-    assert found[0].name == "step-00000005.earlier" and found[1]["step"] == 5
+    assert found.path.name == "step-00000005.earlier" and found.state["step"] == 5
     write(world, tmp_path, 5)
     write(world, tmp_path, 6)
     write(world, tmp_path, 7)
@@ -169,12 +170,70 @@ def test_any_damaged_file_makes_a_resume_fall_back(tmp_path, world, name, damage
 
 
 @pytest.mark.parametrize(("damage", "words"), [(lambda p: p.unlink(), "is missing"), (flip, "was altered")])
-def test_missing_or_altered_best_weights_make_a_resume_fall_back(tmp_path, world, damage, words):
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ([(5, 5), (10, 10)], 10),  # (step, step of its best weights): it holds the damaged weights itself
+        ([(5, 5), (7, 6), (8, 6)], 5),
+        ([(6, 6), (7, 6), (8, 6)], 6),
+        ([(7, 6), (8, 6)], 8),
+    ],
+)
+def test_damaged_best_weights_cost_as_few_steps_as_possible(tmp_path, world, damage, words, saved, resumed):
+    for step, best in saved:
+        write(world, tmp_path, step, best, keep=3)
+    damaged = tmp_path / best_name(saved[-1][1])
+    damage(damaged)
+    step, [said] = look(world, tmp_path)
+    assert step == resumed and said.startswith(f"resuming from {step_name(step)}: {damaged} {words}")
+    assert find(world, tmp_path, "mine", print).path.name == step_name(step), "again the same"
+
+
+@pytest.mark.parametrize("state", [b"", b"\xff", b"[]", b"{}", b'{"best_file": ["a"]}'])
+def test_an_older_checkpoint_that_is_damaged_hinders_nothing(tmp_path, world, state):
     write(world, tmp_path, 5, best=5)
     write(world, tmp_path, 10, best=10)
-    damage(tmp_path / best_name(10))
-    step, [said] = look(world, tmp_path)
-    assert step == 5 and said.startswith(f"resuming from step-00000005: {tmp_path / best_name(10)} {words}")
+    (tmp_path / step_name(5) / "state.json").write_bytes(state)
+    assert look(world, tmp_path) == (10, [])
+    checkpoint.retain_best(tmp_path, best_name(12))
+    assert best_name(10) in names(tmp_path)
+    write(world, tmp_path, 12, best=12)
+    assert look(world, tmp_path) == (12, [])
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [b"", b"\xff", b"[]", b'{"files": {}}', b'{"step": 1, "world_size": 1, "fingerprint": "mine", "files": {}}'],
+)
+def test_a_damaged_marker_makes_a_resume_fall_back(tmp_path, world, marker):
+    write(world, tmp_path, 5)
+    write(world, tmp_path, 10)
+    (tmp_path / step_name(10) / "commit.json").write_bytes(marker)
+    assert look(world, tmp_path)[0] == 5
+
+
+def test_a_changed_fingerprint_in_a_marker_is_damage(tmp_path, world):
+    write(world, tmp_path, 5)
+    write(world, tmp_path, 10)
+    marker = tmp_path / step_name(10) / "commit.json"
+    marker.write_text(marker.read_text().replace("mine", "mint"))
+    assert look(world, tmp_path)[0] == 5
+
+
+@pytest.mark.parametrize("when", ["both renamed", "first renamed", "one damaged"])
+def test_a_kill_around_the_renames_of_a_second_save(tmp_path, world, when):
+    write(world, tmp_path, 5)
+    final, earlier = tmp_path / step_name(5), tmp_path / f"{step_name(5)}.earlier"
+    if when == "first renamed":
+        final.rename(earlier)
+    else:
+        shutil.copytree(final, earlier)
+    if when == "one damaged":
+        shorten(final / "state.json")
+    found = find(world, tmp_path, "mine", lambda text: None)
+    assert found.path == (final if when == "both renamed" else earlier)
+    write(world, tmp_path, 5)
+    assert names(tmp_path) == [step_name(5)] and look(world, tmp_path) == (5, [])
 
 
 def test_a_torn_marker_makes_a_resume_fall_back(tmp_path, world):

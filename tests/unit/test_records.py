@@ -41,6 +41,16 @@ def test_a_file_of_one_torn_line_becomes_empty(tmp_path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize("lost", [bytes(70000), bytes(30) + b'": 1}\n' + lines(4), b'{"st' + bytes(9) + b"\n"])
+def test_blocks_that_a_power_loss_left_empty_are_cut(tmp_path, lost):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(1, 2) + lost)
+    records = Records(path)
+    records.write({"step": 3, "loss": 0.75})
+    records.close()
+    assert path.read_bytes() == lines(1, 2, 3)
+
+
 def test_repeated_steps_are_not_written_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Records(path)

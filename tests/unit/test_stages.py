@@ -115,6 +115,25 @@ def test_a_changed_stage_moves_its_outcome_aside(markers, tmp_path):
     assert (tmp_path / "previous/1/outcome").read_text() == "first" and not outcome.exists()
 
 
+def test_temporary_files_stay_until_the_outcome_was_read_back_from_the_disk(markers, tmp_path):
+    outcome, checkpoints = tmp_path / "outcome", tmp_path / "checkpoints"
+    outcome.write_text("other bytes")
+    checkpoints.mkdir()
+    found = []
+
+    def missing(context, output):
+        found.append(outcome.read_text())
+        return None if found[-1] == "written" else f"{outcome} was altered"
+
+    of = stage({}, missing=missing, artifacts=Artifacts((outcome,), temporary=(checkpoints,), resumable=True))
+    with pytest.raises(UserError, match="outcome was altered on the disk; nothing is removed; check the disk"):
+        done(markers, of)
+    assert checkpoints.exists() and markers.state(of, context())[0] is State.STARTED
+    outcome.write_text("written")
+    done(markers, of)
+    assert not checkpoints.exists() and markers.state(of, context())[0] is State.DONE
+
+
 def test_what_the_run_did_not_make_is_not_overwritten(markers, tmp_path):
     (tmp_path / "outcome").write_text("a user's file")
     of = stage({}, artifacts=Artifacts((tmp_path / "outcome",)))
