@@ -28,7 +28,7 @@ def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
         split = text.read(str(folder / "data"), name, task)
         sets[name] = tokens.tokenize(split, tokenizer, 32, folder / name)
     return build.Subject(
-        encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"], sets["train"],
+        encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"],
         tuple(column[:8] for column in split.texts), 32, Evaluate(batch_size=16, latency_samples=10),
     )  # fmt: skip
 

@@ -55,13 +55,13 @@ on the machine that trained the student ({{ environment.device }}), in one proce
 
 ## Files
 
-Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. Speed is
-that of one core of {{ figures.measured_on.processor }}: latency of single sentences of {{ results.split }}, throughput in batches of {{ config.evaluate.batch_size }}.
+Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. The
+batch effect is the largest change of a {{ "probability" if facts.class_names else "value (as a share of their range)" }} when a text is answered in a batch of 64 instead of alone. Speed is that of one core of {{ figures.measured_on.processor }}: latency of single sentences of {{ results.split }}, throughput in batches of {{ config.evaluate.batch_size }}.
 
-| file | MB | {{ metric }} | difference | agreement | latency p50, ms | p99, ms | sentences per second |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| file | MB | {{ metric }} | difference | batch effect | agreement | latency p50, ms | p99, ms | sentences per second |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {% for name, file in figures.files_on_dev.items() -%}
-| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
+| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
 {% endfor %}
 
 {% if onnx %}

@@ -31,7 +31,7 @@ class ExportOutput:
     files: dict[str, str]
 
 
-VERSION = 1
+VERSION = 2
 
 
 def inputs(context: Context) -> Inputs:
@@ -72,7 +72,6 @@ def _subject(context: Context) -> build.Subject:
         task=run.task,
         labels=list(context.output(DataOutput).class_names),
         dev=open_tokens(context, "dev"),
-        train=open_tokens(context, "train"),
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,
