@@ -70,7 +70,14 @@ def test_the_model_card(results):
         main_metric="f_1", class_names=["no", "yes"], train=summary("train.tsv", 60), dev=summary("dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)",
     )  # fmt: skip
-    file = {"bytes": 4e6, "main_metric": 0.6, "largest_difference": 1e-6, "agreement": 1.0, "batch_effect": 2e-4, **size_and_speed(2)}
+    file = {
+        "bytes": 4e6,
+        "main_metric": 0.6,
+        "largest_difference": 1e-6,
+        "agreement": 1.0,
+        "batch_effect": 2e-4,
+        **size_and_speed(2),
+    }
     files = {"model.safetensors": file, "onnx/model.int8.onnx": file | {"quantisation": "per token"}}
     on = {"processor": "CPU", "cores": 2, "threads": 1}
     formats = ["safetensors", "onnx-int8"]
