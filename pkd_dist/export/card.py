@@ -24,7 +24,8 @@ tags: [knowledge-distillation, patient-knowledge-distillation]
 # {{ results.task }}: a {{ environment.student_layers }}-layer student
 
 Distilled from `{{ config.teacher.model }}` with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
-{{ environment.versions.pkd_dist }}. It loads with plain `transformers`:
+{{ environment.versions.pkd_dist }}. It loads with plain `transformers`
+(oldest version tried: 4.57.6):
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

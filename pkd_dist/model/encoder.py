@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, folder_digest, require_space, sha256
+from pkd_dist.model.compatibility import longest_input
 from pkd_dist.model.families import is_bert_like
 from pkd_dist.model.first_token import only_first_token
 from pkd_dist.model.specialize import specialize
@@ -47,6 +49,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "spiece.model",
+    "spm.model",
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
@@ -97,7 +100,22 @@ def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
+        if _needs_sentencepiece(Path(folder)):
+            raise UserError(
+                f"{key}: {folder} has a SentencePiece tokenizer and no tokenizer.json; "
+                "run: pip install sentencepiece protobuf"
+            ) from None
         raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Return whether a folder's tokenizer needs sentencepiece, which is not installed."""
+    converted = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
+    return (
+        not (folder / "tokenizer.json").is_file()
+        and any((folder / name).is_file() for name in converted)
+        and importlib.util.find_spec("sentencepiece") is None
+    )
 
 
 def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> PretrainedConfig:
@@ -316,7 +334,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         own = copy.copy(tokenizer)
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
         own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved
+        longest = longest_input(model.config)
+        if longest is not None and own.model_max_length > longest:
+            own.model_max_length = longest
         own.save_pretrained(folder)
+        _name_for_transformers_4(folder / "tokenizer_config.json")
+
+
+def _name_for_transformers_4(path: Path) -> None:
+    """Give a tokenizer the class name, and its extra special tokens the key, that transformers 4 and 5 both read."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def num_layers(config: PretrainedConfig) -> int:
