@@ -115,7 +115,7 @@ class _Verifier:
             "largest_difference": float(np.abs(logits_NC - self.logits_NC).max()),
             "agreement": agreement(logits_NC, self.logits_NC),
             "main_metric": self._main_metric(logits_NC),
-            **self.batch_effect(forward),
+            **cast(Verdict, self.batch_effect(forward)),
         }
 
     def require_good(self, name: str, verdict: Verdict, exact: bool) -> None:

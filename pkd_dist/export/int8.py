@@ -66,7 +66,7 @@ class _Quantiser:
             self._graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
         for node in self._graph.node:
             if node.op_type == "MatMul" and node.input[1] in self._tables:
-                self._multiply(*node.input, node.output[0])
+                self._multiply(node.input[0], node.input[1], node.output[0])
             elif node.op_type == "Attention" and node.domain == _DOMAIN and node.input[1] in self._tables:
                 self._attend(node)
             else:
@@ -83,7 +83,9 @@ class _Quantiser:
     ) -> None:
         from onnx import helper
 
-        self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
+        node = helper.make_node(operator, inputs, outputs, domain=domain)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        self._nodes.append(node)
 
     def _round_rows(self, states: str) -> tuple[str, str]:
         """Return the names of the uint8 states and of the largest value of each token; computed once per input."""
