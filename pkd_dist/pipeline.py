@@ -21,14 +21,9 @@ from pkd_dist import __version__, disk_space
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
-from pkd_dist.evaluation.results import closing_table
-from pkd_dist.files import readable_bytes, size_of
 from pkd_dist.stages import run_folder
-from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of, previous_folder
+from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
-from pkd_dist.stages.evaluate import EvaluateOutput
-from pkd_dist.stages.export import deployed
-from pkd_dist.stages.report import ReportOutput
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.telemetry.endpoint import Access, load_access
@@ -113,18 +108,6 @@ def run(
                 if publisher:
                     publisher.push()
     return context
-
-
-def summary(context: Context) -> str:
-    """Return the table a run ends with, where its export and report are, and what is worth a look."""
-    paths, notices = context.resolved.paths, context.output(ReportOutput).notices
-    table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report, deployed(context))
-    kept = previous_folder(paths.run)
-    if kept.exists():
-        table += (
-            f"\nearlier outputs: {kept}, {readable_bytes(size_of(kept))}; `pkd runs clean {paths.run}` removes them"
-        )
-    return "\n".join([table, *(["", "worth a look:", *(f"- {notice}" for notice in notices)] if notices else [])])
 
 
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:

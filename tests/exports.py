@@ -9,7 +9,8 @@ from typing import Any
 from families import make_folder
 
 from benchmarks.faults.tiny import sentences, write_tsv
-from pkd_dist.config.schema import Config, Evaluate, Task
+from pkd_dist.config.schema import Config, Evaluate
+from pkd_dist.config.task import Task
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.export import build
 from pkd_dist.export.manifest import Manifest
@@ -28,7 +29,7 @@ def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
         split = text.read(str(folder / "data"), name, task)
         sets[name] = tokens.tokenize(split, tokenizer, 32, folder / name)
     return build.Subject(
-        encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"], sets["train"],
+        encoder.load_model(model), tokenizer, task, ["negative", "positive"], sets["dev"],
         tuple(column[:8] for column in split.texts), 32, Evaluate(batch_size=16, latency_samples=10),
     )  # fmt: skip
 

@@ -114,7 +114,9 @@ def launch(
             return
         context = pipeline.run(config, config_file, world, names, fresh)
         if names[-1] == "report" and world.main:
-            print(f"\n{pipeline.summary(context)}", flush=True)
+            from pkd_dist.stages.report import summary
+
+            print(f"\n{summary(context)}", flush=True)
 
     status = guarded(work, process.agree_on_end)
     process.finish(status)

@@ -38,7 +38,7 @@ from pkd_dist.data import sources, tasks
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, read_object, sha256, write_atomically, write_json
-from pkd_dist.model import encoder
+from pkd_dist.model import digests, encoder
 from pkd_dist.model.layers import patience_pairs
 from pkd_dist.model.student import planned_depth
 from pkd_dist.telemetry.log import log
@@ -192,7 +192,7 @@ class Comparison:
     @cached_property
     def _teacher_identity(self) -> object:
         made = self.base.teacher.model_dump(mode="json")
-        return [made, self.base.run.seed] if self.base.teacher.finetune else encoder.weights_digest(self.folder)
+        return [made, self.base.run.seed] if self.base.teacher.finetune else digests.weights_digest(self.folder)
 
     @cached_property
     def _data_digests(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pkd_dist.config.schema import Augment
+from pkd_dist.config.task import Augment
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.examples import Split, example_ids, unlabelled, without
 from pkd_dist.errors import UserError

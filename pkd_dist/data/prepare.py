@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pkd_dist.config.schema import Task as TaskConfig
+from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.data import text, tokens
 from pkd_dist.data.augment import augment
 from pkd_dist.data.columns import TextColumn

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pkd_dist.config.schema import Task as TaskConfig
+from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.errors import UserError
 
 MAIN_METRICS = {

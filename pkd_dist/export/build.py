@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkd_dist.config.schema import Evaluate
-from pkd_dist.data.batches import collate, scoring_batches
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
@@ -26,7 +25,7 @@ from pkd_dist.evaluation.metrics import agreement, score
 from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timing_threads
-from pkd_dist.export import hf, manifest, onnx, triton
+from pkd_dist.export import hf, independence, int8, manifest, onnx, triton
 from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
 from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
 from pkd_dist.files import folder_written_atomically, require_space, write_atomically
@@ -38,8 +37,6 @@ TOLERANCE = 1e-4
 """Largest difference allowed between a logit of a float32 file and PyTorch's; see `hf.tolerance`."""
 LOSS_ALLOWED = 0.005
 """Loss of the main metric allowed for a file of lower precision; one example where dev has fewer than 200."""
-CALIBRATION = (32, 8)
-"""Batches of training text, and examples of each, that static quantization is calibrated on."""
 WEIGHTS_FILE = "model.safetensors"
 TEACHER = "teacher"
 TORCH_FILE = "torch_export/model.pt2"
@@ -48,7 +45,7 @@ _TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "s
 Runnable = Callable[[Inputs], torch.Tensor | np.ndarray]
 """A tokenizer's outputs -> logits_BC on the CPU."""
 Verdict = dict[str, float]
-"""`largest_difference`, `agreement` and `main_metric` of a file on dev."""
+"""`largest_difference`, `agreement`, `main_metric` and the batch effect (`independence`) of a file on dev."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,6 @@ class Subject:
         student: In float32, on the CPU.
         labels: Class names in the order of the logits; empty for a regression.
         dev: Every file is run on all of it.
-        train: Calibrates static quantization.
         texts: The first texts of dev, by column.
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
@@ -71,7 +67,6 @@ class Subject:
     task: Task
     labels: list[str]
     dev: TokenSet
-    train: TokenSet
     texts: tuple[list[str], ...]
     max_length: int
     evaluate: Evaluate
@@ -101,13 +96,19 @@ class _Verifier:
 
     @torch.inference_mode()
     def _run(self, forward: Runnable) -> np.ndarray:
+        subject = self._subject
+        return predict_logits_single(self._checked(forward), subject.dev, subject.evaluate.batch_size, subject.pad_id)
+
+    def _checked(self, forward: Runnable) -> Runnable:
         def checked(inputs: Inputs) -> torch.Tensor | np.ndarray:
             self._check()
             return forward(inputs)
 
-        return predict_logits_single(
-            checked, self._subject.dev, self._subject.evaluate.batch_size, self._subject.pad_id
-        )
+        return checked
+
+    @torch.inference_mode()
+    def batch_effect(self, forward: Runnable) -> independence.BatchEffect:
+        return independence.measure(self._checked(forward), self._subject.dev, self._subject.pad_id)
 
     def _main_metric(self, logits_NC: np.ndarray) -> float:
         return score(logits_NC, np.asarray(self._subject.dev.labels_N), self._subject.task)[MAIN_METRIC]
@@ -118,6 +119,7 @@ class _Verifier:
             "largest_difference": float(np.abs(logits_NC - self.logits_NC).max()),
             "agreement": agreement(logits_NC, self.logits_NC),
             "main_metric": self._main_metric(logits_NC),
+            **cast(Verdict, self.batch_effect(forward)),
         }
 
     def require_good(self, name: str, verdict: Verdict, exact: bool) -> None:
@@ -136,8 +138,20 @@ class _Verifier:
                 f"export: {name}: {metric} on dev is {100 * lost:.2f} points below PyTorch's {100 * self.main_metric:.2f}, "
                 f"more than {100 * allowed:.2f}; {remedy}"
             )
-        log.info("export: %s: largest difference of a logit %.1e, %s %.4f", name, verdict["largest_difference"],
-                 metric, verdict["main_metric"])  # fmt: skip
+        if not verdict["batch_effect"] <= independence.TOLERANCE:
+            raise UserError(
+                f"export: {name}: other texts in a batch move an answer on dev by {verdict['batch_effect']:.2g}, more than "
+                f"{independence.TOLERANCE:.0e}; {remedy}"
+            )
+        log.info("export: %s: largest difference of a logit %.1e, effect of other texts in a batch %.1e, %s %.4f", name,
+                 verdict["largest_difference"], verdict["batch_effect"], metric, verdict["main_metric"])  # fmt: skip
+
+
+def _merit(verdict: Verdict) -> tuple[bool, float, float]:
+    """Order verdicts: answers that other texts do not change first, then by agreement with the student."""
+    return (
+        verdict["batch_effect"] <= independence.TOLERANCE, verdict["agreement"], -verdict["largest_difference"]
+    )  # fmt: skip
 
 
 class _Builder:
@@ -193,23 +207,16 @@ class _Builder:
         name = ONNX_FILES["onnx-int8"]
         tried: dict[str, Verdict] = {}
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(onnx.QUANTIZATIONS)}
+            files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(int8.QUANTIZATIONS)}
             for how, path in files.items():
                 self.check()
-                onnx.write_int8(source, path, how, self._calibration())
+                onnx.write_int8(source, path, how)
                 tried[how] = self.verifier.judge(OnnxModel(path))
-            best = max(tried, key=lambda how: (tried[how]["agreement"], -tried[how]["largest_difference"]))
+            best = max(tried, key=lambda how: _merit(tried[how]))
             os.replace(files[best], self.folder / name)
         self._accept(name, tried[best], exact=False)
         self.found[name]["quantisation"] = best
         self.found[name]["tried"] = tried
-
-    def _calibration(self) -> Iterator[dict[str, np.ndarray]]:
-        batches, size = CALIBRATION
-        every = scoring_batches(self.subject.train, size, 0, 1)
-        for rows_B in every[:: -(-len(every) // batches)]:
-            batch = collate(self.subject.train, rows_B, np.ones(len(rows_B)), self.subject.pad_id)
-            yield {name: value.numpy() for name, value in accepted(self.subject.student, batch.inputs).items()}
 
     def _program(self) -> None:
         path = self.folder / TORCH_FILE
@@ -287,7 +294,8 @@ def export(
             builder.build(formats)
         speeds = builder.measure()
         weights = {"largest_difference": difference, "agreement": 1.0, "bytes": weights_bytes,
-                   "main_metric": verifier.main_metric}  # fmt: skip
+                   "main_metric": verifier.main_metric,
+                   **verifier.batch_effect(forward_of(subject.student))}  # fmt: skip
         figures: ExportFigures = {
             "formats": list(formats),
             "opset": onnx.OPSET,

@@ -27,7 +27,7 @@ tags: [knowledge-distillation, patient-knowledge-distillation]
 # {{ results.task }}: a {{ environment.student_layers }}-layer student
 
 Distilled from {{ teacher | code }} with Patient Knowledge Distillation (arXiv 1908.09355) by pkd_dist
-{{ environment.versions.pkd_dist }}. It loads with plain `transformers`:
+{{ environment.versions.pkd_dist }}. It loads with plain `transformers` (oldest version tried: 4.57.6):
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -67,17 +67,17 @@ The student has {{ "%.2f" | format(results.compression.parameters) }} times fewe
 
 ## Files
 
-Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. Speed is
-that of {{ "one core" if figures.measured_on.threads == 1 else "%d threads" % figures.measured_on.threads }} of {{ figures.measured_on.processor }}, all rows in turn in one session: latency of single sentences of {{ results.split }}, throughput
+Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. The
+batch effect is the largest change of a {{ "probability" if facts.classes else "value (as a share of their range)" }} when a text is answered in a batch of 64 instead of alone. Speed is that of {{ "one core" if figures.measured_on.threads == 1 else "%d threads" % figures.measured_on.threads }} of {{ figures.measured_on.processor }}, all rows in turn in one session: latency of single sentences of {{ results.split }}, throughput
 in batches of {{ config.evaluate.batch_size }}.{{ " Passes over the same batches differed by up to %.0f%%: other work on the machine is likely to have changed these figures." | format(100 * spread) if busy }} A MB is 10^6 bytes.
 
-| file | MB | {{ metric }} | difference | agreement | latency p50, ms | p99, ms | sentences per second |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| file | MB | {{ metric }} | difference | batch effect | agreement | latency p50, ms | p99, ms | sentences per second |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {% if figures.teacher is defined %}
-| teacher, PyTorch | {{ "%.1f" | format(results.teacher.modelSize) }} | {{ "%.4f" | format(results.teacher.main_metric) }} | | {{ "%.4f" | format(results.compression.agreement) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p50) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p99) }} | {{ "%.0f" | format(figures.teacher.reasoningTime) }} |
+| teacher, PyTorch | {{ "%.1f" | format(results.teacher.modelSize) }} | {{ "%.4f" | format(results.teacher.main_metric) }} | | | {{ "%.4f" | format(results.compression.agreement) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p50) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p99) }} | {{ "%.0f" | format(figures.teacher.reasoningTime) }} |
 {% endif %}
 {% for name, file in figures.files_on_dev.items() -%}
-| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
+| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
 {% endfor %}
 
 {% if onnx %}

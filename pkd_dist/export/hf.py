@@ -15,7 +15,8 @@ from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import manifest
 from pkd_dist.files import folder_written_atomically, require_unaltered
-from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model, weights_digest
+from pkd_dist.model.digests import weights_digest
+from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model
 from pkd_dist.model.regression_head import restore
 from pkd_dist.model.vocabulary import full_embedding
 from pkd_dist.training import checkpoint

@@ -26,7 +26,18 @@ class _Quantization(TypedDict, total=False):
     tried: dict[str, dict[str, float]]
 
 
-class FileFigures(_Quantization, Speed):
+class BatchEffect(TypedDict):
+    """What batches of 64 texts of mixed lengths change, compared with each text alone and without padding.
+
+    `batch_effect` is the largest difference of a probability, for a regression as a share of the range of its values;
+    `batch_changed_labels` is the number of examples with another label.
+    """
+
+    batch_effect: float
+    batch_changed_labels: int
+
+
+class FileFigures(_Quantization, BatchEffect, Speed):
     """What was measured of one file on all of dev; `Speed` for its speed.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.

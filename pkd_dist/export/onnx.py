@@ -20,20 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkd_dist.errors import UserError
+from pkd_dist.export import int8
 from pkd_dist.files import is_full
 from pkd_dist.model.encoder import accepted, encoder_layers
 from pkd_dist.model.first_token import Attend, only_first_token
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
-    from onnx import ModelProto
 
 OPSET = 20
 _PROJECTIONS = {"distilbert": ("q_lin", "k_lin", "v_lin")}
@@ -282,82 +281,14 @@ def write_half(source: Path, path: Path) -> None:
         model.save_model_to_file(str(path))
 
 
-QUANTIZATIONS = ("dynamic", "dynamic, 7-bit weights", "static")
-"""Ways to quantize to int8."""
+def write_int8(source: Path, path: Path, how: str) -> None:
+    """Do what `int8.write` does.
 
-
-def write_int8(source: Path, path: Path, how: str, calibration: Iterator[dict[str, np.ndarray]]) -> None:
-    """Write a float32 graph with int8 weights, with a scale per column (per token in the embedding).
-
-    Args:
-        how: One of `QUANTIZATIONS`. `dynamic` finds the range of activations in each request, `static` once.
-        calibration: Inputs of batches of training text, for `static`.
+    Raises:
+        UserError: The graph cannot be converted.
     """
-    import onnx
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(calibration, None)
-
-    graph = onnx.load(source).graph
-    tables = {i.name for i in graph.initializer if len(i.dims) == 2}
-    excluded = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in tables]
-    operators = ["MatMul", "Attention"]  # the remaining ones work on a few rows of [CLS]
     with _exporting("this graph", "onnx-int8"):
-        if how == "static":
-            quantize_static(
-                source, path, Reader(), quant_format=QuantFormat.QOperator, activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=operators, nodes_to_exclude=excluded,
-                extra_options={"MatMulConstBOnly": True},
-            )  # fmt: skip
-        else:
-            quantize_dynamic(
-                source, path, reduce_range=how != "dynamic", weight_type=QuantType.QInt8, per_channel=True,
-                op_types_to_quantize=operators, nodes_to_exclude=excluded,
-            )  # fmt: skip
-        model = onnx.load(path)
-        _round_embedding(model)
-        onnx.save(model, path)
-
-
-def _round_embedding(model: ModelProto) -> None:
-    """Replace the word embedding, the largest table, by int8 rows with a scale each: Gather, Cast, Mul."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph = model.graph
-    tables = {i.name: i for i in graph.initializer if len(i.dims) == 2 and i.data_type == TensorProto.FLOAT}
-    lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
-    if not lookups:
-        return
-    lookup = max(lookups, key=lambda node: tables[node.input[0]].dims[0])
-    table = tables[lookup.input[0]]
-    if sum(table.name in node.input for node in graph.node) > 1:
-        return
-    table_VH = numpy_helper.to_array(table)
-    scale_V1 = np.maximum(np.abs(table_VH).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
-    rows, scales = f"{table.name}_int8", f"{table.name}_scale"
-    graph.initializer.remove(table)
-    graph.initializer.append(numpy_helper.from_array(np.rint(table_VH / scale_V1).astype(np.int8), rows))
-    graph.initializer.append(numpy_helper.from_array(scale_V1.astype(np.float32), scales))
-    out, ids = lookup.output[0], lookup.input[1]
-    place = list(graph.node).index(lookup)
-    graph.node.remove(lookup)
-    for node in reversed(
-        [
-            helper.make_node("Gather", [rows, ids], [f"{out}_int8"]),
-            helper.make_node("Gather", [scales, ids], [f"{out}_scale"]),
-            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_float"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{out}_float", f"{out}_scale"], [out]),
-        ]
-    ):
-        graph.node.insert(place, node)
+        int8.write(source, path, how)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, folder_digest, read_object, require_space, sha256
+from pkd_dist.files import require_space
+from pkd_dist.model.compatibility import longest_input
 from pkd_dist.model.families import is_bert_like
 from pkd_dist.model.first_token import only_first_token
 from pkd_dist.model.specialize import specialize
@@ -49,6 +52,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "spiece.model",
+    "spm.model",
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
@@ -135,7 +139,22 @@ def load_tokenizer(folder: str, key: str = "teacher.model") -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types
+        if _needs_sentencepiece(Path(folder)):
+            raise UserError(
+                f"{key}: {folder} has a SentencePiece tokenizer and no tokenizer.json; "
+                "run: pip install sentencepiece protobuf"
+            ) from None
         raise UserError(f"{key}: the tokenizer of {folder} cannot be loaded: {_reason(error, folder)}") from None
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Return whether a folder's tokenizer needs sentencepiece, which is not installed."""
+    converted = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
+    return (
+        not (folder / "tokenizer.json").is_file()
+        and any((folder / name).is_file() for name in converted)
+        and importlib.util.find_spec("sentencepiece") is None
+    )
 
 
 def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> PretrainedConfig:
@@ -398,45 +417,23 @@ def save_model(
         own.model_max_length = max_length or tokenizer.model_max_length
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
         own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved
+        longest = longest_input(model.config)
+        if longest is not None and own.model_max_length > longest:
+            own.model_max_length = longest
         own.save_pretrained(folder)
+        _name_for_transformers_4(folder / "tokenizer_config.json")
+
+
+def _name_for_transformers_4(path: Path) -> None:
+    """Give a tokenizer the class name, and its extra special tokens the key, that transformers 4 and 5 both read."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def num_layers(config: PretrainedConfig) -> int:
     """Return the number of encoder layers."""
     return int(config.num_hidden_layers)
-
-
-def weights_digest(folder: str) -> str:
-    """Return a digest of a model's configuration, without library versions, and of the bytes of its weights.
-
-    Raises:
-        UserError: the folder's configuration cannot be read.
-    """
-    path = Path(folder)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-        try:
-            shape = read_object(path / "config.json")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path / 'config.json'}: cannot be read ({error}); restore the file") from None
-        for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
-            shape.pop(volatile, None)
-        return digest_of([shape, [sha256(p) for p in files]])
-    from transformers.utils import cached_file
-
-    return digest_of(
-        [
-            sha256(Path(str(f)))
-            for f in (cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in WEIGHT_FILES)
-            if f
-        ]
-    )
-
-
-def tokenizer_digest(folder: str) -> str:
-    """Return a digest of a tokenizer: of tokenizer.json, which is complete, or else of all its files."""
-    path = Path(folder)
-    if not path.is_dir():
-        return digest_of(folder)
-    complete = (path / "tokenizer.json").is_file()
-    return folder_digest(path, ["tokenizer.json"] if complete else list(TOKENIZER_FILES))

@@ -40,6 +40,9 @@ class ServedModel:
                 f"takes {', '.join(ONNX_FILES)}); add one of them to export.formats and export again"
             )
         file = ONNX_FILES[format or available[0]]
+        figures = made.get("files_on_dev", {}).get(file, {})
+        # int8 files of 0.1.0 have one scale for a batch: the texts beside it would change the answer to a text.
+        self._one_by_one = file == ONNX_FILES["onnx-int8"] and "batch_effect" not in figures
         self._model = OnnxModel(folder / file, threads, gpu=True)
         self._tokenizer = ServingTokenizer(folder, int(made["max_length"]))
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
@@ -52,5 +55,7 @@ class ServedModel:
 
     def answer(self, texts: Sequence[Texts]) -> list[Answer]:
         """Return the answers to the texts, in order; each is the one that `pkd predict` gives."""
+        if self._one_by_one and len(texts) > 1:
+            return [self.answer([text])[0] for text in texts]
         inputs, truncated = self._tokenizer.encode(texts)
         return [answer(row_C, self._names, cut) for row_C, cut in zip(self._model(inputs), truncated, strict=True)]

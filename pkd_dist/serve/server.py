@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from pkd_dist.errors import UserError
+from pkd_dist.serve import connections
 from pkd_dist.serve.app import make_app
 from pkd_dist.serve.model import ServedModel
 from pkd_dist.serve.requests import Limits
@@ -73,7 +74,8 @@ def serve(
     with bound(host, port) as listening:
         app = make_app(ServedModel(folder, format, threads), limits)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, http="h11", ws="none", lifespan="on",
+            app, log_level="warning", access_log=False, http=connections.bounded(connections.limit()), ws="none",
+            lifespan="on", backlog=connections.BACKLOG,
             timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
         listening.listen(config.backlog)  # before the line below: a script connects as soon as it reads it

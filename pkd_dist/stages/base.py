@@ -10,7 +10,7 @@ decide the stage's outcome, so a stage is run once for each set of inputs:
     done, but its outcome was altered       broken   it reruns; a resumable stage keeps the intact part
     done                                    done     it is skipped
 
-Inputs have stable dotted keys; `LABELS` names them for people. A marker ends with a checksum of its content, and holds those of
+Inputs have stable dotted keys; `labels.py` names them for people. A marker ends with a checksum of its content, and holds those of
 the files that the stage made: what was altered since is not used.
 """
 
@@ -44,6 +44,7 @@ from pkd_dist.files import (
     size_of,
     write_json,
 )
+from pkd_dist.stages.labels import label
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -51,25 +52,6 @@ if TYPE_CHECKING:
 
 NAMES = ("data", "teacher", "cache", "init", "distill", "evaluate", "export", "report")
 """The stages in the order in which they run. Each is a module of this package with the same name."""
-
-LABELS = {
-    "teacher.model.weights": "the weights of teacher.model",
-    "teacher.tokenizer": "the teacher's tokenizer",
-    "teacher.weights": "the teacher",
-    "student.init.weights": "the weights of student.init",
-    "data.class_names": "the class names",
-    "data.training": "the training data",
-    "data.scale": "the scale of the targets",
-    "data.outputs": "the names of the student's outputs",
-    "data.tokens": "the training tokens",
-    "init.weights": "the student's initial weights",
-    "cache.fingerprint": "the teacher's outputs",
-    "distill.weights": "the student",
-    "evaluate.results": "the results",
-    "export.weights": "the exported weights",
-    "precision": "the training precision",
-}
-"""Input key -> what people call it; a key that is not here is a configuration key and is shown as it is."""
 
 FORMAT = 3
 _CHECKED = 3
@@ -413,16 +395,6 @@ def inputs_of(stage: Stage[Output], context: Context) -> Inputs:
     """Return all that decides a stage's outcome: its inputs, its version and those of the stages before it."""
     reached = NAMES[: NAMES.index(stage.name) + 1]
     return {f"version.{name}": context.versions[name] for name in reached} | stage.inputs(context)
-
-
-def label(key: str) -> str:
-    """Return what people call an input."""
-    if key.startswith("version."):
-        return f"the code of the stage {key.removeprefix('version.')}"
-    if key.startswith("data.") and key not in LABELS:
-        return f"the {key.removeprefix('data.')} data"
-    source, _, file = key.partition(":")
-    return f"{source} {file}" if file else LABELS.get(key, key)
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:

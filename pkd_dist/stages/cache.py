@@ -14,7 +14,7 @@ from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, is_denied, make_folder, remove_leftovers
 from pkd_dist.lock import Lock
-from pkd_dist.model import encoder
+from pkd_dist.model import digests, encoder
 from pkd_dist.model.regression_head import standardize
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
@@ -151,7 +151,7 @@ def needed_fingerprint(context: Context) -> Fingerprint:
     run, weights, scale = context.resolved, context.output(TeacherOutput).weights, scale_input(context)
     return Fingerprint(
         teacher=digest_of([weights, scale]) if scale else weights,  # standardized outputs are another teacher's
-        tokenizer=encoder.tokenizer_digest(run.source),
+        tokenizer=digests.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
         layers=tuple(teacher_layer for _, teacher_layer in run.pairs),

@@ -16,7 +16,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256, write_json
-from pkd_dist.model import encoder, vocabulary
+from pkd_dist.model import digests, vocabulary
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
 from pkd_dist.telemetry.log import log
@@ -72,7 +72,7 @@ def inputs(context: Context) -> Inputs:
         **{f"task.data:{file}": digest for file, digest in files.items()},
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
         **{f"task.{key}": value for key, value in settings.items()},
-        "teacher.tokenizer": encoder.tokenizer_digest(run.source),
+        "teacher.tokenizer": digests.tokenizer_digest(run.source),
     }
 
 

@@ -78,7 +78,6 @@ def _subject(context: Context) -> build.Subject:
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
         dev=open_tokens(context, "dev"),
-        train=open_tokens(context, "train"),
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pkd_dist.files import changed_file, file_digests, folder_written_atomically
-from pkd_dist.model import encoder, student
+from pkd_dist.model import digests, encoder, student
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, classes_of, scale_input
@@ -42,9 +42,9 @@ def inputs(context: Context) -> Inputs:
     }
     found |= scale_input(context) | _output_names(context)
     if settings.init == "first_k":
-        found["teacher.model.weights"] = encoder.weights_digest(run.source)
+        found["teacher.model.weights"] = digests.weights_digest(run.source)
     elif settings.init not in student.INIT_METHODS:
-        found["student.init.weights"] = encoder.weights_digest(encoder.locate(settings.init, "student.init"))
+        found["student.init.weights"] = digests.weights_digest(encoder.locate(settings.init, "student.init"))
     return found
 
 
@@ -77,7 +77,7 @@ def _create(context: Context) -> InitOutput:
             run.teacher_layers, run.student_layers, list(run.pairs),
         )  # fmt: skip
     return InitOutput(
-        made_of, encoder.weights_digest(str(folder)), encoder.parameter_count(model), file_digests(folder)
+        made_of, digests.weights_digest(str(folder)), encoder.parameter_count(model), file_digests(folder)
     )
 
 

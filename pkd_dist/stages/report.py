@@ -15,20 +15,20 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.predictions import Predictions
-from pkd_dist.evaluation.results import ModelResults, Scores, table_rows
+from pkd_dist.evaluation.results import ModelResults, Scores, closing_table, table_rows
 from pkd_dist.export import manifest
 from pkd_dist.export.manifest import Manifest
-from pkd_dist.files import digest_of
+from pkd_dist.files import digest_of, readable_bytes, size_of
 from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.report import pages
 from pkd_dist.report import run as shown
 from pkd_dist.report.notices import notices
-from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent
+from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent, previous_folder
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput
 from pkd_dist.stages.distill import DistillOutput
 from pkd_dist.stages.evaluate import EvaluateOutput
-from pkd_dist.stages.export import ExportOutput
+from pkd_dist.stages.export import ExportOutput, deployed
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores
 from pkd_dist.stages.run_folder import environment
@@ -100,6 +100,18 @@ def artifacts(context: Context) -> Artifacts:
 
 
 STAGE = Stage("report", VERSION, ReportOutput, inputs, run, missing, artifacts)
+
+
+def summary(context: Context) -> str:
+    """Return the table a run ends with, where its export and report are, and what is worth a look."""
+    paths, notices = context.resolved.paths, context.output(ReportOutput).notices
+    table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report, deployed(context))
+    kept = previous_folder(paths.run)
+    if kept.exists():
+        table += (
+            f"\nearlier outputs: {kept}, {readable_bytes(size_of(kept))}; `pkd runs clean {paths.run}` removes them"
+        )
+    return "\n".join([table, *(["", "worth a look:", *(f"- {notice}" for notice in notices)] if notices else [])])
 
 
 # ------------------------------------------------------------------------------------------------ what the page shows

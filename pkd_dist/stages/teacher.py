@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkd_dist.errors import UserError
-from pkd_dist.model import encoder
+from pkd_dist.model import digests, encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
@@ -47,7 +47,7 @@ VERSION = 1
 def inputs(context: Context) -> Inputs:
     run, data = context.resolved, context.output(DataOutput)
     found: Inputs = {
-        "teacher.model.weights": encoder.weights_digest(run.source),
+        "teacher.model.weights": digests.weights_digest(run.source),
         "data.class_names": list(data.class_names),
     }
     if settings := run.config.teacher.finetune:
@@ -61,7 +61,7 @@ def run(context: Context) -> TeacherOutput:
     run, paths, world = context.resolved, context.resolved.paths, context.world
     if not run.finetunes:
         world.on_main(lambda: encoder.load_model(run.source) and None)  # rejects a folder that cannot be loaded
-        return TeacherOutput(encoder.weights_digest(run.source), run.source)
+        return TeacherOutput(digests.weights_digest(run.source), run.source)
     if not world.on_main(paths.teacher.exists):
         _finetune(context)
     return world.on_main(lambda: _finished(context))
@@ -93,7 +93,7 @@ def _finished(context: Context) -> TeacherOutput:
     intact = committed and checkpoint.damage(committed[-1])[0] is None  # an earlier start may have written the teacher
     progress = checkpoint.read_state(committed[-1])["progress"] if intact else {}
     return TeacherOutput(
-        encoder.weights_digest(str(paths.teacher)),
+        digests.weights_digest(str(paths.teacher)),
         str(paths.teacher),
         progress.get("best_epoch"),
         tuple(progress.get("history", ())),
@@ -107,7 +107,7 @@ def missing(context: Context, output: TeacherOutput) -> str | None:
     if gone := absent(folder):
         return gone
     try:
-        weights = encoder.weights_digest(str(folder))
+        weights = digests.weights_digest(str(folder))
     except UserError as unreadable:
         return unreadable.message
     if weights != output.weights:

@@ -12,7 +12,8 @@ from plain import SETTINGS, make_model, make_tokens
 from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import Checkpoint, Evaluate, Task, Train
+from pkd_dist.config.schema import Checkpoint, Evaluate, Train
+from pkd_dist.config.task import Task
 from pkd_dist.data import tasks
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.ranks import discover

@@ -1,7 +1,9 @@
 """`pkd serve` end to end: a real server, valid and invalid requests, many clients, a signal."""
 
 import asyncio
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -153,3 +155,21 @@ def test_an_export_without_onnx(tmp_path):
     argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(tmp_path / "export")]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "has no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_idle_connections_do_not_stop_the_server(folder):
+    """More clients that send nothing, or half a request, than the server has file descriptors."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+        "from pkd_dist.cli.main import main; main()"
+    )
+    with server(folder, prefix=("-c", code)) as (process, port), contextlib.ExitStack() as sockets:
+        for i in range(300):
+            idle = sockets.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            if i % 2:
+                idle.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\n")
+            if i % 100 == 99:
+                assert once(port, {"text": TEXTS[0]})[0] == 200
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and said == "", "no line for each connection"

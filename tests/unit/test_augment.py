@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pkd_dist.config.schema import Augment
+from pkd_dist.config.task import Augment
 from pkd_dist.data import augment as module
 from pkd_dist.data.augment import augment
 from pkd_dist.data.examples import Split, example_ids, is_labelled

@@ -17,7 +17,7 @@ from pkd_dist.cli.main import app
 from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import predict_logits_single
-from pkd_dist.export import manifest, onnx
+from pkd_dist.export import build, independence, int8, manifest, onnx
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.files import digest_of
 
@@ -42,6 +42,7 @@ def test_every_family(family, tmp_path):
         model = OnnxModel(folder / "onnx" / name, 1)
         np.testing.assert_allclose(model(given), logits, atol=tolerance)
         assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
+    assert all(file["batch_effect"] < 1e-3 for file in found["files_on_dev"].values())
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
     for name, content in contents(folder):
@@ -74,9 +75,11 @@ def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
     onnx.split_norms(tmp_path / "model.onnx")
     found = operators(tmp_path / "model.onnx")
     assert found.count("Sum") == 8 and "SkipLayerNormalization" not in found
-    onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", "dynamic", iter(()))
+    onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", "per token")
     quantised = operators(tmp_path / "int8.onnx")
-    assert quantised.count("QAttention") == 3 and "Attention" not in quantised
+    assert quantised.count("MultiHeadAttention") == 3 and "Attention" not in quantised
+    assert quantised.count("MatMulIntegerToFloat") == 3 + 4 * 3, "query, key and value of three layers; three of each"
+    assert quantised.count("QuantizeLinear") == quantised.count("MatMulIntegerToFloat")
     assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * (tmp_path / "model.onnx").stat().st_size
 
 
@@ -116,8 +119,8 @@ def test_int8_that_loses_too_much_is_rejected_and_the_previous_export_stays(tmp_
     before = (tmp_path / "export/manifest.json").read_bytes()
     write = onnx.write_int8
 
-    def worse(source, path, how, calibration):
-        write(source, path, how, calibration)
+    def worse(source, path, how):
+        write(source, path, how)
         model = onnx_package.load(path)
         last = next(node for node in model.graph.node if "logits" in node.output)
         for tensor in model.graph.initializer:
@@ -140,8 +143,37 @@ def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
     found = export(subject(tmp_path), tmp_path / "export", "onnx-int8")
     assert not (tmp_path / "export/onnx/model.onnx").exists(), "float32 was not requested"
     file = found["files_on_dev"]["onnx/model.int8.onnx"]
-    assert set(file["tried"]) == set(onnx.QUANTIZATIONS)
+    assert set(file["tried"]) == set(int8.QUANTIZATIONS)
     assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
+
+
+def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
+    """Batches of 64 texts of 3 to 30 tokens, one of which has states far larger than the others."""
+    made = subject(tmp_path)
+    with torch.no_grad():
+        made.student.get_input_embeddings().weight[7] *= 50
+    onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
+    onnx.split_norms(tmp_path / "model.onnx")
+    for how in int8.QUANTIZATIONS:
+        onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", how)
+        effect = independence.measure(OnnxModel(tmp_path / "int8.onnx", 1), made.dev, made.pad_id, len(made.dev))
+        assert effect["batch_effect"] <= independence.TOLERANCE and effect["batch_changed_labels"] == 0
+
+
+def test_a_file_whose_answers_depend_on_the_batch_is_rejected(tmp_path, monkeypatch):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    def one_scale_for_the_batch(source, path, how):
+        quantize_dynamic(source, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Attention"])
+
+    monkeypatch.setattr(onnx, "write_int8", one_scale_for_the_batch)
+    monkeypatch.setattr(independence, "TOLERANCE", 1e-5)  # a tiny model is moved less than a real one
+    monkeypatch.setattr(build, "LOSS_ALLOWED", 1.0)
+    with pytest.raises(
+        UserError, match=r"model.int8.onnx: other texts in a batch move an answer on dev by .*, more than"
+    ):
+        export(subject(tmp_path), tmp_path / "export", "onnx-int8")
+    assert not list(tmp_path.glob("*export*"))
 
 
 def test_a_family_that_cannot_be_written_is_rejected_in_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every family of encoders: states, layer copies, savings, dropout, precision, folders; and models that are rejected."""
 
 import copy
+import importlib.util
 import json
 
 import numpy as np
@@ -406,3 +407,31 @@ def test_other_families(kind, fields):
     student = take_layers(plain, (0, 2)).eval()
     _, mine = Encoder(student)(inputs, (1,))
     torch.testing.assert_close(mine, states, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_is_saved_as_transformers_4_reads_it(family, folder, tmp_path):
+    """A generic class, a list of further special tokens, no length: the names of both versions, the model's length."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["good"]})
+    save_model(model, tokenizer, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["good"] and "extra_special_tokens" not in settings
+    again, longest = AutoTokenizer.from_pretrained(tmp_path / "saved"), longest_input(model.config)
+    assert again(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert again.extra_special_tokens == ["good"]
+    if longest is not None:  # 64 of RoBERTa's 66 positions
+        assert longest == 64 and again.model_max_length == 64
+        assert len(again("film " * 100, truncation=True)["input_ids"]) == 64
+
+
+def test_a_folder_that_needs_sentencepiece_says_so(tmp_path):
+    folder = make_folder(tmp_path / "deberta", "deberta-v2", classifier=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "deberta" / name).unlink()
+    (tmp_path / "deberta/spm.model").write_bytes(b"pieces")
+    assert importlib.util.find_spec("sentencepiece") is None, "the tests' environment has no such package"
+    assert locate(folder) == folder
+    with pytest.raises(UserError, match="teacher.model: .*SentencePiece.*; run: pip install sentencepiece protobuf"):
+        load_tokenizer(folder)

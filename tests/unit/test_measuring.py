@@ -13,7 +13,7 @@ from benchmarks.scaling.memory import multiply
 from benchmarks.scaling.startup import by_package
 from benchmarks.spans import Spans
 from benchmarks.watch import is_rank
-from pkd_dist.config.schema import Task as TaskConfig
+from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.data import tasks, text
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of
-from pkd_dist.stages.base import NAMES, Artifacts, Markers, Stage, State, label
+from pkd_dist.stages.base import NAMES, Artifacts, Markers, Stage, State
+from pkd_dist.stages.labels import label
 from pkd_dist.stages.translation import translate
 
 

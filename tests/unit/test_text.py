@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pkd_dist.config.schema import Task as TaskConfig
+from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.data import examples
 from pkd_dist.data.examples import Split, example_ids, is_labelled, unlabelled, without
 from pkd_dist.data.prepare import prepare

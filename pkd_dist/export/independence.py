@@ -1,0 +1,55 @@
+"""How much the answer to a text depends on the other texts of its batch and on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pkd_dist.data.batches import collate
+from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.scoring import Inputs
+from pkd_dist.export.manifest import BatchEffect
+
+EXAMPLES = 256
+"""Examples of dev that are run alone, evenly spaced; all where dev has fewer."""
+BATCH = 64
+TOLERANCE = 1e-3
+"""Largest difference of a probability, or share of the range of predicted values, allowed between alone and in a batch."""
+
+
+def measure(
+    forward: Callable[[Inputs], torch.Tensor | np.ndarray], dev: TokenSet, pad_id: int, examples: int = EXAMPLES
+) -> BatchEffect:
+    """Run examples of dev alone and in batches.
+
+    Args:
+        forward: A tokenizer's outputs -> logits_BC on the CPU.
+    """
+    rows_N = np.unique(np.linspace(0, len(dev) - 1, min(examples, len(dev))).astype(np.int64))
+    rows_N = np.random.default_rng(0).permutation(rows_N)
+    alone, together = [], []
+    for start in range(0, len(rows_N), BATCH):
+        rows_B = rows_N[start : start + BATCH]
+        inputs = collate(dev, rows_B, np.ones(len(rows_B)), pad_id).inputs
+        together.append(np.asarray(forward(inputs), np.float32))
+        for i, length in enumerate(dev.lengths_N[rows_B]):
+            alone.append(np.asarray(forward({k: v[i : i + 1, :length] for k, v in inputs.items()}), np.float32))
+    return compare(np.concatenate(alone), np.concatenate(together))
+
+
+def compare(alone_NC: np.ndarray, together_NC: np.ndarray) -> BatchEffect:
+    """Return the effect of batches on logits."""
+    if alone_NC.shape[1] == 1:
+        spread = float(np.ptp(alone_NC)) or 1.0
+        return {"batch_effect": float(np.abs(alone_NC - together_NC).max()) / spread, "batch_changed_labels": 0}
+    return {
+        "batch_effect": float(np.abs(_probabilities(alone_NC) - _probabilities(together_NC)).max()),
+        "batch_changed_labels": int((alone_NC.argmax(1) != together_NC.argmax(1)).sum()),
+    }
+
+
+def _probabilities(logits_NC: np.ndarray) -> np.ndarray:
+    powers_NC: np.ndarray = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
+    return powers_NC / powers_NC.sum(axis=1, keepdims=True)
