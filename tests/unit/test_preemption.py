@@ -43,7 +43,7 @@ def start():
         job.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_the_first_is_noted_and_the_second_ends(start, number):
     job = start(0)
     job.send_signal(number)
@@ -61,6 +61,17 @@ def test_signals_forwarded_at_the_same_moment_count_once(start):
     os.kill(job.pid, signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         job.wait(timeout=0.5)
+
+
+def test_nohup_keeps_a_run_alive(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        job = start(0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    job.send_signal(signal.SIGHUP)
+    job.send_signal(signal.SIGTERM)
+    assert job.stdout.readline() == f"noted {int(signal.SIGTERM)}\n"
 
 
 def test_before_the_ranks_have_met_the_first_ends(start):
