@@ -97,6 +97,10 @@ class World:
                 raise UserError(
                     f"MASTER_PORT: {place} is in use by another program; choose another port (launcher flag --master_port)"
                 ) from error
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"MASTER_PORT: rank 0 cannot listen at {place} ({error.strerror}); choose another address or port"
+                ) from error
             raise LostRank(
                 f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); check "
                 "that all of them were started and that every host can reach this address"

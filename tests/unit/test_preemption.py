@@ -79,3 +79,12 @@ def test_before_the_ranks_have_met_the_first_ends(start):
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=20) == 75
     assert job.stderr.read() == "pkd: stopped by SIGTERM before the ranks had met; rerun the same command to resume\n"
+
+
+def test_a_run_in_another_thread_is_rejected_in_one_line():
+    program = "import threading\nfrom pkd_dist.cli.launch import train\n"
+    program += "run = threading.Thread(target=lambda: print(train(['--config', 'configs/demo.yaml', '--dry-run'])))\n"
+    program += "run.start()\nrun.join()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    said = "pkd: a run needs the main thread, for its signals; start it there or in a process of its own\n"
+    assert (done.stdout, done.stderr) == ("2\n", said)
