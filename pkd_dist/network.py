@@ -22,6 +22,18 @@ def interface_towards(address: str) -> str | None:
     Raises:
         UserError: there is no route, or the name does not resolve.
     """
+    local = own_address_towards(address)
+    return next((name for name, found in _interface_addresses() if found == local), None)
+
+
+def own_address_towards(address: str) -> str:
+    """Return this host's address on the route to `address`: the one to listen on if `address` is this host.
+
+    For this host's own name that is an address that other hosts can use, even if the name resolves to loopback here.
+
+    Raises:
+        UserError: there is no route, or the name does not resolve.
+    """
     try:
         local = local_address_towards(address)
     except (OSError, UnicodeError) as error:
@@ -29,9 +41,9 @@ def interface_towards(address: str) -> str | None:
             f"MASTER_ADDR={address} cannot be reached from {socket.gethostname()} ({error}); set the address of rank 0's "
             "node as the other nodes see it (deepspeed and torchrun: --master_addr; mpirun and srun: MASTER_ADDR)"
         ) from None
-    if is_loopback(local) and not _means_loopback(address):  # this host's own name; other hosts use another address
+    if is_loopback(local) and not means_loopback(address):  # this host's own name; other hosts use another address
         local = next(iter(own_addresses()), local)
-    return next((name for name, found in _interface_addresses() if found == local), None)
+    return local
 
 
 def local_address_towards(address: str) -> str:
@@ -63,7 +75,7 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _means_loopback(host: str) -> bool:
+def means_loopback(host: str) -> bool:
     """Return whether `host` is `localhost` or a numeric loopback address."""
     try:
         return is_loopback(host)

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,13 @@ def launch(
     fresh: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run the stages `names` on this rank among the others, and return the exit status."""
+    """Run the stages `names` on this rank among the others, and return the exit status. To be called in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        print(
+            "pkd: a run needs the main thread, for its signals; start it there or in a process of its own",
+            file=sys.stderr,
+        )
+        return UserError.exit_status
     _keep_freed_blocks()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
     process = _Process(StopSignals().install())

@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pkd_dist.errors import UserError
-from pkd_dist.network import free_port, interface_towards, is_loopback, local_address_towards, own_addresses
+from pkd_dist.network import (
+    free_port,
+    interface_towards,
+    is_loopback,
+    local_address_towards,
+    means_loopback,
+    own_addresses,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,7 +42,8 @@ class Ranks:
         local_rank, local_world_size: among the ranks of its node.
         launcher: what started the process.
         master_addr, master_port: where rank 0 listens. With one rank, port 0 means any free port.
-        interface: the network interface that reaches the other nodes; None if there are none.
+        interface: the network interface that reaches the other nodes, loopback if all ranks are on one host; None if
+            neither is known.
     """
 
     rank: int
@@ -80,7 +88,12 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
         return _from_slurm(environ)
     if any(name in environ for name in _PMI_VARIABLES):
         return _from_mpi(environ)
-    return Ranks(0, 0, 1, 1, "python")
+    if "RANK" in environ and _number(environ, "WORLD_SIZE", 1) > 1:
+        raise UserError(
+            "environment: RANK and WORLD_SIZE are set, but LOCAL_RANK is not; set LOCAL_RANK and LOCAL_WORLD_SIZE too "
+            "(0 and 1 with one rank per host), start with torchrun, or unset RANK to run one rank alone"
+        )
+    return _with_interface(Ranks(0, 0, 1, 1, "python"))
 
 
 def first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
@@ -101,9 +114,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def _with_interface(ranks: Ranks) -> Ranks:
-    """Add the interface toward rank 0 if there is more than one node."""
+    """Add the interface toward rank 0 if there is more than one node; loopback if its address is there."""
     several_nodes = ranks.local_world_size < ranks.world_size
-    return replace(ranks, interface=interface_towards(ranks.master_addr)) if several_nodes else ranks
+    if several_nodes or means_loopback(ranks.master_addr):
+        return replace(ranks, interface=interface_towards(ranks.master_addr))
+    return ranks
 
 
 # ------------------------------------------------------------------------------------------------------- launchers

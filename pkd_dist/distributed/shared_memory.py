@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 
 from pkd_dist.distributed.world import World
 
-FOLDER = "/dev/shm"
 CHUNK_NUMEL = 1 << 20
 """Elements exchanged at once: 4 MiB per rank, which stays in the cache between writer and readers."""
 MIN_NUMEL = 1 << 16
@@ -72,28 +71,52 @@ def open_shared_memory(world: World) -> SharedMemory | None:
     if world.size == 1 or not world.one_host:
         return None
     shape = (2, world.size, CHUNK_NUMEL)
-    name = world.on_main(lambda: _allocate(4 * int(np.prod(shape))))
-    if name is None:
+    block = world.on_main(lambda: _allocate(4 * int(np.prod(shape))))
+    if block is None:
         return None
 
     slots = None
-    with contextlib.suppress(OSError), open(name, "r+b") as file:  # containers may share a host name but no memory
-        slots = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.float32).reshape(shape)
+    with contextlib.suppress(OSError):  # containers may share a host name but no processes
+        slots = np.frombuffer(_map(block), dtype=np.float32).reshape(shape)
     everywhere = all(world.gather(slots is not None))
-    world.on_main(lambda: Path(name).unlink(missing_ok=True))  # the memory lives as long as it is mapped
+    if world.main:
+        os.close(block.handle)  # the memory lives as long as it is mapped
     return SharedMemory(world, slots) if slots is not None and everywhere else None
 
 
-def _allocate(size: int) -> str | None:
-    """Create a file in memory with all its pages allocated; return its name, or None if there is not enough memory."""
-    name = None
+@dataclass(frozen=True)
+class _Block:
+    """Memory without a name, which ends with its processes; the others open it through the process that made it."""
+
+    process: int
+    handle: int
+    inode: int
+
+
+def _allocate(size: int) -> _Block | None:
+    """Return memory with all its pages allocated, or None if there is not enough."""
+    if psutil.virtual_memory().available < 2 * size:  # the kernel would end a process rather than report an error
+        return None
     with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(prefix="pkd-", dir=FOLDER)
+        handle = os.memfd_create("pkd")
         try:
             os.posix_fallocate(handle, 0, size)
-            return name
-        finally:
+        except OSError:
             os.close(handle)
-    if name:
-        Path(name).unlink(missing_ok=True)
+            return None
+        return _Block(os.getpid(), handle, os.fstat(handle).st_ino)
     return None
+
+
+def _map(block: _Block) -> mmap.mmap:
+    """Map a block of any process of this host.
+
+    Raises:
+        OSError: this process cannot see it, or sees another file in its place.
+    """
+    with open(f"/proc/{block.process}/fd/{block.handle}", "r+b", buffering=0) as file:
+        if os.fstat(file.fileno()).st_ino != block.inode or "memfd:pkd" not in os.readlink(
+            f"/proc/self/fd/{file.fileno()}"
+        ):
+            raise OSError("another file")
+        return mmap.mmap(file.fileno(), 0)

@@ -19,7 +19,7 @@ from pkd_dist.distributed.ranks import first_of_node
 from pkd_dist.errors import Preempted
 from pkd_dist.telemetry.log import log
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _REPORT_SECONDS = 1.0
 """Delay before the first signal is reported: a launcher also sends one when another rank was lost."""
 _SAME_SECONDS = 2.0
@@ -40,11 +40,13 @@ class StopSignals:
         self._met = False
 
     def install(self) -> StopSignals:
+        # nohup starts its command with SIGHUP ignored, and it stays so.
+        self._noted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._pipe = reader, writer
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in self._noted:
             signal.signal(number, lambda *_: None)  # the pipe is only written for signals with a Python handler
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
@@ -52,7 +54,7 @@ class StopSignals:
     def uninstall(self) -> None:
         """Restore the handlers of a new process."""
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in self._noted:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for end in self._pipe:
             end.close()

@@ -6,6 +6,7 @@ gloo; the gradients are DeepSpeed's. After an exception the ranks agree over the
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.signals import StopSignals, name_of
 from pkd_dist.distributed.watchdog import Watchdog, first_remote_rank
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.network import own_address_towards
 from pkd_dist.telemetry.log import log, log_file
 
 T = TypeVar("T")
@@ -81,7 +83,7 @@ class World:
         backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
         meeting_timeout = timedelta(seconds=timeout_seconds)
         try:
-            store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.size, timeout=meeting_timeout))
+            store = _open_store(self.rank, self.size, meeting_timeout)
             if self.size > 1:
                 own_signal = self.stop_signal
                 watchdog = Watchdog(self.rank, self.size, Board(), timeout_seconds, own_signal, self._end).start()
@@ -90,10 +92,14 @@ class World:
             torch_dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
             )
-        except (torch_dist.DistStoreError, torch_dist.DistNetworkError) as error:
+        except (torch_dist.DistStoreError, torch_dist.DistNetworkError, OSError) as error:
             if _is_port_taken(error):
                 raise UserError(
                     f"MASTER_PORT: {place} is in use by another program; choose another port (launcher flag --master_port)"
+                ) from error
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"MASTER_PORT: rank 0 cannot listen at {place} ({error.strerror}); choose another address or port"
                 ) from error
             raise LostRank(
                 f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); check "
@@ -323,6 +329,24 @@ class World:
         os._exit(LostRank.exit_status)
 
 
+def _open_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
+    """Return the store through which the ranks meet.
+
+    One rank alone opens no port. Rank 0 listens only on its address towards the others, loopback on one host; torch would
+    listen on all interfaces. Under torchrun the agent hosts the store.
+    """
+    if size == 1:
+        return torch_dist.HashStore()
+    if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(torch_dist.rendezvous("env://", rank, size, timeout=timeout))
+        return store
+    address, port = own_address_towards(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
+    os.environ["MASTER_ADDR"] = address
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family, backlog=max(128, size))
+    return torch_dist.TCPStore(address, port, size, True, timeout, master_listen_fd=listener.detach())
+
+
 def _stopped(what: str, number: int) -> Preempted:
     return Preempted(f"{what}: stopped by {name_of(number)}{_RESUME}", number)
 
@@ -368,4 +392,8 @@ def is_lost(error: Exception) -> bool:
 
 
 def _is_port_taken(error: Exception) -> bool:
-    return "EADDRINUSE" in str(error) or "already in use" in str(error)
+    return (
+        getattr(error, "errno", None) == errno.EADDRINUSE
+        or "EADDRINUSE" in str(error)
+        or "already in use" in str(error)
+    )

@@ -123,12 +123,14 @@ def _load_or_build(compiler: list[str]) -> Kernels:
     name = hashlib.sha256("\0".join([SOURCE.read_text(), *_FLAGS, target]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkd_dist"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()} or folder.stat().st_mode & 0o022:
         raise OSError(f"{folder} can be written by others; its code would not be safe to run")
+    folder.chmod(0o700)
     library = folder / f"kernels-{name}.so"
     if library.is_file():
-        with suppress(OSError):
-            return Kernels(library)
+        if _is_sealed(library):
+            with suppress(OSError):
+                return Kernels(library)
         library.unlink(missing_ok=True)  # damaged by a power loss or a full disk
     for other in folder.glob("kernels-*.so"):
         if time.time() - other.stat().st_mtime > _UNUSED_DAYS * 86400:
@@ -139,9 +141,23 @@ def _load_or_build(compiler: list[str]) -> Kernels:
         # Linked without -fopenmp, so that the OpenMP functions resolve to PyTorch's.
         _run([*compiler, "-shared", str(objects), "-o", str(built), "-lm"])
         kernels = Kernels(built)
+        _seal(built)
         with suppress(FileExistsError):  # built by another rank, which may have loaded it
             os.link(built, library)
     return kernels
+
+
+def _seal(library: Path) -> None:
+    """Append the digest of a library to it; the loader ignores what follows the last section."""
+    with library.open("r+b") as file:
+        file.write(hashlib.sha256(file.read()).digest())
+        os.fsync(file.fileno())
+
+
+def _is_sealed(library: Path) -> bool:
+    """Return whether a library is complete and unchanged: the loader dies of SIGBUS where one is truncated."""
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _run(command: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pkd_dist.errors import UserError
@@ -40,7 +40,7 @@ class ServedModel:
                 f"takes {', '.join(ONNX_FILES)}); add one of them to export.formats and export again"
             )
         file = ONNX_FILES[format or available[0]]
-        figures = made.get("files_on_dev", {}).get(file, {})
+        figures: Mapping[str, object] = made.get("files_on_dev", {}).get(file, {})
         # int8 files of 0.1.0 have one scale for a batch: the texts beside it would change the answer to a text.
         self._one_by_one = file == ONNX_FILES["onnx-int8"] and "batch_effect" not in figures
         self._model = OnnxModel(folder / file, threads, gpu=True)

@@ -22,6 +22,7 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import io
 import os
 import socket
 import socketserver
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, TypeAlias, cast
 from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -162,11 +163,11 @@ class _Application:
         if environ.get("PATH_INFO") not in ("/", "/metrics"):
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"metrics are at /metrics\n"]
-        content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))[1]
+        accept = _accepted(environ.get("HTTP_ACCEPT", ""))
         with self._lock:
-            cached = self._cache.get(content_type)
+            cached = self._cache.get(accept)
             if cached is None or time.monotonic() - cached.created > _CACHE_SECONDS:
-                cached = self._cache[content_type] = self._render(environ | {"QUERY_STRING": ""})
+                cached = self._cache[accept] = self._render(environ | {"QUERY_STRING": "", "HTTP_ACCEPT": accept})
         start_response("200 OK", list(cached.headers))
         return cached.body
 
@@ -176,11 +177,26 @@ class _Application:
         return _Response(created, headers, body)
 
 
+def _accepted(header: str) -> str:
+    """Return one of three Accept headers for that of a client, which must not be a key: clients would fill the memory."""
+    try:
+        content_type = choose_encoder(header)[1]
+    except (TypeError, ValueError):  # version=x
+        return "text/plain"
+    if content_type.startswith("application/openmetrics-text"):
+        return "application/openmetrics-text;version=1.0.0"
+    return "text/plain" if "version=0.0.4" in content_type else "text/plain;version=1.0.0"
+
+
 class _Handler(WSGIRequestHandler):
     timeout = _IDLE_TIMEOUT_SECONDS
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: the terminal belongs to the run."""
+
+    def get_stderr(self) -> IO[str]:  # type: ignore[override]
+        """Return where wsgiref writes the traceback of a request: nowhere."""
+        return io.StringIO()
 
 
 _Address: TypeAlias = tuple[str, int]

@@ -109,6 +109,26 @@ def test_nodes_of_uneven_size(tmp_path):
     assert {(ranks.world_size, ranks.master_addr, ranks.interface) for ranks in found} == {(3, "127.0.0.1", "lo")}
 
 
+def test_one_host_listens_on_loopback_only(tmp_path):
+    """The store of rank 0 and gloo of both ranks; nobody else may reach them."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import psutil\nfrom pkd_dist.distributed.ranks import discover\nfrom pkd_dist.distributed.world import World\n"
+        "world = World(discover())\n"
+        "print({c.laddr.ip for c in psutil.Process().net_connections() if c.status == 'LISTEN'})\n"
+        "world.barrier()\nworld.close()\n"
+    )
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, probe], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(RANK=rank, LOCAL_RANK=rank, **common),
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    assert [(end.returncode, end.stdout) for end in finish(ranks)] == [(0, "{'127.0.0.1'}\n")] * 2
+
+
 def test_a_master_that_does_not_resolve(config, tmp_path):
     """On the second of two nodes, its first rank reports the error although it is not rank 0."""
     node = by_hand(tmp_path, [1, 2], "nowhere.invalid")[1]

@@ -106,6 +106,19 @@ def test_concurrent_scrapes_share_a_response(serve, monkeypatch):
     assert scrape(port, headers={"Accept": "application/openmetrics-text"})["pkd_samples_total"] == 1, "another format"
 
 
+def test_any_accept_header_gets_one_of_three_renderings(serve, monkeypatch, capfd):
+    rendered = []
+    render = endpoint._Application._render
+    monkeypatch.setattr(endpoint, "_CACHE_SECONDS", 1000)
+    monkeypatch.setattr(endpoint._Application, "_render", lambda self, e: rendered.append(1) or render(self, e))
+    port = serve(RunMetrics())
+    kinds = ("application/openmetrics-text;version=1.{}", "text/plain;version=1.{}", "text/plain;version=x{}", "{}")
+    for number in range(10):
+        for kind in kinds:
+            assert scrape(port, headers={"Accept": kind.format(number)})["pkd_samples_total"] == 0
+    assert len(rendered) == 3 and capfd.readouterr().err == ""
+
+
 def test_two_runs_have_separate_registries(serve):
     first, second = RunMetrics(), RunMetrics()
     first.step.set(7)

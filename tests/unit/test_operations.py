@@ -376,9 +376,12 @@ def test_kernels_are_built_once_and_rebuilt_if_the_file_is_damaged(monkeypatch, 
     (library,) = (tmp_path / "pkd_dist").iterdir()
     made = library.stat().st_mtime_ns
     assert native.load_kernels.__wrapped__() is not None and library.stat().st_mtime_ns == made
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a loaded path is not read again
-    broken = tmp_path / "other" / "pkd_dist" / library.name
-    broken.parent.mkdir(mode=0o700, parents=True)
-    broken.touch()
-    assert native.load_kernels.__wrapped__() is not None
-    assert [*broken.parent.iterdir()] == [broken] and broken.stat().st_size
+    intact = library.read_bytes()
+    for number, damaged in enumerate((b"", intact[:4096], intact[: len(intact) // 2], intact[:-1])):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(number)))  # a loaded path is not read again
+        broken = tmp_path / str(number) / "pkd_dist" / library.name
+        broken.parent.mkdir(mode=0o755, parents=True)
+        broken.write_bytes(damaged)
+        assert native.load_kernels.__wrapped__() is not None
+        assert [*broken.parent.iterdir()] == [broken] and native._is_sealed(broken)
+        assert broken.parent.stat().st_mode & 0o777 == 0o700

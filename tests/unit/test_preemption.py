@@ -43,7 +43,7 @@ def start():
         job.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_the_first_is_noted_and_the_second_ends(start, number):
     job = start(0)
     job.send_signal(number)
@@ -63,8 +63,28 @@ def test_signals_forwarded_at_the_same_moment_count_once(start):
         job.wait(timeout=0.5)
 
 
+def test_nohup_keeps_a_run_alive(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        job = start(0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    job.send_signal(signal.SIGHUP)
+    job.send_signal(signal.SIGTERM)
+    assert job.stdout.readline() == f"noted {int(signal.SIGTERM)}\n"
+
+
 def test_before_the_ranks_have_met_the_first_ends(start):
     job = start(3600, "before they met")
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=20) == 75
     assert job.stderr.read() == "pkd: stopped by SIGTERM before the ranks had met; rerun the same command to resume\n"
+
+
+def test_a_run_in_another_thread_is_rejected_in_one_line():
+    program = "import threading\nfrom pkd_dist.cli.launch import train\n"
+    program += "run = threading.Thread(target=lambda: print(train(['--config', 'configs/demo.yaml', '--dry-run'])))\n"
+    program += "run.start()\nrun.join()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    said = "pkd: a run needs the main thread, for its signals; start it there or in a process of its own\n"
+    assert (done.stdout, done.stderr) == ("2\n", said)

@@ -23,7 +23,7 @@ def slurm(rank, local_rank, world, **more):
     ("environ", "expected"),
     [
         ({}, (0, 0, 1, 1, "python")),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, (0, 0, 1, 1, "python")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1, 1, "python")),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 0, 1, 1, "deepspeed or torchrun")),
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
@@ -89,7 +89,7 @@ def on_two_nodes(node, **more):
 
 def test_srun_finds_rank_0():
     alone = discover(slurm(1, 1, 2, SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="nowhere.invalid"))
-    assert (alone.master_addr, alone.interface) == ("127.0.0.1", None), "one node"
+    assert (alone.master_addr, alone.interface) == ("127.0.0.1", "lo"), "one node"
     launched = {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
     for node in (0, 1):
         found = discover(on_two_nodes(node, SLURM_STEP_NODELIST="nowhere[1-2].invalid", **launched))
@@ -131,6 +131,12 @@ def test_neither_two_jobs_nor_two_steps_share_a_port():
 def test_a_missing_variable_is_named(environ, message):
     with pytest.raises(UserError, match=message):
         discover({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | environ)
+
+
+def test_ranks_without_their_place_on_the_node_are_rejected():
+    """As some schedulers start them: rank 1 of 2 must not train alone."""
+    with pytest.raises(UserError, match="LOCAL_RANK is not; set LOCAL_RANK and LOCAL_WORLD_SIZE too"):
+        discover({"RANK": "1", "WORLD_SIZE": "2"} | MASTER)
 
 
 def test_the_first_rank_of_a_node_reports():
