@@ -48,7 +48,7 @@ class ReportOutput:
     """
 
     bytes: int
-    notices: tuple[str, ...]
+    notices: tuple[str, ...] = ()  # reports of 0.1.0 have none in their marker
 
 
 VERSION = 1
