@@ -163,6 +163,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_the_update(prep
     shutil.copytree(prepared, tmp_path / "broken")
     cache = tmp_path / "broken/run/cache"
     manifest = json.loads((cache / "manifest.json").read_text())
+    manifest.pop("digest")  # as versions before it wrote it
     entry = manifest["shards"][2]
     tensors = load_file(cache / entry["file"])
     tensors["states"][7] = float("nan")
