@@ -121,7 +121,7 @@ def test_a_run_says_how_much_disk_it_needs(finished):
     needed = float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]]
     stay = ("teacher", "cache", "student_init", "checkpoints", "export")
     used = sum(path.stat().st_size for name in stay for path in (folder / "run" / name).rglob("*") if path.is_file())
-    assert 0.7 * used < needed < 2 * used, (used, needed)
+    assert 0.7 * used < needed < 3 * used, (used, needed)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="a small disk needs root and mount")
@@ -182,7 +182,7 @@ def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path
     assert (tmp_path / "copy/run/previous/1").is_dir(), "what was made before is kept"
     assert list((tmp_path / "copy/run/previous").glob("*/checkpoints/step-*"))
     run = tmp_path / "copy/run"
-    assert re.search(rf"earlier outcomes: {run}/previous, [\d.]+ [kM]B; `pkd runs clean {run}` removes", changed.stdout)
+    assert re.search(rf"earlier outputs: {run}/previous, [\d.]+ [kM]B; `pkd runs clean {run}` removes", changed.stdout)
     assert re.search(rf"distill: its earlier outcome is kept in {run}/previous/\d \([\d.]+ [kM]B\)", changed.stdout)
     before = {path for path in run.rglob("*") if "previous" not in path.parts}
     assert "would be removed" in pkd("runs", "clean", run, "--dry-run").stdout and (run / "previous").exists()
@@ -300,7 +300,8 @@ def test_pkd_evaluates_a_custom_task(finished, tmp_path):
     argv += ["--data", str(tmp_path), "--text", "the #1 text", "--label", "y", "--max-length", "32"]
     argv += ["--output", str(tmp_path / "figures.json")]
     done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and not done.stderr and "WARNING" not in done.stdout, done.stdout + done.stderr
+    said = done.stderr.replace("pkd: the machine was busy while speed was measured (see spread)\n", "")
+    assert done.returncode == 0 and not said and "WARNING" not in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
     (tmp_path / "figures.json").unlink()
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,mixed\n")
