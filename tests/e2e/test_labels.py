@@ -77,10 +77,8 @@ def test_names_are_mapped_and_reach_the_export(settings, body, tmp_path):
     words = [GOOD[0], "bad"]
     settings["teacher"] = {"model": given_teacher(body, tmp_path / "signs", words, [0, 1], ("POSITIVE", "NEGATIVE"))}
     settings["train"]["epochs"] = 1
-    config = write_config(
-        settings | {"task": {"name": "custom", "text": ["text"], "label": "label", "data": data}}, tmp_path
-    )
-    refused = launch("--config", config)
+    custom = {"name": "custom", "text": ["text"], "label": "label", "data": data, "max_length": 32}
+    refused = launch("--config", write_config(settings | {"task": custom}, tmp_path))
     assert refused.returncode == 2 and "task.class_names maps labels to its classes" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     done = finished(settings, tmp_path, "task.class_names={0: negative, 1: positive}", data=data)
