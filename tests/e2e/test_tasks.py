@@ -169,7 +169,7 @@ def test_compare_trains_on_one_teacher_and_one_cache_and_goes_on(settings, tmp_p
         "--launcher", starts, "--output", tmp_path / "out",
     ]  # fmt: skip
 
-    def compare(*own, methods="finetune,pkd-last", seeds="1,2"):
+    def compare(*own, methods="finetune,pkd-last", seeds="1"):
         return subprocess.run(
             [*map(str, argv), "--methods", methods, "--seeds", seeds, *(["--method", *own] if own else [])],
             cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES="5,6"), capture_output=True, text=True, timeout=300,
@@ -190,19 +190,19 @@ def test_compare_trains_on_one_teacher_and_one_cache_and_goes_on(settings, tmp_p
             assert figures["score"] == pytest.approx((41 * found["accuracy"] + 37 * test["student"]["accuracy"]) / 78)
         scores = [figures["score"] for figures in method["seeds"].values()]
         assert method["mean"]["score"] == pytest.approx(np.mean(scores))
-        assert method["half_interval_95"]["score"] is None, "of two seeds"
+        assert method["half_interval_95"]["score"] is None, "of one seed"
     assert set(made["methods"]["pkd-last"]) >= {"minus finetune"} and "minus finetune" not in made["methods"]["shallow"]
     assert len(list((tmp_path / "out").glob("cache-*"))) == 1, "one cache"
-    said = [(tmp_path / "out" / name / "seed-2/log.txt").read_text() for name in ("finetune", "pkd-last")]
+    said = [(tmp_path / "out" / name / "seed-1/log.txt").read_text() for name in ("finetune", "pkd-last")]
     assert "alpha and beta are 0" in said[0] and "cache: runs" in said[1]
     assert (tmp_path / "out/compare.png").stat().st_size > 10_000
-    assert "| pkd-last | 2 | 2 |" in (tmp_path / "out/compare.md").read_text()
+    assert "| pkd-last | 2 | 1 |" in (tmp_path / "out/compare.md").read_text()
     given = [line.split(" ") for line in (tmp_path / "given").read_text().splitlines()[1:]]  # the first: the teacher
-    assert {devices for devices, _, _ in given} == {"5", "6"} and len({port for _, port, _ in given}) == len(given) == 6
-    more = compare(methods="kd", seeds="3")
+    assert {devices for devices, _, _ in given} == {"5", "6"} and len({port for _, port, _ in given}) == len(given) == 3
+    more = compare(methods="finetune", seeds="3")
     assert more.returncode == 0, more.stdout + more.stderr
     table = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
     assert {name: list(method["seeds"]) for name, method in table.items()} == {
-        "finetune": ["1", "2"], "pkd-last": ["1", "2"], "shallow": ["1", "2"], "kd": ["3"],
+        "finetune": ["1", "3"], "pkd-last": ["1"], "shallow": ["1"],
     }  # fmt: skip
-    assert all(table[name] == made["methods"][name] for name in made["methods"])
+    assert all(table[name]["seeds"]["1"] == made["methods"][name]["seeds"]["1"] for name in made["methods"])
