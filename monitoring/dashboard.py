@@ -113,6 +113,8 @@ ROWS: dict[str, list[Panel]] = {
         gauge("Duration of the last checkpoint", "pkd_checkpoint_seconds", "s"),
         Panel("Early ends", "pkd_preemptions_total",
               [(series("pkd_preemptions_total"), "{{instance}} preempted"), (series("pkd_nonfinite_total"), "{{instance}} non-finite")]),
+        Panel("Exit status (pushed)", "pkd_run_end_status",
+              [(f'{checked("pkd_run_end_status")}{{run=~"$run"}}', "{{instance}} {{stage}} {{host}}")]),
     ],
     "Machine": [
         gauge("GPU memory", "pkd_gpu_memory_bytes", "bytes"),

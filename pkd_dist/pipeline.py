@@ -113,6 +113,7 @@ def run(
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:
     world = context.world
     world.at(stage.name, loop=False)
+    context.telemetry.metrics.stage_name = stage.name
     world.stop_here(f"before the stage {stage.name}")
     state, reason = world.on_main(lambda: markers.state(stage, context))
     if state is State.DONE:

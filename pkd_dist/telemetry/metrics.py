@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,13 @@ class RunMetrics:
             slurm_job="SLURM job id; empty outside SLURM",
         )
         self.stage = self._gauge("pkd_stage", "1 for the running stage, 0 for the others", stage="stage of the run")
+        self.stage_name = ""
+        self._end_status = self._gauge(
+            "pkd_run_end_status",
+            "Exit status of the run, pushed at its end; absent while it runs and after a crash",
+            stage="the last stage that was entered",
+            host="host name",
+        )
         self.cache_rows = self._counter(
             "pkd_cache_rows_total", "Examples whose outputs this process has written to the teacher cache"
         )
@@ -138,6 +146,10 @@ class RunMetrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(*self._document(name, "counter", text, {}), registry=self._own)
+
+    def show_end(self, status: int) -> None:
+        """Set `pkd_run_end_status`."""
+        self._end_status.labels(stage=self.stage_name, host=socket.gethostname()).set(status)
 
     def show_evaluation(self, split: str, scores: Mapping[str, object]) -> None:
         """Set `pkd_eval_metric` of a split to the `EVAL_METRICS` among `scores`."""

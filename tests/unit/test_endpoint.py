@@ -96,6 +96,17 @@ def test_responses_are_rendered_at_most_once_per_second(serve, monkeypatch):
         assert found["pkd_samples_total"] == 0
 
 
+def test_scrapes_of_another_run_are_rejected(serve):
+    """The file of a crashed run may still name the address that this run uses now."""
+    served = endpoint.serve(RunMetrics().registry, "127.0.0.1", 0, Access(), "pkd-mine-0")
+    for query in ("", "?target=pkd-mine-0", "?x=1"):
+        assert scrape(served.port, query=query)["pkd_samples_total"] == 0
+    for query in ("?target=pkd-other-0", "?target=pkd-mine-1", "?target=pkd-mine-0&target=x"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            scrape(served.port, query=query)
+    served.close()
+
+
 def test_concurrent_scrapes_share_a_response(serve, monkeypatch):
     monkeypatch.setattr(endpoint, "_CACHE_SECONDS", 1000)
     metrics = RunMetrics()

@@ -21,7 +21,7 @@ SPEC = {
     "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale", "pkd_cache_rows_total",
     "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds", "pkd_checkpoint_seconds",
     "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total", "pkd_gpu_memory_bytes",
-    "pkd_data_wait_seconds_total",
+    "pkd_data_wait_seconds_total", "pkd_run_end_status",
 }  # fmt: skip
 
 
