@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -167,7 +168,8 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
     counters = folder / "counters" / f"node-{node}.json" if node is not None and config.metrics.enabled else None
     metrics = RunMetrics(counters)
     metrics.info.labels(
-        __version__, str(folder.absolute()), run.task.name, str(world.size), run.precision, os.environ.get("SLURM_JOB_ID", ""),
+        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.precision,
+        os.environ.get("SLURM_JOB_ID", ""),
     ).set(1)  # fmt: skip
     for name in NAMES:
         metrics.stage.labels(stage=name).set(0)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -171,6 +172,7 @@ def test_prometheus_finds_a_live_run(run, prometheus):
     assert f"metrics: {targets[0]['scrapeUrl'].partition('?')[0]}\n" in out
     assert not list(prometheus.targets.iterdir()), "the file is removed at the end of the run"
     until(lambda: not prometheus.active(), "Prometheus forgets the target")
+    assert not prometheus.query(f'ALERTS{{alertname="PkdRunCrashed", alertstate="firing", run="{folder}"}}[1h]')
 
 
 def test_served_metrics_pass_promtool(run):
@@ -184,8 +186,9 @@ def test_scraped_values_are_those_the_run_wrote(run, prometheus):
     records = list(read(folder / "metrics.jsonl"))
     lines = {record["step"]: record for record in records if "split" not in record}
     live = f'job="pkd", run="{folder}"'
-    patience = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')  # nonzero only for the student
-    steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if patience.get(at)}
+    live += ', stage="distill"'
+    shown = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')
+    steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if at in shown}
     assert len(set(steps.values())) >= 3
     for term, key in (("total", "loss"), ("ce", "loss_ce"), ("ds", "loss_ds"), ("pt", "loss_pt")):
         found = prometheus.samples(f'pkd_loss{{{live}, term="{term}"}}')
@@ -194,8 +197,12 @@ def test_scraped_values_are_those_the_run_wrote(run, prometheus):
             assert found[at] in near, (term, step)
     written = {record["main_metric"] for record in records if "split" in record}
     found = prometheus.samples(f'pkd_eval_metric{{{live}, split="dev", metric="main_metric"}}')
-    trained = {value for at, value in found.items() if at in steps}
-    assert trained and trained <= written
+    assert found and set(found.values()) <= written
+    ends = set(prometheus.samples(f"pkd_expected_end_timestamp_seconds{{{live}}}").values())
+    ended = max(record["time"] for record in records)
+    assert ends and all(abs(end - ended) < 60 for end in ends), (ends, ended)
+    teacher = prometheus.query(f'last_over_time(pkd_loss{{run="{folder}", job="pkd", stage="teacher"}}[1h])')
+    assert {labels["term"] for labels, _ in teacher} == {"total", "ce"}
     assert set(prometheus.samples(f"pkd_loss_scale{{{live}}}").values()) <= {0, 1}
 
 
@@ -204,6 +211,10 @@ def test_the_last_values_are_pushed(run, prometheus, gateway):
     last = f'job="pkd_last", run="{folder}", node="0", instance="{folder}/0"'
     steps = max(record["step"] for record in read(folder / "metrics.jsonl"))
     until(lambda: prometheus.value(f"pkd_step{{{last}}}") == steps, "the last step")
+    assert prometheus.value(f"pkd_steps_total_expected{{{last}}}") == steps
+    assert prometheus.value(f"pkd_expected_end_timestamp_seconds{{{last}}}") is None
+    [(labels, (_, status))] = prometheus.query(f"pkd_run_end_status{{{last}}}")
+    assert (labels["stage"], labels["host"], status) == ("report", socket.gethostname(), "0")
     assert prometheus.value(f"sum(pkd_stage{{{last}}})") == 0
     assert prometheus.value(f"count(pkd_stage{{{last}}})") == 8
     for name in ("accuracy", "MCC", "f_1", "main_metric"):
@@ -250,6 +261,7 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
         with start() as [process]:
             until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
+            until(lambda: not prometheus.query(crashed), "no alert on a live run")
             process.send_signal(stop)
             assert process.wait(60) == status
         if stop == signal.SIGKILL:
@@ -263,7 +275,6 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
             endpoint.close()
         else:
             assert not list(prometheus.targets.iterdir()), "an orderly end removes the file"
-            assert not prometheus.query(crashed), "the resumed run ended the alert"
     with start() as [process]:
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
@@ -305,7 +316,7 @@ def test_scrape_with_tls_and_password(tmp_path):
     settings = {"tls_cert": certificate, "tls_key": key, "password_file": tmp_path / "users"}
     config = load(None, ["run.dir=x", *(f"metrics.{name}={value}" for name, value in settings.items())]).metrics
     metrics = RunMetrics()
-    metrics.step.set(7)
+    metrics.samples.inc(7)
     name = target_name(tmp_path / "run", 0)
     endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(config), name)
     given = {
@@ -314,7 +325,7 @@ def test_scrape_with_tls_and_password(tmp_path):
     }
     with Prometheus(tmp_path / "prometheus", **given) as prometheus:
         target = Target(prometheus.targets, tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=True)
-        until(lambda: prometheus.value("pkd_step") == 7, f"a scrape ({prometheus.active})")
+        until(lambda: prometheus.value("pkd_samples_total") == 7, f"a scrape ({prometheus.active})")
         assert prometheus.active()[0]["scrapeUrl"] == f"https://127.0.0.1:{endpoint.port}/metrics?target={name}"
         target.close()
     endpoint.close()
