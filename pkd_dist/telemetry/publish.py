@@ -9,7 +9,8 @@ from pathlib import Path
 from prometheus_client import push_to_gateway
 
 from pkd_dist.config.schema import Metrics
-from pkd_dist.errors import Preempted
+from pkd_dist.errors import Preempted, UserError
+from pkd_dist.files import is_denied, is_full
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.endpoint import Access, serve
 from pkd_dist.telemetry.log import log
@@ -96,7 +97,8 @@ def publishing(
         status = Preempted.exit_status
         raise
     except BaseException as error:
-        status = getattr(error, "exit_status", 1)
+        ours = UserError.exit_status if is_full(error) or is_denied(error) else 1  # as the launcher says it
+        status = getattr(error, "exit_status", ours)
         raise
     finally:
         publisher.close(status)

@@ -1,7 +1,10 @@
 """Target files: removed at an orderly end, kept after a crash, and swept once they expire."""
 
+import contextlib
+import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,12 +12,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
-from pkd_dist.errors import UserError
+from pkd_dist.config.schema import Metrics
+from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.discovery import EXPIRY_SECONDS, STALE_SECONDS, Target, reachable_address, target_file, targets
+from pkd_dist.telemetry.endpoint import Access
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.publish import publishing
 
 RUN_TARGET = """
 import sys, time
@@ -82,6 +90,27 @@ def test_run_resumed_elsewhere_keeps_its_file(tmp_path):
     assert json.loads(again.file.read_text())[0]["targets"] == ["10.0.0.2:9400"]
     again.close()
     assert not again.file.exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "stays"),
+    [
+        (None, 0, False), (Preempted("stopped", 15), 75, False), (KeyboardInterrupt(), 75, False),
+        (DivergedError("nan"), 3, True), (UserError("full"), 2, True), (ZeroDivisionError(), 1, True),
+        (OSError(errno.ENOSPC, "full"), 2, True),
+    ],
+)  # fmt: skip
+def test_file_of_a_failed_run_stays_unless_a_gateway_has_its_status(tmp_path, end, status, stays):
+    metrics, run = RunMetrics(), tmp_path / "run"
+    config = Metrics(port=0, discovery_dir=str(tmp_path))
+    with contextlib.suppress(BaseException), publishing(metrics, config, Access(), run, 0):
+        assert "pkd_run_end_status{" not in generate_latest(metrics.registry).decode()
+        metrics.stage_name = "cache"
+        if end:
+            raise end
+    assert target_file(tmp_path, run, 0).exists() == stays
+    labels = f'{{host="{socket.gethostname()}",stage="cache"}}'
+    assert f"pkd_run_end_status{labels} {status}.0" in generate_latest(metrics.registry).decode()
 
 
 def left_behind(folder, name, silent_seconds):
