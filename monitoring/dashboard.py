@@ -81,7 +81,9 @@ LOGARITHMIC = {"scaleDistributionType": "log", "scaleDistributionLog": 10}
 ROWS: dict[str, list[Panel]] = {
     "Runs": [
         Panel("Stage", "pkd_stage", [(f"{series('pkd_stage')} == 1", "{{instance}} {{stage}}")]),
-        gauge("Steps", "pkd_step"),
+        Panel("Steps", "pkd_step", [(series("pkd_step"), "{{instance}} {{stage}}"), (series("pkd_steps_total_expected"), "{{instance}} {{stage}} end")]),
+        Panel("Remaining time of this training", "pkd_expected_end_timestamp_seconds",
+              [(f"{series('pkd_expected_end_timestamp_seconds')} - time()", "{{instance}} {{stage}}")], "s"),
         gauge("Epochs", "pkd_epoch"),
         Panel("Run details", "pkd_info", [(series("pkd_info"), "")], table=True),
     ],
@@ -113,6 +115,8 @@ ROWS: dict[str, list[Panel]] = {
         gauge("Duration of the last checkpoint", "pkd_checkpoint_seconds", "s"),
         Panel("Early ends", "pkd_preemptions_total",
               [(series("pkd_preemptions_total"), "{{instance}} preempted"), (series("pkd_nonfinite_total"), "{{instance}} non-finite")]),
+        Panel("Exit status (pushed)", "pkd_run_end_status",
+              [(f'{checked("pkd_run_end_status")}{{run=~"$run"}}', "{{instance}} {{stage}} {{host}}")]),
     ],
     "Machine": [
         gauge("GPU memory", "pkd_gpu_memory_bytes", "bytes"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -113,6 +114,7 @@ def run(
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:
     world = context.world
     world.at(stage.name, loop=False)
+    context.telemetry.metrics.stage_name = stage.name
     world.stop_here(f"before the stage {stage.name}")
     state, reason = world.on_main(lambda: markers.state(stage, context))
     if state is State.DONE:
@@ -166,7 +168,8 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
     counters = folder / "counters" / f"node-{node}.json" if node is not None and config.metrics.enabled else None
     metrics = RunMetrics(counters)
     metrics.info.labels(
-        __version__, str(folder.absolute()), run.task.name, str(world.size), run.precision, os.environ.get("SLURM_JOB_ID", ""),
+        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.precision,
+        os.environ.get("SLURM_JOB_ID", ""),
     ).set(1)  # fmt: skip
     for name in NAMES:
         metrics.stage.labels(stage=name).set(0)

@@ -70,7 +70,7 @@ def scrape(port: int) -> float:
         connection.sendall(REQUEST)
         while part := connection.recv(1 << 16):
             response += part
-    if not response.startswith(b"HTTP/1.0 200") or b"pkd_step " not in response:
+    if not response.startswith(b"HTTP/1.0 200") or b"pkd_samples_total " not in response:
         raise SystemExit(f"unexpected response: {response[:200]!r}")
     return time.perf_counter() - began
 

@@ -28,7 +28,7 @@ def reference() -> None:
 def targets(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="As metrics.discovery_dir of the runs.")],
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Remove the files of runs that have been silent for 10 minutes.")
+        bool, typer.Option("--sweep", help="Remove the files of runs that have been silent for 24 hours.")
     ] = False,
 ) -> None:
     """List where Prometheus finds runs, and when each last gave a sign of life.
@@ -47,8 +47,8 @@ def targets(
             raise UserError(f"{folder}: not a folder that can be written ({error.strerror})") from None
         removed = {target.file for target in discovery.sweep(folder)} if sweep else set()
         for target in found:
-            alive = "stale" if target.stale else "alive" if target.address else "unreadable"
-            state = "removed" if target.file in removed else alive
+            age = "expired" if target.expired else "silent" if target.stale else "alive"
+            state = "removed" if target.file in removed else age if target.address or target.stale else "unreadable"
             print(
                 f"{target.address or target.file.name}\t{state}\tsilent for {target.silent_seconds:.0f} s\t{target.run}"
             )
@@ -57,7 +57,7 @@ def targets(
 
 
 def withdraw(config: ConfigFile) -> None:
-    """Remove what a killed run left for Prometheus to find; its next start does so too.
+    """Remove what a crashed run left for Prometheus to find, which ends its alert; its next start does so too.
 
     Example: pkd metrics withdraw --config runs/demo/config.yaml
     """

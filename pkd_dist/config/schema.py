@@ -265,7 +265,7 @@ class Metrics(Section):
     )
     discovery_dir: str | None = Field(
         None,
-        description="Folder watched by Prometheus's file-based discovery. Each node has a file there while the run lasts.",
+        description="Folder watched by Prometheus's file-based discovery. Each node has a file there while the run lasts, and for 24 hours after a crash.",
     )
     pushgateway: str | None = Field(
         None,

@@ -180,7 +180,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: DistillOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.records, paths.checkpoints, output.history)
+    republish_training(context, "distill", paths.records, paths.checkpoints, output.history)
 
 
 STAGE = Stage(

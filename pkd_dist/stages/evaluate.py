@@ -100,10 +100,8 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: EvaluateOutput) -> None:
     """Set the gauges to the scores of the finished student."""
-    metrics = context.telemetry.metrics
-    metrics.eval_metric.clear()
-    for split, scores in {"dev": output.results, **output.results["splits"]}.items():
-        metrics.show_evaluation(split, scores["student"])
+    scores = {"dev": output.results, **output.results["splits"]}
+    context.telemetry.metrics.show_scores("evaluate", {split: of["student"] for split, of in scores.items()})
 
 
 STAGE = Stage(

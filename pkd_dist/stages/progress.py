@@ -14,17 +14,19 @@ EpochScores = dict[str, int | float]
 """`epoch`, `step`, and the scores on dev after it."""
 
 
-def republish_training(context: Context, lines: Path, checkpoints: Path, history: Sequence[EpochScores]) -> None:
+def republish_training(
+    context: Context, stage: str, lines: Path, checkpoints: Path, history: Sequence[EpochScores]
+) -> None:
     """Set the gauges to where an earlier process left a training that is done.
 
     Args:
+        stage: `teacher` or `distill`.
         lines: its metrics file; a warning says where it lacks an evaluation.
         history: its evaluations.
     """
     if not context.world.node_main:
         return
     metrics = context.telemetry.metrics
-    metrics.eval_metric.clear()
     found = list(records.read_complete(lines))
     lost = len({entry["step"] for entry in history} - {line["step"] for line in found if "split" in line})
     if lost:
@@ -32,6 +34,6 @@ def republish_training(context: Context, lines: Path, checkpoints: Path, history
             "%s: lacks %d of the %d evaluations of its training: it was emptied, cut or deleted; the model is not affected, but a "
             "report made now is incomplete; restore the file if there is a copy", lines, lost, len(history),
         )  # fmt: skip
-    metrics.show_past(found)
+    metrics.show_past(stage, found)
     if commits := checkpoint.committed(checkpoints):
         metrics.checkpoint_time.set((commits[-1] / checkpoint.COMMIT).stat().st_mtime)

@@ -140,7 +140,7 @@ def artifacts(context: Context) -> Artifacts:
 
 def republish(context: Context, output: TeacherOutput) -> None:
     paths = context.resolved.paths
-    republish_training(context, paths.teacher_records, paths.teacher_checkpoints, output.history)
+    republish_training(context, "teacher", paths.teacher_records, paths.teacher_checkpoints, output.history)
 
 
 STAGE = Stage(

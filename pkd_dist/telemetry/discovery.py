@@ -2,10 +2,13 @@
 
     DIR/pkd-DIGEST-NODE.json      DIGEST: of the absolute path of the run folder; NODE: index of the node, from 0
 
-A run writes its file when its endpoint is up and touches it once a minute. A helper process, a shell that waits for the end of
-a pipe from the run, removes the file however the run ends, `kill -9` included. If the helper dies with the run (node failure,
-SLURM kills the whole step), the next start of the same run overwrites the file. After `STALE_SECONDS` without a touch, the
-start of any other run or `pkd metrics targets DIR --sweep` removes it.
+A run writes its file when its endpoint is up and touches it once a minute. An end that is accounted for removes it (`Target.close`).
+After a crash, `kill -9` and a failed node included, the file stays: Prometheus keeps the target, cannot reach it, and an alert
+fires. The next start of the same run replaces the file. `EXPIRY_SECONDS` after the last touch, the start of any other run or
+`pkd metrics targets DIR --sweep` removes it.
+
+By then another run may listen on the same address. Each scrape therefore names the file it comes from (`PARAMETER`), and an
+endpoint rejects scrapes that are meant for another run.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
@@ -26,18 +28,26 @@ from pkd_dist.files import digest_of, write_json
 from pkd_dist.network import own_addresses
 
 STALE_SECONDS = 600.0
+"""A file that is silent for longer belongs to a run that has crashed."""
+EXPIRY_SECONDS = 24 * 3600.0
+"""The range in the rules PkdRunCrashed and PkdTargetDown is the same."""
+PARAMETER = "target"
+"""Query parameter of a scrape: the name of the target file without its extension."""
 _TOUCH_SECONDS = 60.0
 _OWNER = "__pkd_owner"
 """Prometheus drops labels with two leading underscores after discovery."""
-_REMOVE = """trap '' TERM INT HUP USR1; read -r _; grep -q "$1" "$2" && rm -f "$2" """
 
 
 def target_file(folder: Path, run: Path, node: int) -> Path:
-    return folder / f"pkd-{digest_of(str(run.absolute()))}-{node}.json"
+    return folder / f"{target_name(run, node)}.json"
+
+
+def target_name(run: Path, node: int) -> str:
+    return f"pkd-{digest_of(str(run.absolute()))}-{node}"
 
 
 class Target:
-    """The target file of a run on one node, from construction to `close`; use on the first rank of a node.
+    """The target file of a run on one node, kept alive until `close`; use on the first rank of a node.
 
     Args:
         folder: discovery folder, created if missing.
@@ -52,8 +62,9 @@ class Target:
 
     def __init__(self, folder: Path, run: Path, node: int, host: str, port: int, https: bool):
         self.file = target_file(folder, run, node)
-        owner = uuid.uuid4().hex
-        labels = {"run": str(run.absolute()), "node": str(node), "instance": instance(run, node), _OWNER: owner}
+        self._owner = uuid.uuid4().hex
+        labels = {"run": str(run.absolute()), "node": str(node), "instance": instance(run, node), _OWNER: self._owner}
+        labels[f"__param_{PARAMETER}"] = target_name(run, node)
         if https:
             labels["__scheme__"] = "https"
         try:
@@ -64,10 +75,6 @@ class Target:
                 f"metrics.discovery_dir: {folder} is not writable ({error.strerror}); choose another folder"
             ) from None
         sweep(folder)
-        self._helper = subprocess.Popen(
-            ["/bin/sh", "-c", _REMOVE, "sh", owner, str(self.file.absolute())],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
         self._closed = threading.Event()
         threading.Thread(target=self._touch, name="target", daemon=True).start()
 
@@ -76,13 +83,16 @@ class Target:
             with contextlib.suppress(OSError):
                 os.utime(self.file)
 
-    def close(self) -> None:
-        """Remove the file."""
+    def close(self, remove: bool = True) -> None:
+        """Stop touching the file.
+
+        Args:
+            remove: remove it, unless another process has resumed the run and replaced it.
+        """
         self._closed.set()
-        assert self._helper.stdin is not None
-        self._helper.stdin.close()  # as the end of this process would
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging file system
-            self._helper.wait(10)
+        with contextlib.suppress(OSError):
+            if remove and self._owner in self.file.read_text():
+                self.file.unlink()
 
 
 def instance(run: Path, node: int) -> str:
@@ -110,6 +120,10 @@ class TargetFile:
     def stale(self) -> bool:
         return self.silent_seconds > STALE_SECONDS
 
+    @property
+    def expired(self) -> bool:
+        return self.silent_seconds > EXPIRY_SECONDS
+
 
 def targets(folder: Path) -> Iterator[TargetFile]:
     """Yield the target files in a folder, sorted by name.
@@ -132,17 +146,17 @@ def targets(folder: Path) -> Iterator[TargetFile]:
 
 
 def sweep(folder: Path) -> list[TargetFile]:
-    """Remove and return the stale target files."""
+    """Remove and return the expired target files."""
     removed = []
     with contextlib.suppress(OSError):  # owned by another user
         for target in targets(folder):
-            if target.stale:
+            if target.expired:
                 target.file.unlink(missing_ok=True)
                 removed.append(target)
     return removed
 
 
 def withdraw(folder: Path, run: Path) -> None:
-    """Remove the target files of a run that has ended, for all nodes."""
+    """Remove the target files of a run that has ended, for all nodes; alerts on its crash end."""
     for file in folder.glob(target_file(folder, run, 0).name.replace("-0.json", "-*.json")):
         file.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias, cast
+from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -40,6 +41,7 @@ from prometheus_client.exposition import ThreadingWSGIServer, choose_encoder
 
 from pkd_dist.config.schema import Metrics
 from pkd_dist.errors import UserError
+from pkd_dist.telemetry.discovery import PARAMETER
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -148,9 +150,9 @@ class _Response:
 class _Application:
     """The WSGI application of prometheus_client behind a password check and a cache."""
 
-    def __init__(self, registry: CollectorRegistry, access: Access):
+    def __init__(self, registry: CollectorRegistry, access: Access, target: str):
         self._metrics = make_wsgi_app(registry, disable_compression=True)  # compressing takes longer than sending
-        self._access, self._lock = access, threading.Lock()
+        self._access, self._target, self._lock = access, target, threading.Lock()
         self._cache: dict[str, _Response] = {}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -163,6 +165,9 @@ class _Application:
         if environ.get("PATH_INFO") not in ("/", "/metrics"):
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"metrics are at /metrics\n"]
+        if {self._target} != set(parse_qs(environ.get("QUERY_STRING", "")).get(PARAMETER, [self._target])):
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"the run that was here has ended; another one uses its address\n"]
         accept = _accepted(environ.get("HTTP_ACCEPT", ""))
         with self._lock:
             cached = self._cache.get(accept)
@@ -267,13 +272,16 @@ class Endpoint:
         self._server.server_close()
 
 
-def serve(registry: CollectorRegistry, host: str, port: int, access: Access) -> Endpoint | None:
+def serve(registry: CollectorRegistry, host: str, port: int, access: Access, target: str = "") -> Endpoint | None:
     """Serve a registry at http://host:port/metrics, or on the next free port if `port` is in use.
+
+    Args:
+        target: name of the target file; scrapes that name another one are rejected.
 
     Returns:
         The server; None, after a warning, if no port is available.
     """
-    application = _Application(registry, access)
+    application = _Application(registry, access, target)
     candidates = range(port, min(port + _PORTS_TRIED, 65536)) if port else range(1)
     for candidate in candidates:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,18 @@ class MetricDoc:
     labels: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the gauges show of an optimizer step; `loss_scale` is None without loss scaling."""
+
+    step: int
+    epoch: float
+    losses: Mapping[str, float]
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float | None
+
+
 class RunMetrics:
     """All metrics of a run, in a registry of their own.
 
@@ -54,6 +67,7 @@ class RunMetrics:
 
     def __init__(self, counters: Path | None = None) -> None:
         self.documented: list[MetricDoc] = []
+        self._of_training: list[Gauge] = []
         self._own = CollectorRegistry()
         self._declare_run()
         self._declare_training()
@@ -71,20 +85,29 @@ class RunMetrics:
             version="version of pkd_dist",
             run="absolute path of the run folder",
             task="`task.name`",
+            host="name of the host",
             world_size="number of ranks",
             precision="training precision, such as `autocast bfloat16`",
             slurm_job="SLURM job id; empty outside SLURM",
         )
         self.stage = self._gauge("pkd_stage", "1 for the running stage, 0 for the others", stage="stage of the run")
+        self.stage_name = ""
+        self._end_status = self._gauge(
+            "pkd_run_end_status",
+            "Exit status of the run, pushed at its end; absent while it runs and after a crash",
+            stage="the last stage that was entered",
+            host="name of the host",
+        )
         self.cache_rows = self._counter(
             "pkd_cache_rows_total", "Examples whose outputs this process has written to the teacher cache"
         )
         self.cache_expected = self._gauge(
             "pkd_cache_rows_expected", "Value of pkd_cache_rows_total when this process has written its share"
         )
-        self.eval_metric = self._gauge(
+        self._eval_metric = self._gauge(
             "pkd_eval_metric",
             "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
+            stage="`teacher`, `distill` or `evaluate`",
             split="`dev`; after the evaluate stage also every other labeled split",
             metric=f"those of the task among {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
         )
@@ -96,8 +119,16 @@ class RunMetrics:
         )
 
     def _declare_training(self) -> None:
-        self.step = self._gauge("pkd_step", "Optimizer steps of the current or last training")
-        self.epoch = self._gauge("pkd_epoch", "Epochs of the current or last training, fractional")
+        self._step = self._training_gauge("pkd_step", "Optimizer steps of the current or last training")
+        self._total_steps = self._training_gauge(
+            "pkd_steps_total_expected", "Value of pkd_step at the end of the current or last training"
+        )
+        self._expected_end = self._training_gauge(
+            "pkd_expected_end_timestamp_seconds",
+            "Unix time at which the current training will end at the mean pace of this process, evaluations and checkpoints "
+            "included; absent before its first step and when none is running",
+        )
+        self._epoch = self._training_gauge("pkd_epoch", "Epochs of the current or last training, fractional")
         self.samples = self._counter(
             "pkd_samples_total", "Training examples processed by all ranks; the same on every node"
         )
@@ -107,14 +138,16 @@ class RunMetrics:
         text = "Duration of an optimizer step in seconds"
         self.step_seconds = Histogram("pkd_step_seconds", text, buckets=STEP_SECONDS_BUCKETS, registry=self._own)
         self._document("pkd_step_seconds", "histogram", text, {})
-        self.loss = self._gauge(
-            "pkd_loss", "Loss of the last step, mean over the global batch", term="total loss or term of it"
+        self._loss = self._training_gauge(
+            "pkd_loss",
+            "Loss of the last step, mean over the global batch; terms that are not part of it are absent",
+            term="total loss or term of it",
         )
-        self.learning_rate = self._gauge("pkd_learning_rate", "Learning rate of the last step")
-        self.grad_norm = self._gauge(
+        self._learning_rate = self._training_gauge("pkd_learning_rate", "Learning rate of the last step")
+        self._grad_norm = self._training_gauge(
             "pkd_grad_norm", "Global gradient norm of the last step before clipping; +Inf after a float16 overflow"
         )
-        self.loss_scale = self._gauge("pkd_loss_scale", "Loss scale; 1 without loss scaling")
+        self._loss_scale = self._training_gauge("pkd_loss_scale", "Loss scale; 1 without loss scaling")
         self.checkpoint_time = self._gauge(
             "pkd_checkpoint_last_success_timestamp_seconds", "Unix time of the last committed checkpoint; 0 if none"
         )
@@ -136,32 +169,70 @@ class RunMetrics:
     def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
         return Gauge(*self._document(name, "gauge", text, labels), registry=self._own)
 
+    def _training_gauge(self, name: str, text: str, **labels: str) -> Gauge:
+        """Return a gauge of one training: labeled with its stage, and cleared when another one starts."""
+        gauge = self._gauge(name, text, stage="`teacher` or `distill`", **labels)
+        self._of_training.append(gauge)
+        return gauge
+
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(*self._document(name, "counter", text, {}), registry=self._own)
 
-    def show_evaluation(self, split: str, scores: Mapping[str, object]) -> None:
-        """Set `pkd_eval_metric` of a split to the `EVAL_METRICS` among `scores`."""
-        for name in EVAL_METRICS:
-            if isinstance(score := scores.get(name), (int, float)):
-                self.eval_metric.labels(split=split, metric=name).set(score)
+    def show_end(self, status: int) -> None:
+        """Set `pkd_run_end_status`."""
+        self._end_status.labels(stage=self.stage_name, host=socket.gethostname()).set(status)
 
-    def show_past(self, lines: Iterable[records.Record]) -> None:
+    def start_training(self, stage: str, step: int, epoch: float, total_steps: int) -> None:
+        """Show where a training starts or resumes, and nothing of an earlier one."""
+        for gauge in (*self._of_training, self._eval_metric):
+            gauge.clear()
+        self._step.labels(stage).set(step)
+        self._epoch.labels(stage).set(epoch)
+        self._total_steps.labels(stage).set(total_steps)
+
+    def show_step(self, stage: str, step: Step) -> None:
+        """Set the gauges to a step of a training."""
+        self._step.labels(stage).set(step.step)
+        self._epoch.labels(stage).set(step.epoch)
+        self.show_losses(stage, step.losses)
+        self._learning_rate.labels(stage).set(step.learning_rate)
+        self._grad_norm.labels(stage).set(step.grad_norm)
+        self._loss_scale.labels(stage).set(1.0 if step.loss_scale is None else step.loss_scale)
+
+    def show_losses(self, stage: str, losses: Mapping[str, float]) -> None:
+        for term, value in losses.items():
+            self._loss.labels(stage, term).set(value)
+
+    def expect_end(self, stage: str, timestamp_seconds: float) -> None:
+        self._expected_end.labels(stage).set(timestamp_seconds)
+
+    def end_training(self) -> None:
+        """Expect no end any more."""
+        self._expected_end.clear()
+
+    def show_scores(self, stage: str, scores_of_split: Mapping[str, Mapping[str, object]]) -> None:
+        """Set `pkd_eval_metric` of each split to the `EVAL_METRICS` among its scores, and show no earlier ones."""
+        self._eval_metric.clear()
+        for split, scores in scores_of_split.items():
+            for name in EVAL_METRICS:
+                if isinstance(score := scores.get(name), (int, float)):
+                    self._eval_metric.labels(stage, split, name).set(score)
+
+    def show_past(self, stage: str, lines: Sequence[records.Record]) -> None:
         """Set the gauges to the final values of a finished training.
 
         Args:
             lines: its metrics.jsonl.
         """
+        self.start_training(stage, 0, 0, max((line["step"] for line in lines), default=0))
         for line in lines:
             if "split" in line:
-                self.show_evaluation(line["split"], line)
-                continue
-            self.step.set(line["step"])
-            self.epoch.set(line["epoch"])
-            for term, value in records.losses(line).items():
-                self.loss.labels(term=term).set(value)
-            self.learning_rate.set(line["learning_rate"])
-            self.grad_norm.set(line["grad_norm"])
-            self.loss_scale.set(line.get("loss_scale", 1.0))
+                self.show_scores(stage, {line["split"]: line})
+            else:
+                losses, scale = records.losses(line), line.get("loss_scale")
+                self.show_step(
+                    stage, Step(line["step"], line["epoch"], losses, line["learning_rate"], line["grad_norm"], scale)
+                )
 
     def value(self, name: str) -> float:
         """Return the exported value of a metric without labels, including earlier processes."""
@@ -276,7 +347,7 @@ one node, or `max`, not `sum`.
 
 Counters and histograms never fall. A resumed run, on any host, continues from the last scrape or the last checkpoint, whichever
 is later (`RUN/counters/`). Steps repeated after a resume may count again. Gauges such as `pkd_step` and `pkd_epoch` show the
-current position and may fall.
+current position and may fall. They carry the stage; the host of a series is the label `host` of `pkd_info`, joined on `instance`.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |
@@ -303,7 +374,7 @@ def reference(host: str, port: int, stages: Sequence[str], loss_terms: Sequence[
     values = {"stage": stages, "term": loss_terms}
 
     def described(label: str, text: str) -> str:
-        listed = ", ".join(f"`{value}`" for value in values.get(label, ()))
+        listed = ", ".join(f"`{value}`" for value in values.get(label, ()) if "`" not in text)
         return f"`{label}`: {text}" + (f": {listed}" if listed else "")
 
     metrics = RunMetrics()

@@ -9,6 +9,8 @@ from pathlib import Path
 from prometheus_client import push_to_gateway
 
 from pkd_dist.config.schema import Metrics
+from pkd_dist.errors import Preempted, UserError
+from pkd_dist.files import is_denied, is_full
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.endpoint import Access, serve
 from pkd_dist.telemetry.log import log
@@ -26,7 +28,8 @@ class Publisher:
         self._metrics, self._config, self._run, self._node = metrics, config, run, node
         self._push_failed = False
         self._target: discovery.Target | None = None
-        self._endpoint = serve(metrics.registry, config.host, config.port, access)
+        name = discovery.target_name(run, node)
+        self._endpoint = serve(metrics.registry, config.host, config.port, access, name)
         if self._endpoint is None:
             return
         port, https = self._endpoint.port, access.tls is not None
@@ -39,10 +42,10 @@ class Publisher:
                 self._endpoint.close()
                 raise
 
-    def push(self) -> None:
-        """Push the current values to the Pushgateway, if one is configured; warn once if it fails."""
+    def push(self) -> bool:
+        """Push the current values to the Pushgateway, if one is configured, and return whether it has them; warn once if not."""
         if not self._config.pushgateway:
-            return
+            return False
         group = {"run": str(self._run.absolute()), "node": str(self._node)}
         group["instance"] = discovery.instance(self._run, self._node)
         try:
@@ -51,12 +54,20 @@ class Publisher:
             report = log.debug if self._push_failed else log.warning
             report("metrics: cannot push to %s (%s); the run continues", self._config.pushgateway, error)
             self._push_failed = True
+            return False
+        return True
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:
+        """Push the last values and stop. The target file of a failed run stays if no gateway has learned of the failure.
+
+        Args:
+            status: exit status of the run.
+        """
+        self._metrics.show_end(status)
         self._metrics.save_counters()
-        self.push()
+        pushed = self.push()
         if self._target:
-            self._target.close()
+            self._target.close(remove=pushed or status in (0, Preempted.exit_status))
         if self._endpoint:
             self._endpoint.close()
 
@@ -79,7 +90,15 @@ def publishing(
         yield None
         return
     publisher = Publisher(metrics, config, access, run, node)
+    status = 0
     try:
         yield publisher
+    except KeyboardInterrupt:
+        status = Preempted.exit_status
+        raise
+    except BaseException as error:
+        ours = UserError.exit_status if is_full(error) or is_denied(error) else 1  # as the launcher says it
+        status = getattr(error, "exit_status", ours)
+        raise
     finally:
-        publisher.close()
+        publisher.close(status)

@@ -51,7 +51,7 @@ class EagerStep:
         clock.ended("optimizer")
         return StepResult(
             step=step + 1,
-            terms=dict(zip(LOSS_TERMS, sums.tolist(), strict=False)),
+            terms=self._inputs.named(sums),
             grad_norm=norm,
             learning_rate=self._engine.schedule.learning_rate(step),
             examples=self._inputs.examples(step),
@@ -65,7 +65,7 @@ class EagerStep:
         sums = np.zeros(len(LOSS_TERMS) + 3)
         for i, batch in enumerate(micro_batches):
             batch = self._inputs.with_teacher(batch).to(self._world.device)
-            terms = self._job.losses(self._engine, batch)
+            terms = self._inputs.losses(self._engine, batch)
             weighted = {name: (value * batch.weight_B).sum() for name, value in terms.items()}
             clock.ended("forward")
             self._engine.backward(weighted["total"])

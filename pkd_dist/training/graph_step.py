@@ -105,7 +105,7 @@ class GraphStep:
         parts = {"data": data, "forward": min(done.teacher_seconds, idle - data), "device": on_device}
         return StepResult(
             step=done.step,
-            terms=dict(zip(LOSS_TERMS, terms.tolist(), strict=True)),
+            terms=self._inputs.named(terms),
             grad_norm=norm,
             learning_rate=done.learning_rate,
             examples=done.examples,
@@ -125,7 +125,7 @@ def open_graph_step(inputs: StepInputs, engine: PlainEngine, capture: bool = Tru
     """
     job = inputs.job
     engine.state.allocate()
-    update = GraphUpdate(engine, job.losses, capture)
+    update = GraphUpdate(engine, inputs.losses, capture)
     return GraphStep(inputs, update, open_device_tokens(job.train, job.teacher_outputs, job.pad_id, engine.device))
 
 

@@ -16,9 +16,8 @@ from pkd_dist.errors import Preempted
 from pkd_dist.evaluation.metrics import score
 from pkd_dist.evaluation.scoring import evaluating, predict_logits
 from pkd_dist.files import make_folder, sha256, write_atomically
-from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.telemetry.log import log
-from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.metrics import RunMetrics, Step
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
 from pkd_dist.telemetry.trackers import Tracking
@@ -65,37 +64,40 @@ class MetricsHook(Hook):
 
     def __init__(self, metrics: RunMetrics):
         self._metrics = metrics
+        self._started = (0, 0.0)  # step, clock
 
     def on_start(self, trainer: Trainer) -> None:
-        progress = trainer.progress
-        self._metrics.step.set(progress.step)
-        self._metrics.epoch.set(progress.step / trainer.steps_per_epoch)
-        self._metrics.eval_metric.clear()  # of an earlier training
+        job, progress = trainer.job, trainer.progress
+        self._started = (progress.step, time.monotonic())
+        self._metrics.start_training(
+            job.name, progress.step, progress.step / trainer.steps_per_epoch, trainer.total_steps
+        )
         if progress.history:
-            self._metrics.show_evaluation("dev", progress.history[-1])
+            self._metrics.show_scores(job.name, {"dev": progress.history[-1]})
 
     def on_result(self, trainer: Trainer, result: StepResult) -> None:
-        metrics = self._metrics
-        metrics.step.set(result.step)
-        metrics.epoch.set(result.step / trainer.steps_per_epoch)
+        metrics, stage = self._metrics, trainer.job.name
+        epoch = result.step / trainer.steps_per_epoch
+        metrics.show_step(
+            stage,
+            Step(result.step, epoch, result.terms, result.learning_rate, result.grad_norm, result.loss_scale),
+        )
         metrics.samples.inc(result.examples)
         metrics.tokens.inc(result.tokens)
         metrics.step_seconds.observe(result.seconds["step"])
         metrics.data_wait.inc(result.seconds["data"])
-        self._show_loss(result.terms)
-        metrics.learning_rate.set(result.learning_rate)
-        metrics.grad_norm.set(result.grad_norm)
-        metrics.loss_scale.set(1.0 if result.loss_scale is None else result.loss_scale)
-
-    def _show_loss(self, terms: dict[str, float]) -> None:
-        for name, value in terms.items():
-            self._metrics.loss.labels(term=name).set(value)
+        first, began = self._started
+        step_seconds = (time.monotonic() - began) / (result.step - first)
+        metrics.expect_end(stage, time.time() + (trainer.total_steps - result.step) * step_seconds)
 
     def on_diverged(self, trainer: Trainer, terms: dict[str, float]) -> None:
-        self._show_loss(terms)
+        self._metrics.show_losses(trainer.job.name, terms)
 
     def on_evaluation(self, trainer: Trainer, figures: dict[str, float], seconds: float) -> None:
-        self._metrics.show_evaluation("dev", figures)
+        self._metrics.show_scores(trainer.job.name, {"dev": figures})
+
+    def on_end(self, trainer: Trainer, completed: bool) -> None:
+        self._metrics.end_training()
 
     def before_checkpoint(self, trainer: Trainer) -> None:
         self._metrics.save_counters()
@@ -119,7 +121,7 @@ class RecordsHook(Hook):
                 "step": result.step,
                 "epoch": round(result.step / trainer.steps_per_epoch, 6),
                 "loss": result.terms["total"],
-                **{f"loss_{name}": result.terms[name] for name in LOSS_TERMS[1:]},
+                **{f"loss_{name}": value for name, value in result.terms.items() if name != "total"},
                 "learning_rate": result.learning_rate,
                 "grad_norm": result.grad_norm,
                 **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
@@ -156,7 +158,7 @@ class BarHook(Hook):
 
     def on_result(self, trainer: Trainer, result: StepResult) -> None:
         terms = result.terms
-        parts = " ".join(f"{name} {terms[name]:.4g}" for name in LOSS_TERMS[1:] if terms[name])
+        parts = " ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "total")
         self._bar.advance(1, f"loss {terms['total']:.4f} ({parts}) {result.samples_per_second:.0f} samples/s")
 
     def on_end(self, trainer: Trainer, completed: bool) -> None:

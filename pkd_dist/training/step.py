@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import NoReturn, Protocol
 
 import numpy as np
+import torch
 
 from pkd_dist.data.batches import Batch, TrainingBatches
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError
 from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.training.engine import Engine
-from pkd_dist.training.job import Job
+from pkd_dist.training.job import Forward, Job
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class StepResult:
 
     Attributes:
         step: its number, counted from 1.
-        terms: every term of `LOSS_TERMS`, summed over the global batch with its weights; 0 if the losses lack it.
+        terms: the terms of `LOSS_TERMS` that the losses have, summed over the global batch with its weights.
         grad_norm: global norm before clipping.
         examples, tokens: of the global batch, without padding.
         seconds: on this rank: `step`, and its parts (see `clock.PARTS`).
@@ -86,6 +87,7 @@ class StepInputs:
             job.train, settings.batch_size, settings.micro_batch_size, job.seed, world.rank, world.size, job.pad_id
         )
         self._order = lru_cache(maxsize=1)(self.batches.order)
+        self._terms: tuple[str, ...] = LOSS_TERMS  # until the losses have been computed
 
     def position(self, step: int) -> tuple[np.ndarray, int]:
         """Return the order of the examples in the step's epoch, and the step's index in that epoch."""
@@ -101,6 +103,17 @@ class StepInputs:
         """Return the random seed of a step on this rank. It depends on nothing else, so a resume needs no random state."""
         return int(np.random.SeedSequence([self.job.seed, step, self.world.rank]).generate_state(1)[0])
 
+    def losses(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `Job.losses`, and remember which terms there are."""
+        terms = self.job.losses(forward, batch)
+        self._terms = tuple(terms)
+        return terms
+
+    def named(self, values: np.ndarray) -> dict[str, float]:
+        """Return values in the order of `LOSS_TERMS` by name, without the terms that the losses lack; `values` may be empty."""
+        named = zip(LOSS_TERMS, values.tolist(), strict=False)
+        return {name: value for name, value in named if name in self._terms}
+
     def with_teacher(self, batch: Batch) -> Batch:
         """Return a batch with the teacher's outputs, if the losses need them."""
         return self.job.teacher_outputs(batch) if self.job.teacher_outputs else batch
@@ -115,11 +128,11 @@ class StepInputs:
             finite: whether this rank's own loss and gradient are finite.
             shown: the loss terms for the metrics; may be empty.
         """
-        every = self.world.gather((finite, dict(zip(LOSS_TERMS, local.tolist(), strict=True))))
+        every = self.world.gather((finite, self.named(local)))
         rank = next((rank for rank, (good, _) in enumerate(every) if not good), 0)
         terms = ", ".join(f"{name} {value:.4g}" for name, value in every[rank][1].items())
         raise NonFiniteError(
             f"{self.job.name}: {what} is not finite at step {step} (rank {rank}: {terms}); nothing of this step is saved; "
             "lower the learning rate, or check the data of this step",
-            dict(zip(LOSS_TERMS, shown.tolist(), strict=False)),
+            self.named(shown),
         )

@@ -5,7 +5,9 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -18,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pkd_dist.config.load import load
 from pkd_dist.network import free_port
-from pkd_dist.telemetry.discovery import Target
-from pkd_dist.telemetry.endpoint import load_access, serve
+from pkd_dist.telemetry.discovery import Target, target_name
+from pkd_dist.telemetry.endpoint import Access, load_access, serve
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.records import read
 
@@ -76,7 +78,11 @@ class Prometheus:
         for made in (self.targets, self.gateways):
             made.mkdir(parents=True)
         (folder / "prometheus.yml").write_text(text)
-        (folder / "rules").symlink_to(ROOT / "monitoring/rules")
+        shutil.copytree(ROOT / "monitoring/rules", folder / "rules")
+        alerts = folder / "rules/alerts.yml"
+        text = alerts.read_text()
+        assert text.count("for: 1m\n") == 1, "that of PkdRunCrashed"
+        alerts.write_text(text.replace("for: 1m\n", "for: 10s\n"))  # Prometheus drops a target up to 5 s after its file
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
@@ -138,6 +144,11 @@ def watched(body, data, folder, prometheus, gateway):
     return settings
 
 
+def port(prometheus):
+    """Return the port of the only target."""
+    return urllib.parse.urlsplit(prometheus.active()[0]["scrapeUrl"]).port
+
+
 @pytest.fixture(scope="module")
 def run(prometheus, gateway, body, data, tmp_path_factory):
     """Run on two ranks; return the run folder, target files, targets, a scrape during training, and the output."""
@@ -158,9 +169,10 @@ def test_prometheus_finds_a_live_run(run, prometheus):
     assert len(files) == len(targets) == 1, "one endpoint for the two ranks of a node"
     labels = {"instance": f"{folder}/0", "job": "pkd", "node": "0", "run": str(folder)}
     assert (targets[0]["health"], targets[0]["labels"]) == ("up", labels)
-    assert f"metrics: {targets[0]['scrapeUrl']}\n" in out
+    assert f"metrics: {targets[0]['scrapeUrl'].partition('?')[0]}\n" in out
     assert not list(prometheus.targets.iterdir()), "the file is removed at the end of the run"
     until(lambda: not prometheus.active(), "Prometheus forgets the target")
+    assert not prometheus.query(f'ALERTS{{alertname="PkdRunCrashed", alertstate="firing", run="{folder}"}}[1h]')
 
 
 def test_served_metrics_pass_promtool(run):
@@ -174,8 +186,9 @@ def test_scraped_values_are_those_the_run_wrote(run, prometheus):
     records = list(read(folder / "metrics.jsonl"))
     lines = {record["step"]: record for record in records if "split" not in record}
     live = f'job="pkd", run="{folder}"'
-    patience = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')  # nonzero only for the student
-    steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if patience.get(at)}
+    live += ', stage="distill"'
+    shown = prometheus.samples(f'pkd_loss{{{live}, term="pt"}}')
+    steps = {at: int(step) for at, step in prometheus.samples(f"pkd_step{{{live}}}").items() if at in shown}
     assert len(set(steps.values())) >= 3
     for term, key in (("total", "loss"), ("ce", "loss_ce"), ("ds", "loss_ds"), ("pt", "loss_pt")):
         found = prometheus.samples(f'pkd_loss{{{live}, term="{term}"}}')
@@ -184,8 +197,12 @@ def test_scraped_values_are_those_the_run_wrote(run, prometheus):
             assert found[at] in near, (term, step)
     written = {record["main_metric"] for record in records if "split" in record}
     found = prometheus.samples(f'pkd_eval_metric{{{live}, split="dev", metric="main_metric"}}')
-    trained = {value for at, value in found.items() if at in steps}
-    assert trained and trained <= written
+    assert found and set(found.values()) <= written
+    ends = set(prometheus.samples(f"pkd_expected_end_timestamp_seconds{{{live}}}").values())
+    ended = max(record["time"] for record in records)
+    assert ends and all(abs(end - ended) < 60 for end in ends), (ends, ended)
+    teacher = prometheus.query(f'last_over_time(pkd_loss{{run="{folder}", job="pkd", stage="teacher"}}[1h])')
+    assert {labels["term"] for labels, _ in teacher} == {"total", "ce"}
     assert set(prometheus.samples(f"pkd_loss_scale{{{live}}}").values()) <= {0, 1}
 
 
@@ -194,6 +211,10 @@ def test_the_last_values_are_pushed(run, prometheus, gateway):
     last = f'job="pkd_last", run="{folder}", node="0", instance="{folder}/0"'
     steps = max(record["step"] for record in read(folder / "metrics.jsonl"))
     until(lambda: prometheus.value(f"pkd_step{{{last}}}") == steps, "the last step")
+    assert prometheus.value(f"pkd_steps_total_expected{{{last}}}") == steps
+    assert prometheus.value(f"pkd_expected_end_timestamp_seconds{{{last}}}") is None
+    [(labels, (_, status))] = prometheus.query(f"pkd_run_end_status{{{last}}}")
+    assert (labels["stage"], labels["host"], status) == ("report", socket.gethostname(), "0")
     assert prometheus.value(f"sum(pkd_stage{{{last}}})") == 0
     assert prometheus.value(f"count(pkd_stage{{{last}}})") == 8
     for name in ("accuracy", "MCC", "f_1", "main_metric"):
@@ -232,15 +253,28 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
 
     start = functools.partial(started, "--config", config, "--stages", "data,teacher,cache,init,distill")
 
+    crashed = f'ALERTS{{alertname="PkdRunCrashed", alertstate="firing", {live}}}'
+
     def distilled(step):
         return f'pkd_step{{{live}}} > {step} and on (instance) pkd_stage{{stage="distill"}} == 1'
 
     for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
         with start() as [process]:
             until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
+            until(lambda: not prometheus.query(crashed), "no alert on a live run")
             process.send_signal(stop)
             assert process.wait(60) == status
-            until(lambda: not list(prometheus.targets.iterdir()), "its target file is removed")
+        if stop == signal.SIGKILL:
+            assert list(prometheus.targets.iterdir()), "Prometheus looks for the run"
+            until(lambda: prometheus.query(crashed), "the alert")
+            endpoint = serve(RunMetrics().registry, "127.0.0.1", port(prometheus), Access(), "another run")
+            until(
+                lambda: "404" in prometheus.active()[0]["lastError"], "another run on the same port rejects the scrape"
+            )
+            assert prometheus.query(crashed)
+            endpoint.close()
+        else:
+            assert not list(prometheus.targets.iterdir()), "an orderly end removes the file"
     with start() as [process]:
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
@@ -267,6 +301,10 @@ def test_nonfinite_loss_ends_the_run_and_fires_the_alert(prometheus, gateway, bo
     until(lambda: prometheus.value(f"pkd_nonfinite_total{{{last}}}") == 1, "the count")
     firing = f'ALERTS{{alertname="PkdLossNotFinite", alertstate="firing", {last}}}'
     until(lambda: prometheus.query(firing), "the alert")
+    failed = f'ALERTS{{alertname="PkdRunFailed", alertstate="firing", {last}, stage="teacher"}}'
+    until(lambda: prometheus.query(failed), "the alert on the failure")
+    assert prometheus.value(f"pkd_run_end_status{{{last}}}") == 3
+    assert not list(prometheus.targets.iterdir()), "the gateway has the status"
     assert RunMetrics(tmp_path / "run/counters/node-0.json").value("pkd_nonfinite_total") == 1
 
 
@@ -278,27 +316,30 @@ def test_scrape_with_tls_and_password(tmp_path):
     settings = {"tls_cert": certificate, "tls_key": key, "password_file": tmp_path / "users"}
     config = load(None, ["run.dir=x", *(f"metrics.{name}={value}" for name, value in settings.items())]).metrics
     metrics = RunMetrics()
-    metrics.step.set(7)
-    endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(config))
+    metrics.samples.inc(7)
+    name = target_name(tmp_path / "run", 0)
+    endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(config), name)
     given = {
         "basic_auth": f"{{username: scraper, password_file: {tmp_path}/scraper.password}}",
         "tls_config": f"{{ca_file: {certificate}}}",
     }
     with Prometheus(tmp_path / "prometheus", **given) as prometheus:
         target = Target(prometheus.targets, tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=True)
-        until(lambda: prometheus.value("pkd_step") == 7, f"a scrape ({prometheus.active})")
-        assert prometheus.active()[0]["scrapeUrl"] == f"https://127.0.0.1:{endpoint.port}/metrics"
+        until(lambda: prometheus.value("pkd_samples_total") == 7, f"a scrape ({prometheus.active})")
+        assert prometheus.active()[0]["scrapeUrl"] == f"https://127.0.0.1:{endpoint.port}/metrics?target={name}"
         target.close()
     endpoint.close()
 
 
 def test_try_sh_prints_the_targets(tmp_path):
     metrics = RunMetrics()
-    endpoint = serve(metrics.registry, "127.0.0.1", 0, load_access(load(None, ["run.dir=x"]).metrics))
+    name = target_name(tmp_path / "run", 0)
+    endpoint = serve(metrics.registry, "127.0.0.1", 0, Access(), name)
     target = Target(tmp_path / "targets", tmp_path / "run", 0, "127.0.0.1", endpoint.port, https=False)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for given, instance in ((f"127.0.0.1:{endpoint.port}", f"127.0.0.1:{endpoint.port}"), (tmp_path / "targets", f"{tmp_path}/run/0")):  # fmt: skip
+    address = f"127.0.0.1:{endpoint.port}"
+    for given, query, instance in ((address, "", address), (tmp_path / "targets", f"?target={name}", f"{tmp_path}/run/0")):  # fmt: skip
         extra = environment(PORT=str(free_port()), TMPDIR=str(scratch))
         argv = [ROOT / "monitoring/try.sh", str(given)]
         shown = subprocess.Popen(argv, env=extra, stdout=subprocess.PIPE, text=True)
@@ -307,7 +348,7 @@ def test_try_sh_prints_the_targets(tmp_path):
             lines.append(line)
             if line.startswith("Ctrl-C"):
                 break
-        assert f"up      http://127.0.0.1:{endpoint.port}/metrics  {instance}  \n" in lines, lines
+        assert f"up      http://127.0.0.1:{endpoint.port}/metrics{query}  {instance}  \n" in lines, lines
         url = next(re.search(r"http://127.0.0.1:\d+", line)[0] for line in lines if line.startswith("Prometheus: "))
         assert answers(f"{url}/-/ready")
         shown.send_signal(signal.SIGTERM)

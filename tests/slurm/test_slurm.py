@@ -106,8 +106,7 @@ def test_a_job_ends_with_the_status_of_the_run(cluster, config, tmp_path):
     assert any("run.yaml: no such configuration file" in text for text in said), said
 
 
-def test_prometheus_finds_each_node_until_the_job_ends_however_it_ends(cluster, config, tmp_path):
-    """Killed, the ranks can take nothing away themselves, nor can what waits for their end: SLURM kills that too."""
+def test_prometheus_finds_each_node_and_still_looks_for_it_after_a_kill(cluster, config, tmp_path):
     targets, more = tmp_path / "targets", ["metrics.enabled=true", "metrics.port=0", "train.epochs=1000"]
     options = ["--nodes=2", "--tasks-per-node=1", f"metrics.discovery_dir={targets}", *more]
     job, folder = submit(cluster, ROOT, "--config", config, *options, cwd=tmp_path)
@@ -119,7 +118,9 @@ def test_prometheus_finds_each_node_until_the_job_ends_however_it_ends(cluster, 
     cluster("scancel", "--signal=KILL", f"{job}.0")  # the ranks, not the batch script
     until(lambda: ended(cluster, job), "the end of the job")
     assert cluster.job(job)["JobState"] == "FAILED"
-    assert not list(targets.iterdir()), (folder / f"logs/{job}.log").read_text()
+    assert len(list(targets.iterdir())) == 2, "the alert on the crash needs them"
+    cluster(sys.executable, "-m", "pkd_dist.cli", "metrics", "withdraw", "--config", folder / "run.yaml", cwd=ROOT)
+    assert not list(targets.iterdir())
 
 
 def test_what_is_asked_for_reaches_slurm(cluster, config, tmp_path):

@@ -1,20 +1,28 @@
-"""Target files: removed when their run ends, and swept if the run could not remove them."""
+"""Target files: removed at an orderly end, kept after a crash, and swept once they expire."""
 
+import contextlib
+import errno
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
-from pkd_dist.errors import UserError
+from pkd_dist.config.schema import Metrics
+from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.telemetry import discovery
-from pkd_dist.telemetry.discovery import STALE_SECONDS, Target, reachable_address, target_file, targets
+from pkd_dist.telemetry.discovery import EXPIRY_SECONDS, STALE_SECONDS, Target, reachable_address, target_file, targets
+from pkd_dist.telemetry.endpoint import Access
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.telemetry.publish import publishing
 
 RUN_TARGET = """
 import sys, time
@@ -62,50 +70,47 @@ def living(folder, run):
     return process
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "terminated", "normal exit"])
-def test_file_is_removed_however_the_process_ends(tmp_path, end):
-    process = living(tmp_path / "targets", tmp_path / "run")
-    [file] = (tmp_path / "targets").glob("*")
-    process.send_signal(end) if end else process.communicate(b"")
+def test_file_stays_after_a_kill_until_the_run_is_resumed(tmp_path):
+    folder, run = tmp_path / "targets", tmp_path / "run"
+    process = living(folder, run)
+    [file] = folder.iterdir()
+    assert not (Path("/proc") / f"{process.pid}/task/{process.pid}/children").read_text(), "no helper waits for its end"
+    process.kill()
     process.wait(30)
-    until(lambda: not file.exists(), "the file is removed")
+    assert list(folder.iterdir()) == [file]
+    again = Target(folder, run, 0, "10.0.0.2", 9400, False)
+    assert json.loads(file.read_text())[0]["targets"] == ["10.0.0.2:9400"]
+    again.close()
+    assert not list(folder.iterdir())
 
 
 def test_run_resumed_elsewhere_keeps_its_file(tmp_path):
-    """The helper of the earlier process must not remove the new file."""
-    folder, run = tmp_path / "targets", tmp_path / "run"
-    process = living(folder, run)
-    again = Target(folder, run, 0, "10.0.0.2", 9400, False)
-    [helper] = [int(pid) for pid in children(process.pid)]
-    process.kill()
-    process.wait()
-    until(lambda: not os.path.exists(f"/proc/{helper}"), "the helper ends")
+    first, again = (Target(tmp_path, tmp_path / "run", 0, f"10.0.0.{i}", 9400, False) for i in (1, 2))
+    first.close()
     assert json.loads(again.file.read_text())[0]["targets"] == ["10.0.0.2:9400"]
     again.close()
     assert not again.file.exists()
 
 
-def children(pid):
-    return (line for line in open(f"/proc/{pid}/task/{pid}/children").read().split())
-
-
-def test_helper_survives_signals_to_the_process_group(tmp_path):
-    process = living(tmp_path / "targets", tmp_path / "run")
-    [file] = (tmp_path / "targets").glob("*")
-    [helper] = [int(pid) for pid in children(process.pid)]
-    assert os.getpgid(helper) != os.getpgid(process.pid)
-    until(lambda: ignored(helper) & 0x4203 == 0x4203, "its trap is set")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        os.kill(helper, number)
-    assert file.exists()
-    process.kill()
-    process.wait()
-    until(lambda: not file.exists(), "the file is removed")
-
-
-def ignored(pid):
-    """Return the mask of ignored signals of a process."""
-    return next(int(line.split()[1], 16) for line in open(f"/proc/{pid}/status") if line.startswith("SigIgn"))
+@pytest.mark.parametrize(
+    ("end", "status", "stays"),
+    [
+        (None, 0, False), (Preempted("stopped", 15), 75, False), (KeyboardInterrupt(), 75, False),
+        (DivergedError("nan"), 3, True), (UserError("full"), 2, True), (ZeroDivisionError(), 1, True),
+        (OSError(errno.ENOSPC, "full"), 2, True),
+    ],
+)  # fmt: skip
+def test_file_of_a_failed_run_stays_unless_a_gateway_has_its_status(tmp_path, end, status, stays):
+    metrics, run = RunMetrics(), tmp_path / "run"
+    config = Metrics(port=0, discovery_dir=str(tmp_path))
+    with contextlib.suppress(BaseException), publishing(metrics, config, Access(), run, 0):
+        assert "pkd_run_end_status{" not in generate_latest(metrics.registry).decode()
+        metrics.stage_name = "cache"
+        if end:
+            raise end
+    assert target_file(tmp_path, run, 0).exists() == stays
+    labels = f'{{host="{socket.gethostname()}",stage="cache"}}'
+    assert f"pkd_run_end_status{labels} {status}.0" in generate_latest(metrics.registry).decode()
 
 
 def left_behind(folder, name, silent_seconds):
@@ -117,16 +122,16 @@ def left_behind(folder, name, silent_seconds):
     return file
 
 
-def test_start_of_any_run_removes_stale_files(tmp_path):
+def test_start_of_any_run_removes_expired_files(tmp_path):
     folder = tmp_path / "targets"
-    stale = left_behind(folder, "dead", STALE_SECONDS + 5)
-    alive = left_behind(folder, "alive", STALE_SECONDS - 60)
+    expired = left_behind(folder, "dead", EXPIRY_SECONDS + 5)
+    crashed = left_behind(folder, "crashed", EXPIRY_SECONDS - 60)
     foreign = folder / "others.json"
     foreign.write_text("[]")
-    age(foreign, 10 * STALE_SECONDS)
+    age(foreign, 10 * EXPIRY_SECONDS)
     mine = Target(folder, tmp_path / "run", 0, "10.0.0.1", 9400, False)
-    assert not stale.exists()
-    assert sorted(folder.iterdir()) == sorted([alive, foreign, mine.file])
+    assert not expired.exists()
+    assert sorted(folder.iterdir()) == sorted([crashed, foreign, mine.file])
     mine.close()
 
 
@@ -145,18 +150,20 @@ def pkd(*arguments):
 
 def test_cli_lists_and_sweeps(tmp_path):
     folder = tmp_path / "targets"
-    stale, alive = left_behind(folder, "dead", STALE_SECONDS + 5), left_behind(folder, "alive", 2)
+    ages = {"alive": 2, "crashed": STALE_SECONDS + 5, "dead": EXPIRY_SECONDS + 5}
+    alive, crashed, expired = (left_behind(folder, name, seconds) for name, seconds in ages.items())
     torn = folder / "pkd-0-0.json"
     torn.write_text("[{")
     status, out = pkd("metrics", "targets", folder)
     lines = sorted(line.split("\t") for line in out.splitlines())
     assert status == 0 and [line[:2] + line[3:] for line in lines] == [
-        ["10.0.0.9:9400", "alive", "alive"], ["10.0.0.9:9400", "stale", "dead"], ["pkd-0-0.json", "unreadable", ""],
+        ["10.0.0.9:9400", "alive", "alive"], ["10.0.0.9:9400", "expired", "dead"], ["10.0.0.9:9400", "silent", "crashed"],
+        ["pkd-0-0.json", "unreadable", ""],
     ]  # fmt: skip
-    assert lines[1][2].startswith("silent for 60") and stale.exists()
+    assert lines[1][2].startswith("silent for 864") and expired.exists()
     status, out = pkd("metrics", "targets", folder, "--sweep")
-    assert status == 0 and "10.0.0.9:9400\tremoved\tsilent for 60" in out
-    assert sorted(folder.iterdir()) == sorted([alive, torn])
+    assert status == 0 and "10.0.0.9:9400\tremoved\tsilent for 864" in out
+    assert sorted(folder.iterdir()) == sorted([alive, crashed, torn])
 
 
 def test_cli_withdraws_the_files_of_all_nodes(tmp_path):

@@ -65,19 +65,21 @@ def until(happens, what):
 
 def test_scrape_has_labels_and_recent_values(serve, messages):
     metrics = RunMetrics()
-    metrics.info.labels("1.0", "/runs/x", "sst2", "2", "float32", "17").set(1)
+    metrics.info.labels("1.0", "/runs/x", "sst2", "n7", "2", "float32", "17").set(1)
     metrics.stage.labels(stage="distill").set(1)
-    metrics.loss.labels(term="pt").set(0.25)
+    metrics.show_losses("distill", {"pt": 0.25})
     metrics.samples.inc(64)
     metrics.step_seconds.observe(0.03)
     port = serve(metrics)
     assert port > 0 and not messages(), "any port was asked for: no message"
     found = scrape(port)
     assert (
-        found['pkd_info{precision="float32",run="/runs/x",slurm_job="17",task="sst2",version="1.0",world_size="2"}']
+        found[
+            'pkd_info{host="n7",precision="float32",run="/runs/x",slurm_job="17",task="sst2",version="1.0",world_size="2"}'
+        ]
         == 1
     )
-    assert found['pkd_loss{term="pt"}'] == 0.25
+    assert found['pkd_loss{stage="distill",term="pt"}'] == 0.25
     assert found['pkd_step_seconds_bucket{le="0.02"}'] == 0 and found['pkd_step_seconds_bucket{le="0.05"}'] == 1
     metrics.samples.inc(36)
     until(lambda: scrape(port)["pkd_samples_total"] == 100, "the change")
@@ -94,6 +96,17 @@ def test_responses_are_rendered_at_most_once_per_second(serve, monkeypatch):
     for number in range(3):
         found = scrape(port, query=f"?x={number}", headers={"Accept": f"text/plain;q=0.{number + 1}"})
         assert found["pkd_samples_total"] == 0
+
+
+def test_scrapes_of_another_run_are_rejected(serve):
+    """The file of a crashed run may still name the address that this run uses now."""
+    served = endpoint.serve(RunMetrics().registry, "127.0.0.1", 0, Access(), "pkd-mine-0")
+    for query in ("", "?target=pkd-mine-0", "?x=1"):
+        assert scrape(served.port, query=query)["pkd_samples_total"] == 0
+    for query in ("?target=pkd-other-0", "?target=pkd-mine-1", "?target=pkd-mine-0&target=x"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            scrape(served.port, query=query)
+    served.close()
 
 
 def test_concurrent_scrapes_share_a_response(serve, monkeypatch):
@@ -121,20 +134,20 @@ def test_any_accept_header_gets_one_of_three_renderings(serve, monkeypatch, capf
 
 def test_two_runs_have_separate_registries(serve):
     first, second = RunMetrics(), RunMetrics()
-    first.step.set(7)
-    assert scrape(serve(first))["pkd_step"] == 7
-    assert scrape(serve(second))["pkd_step"] == 0
+    first.samples.inc(7)
+    assert scrape(serve(first))["pkd_samples_total"] == 7
+    assert scrape(serve(second))["pkd_samples_total"] == 0
 
 
 def test_next_free_port(serve, messages):
     first = serve(RunMetrics())
     metrics = RunMetrics()
-    metrics.step.set(5)
+    metrics.samples.inc(5)
     second = serve(metrics, first)
     assert first < second < first + 50
     assert messages() == [f"metrics: port {first} is in use; serving on {second} instead"]
-    assert scrape(second)["pkd_step"] == 5
-    assert scrape(first)["pkd_step"] == 0
+    assert scrape(second)["pkd_samples_total"] == 5
+    assert scrape(first)["pkd_samples_total"] == 0
 
 
 def test_without_a_free_port_the_run_continues(serve, messages):
@@ -221,7 +234,7 @@ def test_responses_that_nobody_reads(serve, patient):
         connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         hanging.append(connection)
     for _ in range(20):
-        assert "pkd_step" in scrape(port)
+        assert "pkd_samples_total" in scrape(port)
     for connection in hanging:
         connection.close()
 
@@ -285,14 +298,14 @@ def test_https_and_passwords(serve, certificate, tmp_path):
     port = serve(RunMetrics(), access=access)
     trust = trusting(certificate)
     for known in ("scraper:öffne dich", "old: with : colons"):
-        assert "pkd_step" in scrape(port, "https", login(known), trust)
+        assert "pkd_samples_total" in scrape(port, "https", login(known), trust)
     wrong = [{}, login("scraper:"), login("scraper:wrong"), login("scraper"), login(""), login("other:öffne dich")]
     wrong += [{"Authorization": value} for value in ("Basic", "Basic !!", "Bearer x", "basic " + "A" * 3000)]
     for headers in wrong:
         with pytest.raises(urllib.error.HTTPError) as refused:
             scrape(port, "https", headers, trust)
         assert refused.value.code == 401 and refused.value.headers["WWW-Authenticate"] == 'Basic realm="pkd"'
-        assert b"pkd_step" not in refused.value.read()
+        assert b"pkd_samples_total" not in refused.value.read()
     with pytest.raises(OSError):
         scrape(port, "http", login("scraper:öffne dich"))
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

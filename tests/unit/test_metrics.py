@@ -21,7 +21,8 @@ SPEC = {
     "pkd_loss", "pkd_learning_rate", "pkd_grad_norm", "pkd_loss_scale", "pkd_cache_rows_total",
     "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds", "pkd_checkpoint_seconds",
     "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total", "pkd_gpu_memory_bytes",
-    "pkd_data_wait_seconds_total",
+    "pkd_data_wait_seconds_total", "pkd_run_end_status", "pkd_steps_total_expected",
+    "pkd_expected_end_timestamp_seconds",
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_counters_continue_from_the_last_scrape_of_a_killed_process(tmp_path):
     file = tmp_path / "new/node-0.json"
     first = RunMetrics(file)
     count(first, 64, 0.03)
-    first.step.set(7)
+    first.start_training("distill", 7, 0.5, 10)
     generate_latest(first.registry)  # a scrape
     saved = file.read_bytes()
     generate_latest(first.registry)
@@ -75,7 +76,7 @@ def test_counters_continue_from_the_last_scrape_of_a_killed_process(tmp_path):
     count(first, 999, 5)  # not scraped: lost with the process
     second = RunMetrics(file)
     assert sample(second, "pkd_samples_total") == second.value("pkd_samples_total") == 64
-    assert sample(second, "pkd_step") == 0, "gauges are not kept"
+    assert sample(second, "pkd_step", stage="distill") is None, "gauges are not kept"
     count(second, 36, 0.04)
     assert sample(second, "pkd_samples_total") == 100
     assert sample(second, "pkd_step_seconds_count") == sample(second, "pkd_step_seconds_bucket", le="0.05") == 2
@@ -108,9 +109,43 @@ def test_counters_that_cannot_be_written_are_still_served(tmp_path):
 
 def test_evaluation_exports_known_metrics_only():
     metrics = RunMetrics()
-    metrics.show_evaluation("dev", {"epoch": 3, "accuracy": 0.5, "main_metric": 0.5, "accuracy_interval_95": [0, 1]})
+    scores = {"epoch": 3, "accuracy": 0.5, "main_metric": 0.5, "accuracy_interval_95": [0, 1]}
+    metrics.show_scores("distill", {"dev": scores})
     [family] = [family for family in metrics.registry.collect() if family.name == "pkd_eval_metric"]
     assert {s.labels["metric"]: s.value for s in family.samples} == {"accuracy": 0.5, "main_metric": 0.5}
+
+
+def test_only_the_terms_of_the_current_training_are_exported():
+    """A student without patience after a teacher, both finished."""
+    line = {"step": 4, "epoch": 1.0, "loss": 2.0, "loss_ce": 2.0, "learning_rate": 0.1, "grad_norm": 1.0}
+    metrics = RunMetrics()
+    for stage, more in (("distill", {"loss_ds": 1.0}), ("teacher", {})):
+        metrics.show_past(stage, [line | more, {"step": 5, "epoch": 1, "split": "dev", "main_metric": 0.5}])
+        metrics.expect_end(stage, 9.0)
+        found = {
+            (s.name, *s.labels.values()): s.value
+            for m in metrics.registry.collect()
+            for s in m.samples
+            if "stage" in s.labels
+        }
+        losses = {"total": 2.0, "ce": 2.0} | {key.removeprefix("loss_"): value for key, value in more.items()}
+        scalars = {
+            "step": 4,
+            "steps_total_expected": 5,
+            "expected_end_timestamp_seconds": 9,
+            "epoch": 1,
+            "learning_rate": 0.1,
+        }
+        assert found == {
+            ("pkd_eval_metric", stage, "dev", "main_metric"): 0.5,
+            **{("pkd_loss", stage, term): value for term, value in losses.items()},
+            **{
+                (f"pkd_{name}", stage): value
+                for name, value in (scalars | {"grad_norm": 1.0, "loss_scale": 1.0}).items()
+            },
+        }
+    metrics.end_training()
+    assert sample(metrics, "pkd_expected_end_timestamp_seconds", stage="teacher") is None
 
 
 def test_gpu_memory_is_read_at_each_scrape(monkeypatch):

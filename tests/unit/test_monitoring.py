@@ -33,11 +33,15 @@ def promtool(*arguments):
 def exported():
     """Return the names of all samples that a run can export."""
     metrics = RunMetrics()
-    metrics.show_evaluation("dev", {"main_metric": 1.0})
-    metrics.loss.labels(term="total").set(1)
+    metrics.show_past("distill", [
+        {"step": 1, "epoch": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0},
+        {"step": 1, "epoch": 1, "split": "dev", "main_metric": 1.0},
+    ])  # fmt: skip
+    metrics.expect_end("distill", 1.0)
     metrics.stage.labels(stage="data").set(1)
     metrics.gpu_memory.labels(kind="used").set(1)
-    metrics.info.labels(*"abcdef").set(1)
+    metrics.info.labels(*"abcdefg").set(1)
+    metrics.show_end(0)
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}
 
 
@@ -111,7 +115,10 @@ def test_panel_expressions_are_valid_promql(tmp_path):
 def test_rules_for_live_runs_exclude_pushed_values():
     """One of the matched selectors excludes the job of pushed values."""
     for rule in rules(RECORDING) + rules(ALERTS):
-        if rule.get("alert") not in ("PkdLossNotFinite", "PkdTargetDown") and not named(rule["expr"]) <= {
-            other["record"] for other in rules(RECORDING)
-        }:
+        if rule.get("alert") not in (
+            "PkdLossNotFinite",
+            "PkdRunFailed",
+            "PkdRunCrashed",
+            "PkdTargetDown",
+        ) and not named(rule["expr"]) <= {other["record"] for other in rules(RECORDING)}:
             assert f'job!="{PUSHED_JOB}"' in rule["expr"], rule
