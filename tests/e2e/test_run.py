@@ -240,23 +240,8 @@ def as_of_0_1_0(path):
     outputs = marker["outputs"]
     if path.stem == "data":
         outputs = {**outputs, **outputs["sets"], "sets": list(outputs["sets"])}
-    outputs.pop("notices", None)
-    sides = (
-        [outputs["results"], *(outputs["results"][side] for side in ("teacher", "student"))]
-        if "results" in outputs
-        else []
-    )
-    for figures in [outputs, *sides]:
-        for added in (
-            "scale",
-            "samples_per_second",
-            "spread",
-            "threads",
-            "undefined",
-            "classes_of_outputs",
-            "positive",
-        ):
-            figures.pop(added, None)
+    for added in ("notices", "scale"):
+        outputs.pop(added, None)
     old = {
         "done": True,
         "inputs": {k: v for k, v in inputs.items() if not k.startswith("version.")},

@@ -206,12 +206,16 @@ def test_commands_of_another_extra_name_it(serving: Path, folder: Path):
 
 
 def test_pkd_submit_copies_the_installed_code(serving: Path, training: Path, folder: Path, tmp_path: Path):
-    """A login node needs no extra; the job runs the copy whatever folder it starts in."""
+    """The job runs the submitting Python, which must be able to train, and the copy, whatever folder it starts in."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 7\n")
     sbatch.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    out = run(serving / "pkd-submit", "--config", "run.yaml", "--nodes", "2", cwd=folder, PATH=path)
+    submit = ["--config", "run.yaml", "--nodes", "2"]
+    assert "which lacks the Python package torch: pip install" in run(
+        serving / "pkd-submit", *submit, cwd=folder, status=2, PATH=path
+    )
+    out = run(training / "pkd-submit", *submit, cwd=folder, PATH=path)
     snapshot = folder / "run/slurm/1"
     assert out.startswith("job 7: 2 node(s) x 1 rank(s)") and (snapshot / "train.sbatch").exists()
     assert re.fullmatch(r"v\d+\.\d+\.\d+\n", (snapshot / "code/REVISION").read_text())
