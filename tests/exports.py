@@ -47,7 +47,7 @@ def pair_subject(folder: Path) -> build.Subject:
     splits = {name: text.read(str(folder / "data"), name, task) for name in ("train", "dev")}
     sets = {name: tokens.tokenize(split, tokenizer, 48, folder / name) for name, split in splits.items()}
     return build.Subject(
-        encoder.load_model(model), tokenizer, task, ["other", "same"], sets["dev"], sets["train"],
+        encoder.load_model(model), tokenizer, task, ["other", "same"], sets["dev"],
         tuple(column[:8] for column in splits["dev"].texts), 48, Evaluate(batch_size=16, latency_samples=10),
     )  # fmt: skip
 

@@ -120,9 +120,9 @@ def evaluate(
         }  # fmt: skip
         options["class_names"] = _class_names(class_name) if class_name else None
         overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options)]
-        trained = manifest.find(encoder.locate(model, "--model"))
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])
+            trained = manifest.find(encoder.locate(model, "--model"))
             Form(trained.get("pair")).require(len(tasks.resolve(config.task).text) > 1, "--task")
             length = max_length or trained.get("max_length")
             figures = evaluate_folder(model, config.task, config.evaluate, split, length)

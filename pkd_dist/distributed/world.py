@@ -89,6 +89,8 @@ class World:
                 watchdog = Watchdog(self.rank, self.size, Board(), timeout_seconds, own_signal, self._end).start()
                 watchdog.at(f"meeting the other ranks at {place}", True)
             store.set_timeout(meeting_timeout)
+            if torch_dist.is_initialized():  # by an earlier run in this process, which ended with an error
+                torch_dist.destroy_process_group()
             torch_dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
             )

@@ -14,7 +14,8 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from benchmarks.faults.tiny import GOOD
-from pkd_dist.evaluation.predict import predict
+from pkd_dist.evaluation.inputs import Example
+from pkd_dist.evaluation.predict import Predictor
 from pkd_dist.model.encoder import load_model, load_tokenizer, save_model
 
 LETTERS = "abcdefghijkl"
@@ -88,7 +89,7 @@ def test_names_are_mapped_and_reach_the_export(settings, body, tmp_path):
     export = str(tmp_path / "run/export")
     assert json.loads((tmp_path / "run/export/config.json").read_text())["label2id"] == {"positive": 0, "negative": 1}
     assert results(tmp_path / "run")["classes"][0] == {"output": "POSITIVE", "label": "1", "name": "positive"}
-    said = [json.loads(each) for each in predict(export, [("1", "good film")], False, 32, 1)]
+    said = list(Predictor(export, 32)([Example("1", ("good film",))], 1))
     assert said[0]["label"] == pipeline("text-classification", export)("good film")[0]["label"]
     asked = ("evaluate", "--model", export, "--task", "custom", "--data", data, "--text", "text", "--label", "label")
     scored = pkd(*asked, "--class-name", "0=negative", "--class-name", "1=positive", "--max-length", 32)
@@ -166,14 +167,14 @@ def test_a_regression_learns_in_any_unit_and_answers_in_it(settings, tmp_path):
     run = tmp_path / "unit-1/run"
     export = str(run / "export")
     assert "target_scale" not in (run / "export/config.json").read_text() + (run / "teacher/config.json").read_text()
-    said = [json.loads(line)["value"] for line in predict(export, [("1", "good"), ("2", "bad")], False, 32, 2)]
+    said = [answer["value"] for answer in Predictor(export, 32)([Example("1", ("good",)), Example("2", ("bad",))], 2)]
     assert 25 < said[1] < 50 < said[0] < 75
     plain = pipeline("text-classification", export)
     assert [plain(text)[0]["score"] for text in ("good", "bad")] == pytest.approx(said, abs=1e-3)
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     made = pkd("export", "--from-checkpoint", newest, "--output", tmp_path / "taken")
     assert made.returncode == 0, made.stderr
-    taken = [json.loads(line)["value"] for line in predict(str(tmp_path / "taken"), [("1", "good")], False, 32, 1)]
+    taken = [answer["value"] for answer in Predictor(str(tmp_path / "taken"), 32)([Example("1", ("good",))], 1)]
     assert 50 < taken[0] < 75
 
     settings["teacher"] = {"model": str(run / "teacher")}

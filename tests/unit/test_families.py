@@ -227,7 +227,7 @@ def test_a_student_of_another_family_with_the_teachers_tokens(folder, family, tm
     settings, tokenizer = Student(init=folder), load_tokenizer(teacher)
     assert planned_depth(settings, load_model(teacher).config, tokenizer, 64) == 4
     student, what = create(settings, teacher, teacher, LABELS, 1)
-    assert student.config.model_type == family and what == f"the folder {folder}"
+    assert student.config.model_type == family and what == f"the folder {family}"
     save_model(student, tokenizer, tmp_path / "init")
     trained = open_student(tmp_path / "init", 0.0, "auto", 32, 1, np.arange(SIZE), False)
     assert trained(read(tokenizer, pairs=True), (1, 2))[1].shape == (3, 2, 32)

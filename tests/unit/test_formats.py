@@ -147,7 +147,7 @@ def test_the_hub_reads_csv_as_a_folder_does(tmp_path, extension):
     found = {}
     for data in (str(tmp_path), f"hub:{tmp_path}"):
         status, output, line = prepare(data)
-        assert status == 0 and "skipped" not in output and re.search(r"test .*unlabelled\n", output), output + line
+        assert status == 0 and "skipped" not in output and re.search(r"test .*unlabeled\n", output), output + line
         found[data] = classes(output)
     assert found[str(tmp_path)] == found[f"hub:{tmp_path}"] == dict.fromkeys(sorted(set(values)), 2)
 
@@ -254,7 +254,7 @@ def test_a_damaged_gzip_file(tmp_path):
 
 def test_a_file_as_data_and_a_folder_without_splits(tmp_path):
     write(tmp_path, {"reviews.csv": DEV, "notes.txt": "x"})
-    assert "task.data: " in error(tmp_path / "reviews.csv") and "is a file; give a folder" in error(
+    assert "--data: " in error(tmp_path / "reviews.csv") and "is a file; give a folder" in error(
         tmp_path / "reviews.csv"
     )
     assert error(tmp_path).endswith("train.json, train.parquet; it contains reviews.csv")

@@ -19,8 +19,8 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 USERS_EXTRAS = ("train", "serve", "tensorboard", "wandb")
-FOR_TYPES = {"_typeshed", "pydantic_core"}
-"""Imported for annotations alone; pydantic requires its core."""
+FOR_TYPES = {"_typeshed", "google", "pydantic_core"}
+"""Imported for annotations alone; pydantic requires its core, onnx protobuf."""
 IMPORTED_BY_TORCH = {"onnxscript", "tensorboard"}
 
 

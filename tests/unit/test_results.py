@@ -140,7 +140,7 @@ def test_the_model_card(results, tmp_path):
     on, timed = on | {"threads": 3}, speed(50, 9.5)
     text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": busy, "measured_on": on, "teacher": timed})
     assert "that of 3 threads of CPU" in text and "differed by up to 50%: other work on the machine" in text
-    assert "| teacher, PyTorch | 16.0 | 0.8000 | | 0.9000 | 9.50 | 9.00 | 50 |" in text
+    assert "| teacher, PyTorch | 16.0 | 0.8000 | | | 0.9000 | 9.50 | 9.00 | 50 |" in text
     assert text.count("sentences per second") == 1, "one session"
     on = on | {"threads": 1}
     assert "ONNX" not in render(

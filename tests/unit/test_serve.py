@@ -186,7 +186,7 @@ def test_a_full_queue_and_a_failing_batch():
         ({"text": "a"}, True, 'each text must be {"text": ..., "text_pair": ...}: the model takes a pair of texts'),
         ({"texts": ["a"]}, True, "the model takes a pair of texts"),
         ({"texts": [["a", "b"]]}, True, "the model takes a pair of texts"),
-        ({"text": "", "text_pair": " "}, True, "text and text_pair are empty"),
+        ({"text": "", "text_pair": " "}, True, "text and text_pair are both empty"),
         ({"text": "a", "text_pair": "b"}, False, 'each text must be {"text": ...}: the model takes a single text'),
         ({"texts": ["a", {"text": "a", "text_pair": "b"}]}, False, "the model takes a single text"),
         ({"texts": ["a"], "text": "b"}, False, "and the only key"),
