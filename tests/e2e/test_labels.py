@@ -85,7 +85,7 @@ def test_names_are_mapped_and_reach_the_export(settings, body, tmp_path):
     done = finished(settings, tmp_path, "task.class_names={0: negative, 1: positive}", data=data)
     line = "'POSITIVE' = '1' = 'positive', 'NEGATIVE' = '0' = 'negative'"
     assert line in done.stdout
-    assert "| POSITIVE | 1 | positive |" in (tmp_path / "run/export/README.md").read_text()
+    assert "| `POSITIVE` | `1` | `positive` |" in (tmp_path / "run/export/README.md").read_text()
     export = str(tmp_path / "run/export")
     assert json.loads((tmp_path / "run/export/config.json").read_text())["label2id"] == {"positive": 0, "negative": 1}
     assert results(tmp_path / "run")["classes"][0] == {"output": "POSITIVE", "label": "1", "name": "positive"}

@@ -140,7 +140,7 @@ def test_columns_of_other_names(single, pairs, tmp_path):
         ("single", ["--file", "{}/p.csv", "--text", "a", "--pair"], "--text: 1 column(s); give one for single"),
         ("single", ["a film", "--text", "a"], "--text: names a column of a table; give one with --file (.tsv"),
         ("single", ["--file", "{}/missing.csv"], "missing.csv cannot be read (No such file or directory)"),
-        ("single", ["--file", "{}/p.json"], "p.json is neither a table (.tsv, .csv"),
+        ("single", ["--file", "{}/p.xlsx"], "p.xlsx is neither a table (.tsv, .csv"),
         ("single", ["--file", "{}/P.CSV"], "P.CSV is neither a table (.tsv, .csv"),
         ("teacher", ["--file", "{}/p.csv"], "--text: name the text column of"),
     ],
