@@ -24,8 +24,10 @@ from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 from pkd_dist.training import checkpoint
 
-_OUTLIVED = re.compile(r"runs again|is damaged|was altered|is missing|cannot be read|has \d+ bytes, not|Traceback")
-"""What the run says of a marker whose content is lost."""
+_OUTLIVED = re.compile(
+    r"^(?!.*\bmetrics: ).*(runs again|is damaged|was altered|is missing|cannot be read|has \d+ bytes, not|Traceback)"
+)
+"""What the run says of a marker whose content is lost. Counters for Prometheus are not synced: they start at 0 after a cut."""
 
 
 _CHANGED = re.compile(r": runs, because (?!it has not run yet|it was interrupted)")

@@ -301,7 +301,7 @@ class _PersistentCounters(Collector):
         return metrics
 
     def _save(self, file: Path, totals: dict[str, float]) -> None:
-        """Write the file without fsync: the page cache survives the end of the process."""
+        """Write the file without fsync: the page cache survives the end of the process, though not a power cut."""
         temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def _load_counts(file: Path) -> dict[str, float]:
         digest = content.pop("checksum", None)  # 0.1.0 wrote none
         if digest is None or digest == digest_of(content):
             return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
-    log.info("metrics: %s was altered; counters start at 0", file)
+    log.info("metrics: %s is incomplete or was altered; counters start at 0", file)
     return {}
 
 
