@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from pkd_dist.config.paths import project_path
-from pkd_dist.config.presets import PRESETS
+from pkd_dist.config.presets import PRESETS, RECIPES
 from pkd_dist.config.schema import Config
 from pkd_dist.config.section import fields, section_of, type_names
 from pkd_dist.errors import UserError
@@ -44,6 +44,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         override.apply(data)
     data.pop("resolved", None)  # written to a run folder's config.yaml, which can be loaded again
     data = {section: value for section, value in data.items() if value is not None}  # `train:` alone: its defaults
+    _add_recipe(data)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -128,10 +129,40 @@ class _Override:
 def _drop_preset_keys(data: dict[str, object], overrides: Sequence[_Override]) -> None:
     """Remove the file's keys that a preset from the command line sets, since the command line takes precedence."""
     presets = [override.value for override in overrides if override.keys == ("distill", "preset")]
-    distill = data.get("distill")
-    if presets and isinstance(distill, dict):
-        preset = PRESETS.get(str(presets[-1]), {})
-        data["distill"] = {key: value for key, value in distill.items() if key not in preset}
+    if not presets:
+        return
+    preset = str(presets[-1])
+    for section, values in {("distill",): PRESETS.get(preset, {}), **RECIPES.get(preset, {})}.items():
+        found = _section(data, section)
+        for key in values.keys() & found.keys():
+            del found[key]
+
+
+def _add_recipe(data: dict[str, object]) -> None:
+    """Add what the preset sets outside of `distill`, where it is not given; a section that is given as null stays so."""
+    preset = str(_section(data, ("distill",)).get("preset"))
+    for section, values in RECIPES.get(preset, {}).items():
+        place: dict[str, object] | None = data
+        for key in section:
+            place = None if place is None else _child(place, key)
+        if place is not None:
+            place.update({key: value for key, value in values.items() if key not in place})
+
+
+def _section(data: dict[str, object], keys: Sequence[str]) -> dict[str, object]:
+    """Return a section as it is given; empty where it is not."""
+    for key in keys:
+        child = data.get(key)
+        if not isinstance(child, dict):
+            return {}
+        data = child
+    return data
+
+
+def _child(data: dict[str, object], key: str) -> dict[str, object] | None:
+    """Return a section, made where it is missing; None where it is given as something else."""
+    child = data.setdefault(key, {})
+    return child if isinstance(child, dict) else None
 
 
 def _shortened(text: str) -> str:

@@ -1,8 +1,10 @@
-"""The losses that `distill.preset` selects."""
+"""What `distill.preset` selects: the losses of the sources, and our best recipe."""
 
 from __future__ import annotations
 
-PRESETS: dict[str, dict[str, float | str]] = {
+Values = dict[str, float | str]
+
+PRESETS: dict[str, Values] = {
     "paper": {
         "alpha": 0.5, "beta": 0.026, "temperature": 5.0, "normalize": True, "states": "cls",
         "ds_reduction": "soft_ce", "pt_reduction": "sum",
@@ -16,7 +18,16 @@ PRESETS: dict[str, dict[str, float | str]] = {
         "ds_reduction": "soft_ce_mean", "pt_reduction": "pair_sum", "pair_embeddings": True, "pair_last_layer": True,
         "projection": "always",
     },
+    "strong": {
+        "alpha": 0.9, "beta": 10.0, "temperature": 5.0, "normalize": False, "states": "cls",
+        "ds_reduction": "batchmean", "pt_reduction": "mean", "pair_last_layer": True,
+    },
 }  # fmt: skip
-"""`distill.preset` -> the loss of the paper, of the authors' code and of the OneFlow reference (`seed`). The paper's beta is
-the authors' 100 at M = 5 pairs of width H = 768: beta_sum = beta_mean / (M * H). The OneFlow reference also averages over
-padding; here padding is always excluded."""
+"""`distill.preset` -> the loss of the paper, of the authors' code, of the OneFlow reference (`seed`), and the one that made the
+best students here (`strong`, docs/recipes.md). The paper's beta is the authors' 100 at M = 5 pairs of width H = 768:
+beta_sum = beta_mean / (M * H). The OneFlow reference also averages over padding; here padding is always excluded."""
+
+RECIPES: dict[str, dict[tuple[str, ...], Values]] = {
+    "strong": {("task", "augment"): {"copies": 8, "neighbours": 0.4}, ("train",): {"epochs": 3}},
+}
+"""`distill.preset` -> the settings of other sections that it sets, where they are not given."""

@@ -102,11 +102,12 @@ class Student(Section):
 
 
 class Distill(Section):
-    preset: Literal["paper", "authors", "seed"] | None = Field(
+    preset: Literal["paper", "authors", "seed", "strong"] | None = Field(
         None,
         description="Sets the keys below that are not given: `paper` (the formulas as printed; its beta is for 5 pairs of "
         "width 768, use a larger one for fewer or narrower pairs), `authors` (their code), `seed` (the OneFlow reference, "
-        "the code that this project started from: states of all tokens through a learned projection).",
+        "the code that this project started from: states of all tokens through a learned projection), `strong` (the best "
+        "students here: it also sets task.augment and train.epochs; see docs/recipes.md).",
     )
     alpha: Fraction = Field(
         0.5,
