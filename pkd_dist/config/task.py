@@ -18,6 +18,11 @@ class Augment(Section):
         0.1,
         description="Probability that a word is replaced by a random word, drawn by its frequency in the training text.",
     )
+    neighbours: Fraction = Field(
+        0.0,
+        description="Probability that a word is replaced by one of the 15 words nearest to it in the word embeddings of "
+        "teacher.model, before fine-tuning. Words that are not a single token stay.",
+    )
     ngram: Fraction = Field(0.25, description="Probability that only a random run of 1 to 5 words is kept.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         1,
@@ -26,9 +31,10 @@ class Augment(Section):
 
     @model_validator(mode="after")
     def _probabilities(self) -> Augment:
-        if self.mask + self.replace > 1:
+        if self.mask + self.replace + self.neighbours > 1:
             raise ValueError(
-                f"task.augment.mask {self.mask} and task.augment.replace {self.replace} must add up to at most 1"
+                f"task.augment.mask {self.mask}, task.augment.replace {self.replace} and task.augment.neighbours "
+                f"{self.neighbours} must add up to at most 1"
             )
         return self
 

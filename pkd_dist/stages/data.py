@@ -17,6 +17,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256, write_json
 from pkd_dist.model import digests, vocabulary
+from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
 from pkd_dist.telemetry.log import log
@@ -68,6 +69,11 @@ def inputs(context: Context) -> Inputs:
     if task.class_names:
         settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
     found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
+    if task.augment:
+        settings["augment"] = task.augment.model_dump(exclude={"neighbours"})  # as earlier versions have it
+        found["task.augment.neighbours"] = task.augment.neighbours
+        if task.augment.neighbours:
+            found["teacher.model.weights"] = digests.weights_digest(run.source)
     return found | {
         **{f"task.data:{file}": digest for file, digest in files.items()},
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
@@ -84,8 +90,9 @@ def _prepare(context: Context) -> DataOutput:
     run, folder = context.resolved, context.resolved.paths.data
     task = run.config.task
     splits, summaries = prepare(
-        task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data")
-    )
+        task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data"),
+        lambda: read_word_embeddings(run.source),
+    )  # fmt: skip
     train = splits["train"]
     names = run.task.names_of(train.classes)
     if not run.finetunes:
