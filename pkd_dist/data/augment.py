@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from pkd_dist.config.task import Augment
-from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, example_ids, unlabelled, without
+from pkd_dist.data.examples import NewTexts, Split, unlabelled
 from pkd_dist.data.neighbours import Neighbours
 from pkd_dist.errors import UserError
 
@@ -35,16 +34,21 @@ MakeNeighbours = Callable[[Iterable[str]], Neighbours]
 
 
 def augment(
-    split: Split, settings: Augment, mask_token: str | None, make_neighbours: MakeNeighbours | None = None
+    split: Split,
+    settings: Augment,
+    mask_token: str | None,
+    make_neighbours: MakeNeighbours | None = None,
+    others: Sequence[Split] = (),
 ) -> Split:
-    """Return new, unlabeled texts made from a split. Repeats and texts of the split itself are removed and counted in the
-    notes.
+    """Return new, unlabeled texts made from a split. Repeats and texts of the split itself and of others are removed and
+    counted in the notes. Memory does not grow with the number of copies but by a few numbers per new text.
 
     Args:
         split: the training split.
         settings: `task.augment`.
         mask_token: the tokenizer's; None if it has none.
         make_neighbours: called only if `neighbours` is set.
+        others: more splits whose texts are removed.
 
     Raises:
         UserError: `mask` is set but there is no mask token, or no new text results.
@@ -57,18 +61,21 @@ def augment(
         neighbours = make_neighbours(word for column in columns for word in column.vocabulary)
         for column in columns:
             column.use(neighbours)
-    new_texts = tuple(TextColumn() for _ in columns)
+    new = NewTexts(len(columns), (split, *others))
     with np.errstate(over="ignore"):  # hashes wrap around
         for copy in range(settings.copies):
             for start in range(0, len(split), _BLOCK_EXAMPLES):
                 key_b = _hash(_hash(split.ids_N[start : start + _BLOCK_EXAMPLES].view(np.uint64), settings.seed), copy)
                 choice_b = np.floor(_uniform(_hash(key_b, 0)) * 3)  # which text of a pair: 0 first, 1 second, 2 both
+                texts = []
                 for i, column in enumerate(columns):
                     keep_b = (choice_b == 1 - i) & (len(columns) == 2)
-                    new_texts[i].extend(column.vary(start, _hash(key_b, 1 + i), settings, keep_b))
-    labels_N = unlabelled(len(new_texts[0]), split.labels_N.dtype.kind == "f")
+                    texts.append(list(column.vary(start, _hash(key_b, 1 + i), settings, keep_b)))
+                new.add(texts)
     source = f"{split.source}, augmented"
-    return without(Split(example_ids(new_texts), new_texts, labels_N, split.classes, source), split)
+    notes, ids_N = new.notes(source), np.frombuffer(new.ids, np.int64)
+    labels_N = unlabelled(len(ids_N), split.labels_N.dtype.kind == "f")
+    return Split(ids_N, new.texts, labels_N, split.classes, source, notes)
 
 
 class _WordColumn:

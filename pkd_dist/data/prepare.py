@@ -96,7 +96,8 @@ def prepare(
     for name in available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
-    if more := list(_unlabelled_splits(config, task, splits, tokenizer, read_embeddings)):
+    if config.unlabeled or config.augment:
+        more = _unlabelled_splits(config, task, splits, tokenizer, read_embeddings)
         splits[DISTILL] = _concatenate([splits["train"], *more])
     return splits, {
         name: _tokenize(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
@@ -120,8 +121,8 @@ def _unlabelled_splits(
         def make_neighbours(words: Iterable[str]) -> Neighbours:
             return Neighbours(tokenizer, read_embeddings(), words)
 
-        augmented = augment(splits["train"], config.augment, tokenizer.mask_token, make_neighbours)
-        yield without(augmented, *splits.values(), *unlabeled)
+        others = [split for name, split in splits.items() if name != "train"] + unlabeled
+        yield augment(splits["train"], config.augment, tokenizer.mask_token, make_neighbours, others)
 
 
 def _concatenate(splits: Sequence[Split]) -> Split:
