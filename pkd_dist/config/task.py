@@ -24,6 +24,11 @@ class Augment(Section):
         "teacher.model, before fine-tuning. Words that are not a single token stay.",
     )
     ngram: Fraction = Field(0.25, description="Probability that only a random run of 1 to 5 words is kept.")
+    min_confidence: Fraction = Field(
+        0.0,
+        description="Leave out augmented and unlabeled texts to which the teacher gives no class at least this probability. "
+        "Needs the teacher cache. The cache holds all texts, so runs with different values share it.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         1,
         description="Seed for the changes. Separate from run.seed, so that runs with different seeds share the teacher cache.",
