@@ -70,7 +70,9 @@ def inputs(context: Context) -> Inputs:
         settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
     found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
     if task.augment:
-        settings["augment"] = task.augment.model_dump(exclude={"neighbours"})  # as earlier versions have it
+        settings["augment"] = task.augment.model_dump(
+            exclude={"neighbours", "min_confidence"}
+        )  # as earlier versions have it
         found["task.augment.neighbours"] = task.augment.neighbours
         if task.augment.neighbours:
             found["teacher.model.weights"] = digests.weights_digest(run.source)
@@ -96,13 +98,14 @@ def _prepare(context: Context) -> DataOutput:
     train = splits["train"]
     names = run.task.names_of(train.classes)
     if not run.finetunes:
-        class_mapping.require_outputs_for_split(
-            run.task, run.source_config, train, run.config.teacher.model, "teacher.model"
-        )
+        for teacher in run.teachers:
+            class_mapping.require_outputs_for_split(
+                run.task, teacher.source_config, train, teacher.model, "teacher.model"
+            )
         if run.class_order is None and names:
             log.warning(
                 "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
-                run.config.teacher.model, ", ".join(names),
+                " and ".join(run.config.teacher.models), ", ".join(names),
             )  # fmt: skip
     class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
     if len(train) < context.world.size:
