@@ -46,7 +46,7 @@ def test_two_seeds_one_cache_and_only_texts_that_the_teacher_is_sure_of(settings
     config, run = write_config(settings, tmp_path), tmp_path / "run"
     assert kill_at(run, "teacher-2_checkpoints/step-*/commit.json", "--config", config)
     first = (run / "teacher/model.safetensors").read_bytes()
-    done = launch("--config", config)
+    done = launch("--config", config, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "teacher-2: resuming from step" in done.stdout
     assert (
@@ -70,7 +70,7 @@ def test_two_seeds_one_cache_and_only_texts_that_the_teacher_is_sure_of(settings
     assert made["compression"]["agreement"] == np.mean(student == answers.argmax(1))
     assert "the teacher's answers are the mean of 2 teachers" in done.stdout
 
-    again = launch("--config", config)
+    again = launch("--config", config, timeout=300)
     assert again.returncode == 0 and "teacher: done\n" in again.stdout and "teacher: runs" not in again.stdout
 
     # The same teachers, given, use the same cache; a text counts if some class has at least the probability.
@@ -82,7 +82,7 @@ def test_two_seeds_one_cache_and_only_texts_that_the_teacher_is_sure_of(settings
     minimum = float(np.round(np.median(expected[unlabelled].max(1)), 4))
     settings["task"]["augment"]["min_confidence"] = minimum
     (tmp_path / "more").mkdir()
-    given = launch("--config", write_config(settings, tmp_path / "more"))
+    given = launch("--config", write_config(settings, tmp_path / "more"), timeout=300)
     assert given.returncode == 0, given.stdout + given.stderr
     assert json.loads((tmp_path / "given/stages/cache.json").read_text())["outputs"]["built"] == 0
     assert results(tmp_path / "given")["teacher"]["accuracy"] == made["teacher"]["accuracy"]
@@ -152,7 +152,7 @@ def test_several_teachers_in_every_step(settings, tmp_path):
     settings["task"] = {"name": "stsb", "data": str(tmp_path), "max_length": 32}
     settings["teacher"]["finetune"] |= {"seeds": [3, 4], "epochs": 1}
     settings["train"]["epochs"], settings["cache"] = 1, {"enabled": False}
-    done = launch("--config", write_config(settings, tmp_path))
+    done = launch("--config", write_config(settings, tmp_path), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     made = results(tmp_path / "run")
     assert made["ensemble"]["teachers"] == 2 and not (tmp_path / "run/cache").exists()

@@ -175,7 +175,9 @@ def test_unlabeled_text_augmentation_and_class_weights(tmp_path):
         "copies": 3,
         "mask": 0.1,
         "replace": 0.1,
+        "neighbours": 0.0,
         "ngram": 0.25,
+        "min_confidence": 0.0,
         "seed": 1,
     }
     assert load(path, ["task.class_weights=balanced"]).task.class_weights == "balanced"
