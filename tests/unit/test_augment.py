@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -152,6 +153,19 @@ def test_no_repeats_and_no_training_text():
     assert (made.classes, made.source) == (("0", "1"), "train.tsv, augmented")
     number = copies(split_of(random_texts(9, 1), regression=True), mask=0.5)
     assert number.labels_N.dtype == np.float32 and not is_labelled(number.labels_N).any()
+
+
+def test_memory_is_a_few_numbers_per_new_text():
+    def peak(number):
+        tracemalloc.start()
+        made = copies(UNLIKE, copies=number, mask=0.2, ngram=0.25)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, len(made)
+
+    peak(1)  # imports
+    (small, few), (large, many) = peak(4), peak(60)
+    assert many - few > 20_000 and (large - small) / (many - few) < 60, "bytes per text"
 
 
 def test_errors():
