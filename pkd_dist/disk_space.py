@@ -82,21 +82,25 @@ def _needs(context: Context) -> Iterator[Need]:
     """Yield the needs of the stages that write much, in order."""
     run, paths, data = context.resolved, context.resolved.paths, context.output(DataOutput)
     config = run.config
-    shape = copy.deepcopy(run.source_config)
-    classes = shape.num_labels = max(1, len(data.class_names))
+    classes = max(1, len(data.class_names))
+    shapes = [copy.deepcopy(teacher.source_config) for teacher in run.teachers]
+    for shape in shapes:
+        shape.num_labels = classes
     if settings := config.teacher.finetune:
         used = len(used_vocabulary(context, "train", "dev"))
-        weights, trained = encoder.planned_sizes(shape, used)
         train = config.train.model_copy(update={"epochs": settings.epochs, "batch_size": settings.batch_size})
-        temporary = _training(context, train, "train", weights, trained)
-        yield Need("teacher", _FLOAT32 * weights, temporary, (paths.teacher, paths.teacher_checkpoints))
+        sizes = [encoder.planned_sizes(shape, used) for shape in shapes]
+        lasting = _FLOAT32 * sum(weights for weights, _ in sizes)
+        temporary = sum(_training(context, train, "train", *size) for size in sizes)
+        folders = [folder for teacher in run.teachers for folder in (teacher.folder, teacher.checkpoints)]
+        yield Need("teacher", lasting, temporary, tuple(folders))
     summary = data.sets[training_set(context)]
     if run.cached:
         states = summary.tokens if config.distill.states == "tokens" else summary.examples
         values = states * len(run.kept_layers) * run.teacher_width + summary.examples * classes
         yield Need("cache", values * (4 if config.cache.dtype == "float32" else 2), 0, (paths.cache,))
     used = len(used_vocabulary(context, training_set(context), "dev"))
-    weights, trained = encoder.planned_sizes(student.planned_config(config.student, shape), used)
+    weights, trained = encoder.planned_sizes(student.planned_config(config.student, shapes[0]), used)
     yield Need("init", _FLOAT32 * weights, 0, (paths.student_init,))
     distill = _training(context, config.train, training_set(context), weights, trained)
     yield Need("distill", distill, 0, (paths.checkpoints,))

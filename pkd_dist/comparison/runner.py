@@ -41,6 +41,7 @@ from pkd_dist.files import digest_of, read_object, sha256, write_atomically, wri
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.layers import patience_pairs
 from pkd_dist.model.student import planned_depth
+from pkd_dist.stages.context import teacher_name
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
@@ -119,7 +120,7 @@ class Comparison:
         if not shutil.which(self.command[0]):
             raise UserError(f"{self.command[0]!r} is not a program on PATH; give one such as deepspeed", "--launcher")
         self.base = self._resolved({})
-        self.folder = encoder.locate(self.base.teacher.model)
+        self.folder = encoder.locate(self.base.teacher.models[0])
         self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)
         self.methods = {name: self._complete(method) for name, method in methods.items()}
         self.depths = {name: self._checked_depth(method) for name, method in self.methods.items()}
@@ -146,7 +147,7 @@ class Comparison:
         if init in ("random", "first_k") and not made.get("student.num_layers"):
             made["student.num_layers"] = self._depth(self.base)
         if init == "first_k" and self.base.teacher.finetune:
-            made["student.init"] = self.base.teacher.model
+            made["student.init"] = self.base.teacher.models[0]
         return made
 
     def _checked_depth(self, method: Overrides) -> int:
@@ -165,7 +166,7 @@ class Comparison:
         folder = self.output / name / f"seed-{seed}"
         overrides = self.methods[name] | {"run.seed": seed, "run.dir": str(folder), "evaluate.result_dir": None}
         if self.base.teacher.finetune:
-            overrides |= {"teacher.model": str(self.output / "teacher" / "teacher"), "teacher.finetune": None}
+            overrides |= {"teacher.model": self._finetuned(), "teacher.finetune": None}
         config = self._resolved(overrides)
         by_token = config.distill.states == "tokens" and config.distill.beta > 0
         if not by_token and config.cache.layers is None:
@@ -173,11 +174,19 @@ class Comparison:
         overrides["cache.dir"] = str(self.output / self._cache_name(config, self.depths[name], by_token))
         return Trial(name, seed, folder, overrides)
 
+    def _finetuned(self) -> str | list[str]:
+        """Return the folders of the teachers that are fine-tuned first; a plain path where there is one."""
+        teacher, run = self.base.teacher, self.output / "teacher"
+        count = max(len(teacher.models), len((teacher.finetune and teacher.finetune.seeds) or ()))
+        folders = [str(run / teacher_name(number)) for number in range(1, count + 1)]
+        return folders[0] if count == 1 else folders
+
     def _cache_name(self, config: Config, depth: int, by_token: bool) -> str:
         """Return a name that runs share if they need the same teacher outputs."""
         task = config.task
         unlabeled = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
-        read = [task.model_dump(mode="json"), unlabeled, self._data_digests]
+        settings = task.model_dump(mode="json", exclude={"augment": {"min_confidence"}})
+        read = [settings, unlabeled, self._data_digests]
         paired = [self._paired(config, depth), config.distill.pair_embeddings]
         pairs = paired if by_token else None
         digest = digest_of([self._teacher_identity, read, config.cache.model_dump(mode="json"), pairs])
@@ -192,7 +201,11 @@ class Comparison:
     @cached_property
     def _teacher_identity(self) -> object:
         made = self.base.teacher.model_dump(mode="json")
-        return [made, self.base.run.seed] if self.base.teacher.finetune else digests.weights_digest(self.folder)
+        if self.base.teacher.finetune:
+            return [made, self.base.run.seed]
+        folders = [encoder.locate(model) for model in self.base.teacher.models]
+        found = [digests.weights_digest(folder) for folder in folders]
+        return found[0] if len(found) == 1 else found
 
     @cached_property
     def _data_digests(self) -> dict[str, str]:

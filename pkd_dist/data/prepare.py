@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from pkd_dist.data import text, tokens
 from pkd_dist.data.augment import augment
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.examples import Split, is_labelled, without
+from pkd_dist.data.neighbours import Neighbours
 from pkd_dist.data.sources import available
 from pkd_dist.data.tasks import Task
 from pkd_dist.telemetry.log import log
@@ -71,6 +72,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     check: Callable[[], None],
+    read_embeddings: Callable[[], np.ndarray],
 ) -> tuple[dict[str, Split], dict[str, TokenSetSummary]]:
     """Read, tokenize and write all text of a task.
 
@@ -81,6 +83,7 @@ def prepare(
         tokenizer: the teacher's.
         folder: receives one folder per token set.
         check: called between chunks of work; an exception it raises stops the work.
+        read_embeddings: returns the teacher's word embeddings (V, H); called only for `task.augment.neighbours`.
 
     Returns:
         The text and the summary of each token set, by name.
@@ -93,7 +96,8 @@ def prepare(
     for name in available(config.data, task)[1:]:
         splits[name] = text.read(config.data, name, task, known)
         check()
-    if more := list(_unlabelled_splits(config, task, splits, tokenizer)):
+    if config.unlabeled or config.augment:
+        more = _unlabelled_splits(config, task, splits, tokenizer, read_embeddings)
         splits[DISTILL] = _concatenate([splits["train"], *more])
     return splits, {
         name: _tokenize(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
@@ -101,7 +105,11 @@ def prepare(
 
 
 def _unlabelled_splits(
-    config: TaskConfig, task: Task, splits: dict[str, Split], tokenizer: PreTrainedTokenizerBase
+    config: TaskConfig,
+    task: Task,
+    splits: dict[str, Split],
+    tokenizer: PreTrainedTokenizerBase,
+    read_embeddings: Callable[[], np.ndarray],
 ) -> Iterator[Split]:
     """Yield the unlabeled and the augmented text, without repeats and without texts of the splits."""
     unlabeled = []
@@ -109,8 +117,12 @@ def _unlabelled_splits(
         unlabeled = [without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
         yield from unlabeled
     if config.augment:
-        augmented = augment(splits["train"], config.augment, tokenizer.mask_token)
-        yield without(augmented, *splits.values(), *unlabeled)
+
+        def make_neighbours(words: Iterable[str]) -> Neighbours:
+            return Neighbours(tokenizer, read_embeddings(), words)
+
+        others = [split for name, split in splits.items() if name != "train"] + unlabeled
+        yield augment(splits["train"], config.augment, tokenizer.mask_token, make_neighbours, others)
 
 
 def _concatenate(splits: Sequence[Split]) -> Split:

@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,7 +32,7 @@ from pkd_dist.files import make_folder, read_object, remove, write_atomically, w
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK_EXAMPLES = 2048
+_CHUNK_EXAMPLES, _CHUNK_BYTES = 2048, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class TokenSet:
         digest: of all tokens, ids, labels and their order.
         input_digest: of ids and tokens in any order, which is all that teacher outputs depend on.
         truncated: number of examples truncated to the maximum length.
+        rows_N: of a subset, the positions of its examples in `offsets_N1`; None: all. Digests are those of the whole set.
     """
 
     input_ids_T: np.ndarray
@@ -53,18 +54,37 @@ class TokenSet:
     digest: str
     input_digest: str
     truncated: int
+    rows_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
     @property
+    def starts_N(self) -> np.ndarray:
+        """The position of the first token of each example, int64 (N,)."""
+        return self.offsets_N1[:-1] if self.rows_N is None else self.offsets_N1[self.rows_N]
+
+    @property
     def lengths_N(self) -> np.ndarray:
         """Tokens of each example, int64 (N,)."""
-        return np.diff(self.offsets_N1)
+        return np.diff(self.offsets_N1) if self.rows_N is None else self.lengths_of(np.arange(len(self)))
+
+    def starts_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of the first tokens of some examples."""
+        return np.asarray(self.offsets_N1[self._positions(rows)])
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the tokens of some examples without reading the offsets of the others."""
-        return np.asarray(self.offsets_N1[rows + 1] - self.offsets_N1[rows])
+        positions = self._positions(rows)
+        return np.asarray(self.offsets_N1[positions + 1] - self.offsets_N1[positions])
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.rows_N is None else self.rows_N[rows]
+
+    def subset(self, rows_n: np.ndarray) -> TokenSet:
+        """Return the examples of some rows, in this order; the tokens are shared."""
+        ids_n, labels_n = np.asarray(self.ids_N[rows_n]), np.asarray(self.labels_N[rows_n])
+        return replace(self, ids_N=ids_n, labels_N=labels_n, rows_N=self._positions(rows_n))
 
 
 def tokenize(
@@ -98,16 +118,18 @@ def tokenize(
             arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):
                 append(array)
-            lengths.append(np.fromiter(map(len, encoded[0]), np.int64, len(encoded[0])))
+            lengths.append(np.fromiter(map(len, encoded[0]), np.int32, len(encoded[0])))
             truncated += len(long)
             hash_sum += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
     if "type_ids" not in dtypes:
         remove(folder / "type_ids.npy")  # left by another tokenizer
-    per_example = {"offsets": np.cumsum(np.concatenate([[0], *lengths])), "ids": split.ids_N, "labels": split.labels_N}
+    offsets_N1 = np.zeros(len(split) + 1, np.int64)
+    np.cumsum(np.concatenate(lengths), out=offsets_N1[1:])
+    per_example = {"offsets": offsets_N1, "ids": split.ids_N, "labels": split.labels_N}
     for name, array in per_example.items():
         write_atomically(folder / f"{name}.npy", partial(_save_npy, array=array))
     meta = {
-        "digest": _digest(_map(folder)),
+        "digest": _digest(folder),
         "input_digest": f"{hash_sum % (1 << 128):032x}"[:16],
         "truncated": truncated,
         "examples": len(split),
@@ -223,15 +245,19 @@ def _sum_of_hashes(ids_B: np.ndarray, arrays: Sequence[np.ndarray], lengths_B: n
     return sum(word << (32 * i) for i, word in enumerate(words))
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
+def _digest(folder: Path) -> str:
+    """Return a digest of the arrays' content, read in chunks: the pages of a memory map would count as this process's memory."""
     digest = hashlib.sha256()
-    for name in sorted(arrays):
+    for name, array in sorted(_map(folder).items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
+        with open(folder / f"{name}.npy", "rb") as file:
+            file.seek(array.offset)
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
-def _map(folder: Path) -> dict[str, np.ndarray]:
+def _map(folder: Path) -> dict[str, np.memmap]:
     return {
         name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in ("input_ids", "type_ids", "offsets", "ids", "labels")
@@ -244,7 +270,7 @@ def problem(folder: Path) -> str | None:
     if not (folder / "meta.json").is_file():
         return f"{folder / 'meta.json'} is missing"
     try:
-        intact = read_object(folder / "meta.json")["digest"] == _digest(_map(folder))
+        intact = read_object(folder / "meta.json")["digest"] == _digest(folder)
     except (ValueError, LookupError, OSError, EOFError):
         intact = False
     return None if intact else f"{folder} was altered"

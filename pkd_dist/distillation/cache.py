@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,6 +256,11 @@ class CacheReader:
     def row_bytes(self) -> int:
         """Bytes of the outputs for one example, with the [CLS] states alone."""
         return sum(part.nbytes for part in self.rows_of(self._first_ids[:1], 0))
+
+    def logits(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Yield the example ids (R,) and the logits (R, C) of each shard, in the cached dtype."""
+        for arrays, dtypes in self._shards:
+            yield arrays["ids"], _tensor(arrays["logits"], dtypes["logits"])
 
     def rows_of(self, ids_B: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher outputs for some examples, in the cached dtype.

@@ -19,6 +19,7 @@ from pkd_dist.data.on_device import open_device_tokens
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.ensemble import mean_logits
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -44,7 +45,8 @@ class LiveTeacher:
         precision: key of `DTYPES`, the dtype of the forward pass.
         dtype: key of `DTYPES`, the dtype of the outputs.
         all_tokens: return the states of all tokens, not of [CLS] alone.
-        device: where the model runs.
+        device: where the models run.
+        others: more teachers, whose probabilities are averaged with the model's; see `mean_logits`.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class LiveTeacher:
         dtype: str,
         all_tokens: bool,
         device: torch.device,
+        others: Sequence[PreTrainedModel] = (),
     ):
         self.encoder = Encoder(model, all_tokens=all_tokens).to(device, DTYPES[precision]).eval()
+        self.others = [Encoder(other).to(device, DTYPES[precision]).eval() for other in others]
         self.layers, self.all_tokens, self.dtype, self.device = tuple(layers), all_tokens, DTYPES[dtype], device
         self.hidden_size = int(model.config.hidden_size)
 
@@ -72,6 +76,8 @@ class LiveTeacher:
     def unchecked(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same without checking the values, which would make the host wait for a GPU."""
         logits, states = self.encoder(inputs, self.layers, self.all_tokens)
+        if self.others:
+            logits = mean_logits([logits, *(other(inputs)[0] for other in self.others)])
         if states is None:
             rows, length = inputs["input_ids"].shape
             states = logits.new_empty((rows, *([length] if self.all_tokens else []), 0, self.hidden_size))

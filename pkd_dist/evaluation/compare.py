@@ -6,7 +6,7 @@ models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> sp
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -25,6 +25,7 @@ from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResult
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
 from pkd_dist.model.encoder import parameter_count
+from pkd_dist.model.ensemble import mean_logits
 from pkd_dist.telemetry.progress import Bar
 
 Logits = dict[str, dict[str, np.ndarray]]
@@ -58,15 +59,19 @@ def compare_models(
     settings: Evaluate,
     pad_id: int,
     world: World,
+    other_teachers: Sequence[PreTrainedModel] = (),
 ) -> Evaluation:
     """Score and time teacher and student in float32. Collective.
 
     Args:
         models: `teacher` and `student`.
+        other_teachers: the teacher's answers are then the mean of its and theirs; size and speed are those of `teacher`.
         splits: Name -> examples. `dev` gives the main figures and the timed inputs. Splits without labels are predicted
             but not scored.
     """
-    logits = _logits(models, splits, settings.batch_size, pad_id, world)
+    others = {f"teacher-{number}": model for number, model in enumerate(other_teachers, start=2)}
+    every = _logits({**models, **others}, splits, settings.batch_size, pad_id, world)
+    logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
@@ -80,8 +85,21 @@ def compare_models(
     figures: dict[str, ModelResults] = {
         name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
     }
-    others = {split: found for split, found in scores.items() if split != "dev"}
-    return Evaluation(combine(task.name, scores["dev"], figures, others), timings, logits)
+    results = combine(
+        task.name, scores["dev"], figures, {name: found for name, found in scores.items() if name != "dev"}
+    )
+    if others:
+        first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
+        results["ensemble"] = {"teachers": 1 + len(others), "first": first}
+    return Evaluation(results, timings, logits)
+
+
+def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the logits of both sides on a split, with those of several teachers averaged."""
+    if not others:
+        return logits
+    teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
+    return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
 
 
 def _logits(

@@ -90,6 +90,13 @@ class SplitResults(TypedDict):
     agreement: float
 
 
+class Ensemble(TypedDict):
+    """Several teachers: their number, and the scores of the first alone, by split."""
+
+    teachers: int
+    first: dict[str, Scores]
+
+
 class Results(TypedDict):
     """results_eval.json. The student's metrics, modelSize, samples_per_second and reasoningTime (the same number) are repeated
     at the top level.
@@ -97,6 +104,9 @@ class Results(TypedDict):
     `classes` has one entry for each output, in order: `output` (the teacher's name of it), `label` (the value in the data)
     and `name`. `positive` is the name of the class of precision, recall and F1; null unless there are two classes. A
     regression has neither.
+
+    `ensemble` is there where there are several teachers. The teacher's scores are then those of their mean answer; its size and
+    speed are those of the first.
     """
 
     task: str
@@ -106,6 +116,7 @@ class Results(TypedDict):
     student: ModelResults
     compression: Compression
     splits: dict[str, SplitResults]
+    ensemble: NotRequired[Ensemble]
     classes: NotRequired[list[dict[str, str]]]
     positive: NotRequired[str | None]
 

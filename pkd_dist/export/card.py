@@ -143,7 +143,7 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         facts=facts,
         environment=facts.environment,
         config=facts.config,
-        teacher=name_of(facts.config.teacher.model),
+        teacher=" + ".join(map(name_of, facts.config.teacher.models)),
         results=facts.results,
         rows=table_rows(facts.results, speed=False),
         spread=spread,

@@ -19,7 +19,7 @@ from pkd_dist.model.regression_head import standardize
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, open_tokens, scale_input, training_set
-from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
+from pkd_dist.stages.teacher import TeacherOutput, teacher_folders
 from pkd_dist.telemetry.log import log
 
 
@@ -148,7 +148,7 @@ def needed_fingerprint(context: Context) -> Fingerprint:
 
     A cache that holds more layers serves it too.
     """
-    run, weights, scale = context.resolved, context.output(TeacherOutput).weights, scale_input(context)
+    run, weights, scale = context.resolved, context.output(TeacherOutput).all_weights, scale_input(context)
     return Fingerprint(
         teacher=digest_of([weights, scale]) if scale else weights,  # standardized outputs are another teacher's
         tokenizer=digests.tokenizer_digest(run.source),
@@ -167,13 +167,15 @@ def kept_fingerprint(context: Context) -> Fingerprint:
 
 
 def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
-    """Load the teacher with the hidden states of `layers`, counted from 1 (0: the embeddings)."""
-    run = context.resolved
+    """Load the teachers, with the hidden states of `layers` of the first, counted from 1 (0: the embeddings)."""
+    run, scale = context.resolved, context.output(DataOutput).scale
+    model, *others = (standardize(encoder.load_model(folder), scale) for folder in teacher_folders(context))
     return LiveTeacher(
-        standardize(encoder.load_model(teacher_folder(context)), context.output(DataOutput).scale),
+        model,
         layers,
         run.teacher_precision,
         run.config.cache.dtype,
         run.config.distill.states == "tokens",
         context.world.device,
+        others,
     )

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,9 +22,11 @@ from pkd_dist.data import class_mapping, sources, tasks
 from pkd_dist.data.tasks import Task
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.model.ensemble import require_same_tokenizer
 from pkd_dist.stages.base import Inputs
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.training.engine import resolve_precision
@@ -45,16 +47,9 @@ class RunPaths:
         return self.run / "data"
 
     @property
-    def teacher(self) -> Path:
-        return self.run / "teacher"
-
-    @property
-    def teacher_checkpoints(self) -> Path:
-        return self.run / "teacher_checkpoints"
-
-    @property
-    def teacher_records(self) -> Path:
-        return self.run / "teacher_metrics.jsonl"
+    def other_teachers(self) -> list[Path]:
+        """What an ensemble left: `teacher-2`, `teacher-2_metrics.jsonl`, ..."""
+        return sorted(self.run.glob("teacher-[0-9]*"))
 
     @property
     def student_init(self) -> Path:
@@ -91,15 +86,53 @@ def paths_of(config: Config) -> RunPaths:
     return RunPaths(run, cache, Path(config.evaluate.result_dir or run) / "results_eval.json")
 
 
+def teacher_name(number: int) -> str:
+    """Return the name of a teacher, counted from 1, in its run folder."""
+    return "teacher" if number == 1 else f"teacher-{number}"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One of the teachers of a run.
+
+    Attributes:
+        name: `teacher`, or `teacher-2`, ... for those beside the first: names its folder in the run, and its fine-tuning.
+        model: as the user named it.
+        source: folder or hub name of that model.
+        source_config: its configuration.
+        seed: of its fine-tuning.
+        run: the run folder.
+    """
+
+    name: str
+    model: str
+    source: str
+    source_config: PretrainedConfig
+    seed: int
+    run: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where it is once it is fine-tuned."""
+        return self.run / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run / f"{self.name}_checkpoints"
+
+    @property
+    def records(self) -> Path:
+        return self.run / f"{self.name}_metrics.jsonl"
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A run as its configuration, the DeepSpeed JSON, the teacher and the device decide it.
 
     Attributes:
         deepspeed: the DeepSpeed JSON's content.
-        source: folder or hub name of `teacher.model`.
-        source_config: its configuration.
-        tokenizer: the teacher's, which the student shares.
+        teachers: the first one is that whose hidden states and layers the student gets.
+        tokenizer: the teachers', which the student shares.
         class_order: label values in the order of a given teacher's outputs; None: the data decides.
         pairs: (student layer, teacher layer) of the patience term, from 1 (0: the embeddings); empty where it is off.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
@@ -111,8 +144,7 @@ class Resolved:
     paths: RunPaths
     deepspeed: dict[str, object]
     task: Task
-    source: str
-    source_config: PretrainedConfig
+    teachers: tuple[Teacher, ...]
     tokenizer: PreTrainedTokenizerBase
     class_order: tuple[str, ...] | None
     teacher_layers: int
@@ -122,6 +154,16 @@ class Resolved:
     kept_layers: tuple[int, ...]
     precision: str
     teacher_precision: str
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name of the first teacher's model, before fine-tuning."""
+        return self.teachers[0].source
+
+    @property
+    def source_config(self) -> PretrainedConfig:
+        """Configuration of that model."""
+        return self.teachers[0].source_config
 
     @property
     def needs_teacher(self) -> bool:
@@ -203,18 +245,20 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     trackers.require(config.trackers)
     deepspeed = load_deepspeed(config, config_file)
     task = tasks.resolve(config.task)
-    source = encoder.locate(config.teacher.model)
-    source_config = encoder.load_config(source)
-    tokenizer = encoder.load_tokenizer(source)
+    if task.regression and config.task.augment and config.task.augment.min_confidence:
+        raise UserError(
+            "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"
+        )
+    teachers = _teachers(config)
+    source_config, tokenizer = teachers[0].source_config, encoder.load_tokenizer(teachers[0].source)
     for split in ("train", "dev"):
         sources.require(config.task.data, split, task)
     sources.unlabeled_paths(config.task.unlabeled, task)
-    require_compatible(source_config, tokenizer, config.task.max_length, config.teacher.model, "teacher.model")
-    order = task.classes
-    if config.teacher.finetune is None:
-        encoder.require_classifier(source, config.teacher.model, "teacher.model")
-        class_mapping.require_outputs(task, source_config, config.teacher.model, "teacher.model")
-        order = class_mapping.class_order(task, source_config, "teacher.model")
+    for teacher in teachers[1:]:
+        if teacher.source != teachers[0].source:
+            own = encoder.load_tokenizer(teacher.source)
+            require_same_tokenizer((teachers[0].model, tokenizer), (teacher.model, own), "teacher.model")
+    order = _class_order(config, task, teachers, tokenizer)
     depth = encoder.num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
     pairs = layers.patience_pairs(config.distill, depth, student_depth)
@@ -223,8 +267,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         paths=paths_of(config),
         deepspeed=deepspeed,
         task=task,
-        source=source,
-        source_config=source_config,
+        teachers=teachers,
         tokenizer=tokenizer,
         class_order=order,
         teacher_layers=depth,
@@ -235,6 +278,46 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )
+
+
+def _teachers(config: Config) -> tuple[Teacher, ...]:
+    models, settings = config.teacher.models, config.teacher.finetune
+    seeds = (settings and settings.seeds) or [config.run.seed]
+    pairs = [(model, seed) for model in models for seed in seeds]
+    found = []
+    for number, (model, seed) in enumerate(pairs, start=1):
+        source = encoder.locate(model)
+        found.append(
+            Teacher(teacher_name(number), model, source, encoder.load_config(source), seed, Path(config.run.dir))
+        )
+    return tuple(found)
+
+
+def _class_order(
+    config: Config, task: Task, teachers: Sequence[Teacher], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...] | None:
+    """Check that the teachers can be used, and return the label values in the order of their outputs; None: the data decides."""
+    key, orders = "teacher.model", []
+    for teacher in teachers:
+        require_compatible(teacher.source_config, tokenizer, config.task.max_length, teacher.model, key)
+        if config.teacher.finetune is not None:
+            orders.append(task.classes)
+            continue
+        encoder.require_classifier(teacher.source, teacher.model, key)
+        class_mapping.require_outputs(task, teacher.source_config, teacher.model, key)
+        try:
+            orders.append(class_mapping.class_order(task, teacher.source_config, key))
+        except UserError as error:
+            raise UserError(f"{teacher.model}: {error.message}", error.setting) from None
+    for teacher, order in zip(teachers, orders, strict=True):
+        if order != orders[0]:
+            own, first = (", ".join(class_mapping.output_names(each.source_config)) for each in (teacher, teachers[0]))
+            raise UserError(
+                f"the outputs of {teacher.model} ({own}) are not those of {teachers[0].model} ({first}), in this order; "
+                f"several teachers must have the same classes; leave {teacher.model} out",
+                key,
+            )
+    return orders[0]
 
 
 def with_fingerprint(context: Context, fingerprint: str) -> Context:

@@ -17,6 +17,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256, write_json
 from pkd_dist.model import digests, vocabulary
+from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
 from pkd_dist.telemetry.log import log
@@ -68,6 +69,13 @@ def inputs(context: Context) -> Inputs:
     if task.class_names:
         settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
     found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
+    if task.augment:
+        settings["augment"] = task.augment.model_dump(
+            exclude={"neighbours", "min_confidence"}
+        )  # as earlier versions have it
+        found["task.augment.neighbours"] = task.augment.neighbours
+        if task.augment.neighbours:
+            found["teacher.model.weights"] = digests.weights_digest(run.source)
     return found | {
         **{f"task.data:{file}": digest for file, digest in files.items()},
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
@@ -84,18 +92,20 @@ def _prepare(context: Context) -> DataOutput:
     run, folder = context.resolved, context.resolved.paths.data
     task = run.config.task
     splits, summaries = prepare(
-        task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data")
-    )
+        task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data"),
+        lambda: read_word_embeddings(run.source),
+    )  # fmt: skip
     train = splits["train"]
     names = run.task.names_of(train.classes)
     if not run.finetunes:
-        class_mapping.require_outputs_for_split(
-            run.task, run.source_config, train, run.config.teacher.model, "teacher.model"
-        )
+        for teacher in run.teachers:
+            class_mapping.require_outputs_for_split(
+                run.task, teacher.source_config, train, teacher.model, "teacher.model"
+            )
         if run.class_order is None and names:
             log.warning(
                 "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
-                run.config.teacher.model, ", ".join(names),
+                " and ".join(run.config.teacher.models), ", ".join(names),
             )  # fmt: skip
     class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
     if len(train) < context.world.size:

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from pkd_dist.data.examples import is_labelled
+from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
+from pkd_dist.distillation.confidence import confident_rows
 from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
@@ -30,6 +35,7 @@ from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import trackers
+from pkd_dist.telemetry.log import log
 from pkd_dist.training.job import Job
 from pkd_dist.training.trainer import train
 
@@ -63,6 +69,7 @@ _TRAIN_KEYS = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_
 
 def inputs(context: Context) -> Inputs:
     run, config, data = context.resolved, context.resolved.config, context.output(DataOutput)
+    augment = config.task.augment
     return {
         **{f"distill.{key}": value for key, value in config.distill.model_dump().items()},
         **{f"train.{key}": value for key, value in config.train.model_dump(include=_TRAIN_KEYS).items()},
@@ -76,6 +83,7 @@ def inputs(context: Context) -> Inputs:
         "cache.fingerprint": needed_fingerprint(context).digest,
         "data.training": data.sets[training_set(context)].digest,
         "data.dev": data.sets["dev"].digest,
+        **({"task.augment.min_confidence": augment.min_confidence} if augment else {}),
     }
 
 
@@ -108,12 +116,13 @@ def training_job(context: Context) -> Job:
         config.distill.states == "tokens",
     )
     student_layers = tuple(student_layer for student_layer, _ in run.pairs)
+    reader = _open_cache(context) if run.cached else None
     return Job(
         name="distill",
         module=module,
         losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
-        teacher_outputs=_teacher_outputs(context),
-        train=open_training_tokens(context, training_set(context)),
+        teacher_outputs=cached_outputs(reader) if reader else _live_outputs(context),
+        train=_training_tokens(context, reader),
         dev=open_tokens(context, "dev"),
         task=scored_task(context),
         pad_id=run.tokenizer.pad_token_id,
@@ -136,12 +145,30 @@ def _own_shards(context: Context) -> Sequence[int]:
     return range(context.world.rank, len(manifest.shards) if manifest else 0, context.world.size)
 
 
-def _teacher_outputs(context: Context) -> AddTeacherOutputs | None:
-    run, fingerprint = context.resolved, needed_fingerprint(context)
-    shards = _own_shards(context)
-    if run.cached:
-        return cached_outputs(context.world.together(lambda: CacheReader(run.paths.cache, fingerprint, shards)))
-    return live_outputs(live_teacher(context, fingerprint.layers)) if run.needs_teacher else None
+def _open_cache(context: Context) -> CacheReader:
+    folder, fingerprint, shards = context.resolved.paths.cache, needed_fingerprint(context), _own_shards(context)
+    return context.world.together(lambda: CacheReader(folder, fingerprint, shards))
+
+
+def _live_outputs(context: Context) -> AddTeacherOutputs | None:
+    if not context.resolved.needs_teacher:
+        return None
+    return live_outputs(live_teacher(context, needed_fingerprint(context).layers))
+
+
+def _training_tokens(context: Context, reader: CacheReader | None) -> TokenSet:
+    """Open the training set, without the unlabeled texts that the teacher is not sure of; collective."""
+    augment, tokens = context.resolved.config.task.augment, open_training_tokens(context, training_set(context))
+    if reader is None or augment is None or not augment.min_confidence:
+        return tokens
+    minimum = augment.min_confidence
+    rows = context.world.on_main(lambda: confident_rows(tokens, reader, minimum))
+    unlabelled = len(tokens) - int(is_labelled(np.asarray(tokens.labels_N)).sum())
+    log.info(
+        "distill: %d of %d unlabeled texts are left out: no class has a probability of %g or more for the teacher "
+        "(task.augment.min_confidence)", len(tokens) - len(rows), unlabelled, minimum,
+    )  # fmt: skip
+    return tokens.subset(rows)
 
 
 def _require_cache_unaltered(context: Context) -> None:
@@ -149,10 +176,10 @@ def _require_cache_unaltered(context: Context) -> None:
     if not context.resolved.cached:
         return
     context.world.at("distill, checksums of the cache", loop=False)
-    folder, fingerprint, shards = context.resolved.paths.cache, needed_fingerprint(context), _own_shards(context)
     try:
-        context.world.together(lambda: CacheReader(folder, fingerprint, shards))
+        _open_cache(context)
     except UserError as problem:
+        folder = context.resolved.paths.cache
         raise SpoiledError(problem, f"the cache was altered during the training ({folder})") from None
 
 

@@ -20,7 +20,7 @@ from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, classes_of, open_tokens, positive_input, scored_task
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
-from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
+from pkd_dist.stages.teacher import TeacherOutput, teacher_folders
 from pkd_dist.telemetry.log import log
 
 
@@ -46,7 +46,7 @@ def inputs(context: Context) -> Inputs:
     run, data = context.resolved, context.output(DataOutput)
     return {
         "distill.weights": context.output(DistillOutput).weights,
-        "teacher.weights": context.output(TeacherOutput).weights,
+        "teacher.weights": context.output(TeacherOutput).all_weights,
         **{f"data.{split}": data.sets[split].digest for split in data.scored},
         "task.metric": run.task.metric,
         **positive_input(context),
@@ -56,9 +56,14 @@ def inputs(context: Context) -> Inputs:
 
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
-    models = {"teacher": encoder.load_model(teacher_folder(context)), "student": best_student(context)}
+    teacher, *others = map(encoder.load_model, teacher_folders(context))
+    models = {"teacher": teacher, "student": best_student(context)}
     run, task, classes = context.resolved, scored_task(context), classes_of(context)
-    compared = compare_models(models, splits, task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    compared = compare_models(
+        models, splits, task, run.config.evaluate, run.tokenizer.pad_token_id, context.world, others
+    )
+    if others:
+        log.info("evaluate: %s", _ensemble_line(compared.results))
     if classes:
         compared.results.update(class_facts(classes))
     context.world.on_main(lambda: _write(context, compared, splits))
@@ -69,6 +74,15 @@ def run(context: Context) -> EvaluateOutput:
     )
     republish(context, output)
     return output
+
+
+def _ensemble_line(results: Results) -> str:
+    ensemble = results["ensemble"]
+    mean, first = results["teacher"]["main_metric"], ensemble["first"]["dev"]["main_metric"]
+    return (
+        f"the teacher's answers are the mean of {ensemble['teachers']} teachers: main metric on dev {mean:.4f}, the first "
+        f"alone {first:.4f}; size and speed are the first's"
+    )
 
 
 def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) -> None:

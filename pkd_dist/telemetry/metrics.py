@@ -107,7 +107,7 @@ class RunMetrics:
         self._eval_metric = self._gauge(
             "pkd_eval_metric",
             "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
-            stage="`teacher`, `distill` or `evaluate`",
+            stage="`teacher`, `teacher-2`, ..., `distill` or `evaluate`",
             split="`dev`; after the evaluate stage also every other labeled split",
             metric=f"those of the task among {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
         )
@@ -171,7 +171,7 @@ class RunMetrics:
 
     def _training_gauge(self, name: str, text: str, **labels: str) -> Gauge:
         """Return a gauge of one training: labeled with its stage, and cleared when another one starts."""
-        gauge = self._gauge(name, text, stage="`teacher` or `distill`", **labels)
+        gauge = self._gauge(name, text, stage="`teacher`, `teacher-2`, ... or `distill`", **labels)
         self._of_training.append(gauge)
         return gauge
 

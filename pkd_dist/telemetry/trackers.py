@@ -190,14 +190,14 @@ class Trackers:
         """Open the trackers of a training.
 
         Args:
-            job: `teacher` or `distill`.
+            job: `teacher`, `teacher-2`, ... or `distill`.
             metrics_file: metrics.jsonl of the training.
             step: step from which it resumes; 0 at the start.
 
         Raises:
             UserError: see `WeightsAndBiases`.
         """
-        tensorboard, wandb = folders(self.run, "teacher_" if job == "teacher" else "")
+        tensorboard, wandb = folders(self.run, "" if job == "distill" else f"{job}_")
         trackers: list[Tracker] = []
         if self.settings.tensorboard:
             trackers.append(TensorBoard(tensorboard, metrics_file, step))

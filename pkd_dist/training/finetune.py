@@ -43,17 +43,19 @@ class TeacherJob:
 
     Attributes:
         base: folder or hub name of the model to start from.
+        seed: of the new head, the batches and the dropout.
         labels: fields of the model configuration about the classes (`num_labels`, `id2label`, ...).
         class_weights_C: see `hard_loss`.
         scale: of a regression's targets, which are standardized in `train`; the folder predicts in the user's unit.
         used_V: token ids that occur in `train` or `dev`.
         deepspeed: the DeepSpeed JSON.
-        output: the Hugging Face folder to write. Checkpoints and metrics are beside it.
+        output: the Hugging Face folder to write; its name is that of the job. Checkpoints and metrics are beside it.
         fingerprint: see `Job`.
     """
 
     config: Config
     base: str
+    seed: int
     tokenizer: PreTrainedTokenizerBase
     labels: dict[str, Any]
     task: Task
@@ -88,20 +90,20 @@ def training_job(teacher: TeacherJob) -> Job:
     """Return the training of a teacher, with its model loaded."""
     config, settings = teacher.config, teacher.config.teacher.finetune
     assert settings is not None
-    torch.manual_seed(config.run.seed)  # the new head is the same on every rank
+    torch.manual_seed(teacher.seed)  # the new head is the same on every rank
     trained_head = has_trained_head(load_config(teacher.base))
     model = load_model(teacher.base, new_head=True, dropout=settings.dropout, **teacher.labels)
     standardize(model, teacher.scale, trained_head)
     own = settings.model_dump(include={"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"})
     return Job(
-        name="teacher",
+        name=teacher.output.name,
         module=Encoder(model, used_V=teacher.used_V),
         losses=GoldLoss(teacher.class_weights_C),
         train=teacher.train,
         dev=teacher.dev,
         task=teacher.task,
         pad_id=teacher.tokenizer.pad_token_id,
-        seed=config.run.seed,
+        seed=teacher.seed,
         settings=config.train.model_copy(update=own),
         evaluate=config.evaluate.model_copy(update={"every_epochs": 1}),
         checkpoint=config.checkpoint,

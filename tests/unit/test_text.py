@@ -242,7 +242,7 @@ def test_an_invalid_last_line_is_found_before_anything_is_written(tmp_path, name
     put(tmp_path, "dev.tsv", "sentence\tlabel\nfine\t1\n")
     folder = tmp_path / "made"
     with pytest.raises(UserError, match=message):
-        prepare(TaskConfig(data=str(tmp_path)), SST2, None, None, folder, lambda: None)
+        prepare(TaskConfig(data=str(tmp_path)), SST2, None, None, folder, lambda: None, lambda: None)
     assert not folder.exists()
 
 
