@@ -24,7 +24,7 @@ from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.distributed.ranks import discover, first_of_node
+from pkd_dist.distributed.ranks import discover, first_of_node, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_denied, is_full
@@ -159,7 +159,8 @@ class _Process:
             error = LostRank(str(error)) if is_lost(error) else error
         if self.world is not None:
             return self.world.agree_on_end(error)
-        if first_of_node():  # the ranks have not met: the first rank of each node speaks where it fails
+        # The ranks have not met: the first rank of each node speaks where it fails.
+        if speaks_without_rank_0() if isinstance(error, LostRank) else first_of_node():
             return _explain(error)
         return None, getattr(error, "exit_status", 1)
 

@@ -102,6 +102,11 @@ def first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
     return all(environ.get(name, "0") == "0" for name in names)
 
 
+def speaks_without_rank_0(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this rank speaks for its node while rank 0 cannot be reached."""
+    return first_of_node(environ) or environ.get("RANK") == "1"
+
+
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name) or default
     try:
