@@ -30,6 +30,7 @@ from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_denied, is_full
 from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log, to_terminal
+from pkd_dist.telemetry.output import keep_going, open_missing
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
@@ -99,6 +100,9 @@ def launch(
             file=sys.stderr,
         )
         return UserError.exit_status
+    open_missing()
+    if not dry_run:
+        keep_going()
     _keep_freed_blocks()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
     process = _Process(StopSignals().install())
@@ -109,11 +113,11 @@ def launch(
         config = load(config_file, overrides)
         load_deepspeed(config, config_file)  # checked here, before torch is imported
         gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
+        world_type = _import_world()
         from pkd_dist import pipeline
-        from pkd_dist.distributed.world import World
 
         gc.enable()
-        process.world = world = World(ranks, config.run.timeout_seconds, process.signals)
+        process.world = world = world_type(ranks, config.run.timeout_seconds, process.signals)
         if dry_run:
             plan = pipeline.plan(config, config_file, world, names, fresh)
             if world.main:
@@ -136,6 +140,20 @@ def _keep_freed_blocks() -> None:
     except ModuleNotFoundError:  # without kernels/ everything works, only slower
         return
     keep_freed_blocks()
+
+
+def _import_world() -> type[World]:
+    """Import torch, and what the ranks meet with. Raises UserError where torch rejects its environment."""
+    try:
+        from pkd_dist.distributed.world import World
+    except ImportError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"PyTorch cannot be loaded: {first}; correct or unset its variable in the environment"
+        ) from error
+    return World
 
 
 def _print_plan(config: Config, plan: Sequence[str]) -> None:
@@ -173,8 +191,14 @@ class _Process:
 def leave(status: int) -> NoReturn:
     """End the process at once: at an ordinary exit gloo's threads now and then abort it, and the status is lost."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"pkd: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        status = status or UserError.exit_status
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -22,6 +22,7 @@ from pkd_dist.cli.launch import leave
 from pkd_dist.cli.run_commands import stage_command
 from pkd_dist.cli.usage import Group
 from pkd_dist.errors import UserError
+from pkd_dist.telemetry.output import open_missing
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": data_commands.prepare,
@@ -94,6 +95,7 @@ app = make_app()
 
 def main() -> None:
     """Run `pkd`."""
+    open_missing()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app(prog_name="pkd")
