@@ -252,7 +252,7 @@ def _of_the_system(error: Exception) -> Exception:
     if hasattr(error, "exit_status"):
         return error
     if is_full(error):
-        where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
+        where = f"{name}: no space left on the disk" if name else f"no space left on a disk or for the output ({error})"
         told = UserError(f"{where}; free some and rerun the same command")
     elif is_denied(error):
         where = f"{name}: may not be read or written" if name else "a file may not be read or written"
