@@ -28,6 +28,7 @@ from pkd_dist.distributed.ranks import Ranks, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals, name_of
 from pkd_dist.distributed.watchdog import LATE_SECONDS, Watchdog, first_remote_rank
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.limits import cores
 from pkd_dist.network import own_address_towards
 from pkd_dist.telemetry.log import log, log_file
 
@@ -71,7 +72,7 @@ class World:
         if self._watchdog:
             self._watchdog.hosts = self._hosts
         if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // places.count(places[self.rank])))
+            torch.set_num_threads(max(1, cores() // places.count(places[self.rank])))
 
     def _meet(self, timeout_seconds: float) -> list[tuple[str, tuple[int, ...]]]:
         """Connect the ranks, start the watchdog if there are others, and return each rank's host and cores."""

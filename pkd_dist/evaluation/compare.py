@@ -5,7 +5,6 @@ models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> sp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from pkd_dist.evaluation.metrics import agreement, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
+from pkd_dist.limits import cores
 from pkd_dist.model.encoder import parameter_count
 from pkd_dist.telemetry.progress import Bar
 
@@ -72,8 +72,7 @@ def compare_models(
     def measure() -> dict[str, Timing]:
         forwards = {name: forward_of(model) for name, model in models.items()}
         inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
-        all_cores = len(os.sched_getaffinity(0))  # the other ranks are waiting
-        with timing_threads(all_cores), torch.inference_mode():
+        with timing_threads(cores()), torch.inference_mode():  # the other ranks are waiting
             return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
 
     timings = world.on_main(measure)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from pkd_dist.errors import UserError
+from pkd_dist.limits import cores
 
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-fp16": "onnx/model.fp16.onnx", "onnx-int8": "onnx/model.int8.onnx"}
 """Where an export holds the graph of each format."""
@@ -32,7 +32,7 @@ class OnnxModel:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or cores()
         options.inter_op_num_threads = 1
         # Idle threads must not spin between calls: the cores are needed elsewhere, and calls are as fast without.
         options.add_session_config_entry("session.force_spinning_stop", "1")

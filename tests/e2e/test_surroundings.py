@@ -136,3 +136,23 @@ def test_two_runs_one_after_another_in_one_process(calm, config, tmp_path):
     assert done.returncode == 0 and done.stdout.count("report: done") == 2, done.stderr
     for run in folders:
         assert_same(run, calm)
+
+
+def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
+    settings["train"]["epochs"] = 500
+    argv = ["compare", "--config", write_config(settings, tmp_path), "--methods", "finetune", "--seeds", "1"]
+    files = tmp_path / "output", tmp_path / "error"
+    program = ROOT / "pkd_dist/cli/__main__.py"
+    job = forked.Process(program, [*argv, "--output", tmp_path / "out"], ROOT, environment(), *files)
+    try:
+        while not arrived(tmp_path / "out/finetune/seed-1", "metrics.jsonl:3"):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.01)
+        job.send_signal(signal.SIGHUP)
+        _, said = job.communicate(60)
+    finally:
+        job.kill()
+    assert job.returncode == 75
+    assert said == "pkd: compare: stopped; finished runs are kept, rerun the same command to resume\n"
+    log = (tmp_path / "out/finetune/seed-1/log.txt").read_text()
+    assert "distill: stopped by SIGTERM; a checkpoint of step " in log
