@@ -194,12 +194,19 @@ def leave(status: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            print(f"pkd: standard output cannot be written ({error.strerror})", file=sys.stderr)
-        status = status or UserError.exit_status
+        status = status or unprinted(error)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(status)
+
+
+def unprinted(error: OSError) -> int:
+    """Say why standard output cannot be written, unless its reader has seen enough (`| head`); return the exit status."""
+    if isinstance(error, BrokenPipeError):
+        return 0
+    with contextlib.suppress(OSError):
+        print(f"pkd: standard output cannot be written ({error.strerror})", file=sys.stderr)
+    return UserError.exit_status
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:

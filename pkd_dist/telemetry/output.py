@@ -25,6 +25,13 @@ def open_missing() -> None:
             setattr(sys, name, stream)
 
 
+def drop(number: int) -> None:
+    """Drop what is written to a file descriptor from now on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
 def keep_going() -> None:
     """Let the process continue without messages once standard output or error cannot be written."""
     for name in ("stdout", "stderr"):
@@ -47,9 +54,7 @@ class _Messages(io.FileIO):
                 select.select([], [self], [])
             return written
         except OSError as error:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
+            drop(self.fileno())
             name = "error" if self.fileno() == 2 else "output"
             log.debug("standard %s cannot be written (%s); the rest of it is dropped", name, error.strerror)
             return memoryview(data).nbytes

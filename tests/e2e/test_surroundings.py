@@ -1,6 +1,9 @@
 """Whatever surrounds a run - closed output, small limits, variables left by other software - it ends with the same bytes."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import forked
@@ -156,3 +159,21 @@ def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
     assert said == "pkd: compare: stopped; finished runs are kept, rerun the same command to resume\n"
     log = (tmp_path / "out/finetune/seed-1/log.txt").read_text()
     assert "distill: stopped by SIGTERM; a checkpoint of step " in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way", "status", "said"),
+    [
+        ("config reference", "full", 2, "pkd: standard output cannot be written (No space left on device)\n"),
+        ("--help", "full", 2, "pkd: standard output cannot be written (No space left on device)\n"),
+        ("prepare --task sst2 --data data/movie-reviews", "nobody reads", 0, ""),
+        ("prepare --task sst2 --data data/movie-reviews", "closed", 0, ""),
+    ],
+)
+def test_a_command_whose_output_cannot_be_written(arguments, way, status, said):
+    argv = [sys.executable, "-m", "pkd_dist.cli", *arguments.split()]
+    before = OUTPUTS[way].partition("\nsys.")[0].replace("(1, 2)", "(1,)").replace("range(3)", "range(2)")
+    done = subprocess.run(
+        argv, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: exec(before, {"os": os})
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, said)
