@@ -193,6 +193,11 @@ def predict(
         )
         given = inputs.read(texts or (), file, text or (), pair, known)
         predictor = Predictor(model, max_length or trained.get("max_length"))
+        if predictor.regression_by_default and not trained:
+            print(
+                f"pkd: --model: {model} has one output and no problem_type in its config.json; it is taken for a regression",
+                file=sys.stderr,
+            )
         typed = not texts and file == "-" and sys.stdin.isatty()
         for answer in predictor(given, 1 if typed else batch_size):
             print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)

@@ -81,7 +81,7 @@ in batches of {{ config.evaluate.batch_size }}.{{ " Passes over the same batches
 {% endfor %}
 
 {% if onnx %}
-ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators. Inputs are the tokenizer's outputs (int64, any batch size and
+ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators (oldest version tried: 1.18.1). Inputs are the tokenizer's outputs (int64, any batch size and
 length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ "." if quantization }}
 
 {% endif %}

@@ -235,6 +235,14 @@ class Markers:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise _DamagedMarkerError(path) from None
 
+    def done(self, name: str) -> bool:
+        """Return whether a stage's marker says that it is done; a damaged one does not."""
+        try:
+            marker = self.read(name)
+        except _DamagedMarkerError:
+            return False
+        return marker is not None and marker.done
+
     def upgrade(self) -> None:
         """Rewrite the markers of earlier versions in today's format, with a checksum of what they hold now."""
         upgraded = []

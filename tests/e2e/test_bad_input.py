@@ -12,10 +12,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import launch, sentences, started, write_config, write_tsv
 
 from pkd_dist.stages.base import Markers
 from pkd_dist.stages.translation import translate
+from pkd_dist.training.engine import cpu_has_float16
 
 HEADER = "sentence\tlabel\n"
 GOOD_DEV = HEADER + "a good film\t1\na dull plot\t0\n"
@@ -116,6 +118,18 @@ CONFIGURATION = {
         r"teacher\.model: .* is not fine-tuned .*teacher\.finetune",
     ),
 }
+
+
+@pytest.mark.skipif(cpu_has_float16() or torch.cuda.is_available(), reason="this device trains in float16")
+def test_fp16_on_a_cpu_is_refused_by_the_run_and_its_dry_run(settings, tmp_path):
+    settings["train"]["deepspeed"] = "ds_configs/zero1_fp16.json"
+    config = write_config(settings, tmp_path)
+    line = refused("--config", config)
+    assert line.startswith("pkd: train.deepspeed: fp16 is enabled in the DeepSpeed JSON, but this CPU"), line
+    assert refused("--config", config, "--dry-run") == line and not (tmp_path / "run").exists()
+    assert refused("--config", config, bare=2) == line
+    assert launch("--config", config, "--stages", "data").returncode == 0, "which trains nothing"
+    assert refused("--config", config, "--dry-run") == line
 
 
 @pytest.mark.parametrize("case", CONFIGURATION)
