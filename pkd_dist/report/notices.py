@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkd_dist.evaluation.metrics import wilson_interval
+from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration, percent
