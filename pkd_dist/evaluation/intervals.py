@@ -58,9 +58,7 @@ def resampled_scores(labels_N: np.ndarray, logits: Mapping[str, np.ndarray], tas
     return {name: np.concatenate(scores) for name, scores in found.items()}
 
 
-def _cells(
-    labels_N: np.ndarray, logits: Mapping[str, np.ndarray], task: Task
-) -> tuple[list[np.ndarray], np.ndarray]:
+def _cells(labels_N: np.ndarray, logits: Mapping[str, np.ndarray], task: Task) -> tuple[list[np.ndarray], np.ndarray]:
     """Return (labels, answers of each model) of each cell, and the number of examples in it."""
     if task.regression:
         values = [labels_N.astype(np.float64), *(logits_NC[:, 0].astype(np.float64) for logits_NC in logits.values())]

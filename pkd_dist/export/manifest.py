@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.results import Speed
+from pkd_dist.evaluation import deployment
+from pkd_dist.evaluation.deployment import Deployment, ModelRow
+from pkd_dist.evaluation.results import Results, Speed
+from pkd_dist.export.runtime import TITLES, WEIGHTS_FILE, to_deploy
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
+from pkd_dist.metric_names import MAIN_METRIC
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -55,14 +60,15 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
-class _TimedTeacher(TypedDict, total=False):
+class _BesideTeacher(TypedDict, total=False):
     teacher: Speed
+    deployment: dict[str, Any]
 
 
-class ExportFigures(_TimedTeacher):
+class ExportFigures(_BesideTeacher):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
-    `teacher` is its speed, measured in turn with the files.
+    `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`.
     """
 
     formats: list[str]
@@ -87,6 +93,7 @@ class Manifest(TypedDict, total=False):
     files_on_dev: dict[str, FileFigures]
     measured_on: MeasuredOn
     teacher: Speed
+    deployment: dict[str, Any]
     max_length: int
     pair: bool
     text_columns: list[str]
@@ -116,6 +123,53 @@ def of_task(task: Task, max_length: int) -> Manifest:
         "pair": len(task.text) > 1,
         "text_columns": list(task.text),
     }
+
+
+def deployment_of(content: Manifest | ExportFigures, results: Results, metric: str) -> Deployment:
+    """Return the table of the files beside the teacher.
+
+    Exports of earlier versions hold figures on dev alone, without intervals of the files or their agreement with the
+    teacher, and some without the teacher's speed in the same session: their table leaves these out.
+
+    Args:
+        metric: Key of the main metric in `METRICS`.
+    """
+    if "deployment" in content:
+        return TypeAdapter(Deployment).validate_python(content["deployment"])
+    names = [name for name in TITLES if name in content["files_on_dev"]]
+    rows = [_teacher_on_dev(content, results, metric)]
+    for name in names:
+        rows.append(_file_on_dev(name, content["files_on_dev"][name], results, rows[0]))
+    measured_on = content["measured_on"]
+    return Deployment(
+        metric, (results["split"],), results["n"], tuple(rows), to_deploy(names), None, measured_on["processor"]
+    )
+
+
+def _teacher_on_dev(content: Manifest | ExportFigures, results: Results, metric: str) -> ModelRow:
+    side = results["teacher"]
+    told = MAIN_METRIC not in side.get("undefined", ())
+    low_high = side.get("accuracy_interval_95") if metric == "accuracy" else None
+    return ModelRow(
+        deployment.TEACHER, deployment.TEACHER_TITLE, side["parameters"], round(side["modelSize"] * 1e6),
+        side["main_metric"] if told else None, (low_high[0], low_high[1]) if low_high else None, None, None, None,
+        content.get("teacher"),
+    )  # fmt: skip
+
+
+def _file_on_dev(name: str, file: FileFigures, results: Results, teacher: ModelRow) -> ModelRow:
+    told = MAIN_METRIC not in results["student"].get("undefined", ())
+    score = file["main_metric"] if told else None
+    kept = score / teacher.score if score is not None and teacher.score is not None and teacher.score > 0 else None
+    agreement = results["compression"]["agreement"] if name == WEIGHTS_FILE else None
+    speed: Speed = {
+        "latency_ms_p50": file["latency_ms_p50"], "latency_ms_p99": file["latency_ms_p99"],
+        "samples_per_second": file["reasoningTime"], "reasoningTime": file["reasoningTime"],
+        "spread": file.get("spread", 0.0), "threads": file.get("threads", 1),
+    }  # fmt: skip
+    return ModelRow(
+        name, TITLES[name], results["student"]["parameters"], file["bytes"], score, None, agreement, kept, None, speed
+    )
 
 
 def find(folder: str) -> Manifest:
