@@ -183,15 +183,15 @@ class Deployment:
     def _on_scores(self) -> Iterator[str]:
         scores = f"Scores: {METRICS[self.metric]} on {self.examples:,} examples ({self.on})"
         if any(row.score_interval_95 for row in self.rows):
-            scores += f" with the 95% interval of {'Wilson' if self.metric == 'accuracy' else 'the bootstrap'}"
+            scores += f" with {'Wilson' if self.metric == 'accuracy' else 'the bootstrap'}'s 95% interval"
         if self.best.kept_interval_95:
-            scores += ", what is kept with that of the paired bootstrap"
+            scores += "; the interval of the share that is kept is the paired bootstrap's"
         yield scores + "."
         if self.metric == "pearson_spearman":
             yield "Agreement: correlation with the teacher's predictions."
         else:
             yield "Agreement: share of these examples on which the class is the teacher's."
-        yield "MB: 10^6 bytes on disk, of the teacher its weights in float32."
+        yield "MB: 10^6 bytes on disk; of the teacher, its weights in float32."
 
     def _on_speed(self) -> Iterator[str]:
         if not any(row.speed for row in self.rows):

@@ -16,7 +16,7 @@ from pkd_dist.evaluation.deployment import TEACHER, Deployment, ModelRow
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.charts.drawing import COLORS, Plot, plot
 
-_AXES_WIDTH, _AXES_HEIGHT = 2.9, 1.7
+_AXES_WIDTH, _AXES_HEIGHT = 2.4, 1.7
 """Of the axes in inches, at least."""
 _LETTER, _LINE = 0.075, 0.16
 """Width of a letter, at most, and height of a line of a flag in inches."""
@@ -76,7 +76,8 @@ def _tradeoff(table: Deployment, name: str, unit: str, costs: Sequence[tuple[Mod
 
 
 def _flag(row: ModelRow, cost: float) -> str:
-    return f"{row.title.removeprefix('student, ')} {cost:.3g}"
+    name = "teacher" if row.file == TEACHER else row.title.removeprefix("student, ")
+    return f"{name} {cost:.3g}"
 
 
 def raised(x_F: np.ndarray, widths: Sequence[float]) -> list[int]:
