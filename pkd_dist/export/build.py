@@ -29,7 +29,7 @@ from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timing_threads
 from pkd_dist.export import hf, independence, int8, manifest, onnx, triton
-from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
+from pkd_dist.export.manifest import ExportFigures, ExportManifest, FileFigures
 from pkd_dist.export.runtime import ONNX_FILES, TITLES, TORCH_FILE, WEIGHTS_FILE, OnnxModel, to_deploy
 from pkd_dist.files import folder_written_atomically, require_space, write_atomically
 from pkd_dist.metric_names import MAIN_METRIC
@@ -335,7 +335,7 @@ def export(
     render_card: Callable[[ExportFigures], str],
     about: Mapping[str, object],
     check: Callable[[], None] = lambda: None,
-) -> Manifest:
+) -> ExportManifest:
     """Write an export atomically, after every file was verified on all of dev.
 
     Args:

@@ -77,7 +77,7 @@ class ExportFigures(_BesideTeacher):
     measured_on: MeasuredOn
 
 
-class Manifest(TypedDict, total=False):
+class ExportManifest(TypedDict, total=False):
     """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures.
 
     `max_length` is the number of tokens at which training truncated, `pair` says whether an example is two texts, and
@@ -103,7 +103,7 @@ class Manifest(TypedDict, total=False):
     digest: str
 
 
-def write(folder: Path, about: Mapping[str, object]) -> Manifest:
+def write(folder: Path, about: Mapping[str, object]) -> ExportManifest:
     """Write and return the manifest of all files in a folder.
 
     Args:
@@ -112,10 +112,10 @@ def write(folder: Path, about: Mapping[str, object]) -> Manifest:
     content: dict[str, object] = {"format_version": FORMAT_VERSION, **about, "files": file_digests(folder)}
     content["digest"] = digest_of(content)
     write_json(folder / MANIFEST, content)
-    return cast(Manifest, content)
+    return cast(ExportManifest, content)
 
 
-def of_task(task: Task, max_length: int) -> Manifest:
+def of_task(task: Task, max_length: int) -> ExportManifest:
     """Return the entries that say what a model was trained to read."""
     return {
         "task": task.name,
@@ -125,7 +125,7 @@ def of_task(task: Task, max_length: int) -> Manifest:
     }
 
 
-def deployment_of(content: Manifest | ExportFigures, results: Results, metric: str) -> Deployment:
+def deployment_of(content: ExportManifest | ExportFigures, results: Results, metric: str) -> Deployment:
     """Return the table of the files beside the teacher.
 
     Exports of earlier versions hold figures on dev alone, without intervals of the files or their agreement with the
@@ -146,7 +146,7 @@ def deployment_of(content: Manifest | ExportFigures, results: Results, metric: s
     )
 
 
-def _teacher_on_dev(content: Manifest | ExportFigures, results: Results, metric: str) -> ModelRow:
+def _teacher_on_dev(content: ExportManifest | ExportFigures, results: Results, metric: str) -> ModelRow:
     side = results["teacher"]
     told = MAIN_METRIC not in side.get("undefined", ())
     low_high = side.get("accuracy_interval_95") if metric == "accuracy" else None
@@ -172,7 +172,7 @@ def _file_on_dev(name: str, file: FileFigures, results: Results, teacher: ModelR
     )
 
 
-def find(folder: str) -> Manifest:
+def find(folder: str) -> ExportManifest:
     """Return the manifest of a model folder; an empty one if the folder is no export.
 
     Raises:
@@ -182,7 +182,7 @@ def find(folder: str) -> Manifest:
     return read(path.parent) if path.is_file() else {}
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path) -> ExportManifest:
     """Return the manifest of an export after checking that it holds exactly the files that were written.
 
     Raises:
@@ -201,7 +201,7 @@ def verify(folder: Path) -> Manifest:
     return content
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path) -> ExportManifest:
     """Return the manifest of an export without looking at its files.
 
     Raises:
@@ -225,7 +225,7 @@ def read(folder: Path) -> Manifest:
     digest = content.pop("digest", None)
     if digest != digest_of(content):
         raise UserError(f"{folder / MANIFEST}: was altered{_REMEDY}")
-    return cast(Manifest, content)
+    return cast(ExportManifest, content)
 
 
 def _all_files(folder: Path) -> list[str]:

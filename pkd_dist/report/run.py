@@ -39,7 +39,7 @@ class StageTime:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EpochScore:
     """Evaluation on dev at the end of an epoch, counted from 1."""
 
     epoch: int
@@ -152,14 +152,14 @@ class Distillation:
 
     best_epoch: int
     best_metric: float
-    history: tuple[Evaluation, ...]
+    history: tuple[EpochScore, ...]
     steps: int
     samples: int
     tokens: int
     evaluation_seconds: float
 
     @property
-    def best(self) -> Evaluation:
+    def best(self) -> EpochScore:
         return next(evaluation for evaluation in self.history if evaluation.epoch == self.best_epoch)
 
 
@@ -187,7 +187,7 @@ class Run:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     data: Mapping[str, TokenSetSummary]
-    teacher_history: tuple[Evaluation, ...]
+    teacher_history: tuple[EpochScore, ...]
     initialized_from: str
     distillation: Distillation
     steps: Steps

@@ -172,8 +172,8 @@ def view(
     )
 
 
-def _history(entries: Iterable[EpochScores]) -> tuple[shown.Evaluation, ...]:
-    return tuple(shown.Evaluation(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
+def _history(entries: Iterable[EpochScores]) -> tuple[shown.EpochScore, ...]:
+    return tuple(shown.EpochScore(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
 
 
 def _distillation(output: DistillOutput, evaluations: Iterable[Record]) -> shown.Distillation:
