@@ -279,4 +279,4 @@ def closing_table(table: Deployment, export: Path, report: Path) -> str:
     lines.insert(1, "-" * len(lines[0]))
     first = f"deploy {export / table.deploy}: {table.headline()}"
     note = textwrap.wrap(table.note(), max(_WIDTH, len(lines[0])))
-    return "\n".join([first, "", *lines, *note, "", f"export: {export}", f"report: {report}"])
+    return "\n".join([first, "", *lines, "", *note, "", f"export: {export}", f"report: {report}"])
