@@ -186,11 +186,8 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
         )
         try:
             yield Telemetry(metrics, world.main, also), publisher
-        except Preempted:
-            metrics.preemptions.inc()
-            raise
-        except DivergedError:
-            metrics.nonfinite.inc()
+        except (Preempted, DivergedError) as end:
+            (metrics.preemptions if isinstance(end, Preempted) else metrics.nonfinite).inc()
             raise
 
 

@@ -17,7 +17,7 @@ from pkd_dist.config.task import Task
 from pkd_dist.data import tasks, text, tokens
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import build
-from pkd_dist.export.manifest import Manifest
+from pkd_dist.export.manifest import ExportManifest
 from pkd_dist.model import encoder
 
 
@@ -88,5 +88,5 @@ def pair_subject(folder: Path) -> build.Subject:
     )  # fmt: skip
 
 
-def export(made: build.Subject, output: Path, *formats: str) -> Manifest:
+def export(made: build.Subject, output: Path, *formats: str) -> ExportManifest:
     return build.export(made, ["safetensors", *formats], output, json.dumps, {"task": "sst2"})

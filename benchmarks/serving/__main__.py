@@ -19,7 +19,8 @@ from benchmarks.serving.load import load, server
 from benchmarks.serving.measure import accuracies, measure
 from benchmarks.watch import cores
 from pkd_dist.data.tokens import open_tokens
-from pkd_dist.evaluation.metrics import agreement, wilson_interval
+from pkd_dist.evaluation.intervals import wilson_interval
+from pkd_dist.evaluation.metrics import agreement
 from pkd_dist.evaluation.speed import machine
 from pkd_dist.export import independence, manifest
 from pkd_dist.export.runtime import ONNX_FILES

@@ -32,7 +32,7 @@ Logits = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ModelComparison:
     """Teacher against student; alike on every rank.
 
     Attributes:
@@ -58,7 +58,7 @@ def compare_models(
     settings: Evaluate,
     pad_id: int,
     world: World,
-) -> Evaluation:
+) -> ModelComparison:
     """Score and time teacher and student in float32. Collective.
 
     Args:
@@ -80,7 +80,7 @@ def compare_models(
         name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
     }
     others = {split: found for split, found in scores.items() if split != "dev"}
-    return Evaluation(combine(task.name, scores["dev"], figures, others), timings, logits)
+    return ModelComparison(combine(task.name, scores["dev"], figures, others), timings, logits)
 
 
 def _logits(

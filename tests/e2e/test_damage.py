@@ -94,7 +94,10 @@ def test_altered_records_are_named_and_missing_in_the_report(copy, way):
     (run / "report.html").unlink()
     done = launch(*arguments)
     assert done.returncode == 0 and not done.stderr.count("Traceback"), done.stderr
-    assert re.search(r"metrics\.jsonl (was altered|is missing); it cannot be made again", done.stdout + done.stderr)
+    named = re.findall(
+        r"metrics\.jsonl: lacks (\d+) of the (\d+) evaluations .* cannot be made again", done.stdout + done.stderr
+    )
+    assert len(named) == 1 and named[0][0] == named[0][1]
     assert "metrics.jsonl has 0 of 39 records of steps" in (run / "report.html").read_text()
     assert (run / "previous/1/metrics.jsonl").exists() == (way != "delete")
 

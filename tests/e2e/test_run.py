@@ -68,13 +68,24 @@ def test_what_a_run_leaves_behind(finished):
     assert made["measured_on"]["threads"] == made["teacher"]["threads"] == 1
     assert made["text_columns"] == ["sentence"] and made["max_length"] == 32
     ending = done.stdout[done.stdout.index("deploy ") :]
-    file, rate = run / "export/onnx/model.int8.onnx", made["files_on_dev"]["onnx/model.int8.onnx"]["samples_per_second"]
-    assert ending.startswith(f"deploy {file}: accuracy ") and f", {rate:,.0f} sentences per second (" in ending
-    assert "latency at batch 1, p50, ms, 1 thread " in ending
+    rows = {row["file"]: row for row in made["deployment"]["rows"]}
+    assert list(rows) == ["teacher", "model.safetensors", "onnx/model.onnx", "onnx/model.int8.onnx"]
+    assert made["deployment"]["splits"] == ["dev"] and made["deployment"]["deploy"] == "onnx/model.int8.onnx"
+    assert rows["teacher"]["score"] == found["teacher"]["accuracy"]
+    assert rows["model.safetensors"]["score"] == found["accuracy"]
+    assert rows["model.safetensors"]["agreement"] == found["compression"]["agreement"]
+    for name, file in made["files_on_dev"].items():
+        assert rows[name]["score"] == file["main_metric"] and rows[name]["speed"]["threads"] == 1
+        assert rows[name]["speed"]["samples_per_second"] == file["samples_per_second"]
+    first = ending.splitlines()[0]
+    assert first.startswith(f"deploy {run / 'export/onnx/model.int8.onnx'}: ") and first.endswith("accuracy (dev)")
+    assert "on 1 thread of " in ending.replace("\n", " ")
     said = ending[ending.index("worth a look:\n") :].splitlines()[1:]
     assert any("41 dev examples determine the accuracy only to within" in line for line in said)
     page = html.unescape((run / "report.html").read_text())
     assert all(line.startswith("- ") and line[2:] in page for line in said)
+    headline = first.partition(": ")[2]
+    assert f"{headline}.</p>" in page and f"the file to deploy: {headline}." in (run / "export/README.md").read_text()
     assert found["compression"].keys() == {"parameters", "size", "throughput", "retention", "agreement"}
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["resolved"]["world_size"] == 2
@@ -91,7 +102,7 @@ def test_what_a_run_leaves_behind(finished):
     }
     assert {p.name for p in (run / "export/onnx").iterdir()} == {"model.onnx", "model.int8.onnx"}
     card = (run / "export/README.md").read_text()
-    assert "| `onnx/model.int8.onnx` |" in card and "one core of" in card and "\n\n`manifest.json`" in card
+    assert "| `onnx/model.int8.onnx` |" in card and "| student, ONNX int8 |" in card and "\n\n`manifest.json`" in card
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
     os.umask(umask := os.umask(0o022))
     modes = {str(path): path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
 from pkd_dist.config.load import load
+from pkd_dist.data import tokens
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.scoring import predict_logits_single
+from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import build, independence, int8, manifest, onnx
 from pkd_dist.export.runtime import OnnxModel
 from pkd_dist.files import digest_of, sha256
@@ -152,6 +154,46 @@ def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
     file = found["files_on_dev"]["onnx/model.int8.onnx"]
     assert set(file["tried"]) == set(int8.QUANTIZATIONS)
     assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
+
+
+def test_the_files_are_set_beside_the_teacher_on_dev_and_test(tmp_path):
+    """PyTorch's answers to test are those of the evaluation, unless the student has changed since."""
+    made = subject(tmp_path)
+    teacher, test = subject(tmp_path / "teacher", num_hidden_layers=3).student, tokens.open_tokens(tmp_path / "train")
+    sets = {"dev": made.dev, "test": test}
+    answers = {}
+    with torch.inference_mode():
+        for split, of in sets.items():
+            sides = {
+                side: predict_logits_single(forward_of(model), of, 16, made.pad_id)
+                for side, model in (("teacher", teacher), ("student", made.student))
+            }
+            answers[split] = Predictions(of.ids_N, np.asarray(of.labels_N), sides)
+    labels_N = np.concatenate([np.asarray(of.labels_N) for of in sets.values()])
+    wanted = {
+        side: float((np.concatenate([answers[split].predicted[side] for split in sets]) == labels_N).mean())
+        for side in ("teacher", "student")
+    }
+    right_N = answers["test"].predicted["student"] == answers["test"].labels_N
+    answers["test"].logits["student"][:] *= -1  # none of the files gives these answers
+    found = export(replace(made, reference=build.Reference(teacher, test, answers)), tmp_path / "export", "onnx")
+    rows = {row["file"]: row for row in found["deployment"]["rows"]}
+    assert list(rows) == ["teacher", "model.safetensors", "onnx/model.onnx"]
+    assert found["deployment"]["splits"] == ("dev", "test") and found["deployment"]["examples"] == len(labels_N)
+    assert found["deployment"]["deploy"] == "onnx/model.onnx"
+    assert rows["teacher"]["score"] == pytest.approx(wanted["teacher"]) and rows["teacher"]["parameters"] > 0
+    assert rows["onnx/model.onnx"]["score"] == pytest.approx(wanted["student"])
+    assert rows["onnx/model.onnx"]["bytes"] == (tmp_path / "export/onnx/model.onnx").stat().st_size
+    assert rows["onnx/model.onnx"]["speed"] == {
+        key: found["files_on_dev"]["onnx/model.onnx"][key] for key in rows["teacher"]["speed"]
+    }
+    reused = wanted["student"] + ((~right_N).sum() - right_N.sum()) / len(labels_N)
+    assert rows["model.safetensors"]["score"] == pytest.approx(reused)
+    answers["dev"].logits["student"][:] *= -1
+    found = export(replace(made, reference=build.Reference(teacher, test, answers)), tmp_path / "changed")
+    assert found["deployment"]["rows"][1]["score"] == pytest.approx(wanted["student"])
+    assert found["deployment"]["deploy"] == "model.safetensors"
+    assert manifest.verify(tmp_path / "changed")["deployment"]["deploy"] == "model.safetensors"
 
 
 def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
