@@ -25,7 +25,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _FROM = multiprocessing.get_context("forkserver")
 _FROM.set_forkserver_preload(
     ["torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",
-     "scipy.stats", "pkd_dist.cli.launch", "pkd_dist.pipeline"]
+     "scipy.stats", "pkd_dist.cli.main", "pkd_dist.pipeline", "pkd_dist.training.deepspeed_engine"]
 )  # fmt: skip
 _GRACE = 20.0
 """Seconds that the other processes have once one has ended with a status other than 0."""

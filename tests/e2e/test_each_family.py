@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment, launch, results, write_config
+from conftest import launch, pkd, results, write_config
 from families import FAMILIES, make_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -85,19 +83,7 @@ def test_a_model_that_does_not_fit_the_split_is_refused_in_the_words_of_the_comm
 
 def test_pkd_evaluates_a_model_that_takes_no_types(data, tmp_path):
     model = make_folder(tmp_path / "model", "modernbert", classifier=True, names=("negative", "positive"))
-    argv = [
-        sys.executable,
-        "-m",
-        "pkd_dist.cli",
-        "evaluate",
-        "--model",
-        model,
-        "--data",
-        str(data),
-        "--max-length",
-        "32",
-    ]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("evaluate", "--model", model, "--data", data, "--max-length", 32)
     assert done.returncode == 0 and json.loads(done.stdout)["n"] == 41, done.stderr
 
 

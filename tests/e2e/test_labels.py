@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, launch, losses, results, sentences, write_config
+from conftest import launch, losses, pkd, results, sentences, write_config
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -41,13 +39,6 @@ def given_teacher(body, folder, texts, classes, names):
         model.classifier.bias.copy_(fitted[-1])
     save_model(model, tokenizer, folder)
     return str(folder)
-
-
-def pkd(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pkd_dist.cli", *map(str, arguments)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
 
 
 def finished(settings, tmp_path, *arguments, **task):

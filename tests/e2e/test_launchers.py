@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
-from conftest import ROOT, TORCHRUN, environment, launch, losses, results, whole_run, write_config
+from conftest import ROOT, TORCHRUN, TRAIN, environment, launch, losses, results, until, whole_run, write_config
 from netns import ADDRESSES, cable
 
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.network import free_port
 
-TRAIN = str(ROOT / "launcher/train.py")
 DEEPSPEED = ["deepspeed", "--log_level", "warning"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
 UP_TO_EVALUATE = ["--stages", "data,teacher,cache,init,distill,evaluate"]
@@ -206,9 +204,7 @@ def test_a_cut_cable_ends_both_sides_and_the_same_command_resumes(apart, config,
     arguments = [TRAIN, "--config", str(config), "run.timeout_seconds=10"]
     commands = [host.on(*node, *arguments) for host, node in zip(hosts, nodes, strict=True)]
     job = start(commands)
-    while len(losses(run)) < 7:
-        assert [node.poll() for node in job] == [None, None], finish(job)
-        time.sleep(0.001)  # until the line is in the file
+    until("metrics.jsonl:7", run, job)
     hosts[1].link("down")
     ends = finish(job, timeout=60)
     assert all(end.returncode for end in ends), ends
