@@ -12,8 +12,6 @@ import sys
 import pytest
 import yaml
 from conftest import (
-    ROOT,
-    command,
     environment,
     launch,
     losses,
@@ -44,7 +42,7 @@ print(json.dumps({"accuracy": right / len(rows), "labels": model.config.id2label
 
 @pytest.fixture(scope="module")
 def finished(body, data, tmp_path_factory):
-    """One run on two ranks, under the real deepspeed launcher. Tests copy it before they change it."""
+    """One run on two ranks. Tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("finished")
     own = folder / "data"
     shutil.copytree(data, own)
@@ -58,8 +56,7 @@ def finished(body, data, tmp_path_factory):
         "evaluate": {"latency_samples": 10},
         "metrics": {"port": 0},
     }
-    argv = command("--config", write_config(settings, folder), ranks=2)
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = launch("--config", write_config(settings, folder), bare=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, settings, done
 
