@@ -8,6 +8,7 @@ order of sets; OMP_NUM_THREADS) is the same for all, and functions registered wi
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -118,6 +119,7 @@ def run(
 
 
 def _become(program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    gc.freeze()
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
