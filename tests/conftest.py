@@ -161,6 +161,9 @@ class ForkedStart(Start):
             for own, text in zip(environments, self._logs, strict=True)
         ]
 
+    def ended(self) -> bool:  # a process that has just been forked is not in its own group yet
+        return all(process.poll() is not None for process in self.launchers) and super().ended()
+
     def ranks(self) -> dict[int, psutil.Process]:
         alive = {process.pid: process for process in self.members()}
         return {rank: alive[process.pid] for rank, process in enumerate(self.launchers) if process.pid in alive}

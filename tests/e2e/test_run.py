@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 from conftest import (
+    ROOT,
     environment,
     launch,
     losses,
@@ -56,7 +57,7 @@ def finished(body, data, tmp_path_factory):
         "evaluate": {"latency_samples": 10},
         "metrics": {"port": 0},
     }
-    done = launch("--config", write_config(settings, folder), bare=2)
+    done = launch("--config", write_config(settings, folder), bare=2, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, settings, done
 
@@ -291,19 +292,10 @@ def test_a_folder_that_the_run_did_not_make_is_not_touched(settings, tmp_path):
 def test_pkd_evaluates_a_custom_task(finished, tmp_path):
     folder, _, _ = finished
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,negative\n")
-    argv = [
-        "evaluate",
-        "--model",
-        folder / "run/export",
-        "--task",
-        "custom",
-        "--data",
-        tmp_path,
-        "--text",
-        "the #1 text",
-    ]
-    argv += ["--label", "y", "--max-length", 32, "--output", tmp_path / "figures.json"]
-    done = pkd(*argv)
+    argv = ["evaluate", "--model", folder / "run/export", "--task", "custom", "--data", tmp_path]
+    argv += ["--text", "the #1 text", "--label", "y", "--max-length", 32, "--output", tmp_path / "figures.json"]
+    fresh = [sys.executable, "-m", "pkd_dist.cli", *map(str, argv)]  # shows what libraries print while they are loaded
+    done = subprocess.run(fresh, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     said = done.stderr.replace("pkd: the machine was busy while speed was measured (see spread)\n", "")
     assert done.returncode == 0 and not said and "WARNING" not in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
