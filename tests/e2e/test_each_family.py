@@ -1,11 +1,11 @@
-"""A whole run of each family through the real launcher, and what plain transformers makes of the export."""
+"""A run of each family through the real launcher, and what plain transformers makes of the export."""
 
 import json
 import re
 
 import pytest
 import torch
-from conftest import launch, pkd, results, write_config
+from conftest import TO_EXPORT, launch, pkd, results, write_config
 from families import FAMILIES, make_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -46,7 +46,7 @@ def test_a_whole_run(case, data, tmp_path):
     student, stage = CASES[case]
     config = settings(case, tmp_path, data, student)
     config["train"] = config["train"] | {"deepspeed": f"ds_configs/{stage}.json"}
-    done = launch("--config", write_config(config, tmp_path), bare=2 if stage == "zero3" else 0)
+    done = launch("--config", write_config(config, tmp_path), *TO_EXPORT, bare=2 if stage == "zero3" else 0)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     assert results(run)["n"] == 41

@@ -6,7 +6,7 @@ A moment is a file that the run makes: the test watches for it and kills. Dropou
 import json
 import signal
 
-from conftest import launch, losses, started, until, write_config
+from conftest import TO_EXPORT, launch, losses, started, until, write_config
 
 MOMENTS = {
     "teacher, mid-epoch": "teacher_metrics.jsonl:3",
@@ -32,12 +32,12 @@ def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_
     """On one rank; two are struck in test_faults.py."""
     settings["metrics"] = {"port": 0}
     config = write_config(settings, tmp_path)
-    calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}")
+    calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}", *TO_EXPORT)
     assert calm.returncode == 0, calm.stdout + calm.stderr
     run = tmp_path / "hunted"
     for moment in MOMENTS.values():
         kill_at(run, moment, "--config", config, f"run.dir={run}")
-    end = launch("--config", config, f"run.dir={run}")
+    end = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
     assert end.returncode == 0, end.stdout + end.stderr
     for name in ("teacher/model.safetensors", "export/model.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
