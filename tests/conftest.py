@@ -117,7 +117,7 @@ def bare_ranks(count: int) -> list[dict[str, str]]:
 
 def python(program: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end, sooner than a Python of its own would; `extra` is added to the environment."""
-    return forked.run(program, arguments, ROOT, [environment(**extra)], 120)
+    return forked.run(program, arguments, ROOT, [environment(**extra)], timeout=300)
 
 
 def pkd(*arguments: object) -> subprocess.CompletedProcess[str]:
