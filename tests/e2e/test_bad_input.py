@@ -8,12 +8,11 @@ import re
 import shutil
 import signal
 import socket
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import launch, sentences, started, write_config, write_tsv
+from conftest import launch, sentences, started, until, write_config, write_tsv
 
 from pkd_dist.stages.base import Markers
 from pkd_dist.stages.translation import translate
@@ -313,9 +312,7 @@ def stopped(body, data, tmp_path_factory):
         "metrics": {"enabled": False},
     }
     with started("--config", write_config(settings, folder), "--stages", "data,teacher,cache,init,distill") as [job]:
-        while len(list((folder / "run").glob("checkpoints/step-*/commit.json"))) < 2:
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+        until("checkpoints/step-00000010/commit.json", folder / "run", [job])
         job.send_signal(signal.SIGUSR1)
         output = job.communicate(timeout=120)
         assert job.returncode == 75, output

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, pkd
 from exports import export, subject, with_outlier
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -173,8 +173,7 @@ def test_requests_in_progress_are_answered_after_a_signal(folder):
 
 
 def test_a_port_in_use(folder, port):
-    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(folder), "--port", str(port)]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("serve", folder, "--port", port)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--port: cannot listen on 127.0.0.1:{port} (Address already in use)" in done.stderr
 
@@ -199,8 +198,7 @@ def test_without_the_extra(folder):
 
 def test_an_export_without_onnx(tmp_path):
     export(subject(tmp_path), tmp_path / "export")
-    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(tmp_path / "export")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("serve", tmp_path / "export")
     assert done.returncode == 2 and "has no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1
 
 
