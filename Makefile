@@ -33,7 +33,7 @@ demo: .venv/.installed-demo ## distil a student on the embedded data, on 2 ranks
 	@$(WITH_PATH) $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error \
 	    --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
 
-test: .venv/.installed-test ## run the test suite (ARGS: pytest options; -m slow: only the programs of benchmarks/)
+test: .venv/.installed-test ## run the test suite (ARGS: pytest options; -m slow: only measuring programs and other packages)
 	@$(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-lint ## ruff check, ruff format, mypy

@@ -60,9 +60,14 @@ def own_addresses() -> list[str]:
     return sorted(usable, key=lambda address: ":" in address)
 
 
+def interfaces() -> set[str]:
+    """Return the names of the interfaces that are up."""
+    return {name for name, state in psutil.net_if_stats().items() if state.isup}
+
+
 def _interface_addresses() -> list[tuple[str, str]]:
     """Return (interface, address) pairs of all interfaces that are up."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    up = interfaces()
     return [
         (name, address.address)
         for name, addresses in psutil.net_if_addrs().items()

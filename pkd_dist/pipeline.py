@@ -51,7 +51,7 @@ def plan(
     first = ""
     for stage in STAGES[: NAMES.index(names[-1]) + 1]:
         if first:  # later stages depend on what it makes
-            done, reason = not fresh and markers.read(stage.name) is not None, "it has not run"
+            done, reason = not fresh and markers.done(stage.name), "it has not run"
             line = f"may run, after {first}"
         else:
             state, reason = (State.NEW, "--fresh starts over") if fresh else markers.state(stage, context)
@@ -61,6 +61,8 @@ def plan(
                 context.hand_on(markers.output(stage))
         first = first or ("" if done else stage.name)
         if stage.name in names:
+            if not done:
+                resolved.require_trainable(stage.name, world.device)
             lines.append(f"{stage.name}: {line}")
         elif not done:
             raise UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
@@ -86,6 +88,9 @@ def run(
     resolved = resolve(config, config_file, world.device)
     access = load_access(config.metrics) if config.metrics.enabled and world.node_main else Access()
     planned = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
+    markers = Markers(resolved.paths.run, translate)
+    for name in (each for each in names if fresh or not markers.done(each)):
+        resolved.require_trainable(name, world.device)
     with run_folder.opened(resolved, world, [stage.artifacts(planned) for stage in STAGES], fresh):
         if (
             world.device.type == "cuda"
@@ -100,7 +105,6 @@ def run(
         )  # fmt: skip
         with _telemetry(resolved, world, access) as (telemetry, publisher):
             context = Context(resolved, world, telemetry, VERSIONS)
-            markers = Markers(resolved.paths.run, translate)
             world.on_main(markers.upgrade)
             for stage in STAGES[: NAMES.index(names[-1]) + 1]:
                 _run_stage(stage, context, markers, stage.name in names)
@@ -182,11 +186,8 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
         )
         try:
             yield Telemetry(metrics, world.main, also), publisher
-        except Preempted:
-            metrics.preemptions.inc()
-            raise
-        except DivergedError:
-            metrics.nonfinite.inc()
+        except (Preempted, DivergedError) as end:
+            (metrics.preemptions if isinstance(end, Preempted) else metrics.nonfinite).inc()
             raise
 
 

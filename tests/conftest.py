@@ -11,13 +11,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import forked
+import psutil
 import pytest
 
+from benchmarks.faults.job import Start, arrived
 from benchmarks.faults.tiny import (
     ROOT,
     command,
@@ -112,16 +115,24 @@ def bare_ranks(count: int) -> list[dict[str, str]]:
     return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
 
-def launch(
-    *arguments: str | Path, ranks: int = 0, bare: int = 0, timeout: float = 120, **extra: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs launcher/train.py to its end: as one process, on so many ranks of deepspeed, or on so many of no launcher."""
-    if not ranks and not extra:
-        environments = bare_ranks(bare) if bare else [environment()]
-        return forked.run(ROOT / "launcher/train.py", arguments, ROOT, environments, timeout)
-    assert not bare, "ranks without a launcher take no other environment"
-    argv = command(*arguments, ranks=ranks)
-    return subprocess.run(argv, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout)
+def python(program: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, sooner than a Python of its own would; `extra` is added to the environment."""
+    return forked.run(program, arguments, ROOT, [environment(**extra)], timeout=300)
+
+
+def pkd(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs `pkd` to its end."""
+    return python(ROOT / "pkd_dist/cli/__main__.py", *arguments)
+
+
+TRAIN = ROOT / "launcher/train.py"
+TO_EXPORT = ("--stages", "data,teacher,cache,init,distill,evaluate,export")
+"""All but the report, which takes a quarter of the time of a tiny run."""
+
+
+def launch(*arguments: str | Path, bare: int = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs launcher/train.py to its end: as one process, or on so many ranks of no launcher."""
+    return forked.run(TRAIN, arguments, ROOT, bare_ranks(bare) if bare else [environment()], timeout)
 
 
 @contextlib.contextmanager
@@ -132,11 +143,42 @@ def started(*arguments: str | Path, ranks: int = 1) -> Iterator[list[forked.Proc
         try:
             for rank, variables in enumerate(bare_ranks(ranks) if ranks > 1 else [environment()]):
                 files = Path(place, f"{rank}.out"), Path(place, f"{rank}.err")
-                job.append(forked.Process(ROOT / "launcher/train.py", arguments, ROOT, variables, *files))
+                job.append(forked.Process(TRAIN, arguments, ROOT, variables, *files))
             yield job
         finally:
             for process in job:
                 process.kill()
+
+
+class ForkedStart(Start):
+    """A start of `benchmarks.faults` without a launcher: two ranks for a command of deepspeed, one process for one of Python."""
+
+    def __init__(self, commands: Sequence[Sequence[str]], variables: dict[str, str], log: Path):
+        [argv], self.began = commands, time.monotonic()
+        program = argv.index(str(TRAIN))
+        environments = [variables | rank for rank in bare_ranks(2)] if program > 1 else [variables]
+        self._logs = [log.with_name(f"{log.name}.{rank}") for rank in range(len(environments))]
+        self.launchers = [
+            forked.Process(TRAIN, argv[program + 1 :], ROOT, own, Path(f"{text}.out"), Path(f"{text}.err"))
+            for own, text in zip(environments, self._logs, strict=True)
+        ]
+
+    def ended(self) -> bool:  # a process that has just been forked is not in its own group yet
+        return all(process.poll() is not None for process in self.launchers) and super().ended()
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        alive = {process.pid: process for process in self.members()}
+        return {rank: alive[process.pid] for rank, process in enumerate(self.launchers) if process.pid in alive}
+
+
+def until(moment: str, run: Path, job: Sequence[forked.Process | subprocess.Popen[str]], timeout: float = 180) -> None:
+    """Waits until a file of a run is there, as `arrived` reads the moment, while every process of the job lives."""
+    deadline = time.monotonic() + timeout  # a slow machine may take a minute
+    while not arrived(run, moment):
+        ended = [process.communicate() for process in job if process.poll() is not None]
+        assert not ended, ended
+        assert time.monotonic() < deadline, f"{moment}: not within {timeout} s"
+        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
 
 
 def losses(run: Path) -> list[float]:

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from families import make_folder
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from benchmarks.faults.tiny import sentences, write_tsv
 from pkd_dist.config.schema import Config, Evaluate
 from pkd_dist.config.task import Task
 from pkd_dist.data import tasks, text, tokens
+from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import build
-from pkd_dist.export.manifest import Manifest
+from pkd_dist.export.manifest import ExportManifest
 from pkd_dist.model import encoder
 
 
@@ -34,6 +38,38 @@ def subject(folder: Path, family: str = "bert", **fields: Any) -> build.Subject:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def with_outlier(made: build.Subject) -> build.Subject:
+    """Change a BERT so that its answers would depend on other texts if activations had one scale for a batch.
+
+    The word of id 7 gets an activation in layer 0 that is far above all others and has no effect of its own. The logits of
+    dev differ by units, and the threshold is where a gap between them is wide, so that rounding alone changes no label.
+    """
+
+    def differences() -> np.ndarray:
+        logits_NC = predict_logits_single(forward_of(made.student), made.dev, 16, made.pad_id)
+        return np.sort(logits_NC[:, 1] - logits_NC[:, 0])
+
+    layers, classifier = made.student.bert.encoder.layer, made.student.classifier
+    for linear in (module for module in layers.modules() if isinstance(module, torch.nn.Linear)):
+        linear.weight *= 4
+    word = made.student.get_input_embeddings().weight[7]
+    word *= 50
+    layers[0].intermediate.dense.weight[0] = 40 * word / word.norm()
+    layers[0].intermediate.dense.bias[0] = -100
+    layers[0].output.dense.weight[:, 0] = 0
+    classifier.weight *= 3 / differences().std()
+    middle = differences()[10:35]
+    widest = int(np.diff(middle).argmax())
+    classifier.bias[1] -= float(middle[widest : widest + 2].mean())
+    return made
+
+
+def one_scale_for_the_batch(source: Path, path: Path, how: str = "") -> None:
+    """Quantise as ONNX Runtime does, in place of `onnx.write_int8`."""
+    quantize_dynamic(source, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Attention"])
+
+
 def pair_subject(folder: Path) -> build.Subject:
     """A classifier of pairs, the columns `a` and `b` of CSV files, with random weights."""
     model = make_folder(folder / "model", "bert", classifier=True, names=("other", "same"))
@@ -52,5 +88,5 @@ def pair_subject(folder: Path) -> build.Subject:
     )  # fmt: skip
 
 
-def export(made: build.Subject, output: Path, *formats: str) -> Manifest:
+def export(made: build.Subject, output: Path, *formats: str) -> ExportManifest:
     return build.export(made, ["safetensors", *formats], output, json.dumps, {"task": "sst2"})

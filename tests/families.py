@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from benchmarks.faults.tiny import BAD, GOOD, PLAIN
 
@@ -93,3 +93,54 @@ def make_folder(
     model.save_pretrained(folder)
     tokenizer_of(family).save_pretrained(folder)
     return str(folder)
+
+
+MARKS = [".", ",", "!", "-", "'", "$", "(", ")", ";"]
+
+
+def _byte_pairs() -> dict[str, int]:
+    return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=5)}
+
+
+def _pieces(*special: str) -> list[tuple[str, float]]:
+    words = [f"▁{word}" for word in WORDS]
+    return [(piece, 0.0) for piece in special] + [
+        (piece, -3.0) for piece in dict.fromkeys([*words, *WORDS, "▁", *MARKS])
+    ]
+
+
+def _word_pieces(kind: type) -> hf.PreTrainedTokenizerBase:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    suffixes = [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return kind(vocab={piece: i for i, piece in enumerate([*special, *WORDS, *MARKS, *suffixes])})
+
+
+def _modernbert() -> hf.PreTrainedTokenizerBase:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(special)} | _byte_pairs(), []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokens = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=True,
+        **tokens,
+    )
+
+
+TOKENIZERS = {
+    "bert": lambda: _word_pieces(hf.BertTokenizerFast),
+    "roberta": lambda: hf.RobertaTokenizerFast(
+        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4} | _byte_pairs(), merges=[]
+    ),
+    "distilbert": lambda: _word_pieces(hf.DistilBertTokenizerFast),
+    "electra": lambda: _word_pieces(hf.ElectraTokenizerFast),
+    "albert": lambda: hf.AlbertTokenizerFast(vocab=_pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+    "deberta-v2": lambda: hf.DebertaV2TokenizerFast(vocab=_pieces("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")),
+    "modernbert": _modernbert,
+}
+"""For each family, a tokenizer of the kind that its published models have."""

@@ -2,12 +2,14 @@
 
 A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
 from a start of its own: what the environment decides while Python and torch are loaded (the seed of string hashes, so the
-order of sets; OMP_NUM_THREADS) is the same for all, and functions registered with atexit do not run.
+order of sets; OMP_NUM_THREADS) is the same for all, functions registered with atexit do not run, and nothing shows which of
+the libraries a program needs, or what they print while they are loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,10 +25,13 @@ from pathlib import Path
 # else a GPU that is looked for before a fork is lost after it
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _FROM = multiprocessing.get_context("forkserver")
-_FROM.set_forkserver_preload(
-    ["torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",
-     "scipy.stats", "pkd_dist.cli.launch", "pkd_dist.pipeline"]
-)  # fmt: skip
+_LOADED = [
+    "torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",
+    "scipy.stats", "pkd_dist.cli.main", "pkd_dist.pipeline",
+]  # fmt: skip
+if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed may look for GPUs while it is imported
+    _LOADED.append("pkd_dist.training.deepspeed_engine")
+_FROM.set_forkserver_preload(_LOADED)
 _GRACE = 20.0
 """Seconds that the other processes have once one has ended with a status other than 0."""
 
@@ -118,6 +123,7 @@ def run(
 
 
 def _become(program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    gc.freeze()  # else a collection walks, and so copies, all that was loaded
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from safetensors.numpy import save_file
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
+from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.deployment import Deployment, Measured, beside_teacher
+from pkd_dist.evaluation.results import Speed
 from pkd_dist.export import manifest
+from pkd_dist.export.runtime import TITLES
 from pkd_dist.report.run import Run, StageTime
 from pkd_dist.stages.base import NAMES, Marker, Markers
 from pkd_dist.stages.data import DataOutput
@@ -59,7 +64,7 @@ def make_run(
     labels, logits = _labels_and_logits(list(names), regression, seed)
     ids = _write_dev(data, list(names), labels, regression)
     write_predictions(folder, ids, labels, logits)
-    _write_export(folder / "export")
+    write_export(folder / "export", labels, logits)
     for name, outputs in _outputs(folder, list(names), epochs, history, steps, regression).items():
         marker = Marker(done=True, inputs={}, fingerprint="", outputs=outputs, seconds=12.5, starts=1)
         marker.write(folder / "stages" / f"{name}.json")
@@ -158,11 +163,37 @@ def _outputs(
     }  # fmt: skip
 
 
-def _write_export(folder: Path) -> None:
+def speed(rate: float, p50: float, threads: int = 1) -> Speed:
+    return {
+        "latency_ms_p50": p50, "latency_ms_p99": 2 * p50, "samples_per_second": rate, "reasoningTime": rate, "spread": 0.1,
+        "threads": threads,
+    }  # fmt: skip
+
+
+def measured(labels: np.ndarray, logits: dict[str, np.ndarray]) -> Deployment:
+    """Set a student's files beside its teacher; int8 differs a little from the others."""
+    student, regression = logits["student"], labels.dtype == np.float32
+    int8 = student + np.random.default_rng(9).normal(0, 0.1, student.shape)
+    models = [Measured("teacher", "teacher, PyTorch", 22_713_986, 90_900_000, logits["teacher"], speed(73, 13.0))]
+    models += [
+        Measured(file, TITLES[file], 11_000_000, size, answers, speed(rate, p50))
+        for file, size, answers, rate, p50 in (
+            ("model.safetensors", 44_000_000, student, 145, 6.5), ("onnx/model.onnx", 44_100_000, student, 390, 2.5),
+            ("onnx/model.int8.onnx", 11_200_000, int8, 1037, 0.8),
+        )
+    ]  # fmt: skip
+    metric = "pearson_spearman" if regression else "accuracy"
+    task = Task("t", ("text",), "label", regression=regression, metric=metric)
+    return beside_teacher(task, {"dev": labels}, models, "onnx/model.int8.onnx", 64, "a processor")
+
+
+def write_export(folder: Path, labels: np.ndarray, logits: dict[str, np.ndarray]) -> None:
+    """Write the manifest of an export as 0.1.0 did, and the table of the files that later versions add."""
     speed = {"latency_ms_p50": 5.1, "latency_ms_p99": 9.2, "reasoningTime": 371.0}
     file = {"largest_difference": 2e-7, "agreement": 1.0, "bytes": 44_000_000, "main_metric": 0.8, **speed}
     folder.mkdir()
-    manifest.write(folder, {"files_on_dev": {"model.safetensors": file}, "measured_on": {"processor": "a processor"}})
+    about = {"files_on_dev": {"model.safetensors": file}, "measured_on": {"processor": "a processor"}}
+    manifest.write(folder, about | {"deployment": asdict(measured(labels, logits))})
 
 
 def figures(value: float, regression: bool) -> dict[str, Any]:
@@ -207,13 +238,15 @@ def read(folder: Path) -> Run:
     outputs = {name: TypeAdapter(kind).validate_python(found[name].outputs) for name, kind in OUTPUTS.items()}
     config = load(folder / "config.yaml")
     resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["resolved"]
+    task = tasks.resolve(config.task)
+    results = outputs["evaluate"].results
     return view(
-        Settings(config, tasks.resolve(config.task), Environment(**resolved)),
+        Settings(config, task, Environment(**resolved)),
         Outputs(**outputs),
         [StageTime(name, marker.seconds, marker.starts, marker.stopped) for name, marker in found.items()],
         list(records.read(folder / "metrics.jsonl")),
         predictions.read(folder / predictions.FILE)["dev"],
-        manifest.read(folder / "export"),
+        manifest.deployment_of(manifest.read(folder / "export"), results, task.main_metric),
     )
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, stamp
 from benchmarks.faults.campaign import git_revision
 from benchmarks.faults.recorder import VARIANTS, Cut, read, rebuild
-from benchmarks.faults.tiny import command, environment, make_body, make_data, write_config
+from benchmarks.faults.tiny import environment, make_body, make_data, write_config
 from benchmarks.faults.trial import Outcome, left_behind, outcome, settings
 from pkd_dist import pipeline
 from pkd_dist.config.load import load
@@ -52,11 +52,20 @@ class Replay:
         return self.status == 0 and self.identical and not self.outlived and not self.left_behind
 
 
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+"""(Python file, its arguments) -> how it ended."""
+
+
+def start(program: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    argv = [sys.executable, program, *map(str, arguments)]
+    return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
 class Recording:
     """A run of one rank in `work`, recorded to its end; `export.prune` removes its checkpoints."""
 
-    def __init__(self, work: Path, **sections: dict[str, Any]):
-        self.work, self.disk, self.store = work, work / "disk", work / "store"
+    def __init__(self, work: Path, start: Start = start, **sections: dict[str, Any]):
+        self.start, self.work, self.disk, self.store = start, work, work / "disk", work / "store"
         shutil.rmtree(work, ignore_errors=True)
         self.disk.mkdir(parents=True)
         self.store.mkdir()
@@ -64,16 +73,12 @@ class Recording:
         self.run = self.disk / "run"
         chosen = settings(body, data, self.run, 60) | {"export": {"formats": ["safetensors"], "prune": True}} | sections
         self.config = str(write_config(chosen, work))
-        self.command = command("--config", self.config)
+        self.command = (ROOT / "launcher/train.py", "--config", self.config)
         self.world = World(Ranks(0, 0, 1, 1, "python"), 60)
-        recorder = [sys.executable, "-m", "benchmarks.faults.recorder", str(self.disk), str(self.store)]
-        done = self._start([*recorder, *self.command[1:]])
+        done = start(ROOT / "benchmarks/faults/recorder.py", self.disk, self.store, *self.command)
         assert done.returncode == 0, done.stdout + done.stderr
         self.outcome: Outcome = outcome(self.run)
         self.cuts: list[Cut] = read(self.store)
-
-    def _start(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
     def _rebuild(self, number: int, variant: str) -> None:
         shutil.rmtree(self.disk)
@@ -97,7 +102,7 @@ class Recording:
         for one in VARIANTS:
             row.outlived += self.outlived(number, one)
         self._rebuild(number, variant)
-        done = self._start(self.command)
+        done = self.start(*self.command)
         row.status, row.identical = done.returncode, outcome(self.run) == self.outcome
         row.outlived += [line for line in (done.stdout + done.stderr).splitlines() if _OUTLIVED.search(line)]
         row.left_behind = left_behind(self.run)

@@ -1,6 +1,6 @@
 """Record which states of a folder a power loss could have left, while a program writes it.
 
-    python -m benchmarks.faults.recorder FOLDER STORE program.py ARGUMENTS
+    python benchmarks/faults/recorder.py FOLDER STORE program.py ARGUMENTS
 
 A file's content is certain as of its last fsync, and a name as of the last fsync of the folder that it is in; nothing else is.
 STORE/cuts.jsonl gets a line before each fsync, rename, removal and new folder of the program, STORE/DIGEST each content.

@@ -16,8 +16,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "pkd-last": {"distill.patience": "last"},
     "kd+text": {"distill.beta": 0.0, "task.augment.copies": 2},
     "pkd+text": {"distill.patience": "skip", "task.augment.copies": 2},
+    "strong": {"distill.preset": "strong"},
 }
-"""`+text`: three times the text; only the teacher labels the augmented copies."""
+"""`+text`: three times the text; only the teacher labels the augmented copies. `strong` sets its own epochs."""
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 
 

@@ -41,7 +41,9 @@ def compare(
         from pkd_dist.comparison.runner import Comparison
         from pkd_dist.comparison.table import MIN_SEEDS, rows
         from pkd_dist.telemetry.markup import console
+        from pkd_dist.telemetry.output import keep_going
 
+        keep_going()  # the table is also in the folder
         chosen = parse_methods(methods, method or [])
         made = Comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs).run()
         header, body = rows(made)

@@ -24,12 +24,13 @@ from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.distributed.ranks import discover, first_of_node
+from pkd_dist.distributed.ranks import discover, first_of_node, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_denied, is_full
 from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log, to_terminal
+from pkd_dist.telemetry.output import keep_going, open_missing
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
@@ -99,6 +100,9 @@ def launch(
             file=sys.stderr,
         )
         return UserError.exit_status
+    open_missing()
+    if not dry_run:
+        keep_going()
     _keep_freed_blocks()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
     process = _Process(StopSignals().install())
@@ -109,11 +113,11 @@ def launch(
         config = load(config_file, overrides)
         load_deepspeed(config, config_file)  # checked here, before torch is imported
         gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
+        world_type = _import_world()
         from pkd_dist import pipeline
-        from pkd_dist.distributed.world import World
 
         gc.enable()
-        process.world = world = World(ranks, config.run.timeout_seconds, process.signals)
+        process.world = world = world_type(ranks, config.run.timeout_seconds, process.signals)
         if dry_run:
             plan = pipeline.plan(config, config_file, world, names, fresh)
             if world.main:
@@ -138,6 +142,20 @@ def _keep_freed_blocks() -> None:
     keep_freed_blocks()
 
 
+def _import_world() -> type[World]:
+    """Import torch, and what the ranks meet with. Raises UserError where torch rejects its environment."""
+    try:
+        from pkd_dist.distributed.world import World
+    except ImportError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"PyTorch cannot be loaded: {first}; correct or unset its variable in the environment"
+        ) from error
+    return World
+
+
 def _print_plan(config: Config, plan: Sequence[str]) -> None:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
     print("\n".join(["", "plan:", *(f"  {line}" for line in plan)]))
@@ -159,7 +177,8 @@ class _Process:
             error = LostRank(str(error)) if is_lost(error) else error
         if self.world is not None:
             return self.world.agree_on_end(error)
-        if first_of_node():  # the ranks have not met: the first rank of each node speaks where it fails
+        # The ranks have not met: the first rank of each node speaks where it fails.
+        if speaks_without_rank_0() if isinstance(error, LostRank) else first_of_node():
             return _explain(error)
         return None, getattr(error, "exit_status", 1)
 
@@ -172,9 +191,22 @@ class _Process:
 def leave(status: int) -> NoReturn:
     """End the process at once: at an ordinary exit gloo's threads now and then abort it, and the status is lost."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = status or unprinted(error)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(status)
+
+
+def unprinted(error: OSError) -> int:
+    """Say why standard output cannot be written, unless its reader has seen enough (`| head`); return the exit status."""
+    if isinstance(error, BrokenPipeError):
+        return 0
+    with contextlib.suppress(OSError):
+        print(f"pkd: standard output cannot be written ({error.strerror})", file=sys.stderr)
+    return UserError.exit_status
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:
@@ -227,7 +259,7 @@ def _of_the_system(error: Exception) -> Exception:
     if hasattr(error, "exit_status"):
         return error
     if is_full(error):
-        where = f"{name}: no space left on the disk" if name else f"no space left on a disk ({error})"
+        where = f"{name}: no space left on the disk" if name else f"no space left on a disk or for the output ({error})"
         told = UserError(f"{where}; free some and rerun the same command")
     elif is_denied(error):
         where = f"{name}: may not be read or written" if name else "a file may not be read or written"

@@ -18,10 +18,11 @@ from pkd_dist.cli import (
     run_commands,
     runs_commands,
 )
-from pkd_dist.cli.launch import leave
+from pkd_dist.cli.launch import leave, unprinted
 from pkd_dist.cli.run_commands import stage_command
 from pkd_dist.cli.usage import Group
 from pkd_dist.errors import UserError
+from pkd_dist.telemetry.output import open_missing
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": data_commands.prepare,
@@ -94,8 +95,11 @@ app = make_app()
 
 def main() -> None:
     """Run `pkd`."""
+    open_missing()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app(prog_name="pkd")
+    except OSError as error:  # of commands that only print, and of their help
+        leave(unprinted(error))
     except SystemExit as end:
         leave(end.code if isinstance(end.code, int) else int(bool(end.code)))

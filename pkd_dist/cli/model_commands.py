@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -194,8 +193,14 @@ def predict(
         )
         given = inputs.read(texts or (), file, text or (), pair, known)
         predictor = Predictor(model, max_length or trained.get("max_length"))
+        if predictor.regression_by_default and not trained:
+            print(
+                f"pkd: --model: {model} has one output and no problem_type in its config.json; it is taken for a regression",
+                file=sys.stderr,
+            )
         typed = not texts and file == "-" and sys.stdin.isatty()
-        _print_lines(predictor(given, 1 if typed else batch_size), flush=typed or batch_size == 1)
+        for answer in predictor(given, 1 if typed else batch_size):
+            print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)
         if not predictor.answered:
             source = "standard input" if file == "-" else file
             raise UserError(
@@ -206,15 +211,6 @@ def predict(
             print(f"pkd: {count} were truncated to {predictor.max_length} tokens", file=sys.stderr)
 
     run_command(work)
-
-
-def _print_lines(answers: Iterable[Mapping[str, object]], flush: bool) -> None:
-    try:
-        for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False), flush=flush)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve(

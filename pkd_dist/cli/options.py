@@ -14,6 +14,7 @@ import typer
 from pkd_dist.cli.launch import guarded
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.log import to_terminal
+from pkd_dist.telemetry.output import drop
 
 ConfigFile = Annotated[str, typer.Option("--config", help="The run's YAML.", metavar="FILE")]
 Overrides = Annotated[
@@ -80,8 +81,16 @@ def named_as_options() -> Iterator[None]:
 
 
 def run_command(work: Callable[[], object]) -> None:
-    """Run a command to its end and exit with its status."""
+    """Run a command to its end, or until nobody reads its output (`| head`), and exit with its status."""
+
+    def read() -> None:
+        try:
+            work()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            drop(sys.stdout.fileno())
+
     to_terminal(True)
-    status = guarded(work)
+    status = guarded(read)
     if status:
         raise typer.Exit(status)

@@ -17,7 +17,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.stages.base import NAMES
 
 if TYPE_CHECKING:
-    from pkd_dist.export.manifest import Manifest
+    from pkd_dist.export.manifest import ExportManifest
     from pkd_dist.stages.base import Markers
 
 
@@ -124,7 +124,7 @@ def _verify(folders: Sequence[str]) -> None:
     print(f"{folders[0]}: {len(verified['files'])} files as they were written")
 
 
-def _trained(markers: Markers) -> Manifest | None:
+def _trained(markers: Markers) -> ExportManifest | None:
     """Return what a run's model reads, for its manifest; None where the stage `data` left no marker."""
     from pkd_dist.config import schema
     from pkd_dist.data import tasks

@@ -35,6 +35,7 @@ from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.data import sources, tasks
+from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, read_object, sha256, write_atomically, write_json
@@ -360,12 +361,13 @@ class Comparison:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """Stop on SIGTERM as on Ctrl-C: the runs commit a checkpoint."""
+        """Stop on the signals that stop a run: the runs commit a checkpoint."""
 
         def interrupt(number: int, frame: FrameType | None) -> NoReturn:
             raise Preempted(_STOPPED, number)
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, interrupt) for number in numbers}
         try:
             yield
         except Preempted:

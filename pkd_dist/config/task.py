@@ -8,10 +8,15 @@ from pydantic import Field, field_validator, model_validator
 
 from pkd_dist.config.section import Count, Fraction, Positive, Section
 
+_TEXTS = 200_000
+"""With `task.augment.copies: auto`, about the number of texts that the student learns from."""
+
 
 class Augment(Section):
-    copies: Count = Field(
-        10, description="Copies of each training example. Copies whose text already exists are removed."
+    copies: Literal["auto"] | Count = Field(
+        10,
+        description="Copies of each training example. Copies whose text already exists are removed. `auto`: as many as make "
+        "about 200,000 texts with the training text, at least 1 and at most 20.",
     )
     mask: Fraction = Field(0.1, description="Probability that a word is replaced by the mask token.")
     replace: Fraction = Field(
@@ -33,6 +38,12 @@ class Augment(Section):
         1,
         description="Seed for the changes. Separate from run.seed, so that runs with different seeds share the teacher cache.",
     )
+
+    def copies_of(self, examples: int) -> int:
+        """Return the number of copies of each of this many training examples."""
+        if self.copies != "auto":
+            return self.copies
+        return min(20, max(1, round(_TEXTS / max(1, examples)) - 1))
 
     @model_validator(mode="after")
     def _probabilities(self) -> Augment:

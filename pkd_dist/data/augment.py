@@ -63,7 +63,7 @@ def augment(
             column.use(neighbours)
     new = NewTexts(len(columns), (split, *others))
     with np.errstate(over="ignore"):  # hashes wrap around
-        for copy in range(settings.copies):
+        for copy in range(settings.copies_of(len(split))):
             for start in range(0, len(split), _BLOCK_EXAMPLES):
                 key_b = _hash(_hash(split.ids_N[start : start + _BLOCK_EXAMPLES].view(np.uint64), settings.seed), copy)
                 choice_b = np.floor(_uniform(_hash(key_b, 0)) * 3)  # which text of a pair: 0 first, 1 second, 2 both

@@ -110,26 +110,34 @@ def output_names(config: PretrainedConfig) -> list[str]:
     return [names[i] for i in sorted(names)]
 
 
-def require_supported_outputs(config: PretrainedConfig, name: str, key: str) -> None:
+def require_supported_outputs(problem_type: str | None, outputs: int, name: str, key: str | None) -> None:
     """Check that a model gives one class for each text, or one number.
+
+    Args:
+        problem_type: Of its configuration. None, as in older models, means a regression if there is one output and a
+            classification otherwise.
 
     Raises:
         UserError: It is a multi-label classifier, a regression with several outputs, or a classifier with one output.
     """
-    kind, outputs = getattr(config, "problem_type", None), len(output_names(config))
-    if kind == _MULTI_LABEL:
+    if problem_type == _MULTI_LABEL:
         problem = "is a multi-label classifier: a text can have several of its classes"
-    elif kind == _REGRESSION and outputs != 1:
+    elif problem_type == _REGRESSION and outputs != 1:
         problem = f"is a regression with {outputs} outputs"
-    elif kind == _SINGLE_LABEL and outputs == 1:
+    elif problem_type == _SINGLE_LABEL and outputs == 1:
         problem = "is a classifier with a single output"
     else:
         return
     raise UserError(
-        f"{name} {problem} (problem_type {kind} in its config.json); supported: one class for each text, or a "
+        f"{name} {problem} (problem_type {problem_type} in its config.json); supported: one class for each text, or a "
         f"regression with one output; {_remedy(key)}",
         key,
     )
+
+
+def is_regression_by_default(config: PretrainedConfig) -> bool:
+    """Return whether a model is a regression because it has one output, though nothing says so."""
+    return getattr(config, "problem_type", None) is None and len(output_names(config)) == 1
 
 
 def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -> None:
@@ -142,12 +150,14 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The kind or the number of its outputs differs.
     """
-    require_supported_outputs(config, name, key)
-    outputs = len(output_names(config))
+    kind, outputs = getattr(config, "problem_type", None), len(output_names(config))
+    require_supported_outputs(kind, outputs, name, key)
     if task.regression and outputs != 1:
         raise UserError(f"{name} has {outputs} outputs, but a regression needs 1; {_remedy(key)}", key)
-    if not task.regression and getattr(config, "problem_type", None) == _REGRESSION:
-        raise UserError(f"{name} is a regression, but {task.name} is a classification; {_remedy(key)}", key)
+    if not task.regression and outputs == 1:
+        raise UserError(
+            f"{name} is a regression (it has one output), but {task.name} is a classification; {_remedy(key)}", key
+        )
     if task.classes and outputs != len(task.classes):
         raise UserError(
             f"{name} has {outputs} classes, {task.name} has {len(task.classes)} ({', '.join(task.classes)}); "
@@ -211,5 +221,5 @@ def _by_name(names: Sequence[str], own: Sequence[str], values: Sequence[str]) ->
     return tuple(folded[name.lower()] for name in names)
 
 
-def _remedy(key: str) -> str:
+def _remedy(key: str | None) -> str:
     return "give a model of this task" + (", or set teacher.finetune" if key == "teacher.model" else "")

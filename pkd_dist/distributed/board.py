@@ -20,6 +20,8 @@ REPORTED = "reported"
 """Claimed by the rank that reports why the run ends."""
 STATUS = "status"
 """The exit status of the run."""
+RANKS = "ranks"
+"""The processes of the ranks that have started, a line each (`processes.Roll`)."""
 
 
 def life_of(rank: int) -> str:
@@ -50,6 +52,9 @@ class Board:
 
     def post(self, key: str, value: str) -> None:
         self._connect().set(key, value)
+
+    def append(self, key: str, value: str) -> None:
+        self._connect().append(key, value)  # type: ignore[attr-defined]  # missing in torch's stubs
 
     def claim(self, key: str) -> bool:
         """Return whether this is the first claim of the key, over all ranks."""

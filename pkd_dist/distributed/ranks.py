@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.network import (
     free_port,
     interface_towards,
+    interfaces,
     is_loopback,
     local_address_towards,
     means_loopback,
@@ -55,6 +57,17 @@ class Ranks:
     master_port: int = 0
     interface: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("WORLD_SIZE", self.world_size, range(1, sys.maxsize)),
+            ("RANK", self.rank, range(self.world_size)),
+            ("LOCAL_RANK", self.local_rank, range(sys.maxsize)),
+            ("MASTER_PORT", self.master_port, range(0 if self.world_size == 1 else 1, 65536)),
+        ):
+            if value not in allowed:
+                most = f" to {allowed[-1]}" if allowed.stop < sys.maxsize else " or more"
+                raise UserError(f"environment: {name} is {value}, expected {allowed.start}{most}")
+
     @property
     def main(self) -> bool:
         return self.rank == 0
@@ -70,6 +83,8 @@ class Ranks:
         )
         if self.interface:
             # By default gloo and NCCL use the address of the host name, which is 127.0.1.1 on Debian.
+            if self.world_size == 1:  # what other jobs need does not concern one rank
+                environ["GLOO_SOCKET_IFNAME"] = self.interface
             environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
             environ.setdefault("NCCL_SOCKET_IFNAME", self.interface)
 
@@ -78,8 +93,21 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     """Return the rank of this process from `environ`, with the network interface toward rank 0.
 
     Raises:
-        UserError: a variable is missing or not an integer, or this host cannot reach the address of rank 0.
+        UserError: a variable is missing, not an integer or out of range, this host cannot reach the address of rank 0, or
+            it lacks the interface that GLOO_SOCKET_IFNAME names.
     """
+    ranks = _find(environ)
+    names = [name for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    for name in names if ranks.world_size > 1 else []:
+        if name not in interfaces():
+            raise UserError(
+                f"environment: GLOO_SOCKET_IFNAME is {name!r}, which {socket.gethostname()} does not have; allowed: "
+                f"{', '.join(sorted(interfaces()))}; unset it to use the interface towards rank 0"
+            )
+    return ranks
+
+
+def _find(environ: Mapping[str, str]) -> Ranks:
     if all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_variables(environ)
     if any(name in environ for name in _MPIRUN_VARIABLES):
@@ -100,6 +128,11 @@ def first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether this is the first process of its node. For messages before or after a failed `discover`."""
     names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
     return all(environ.get(name, "0") == "0" for name in names)
+
+
+def speaks_without_rank_0(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this rank speaks for its node while rank 0 cannot be reached."""
+    return first_of_node(environ) or environ.get("RANK") == "1"
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -166,7 +199,12 @@ def _slurm_local_size(environ: Mapping[str, str]) -> int:
 def _tasks_per_node(text: str) -> list[int]:
     """Parse SLURM's notation: `2(x2),1` is [2, 2, 1]."""
     parts = (part.rstrip(")").partition("(x") for part in text.split(","))
-    return [int(count) for count, _, times in parts for _ in range(int(times or 1))]
+    try:
+        return [int(count) for count, _, times in parts for _ in range(int(times or 1))]
+    except ValueError:
+        raise UserError(
+            f"environment: SLURM's tasks per node are {text!r}, expected a list such as '2(x2),1'"
+        ) from None
 
 
 def first_host(nodelist: str) -> str:

@@ -12,10 +12,10 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 
 from pkd_dist.distributed.world import World
+from pkd_dist.limits import free_memory
 
 CHUNK_NUMEL = 1 << 20
 """Elements exchanged at once: 4 MiB per rank, which stays in the cache between writer and readers."""
@@ -95,7 +95,7 @@ class _Block:
 
 def _allocate(size: int) -> _Block | None:
     """Return memory with all its pages allocated, or None if there is not enough."""
-    if psutil.virtual_memory().available < 2 * size:  # the kernel would end a process rather than report an error
+    if free_memory() < 2 * size:  # the kernel would end a process rather than report an error
         return None
     with contextlib.suppress(OSError):
         handle = os.memfd_create("pkd")

@@ -4,6 +4,9 @@ A thread of each rank posts on the board where the main thread is and how long i
 been idle for `timeout_seconds` reads the posts of the others. While any of them makes progress it keeps waiting: rank 0 may
 be reading a large file. Otherwise it ends its process, and the lowest rank that still responds reports the reason.
 
+A rank that was killed is found sooner. Where its connections are open, they close. Before, while the ranks meet and while
+DeepSpeed starts, the ranks on its host see that its process is gone (`processes.Roll`).
+
 Progress is a beat (a step, a batch, a collective entered or left) or computation outside of a collective: more than `_BUSY`
 of a core. In a loop on a GPU computation does not count, because waiting for NCCL looks the same.
 """
@@ -20,12 +23,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from pkd_dist.distributed.board import REPORTED, STOP, Board, life_of
+from pkd_dist.distributed.board import REPORTED, STOP, Board, left_by, life_of
+from pkd_dist.distributed.processes import Roll
 from pkd_dist.telemetry.log import log
 
 _BUSY = 0.05
 _WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 _REPORTER_FIRST_SECONDS = 2.0
+_DEAD_SECONDS = 3.0
+"""Time without progress after another rank has died: a closed connection tells the main thread sooner, and it reports better."""
+LATE_SECONDS = 5.0
+"""Ranks that have not started after this time are named."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,9 @@ class Watchdog:
         self.reported = False
         self.hosts: Sequence[str] = ()
         self._over = threading.Event()
+        self._roll = Roll(rank, size, board)
+        self._named_late = False
+        self._death: tuple[list[int], int, float] = [], 0, 0.0  # dead ranks, beats, since when (monotonic seconds)
 
     def start(self) -> Watchdog:
         for work in (self._watch, self._exchange):
@@ -183,9 +194,10 @@ class Watchdog:
     # The second thread uses the board, whose calls may take seconds.
 
     def _exchange(self) -> None:
-        count, asked = 0, float("-inf")
+        count, asked, began = 0, float("-inf"), time.monotonic()
         while not self._over.wait(self._interval):
             count += 1
+            self._look_for_dead(time.monotonic())
             where = self._locate() if self._idle_seconds > self._timeout / 2 else ("", True)
             post = Post(count, self._idle_seconds, self._position, *where)
             peers: dict[str, int] = {}
@@ -197,11 +209,13 @@ class Watchdog:
                 self._board.post(life_of(self._rank), json.dumps(asdict(post)))
                 if self._stop_signal():
                     self._board.post(STOP, str(self._stop_signal()))
+                self._roll.call()
                 found = self._board.read([STOP, REPORTED, *peers])
             except Exception as error:
                 log.debug("the board cannot be reached: %s", error)
                 continue
             now = self._board_seconds = time.monotonic()
+            self._name_late(now - began)
             self.peer_stop_signal = int(found.get(STOP, 0))
             self.reported = REPORTED in found
             for key, rank in peers.items():
@@ -210,6 +224,37 @@ class Watchdog:
                 new = Post(**json.loads(found[key]))
                 if rank not in self._posts or self._posts[rank][0].count != new.count:
                     self._posts[rank] = new, now
+
+    def _name_late(self, seconds: float) -> None:
+        """Say once which ranks the others wait for; rank 0 alone prints it."""
+        late = self._roll.missing()
+        if late and seconds > LATE_SECONDS and not self._named_late:
+            self._named_late = True
+            log.info("%s: waiting for %s to start", self._position, _ranks(late))
+
+    def _look_for_dead(self, now: float) -> None:
+        """End the process where the main thread waits for ranks of which one has died on this host."""
+        dead = self._roll.dead()
+        if not dead or not self._locate()[1] or (dead, self._beats) != self._death[:2]:
+            self._death = dead, self._beats, now
+        elif now - self._death[2] > _DEAD_SECONDS:
+            self._end(self.last_words())
+
+    def last_words(self) -> str | None:
+        """Return the message about lost ranks; None if another rank reports, or has reported why it ends."""
+        dead = self._roll.dead()
+        try:
+            if not self._board.claim(REPORTED):
+                time.sleep(_REPORTER_FIRST_SECONDS)
+                return None
+            left = self._board.read([left_by(rank) for rank in dead])
+            dead = [rank for rank in dead if left_by(rank) not in left] or dead
+        except Exception:  # rank 0, which hosts the board, is lost
+            dead = sorted({0, *dead})
+            if not self._roll.first_alive():
+                return None
+        lost = f"{_ranks(dead)} {'was' if len(dead) == 1 else 'were'} lost" if dead else "the ranks lost each other"
+        return f"{self._position}: {lost}; rerun the same command to resume"
 
 
 def verdict(view: View, now: float, timeout_seconds: float) -> Verdict | None:
@@ -257,4 +302,8 @@ def first_remote_rank(hosts: Sequence[str]) -> int:
 
 
 def _name_silent(view: View, ranks: Sequence[int]) -> str:
-    return f"{view.name(ranks[0])} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))} do"
+    return f"{view.name(ranks[0])} does" if len(ranks) == 1 else f"{_ranks(ranks)} do"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}"

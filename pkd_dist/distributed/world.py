@@ -24,10 +24,11 @@ import torch
 import torch.distributed as torch_dist
 
 from pkd_dist.distributed.board import REPORTED, STATUS, Board, left_by, life_of
-from pkd_dist.distributed.ranks import Ranks
+from pkd_dist.distributed.ranks import Ranks, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals, name_of
-from pkd_dist.distributed.watchdog import Watchdog, first_remote_rank
+from pkd_dist.distributed.watchdog import LATE_SECONDS, Watchdog, first_remote_rank
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
+from pkd_dist.limits import cores
 from pkd_dist.network import own_address_towards
 from pkd_dist.telemetry.log import log, log_file
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
 """The watchdog ends a wait that is too long: it knows whether the other ranks still work."""
 _LAST_WORDS_SECONDS = 2.5
+_RETRY_SECONDS = 0.05
 _RESUME = "; rerun the same command to resume"
 
 
@@ -64,50 +66,37 @@ class World:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         ranks.export()  # DeepSpeed reads these variables even if the process group exists
         self.signals = signals or StopSignals()
-        self._watchdog = self._meet(timeout_seconds)
-        # Objects and small host values always use gloo, so that they never wait for a GPU stream.
-        self._host_group = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-        cores = tuple(sorted(os.sched_getaffinity(0)))
-        places = self.gather((socket.gethostname(), cores))
+        places = self._meet(timeout_seconds)
         self.signals.met()
         self._hosts = [host for host, _ in places]
         if self._watchdog:
             self._watchdog.hosts = self._hosts
         if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
-            torch.set_num_threads(max(1, len(cores) // places.count(places[self.rank])))
+            torch.set_num_threads(max(1, cores() // places.count(places[self.rank])))
 
-    def _meet(self, timeout_seconds: float) -> Watchdog | None:
-        """Create the process group, and start the watchdog if there are other ranks."""
-        watchdog = None
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    def _meet(self, timeout_seconds: float) -> list[tuple[str, tuple[int, ...]]]:
+        """Connect the ranks, start the watchdog if there are others, and return each rank's host and cores."""
+        store = _open_store(self.rank, self.size, timeout_seconds)
+        self._watchdog: Watchdog | None = None
+        if self.size > 1:
+            own_signal = self.stop_signal
+            self._watchdog = Watchdog(self.rank, self.size, Board(), timeout_seconds, own_signal, self._end).start()
+        self.at(f"meeting the other ranks at {_rendezvous()}")
+        store.set_timeout(_COLLECTIVE_TIMEOUT)
         backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
-        meeting_timeout = timedelta(seconds=timeout_seconds)
+        if torch_dist.is_initialized():  # by an earlier run in this process, which ended with an error
+            torch_dist.destroy_process_group()
         try:
-            store = _open_store(self.rank, self.size, meeting_timeout)
-            if self.size > 1:
-                own_signal = self.stop_signal
-                watchdog = Watchdog(self.rank, self.size, Board(), timeout_seconds, own_signal, self._end).start()
-                watchdog.at(f"meeting the other ranks at {place}", True)
-            store.set_timeout(meeting_timeout)
-            if torch_dist.is_initialized():  # by an earlier run in this process, which ended with an error
-                torch_dist.destroy_process_group()
             torch_dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=_COLLECTIVE_TIMEOUT
             )
-        except (torch_dist.DistStoreError, torch_dist.DistNetworkError, OSError) as error:
-            if _is_port_taken(error):
-                raise UserError(
-                    f"MASTER_PORT: {place} is in use by another program; choose another port (launcher flag --master_port)"
-                ) from error
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"MASTER_PORT: rank 0 cannot listen at {place} ({error.strerror}); choose another address or port"
-                ) from error
-            raise LostRank(
-                f"the {self.size} ranks did not meet at {place} within {timeout_seconds:g} s (run.timeout_seconds); check "
-                "that all of them were started and that every host can reach this address"
-            ) from error
-        return watchdog
+            # Objects and small host values always use gloo, so that they never wait for a GPU stream.
+            self._host_group = torch_dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+            return self.gather((socket.gethostname(), tuple(sorted(os.sched_getaffinity(0)))))
+        except Exception as error:
+            if self._watchdog and is_lost(error):  # before the hosts are known the watchdog alone can name a rank
+                self._end(self._watchdog.last_words())
+            raise
 
     @property
     def main(self) -> bool:
@@ -331,22 +320,56 @@ class World:
         os._exit(LostRank.exit_status)
 
 
-def _open_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
-    """Return the store through which the ranks meet.
+def _rendezvous() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _open_store(rank: int, size: int, timeout_seconds: float) -> torch_dist.Store:
+    """Return the store through which the ranks meet, without waiting for the other ranks than its host.
 
     One rank alone opens no port. Rank 0 listens only on its address towards the others, loopback on one host; torch would
     listen on all interfaces. Under torchrun the agent hosts the store.
     """
     if size == 1:
         return torch_dist.HashStore()
+    timeout = timedelta(seconds=timeout_seconds)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, _, _ = next(torch_dist.rendezvous("env://", rank, size, timeout=timeout))
-        return store
-    address, port = own_address_towards(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
-    os.environ["MASTER_ADDR"] = address
+        _await_host(address, port, size, timeout_seconds)
+        return torch_dist.TCPStore(address, port, size, False, timeout, wait_for_workers=False)
+    os.environ["MASTER_ADDR"] = address = own_address_towards(address)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, port), family=family, backlog=max(128, size))
-    return torch_dist.TCPStore(address, port, size, True, timeout, master_listen_fd=listener.detach())
+    try:
+        handle = socket.create_server((address, port), family=family, backlog=max(128, size)).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"MASTER_PORT: {_rendezvous()} is in use by another program; choose another port (launcher flag --master_port)"
+            ) from error
+        raise UserError(
+            f"MASTER_PORT: rank 0 cannot listen at {_rendezvous()} ({error.strerror}); choose another address or port"
+        ) from error
+    return torch_dist.TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=handle)
+
+
+def _await_host(address: str, port: int, size: int, timeout_seconds: float) -> None:
+    """Wait until the host of the store listens; torch would print a stack for each failure."""
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((address, port), timeout_seconds).close()
+            return
+        except OSError as error:
+            waited = time.monotonic() - began
+            if waited > timeout_seconds:
+                raise LostRank(
+                    f"the {size} ranks did not meet at {_rendezvous()} within {timeout_seconds:g} s "
+                    "(run.timeout_seconds); check that all of them were started and that every host can reach this address"
+                ) from error
+        if waited > LATE_SECONDS and not told and speaks_without_rank_0():
+            print(f"pkd: waiting for rank 0 at {_rendezvous()}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(_RETRY_SECONDS)
 
 
 def _stopped(what: str, number: int) -> Preempted:
@@ -376,8 +399,7 @@ def _first_line(error: Exception) -> str:
 # The only place that matches the texts of another library, because the exception types do not tell the causes apart:
 # - gloo's IoException and TimeoutException reach Python as plain RuntimeErrors (gloo/common/error.h, thrown in
 #   gloo/transport/tcp/{pair,buffer,unbound_buffer}.cc). Their texts begin with "[.../gloo/.../pair.cc:LINE]".
-# - DistNetworkError covers every socket error (torch/csrc/distributed/c10d/socket.cpp and TCPStoreLibUvBackend.cpp). A port
-#   in use is "Address already in use" there, or "name: EADDRINUSE" from libuv.
+# - DistNetworkError covers every socket error (torch/csrc/distributed/c10d/socket.cpp and TCPStoreLibUvBackend.cpp).
 
 _LOST_CONNECTION = re.compile(
     r"closed by (the )?peer|reset by peer|Broken pipe|Connection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", re.I
@@ -391,11 +413,3 @@ def is_lost(error: Exception) -> bool:
     if isinstance(error, (torch_dist.DistNetworkError, torch_dist.DistBackendError, torch_dist.DistStoreError)):
         return True
     return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
-
-
-def _is_port_taken(error: Exception) -> bool:
-    return (
-        getattr(error, "errno", None) == errno.EADDRINUSE
-        or "EADDRINUSE" in str(error)
-        or "already in use" in str(error)
-    )

@@ -5,8 +5,12 @@ models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> sp
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import os
 from collections.abc import Mapping, Sequence
+=======
+from collections.abc import Mapping
+>>>>>>> main
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -24,6 +28,7 @@ from pkd_dist.evaluation.metrics import agreement, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
+from pkd_dist.limits import cores
 from pkd_dist.model.encoder import parameter_count
 from pkd_dist.model.ensemble import mean_logits
 from pkd_dist.telemetry.progress import Bar
@@ -33,7 +38,7 @@ Logits = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ModelComparison:
     """Teacher against student; alike on every rank.
 
     Attributes:
@@ -59,8 +64,12 @@ def compare_models(
     settings: Evaluate,
     pad_id: int,
     world: World,
+<<<<<<< HEAD
     other_teachers: Sequence[PreTrainedModel] = (),
 ) -> Evaluation:
+=======
+) -> ModelComparison:
+>>>>>>> main
     """Score and time teacher and student in float32. Collective.
 
     Args:
@@ -77,14 +86,14 @@ def compare_models(
     def measure() -> dict[str, Timing]:
         forwards = {name: forward_of(model) for name, model in models.items()}
         inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
-        all_cores = len(os.sched_getaffinity(0))  # the other ranks are waiting
-        with timing_threads(all_cores), torch.inference_mode():
+        with timing_threads(cores()), torch.inference_mode():  # the other ranks are waiting
             return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
 
     timings = world.on_main(measure)
     figures: dict[str, ModelResults] = {
         name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
     }
+<<<<<<< HEAD
     results = combine(
         task.name, scores["dev"], figures, {name: found for name, found in scores.items() if name != "dev"}
     )
@@ -100,6 +109,10 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
         return logits
     teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
     return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
+=======
+    others = {split: found for split, found in scores.items() if split != "dev"}
+    return ModelComparison(combine(task.name, scores["dev"], figures, others), timings, logits)
+>>>>>>> main
 
 
 def _logits(

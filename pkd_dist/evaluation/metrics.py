@@ -5,13 +5,13 @@ Shapes: N examples, C classes (1 for a regression).
 
 from __future__ import annotations
 
-import math
 from typing import Literal, cast
 
 import numpy as np
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import Scores
 from pkd_dist.metric_names import MAIN_METRIC
 
@@ -82,13 +82,6 @@ def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
     if "accuracy" in scores:
         scores["accuracy_interval_95"] = list(wilson_interval(scores["accuracy"], len(tokens)))
     return scores
-
-
-def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval (95% by default) of a proportion of n examples."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return center - half, center + half
 
 
 def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:

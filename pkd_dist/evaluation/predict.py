@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from pkd_dist.data.class_mapping import output_names, require_supported_outputs
+from pkd_dist.data.class_mapping import is_regression_by_default, output_names, require_supported_outputs
 from pkd_dist.data.tokens import encode
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer
@@ -33,6 +33,7 @@ class Predictor:
 
     Attributes:
         answered, truncated: Number of examples so far.
+        regression_by_default: see `is_regression_by_default`.
 
     Raises:
         UserError: The model cannot be used.
@@ -41,7 +42,10 @@ class Predictor:
     def __init__(self, model: str, max_length: int | None = None):
         folder = encoder.locate(model, "--model")
         encoder.require_classifier(folder, model, "--model")
-        require_supported_outputs(encoder.load_config(folder, "--model"), model, "--model")
+        config = encoder.load_config(folder, "--model")
+        kind, self._names = getattr(config, "problem_type", None), dict(enumerate(output_names(config)))
+        require_supported_outputs(kind, len(self._names), model, "--model")
+        self.regression_by_default = is_regression_by_default(config)
         classifier = encoder.load_model(folder, "--model")
         self._tokenizer = encoder.load_tokenizer(folder, "--model")
         if self._tokenizer.pad_token_id is None:
@@ -53,7 +57,7 @@ class Predictor:
         self.answered = self.truncated = 0
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.nn.Module.to(classifier, self._device)
-        self._forward, self._names = forward_of(classifier), dict(enumerate(output_names(classifier.config)))
+        self._forward = forward_of(classifier)
 
     def __call__(self, examples: Iterable[Example], batch_size: int) -> Iterator[dict[str, object]]:
         """Yield an answer for each example, in order: `text` (and `text_pair`), its other columns, the keys of `answer`.

@@ -1,10 +1,8 @@
-"""The content of results_eval.json, and the teacher/student table that is made of it. Needs no PyTorch."""
+"""The content of results_eval.json, and what tables and sentences say of it. Needs no PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 from typing_extensions import NotRequired, TypedDict
@@ -133,13 +131,6 @@ def class_facts(classes: ClassMapping) -> ClassFacts:
     return {"classes": classes.as_rows(), "positive": positive}
 
 
-_SIZE = (("parameters", "parameters", "{:,}"), ("modelSize", "size, MB (10^6 bytes)", "{:.1f}"))
-_SPEED = (
-    ("reasoningTime", "sentences per second", "{:.0f}"),
-    ("latency_ms_p50", "latency at batch 1, p50, ms", "{:.2f}"),
-    ("latency_ms_p99", "latency at batch 1, p99, ms", "{:.2f}"),
-)
-"""(key, label, format) of what a table shows beside the metrics."""
 _STUDENT_ONLY = ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95", "spread", "threads")
 """Keys of the student that are not repeated at the top level."""
 
@@ -181,23 +172,10 @@ def _retention(teacher: Scores, student: Scores) -> float | None:
     return student["main_metric"] / teacher["main_metric"] if told and teacher["main_metric"] > 0 else None
 
 
-def table_rows(results: Results, speed: bool = True) -> list[tuple[str, str, str]]:
-    """Return (label, teacher, student) rows of the metrics, sizes and speeds."""
+def score_rows(results: Results) -> list[tuple[str, str, str]]:
+    """Return (label, teacher, student) rows of the metrics of both models in PyTorch."""
     teacher, student = results["teacher"], results["student"]
-    scores = [key for key in TABLE_METRICS if key in teacher]
-    rows = [(METRICS[key], _score(teacher, key), _score(student, key)) for key in scores]
-    rows += _figure_rows(_SIZE, teacher, student)
-    return rows + (_figure_rows(_SPEED, teacher, student) if speed else [])
-
-
-def _figure_rows(
-    keys: Sequence[tuple[str, str, str]], first: Mapping[str, object], second: Mapping[str, object]
-) -> list[tuple[str, str, str]]:
-    where = threads(first.get("threads"))
-    return [
-        (label + (where if keys is _SPEED else ""), form.format(first[key]), form.format(second[key]))
-        for key, label, form in keys
-    ]
+    return [(METRICS[key], _score(teacher, key), _score(student, key)) for key in TABLE_METRICS if key in teacher]
 
 
 def threads(count: object) -> str:
@@ -232,47 +210,3 @@ def retention_sentence(results: Results) -> str:
             f"the main metric is undefined on these {results['split']} examples, so it says nothing about either model"
         )
     return f"the teacher scores {score:.3f}, so there is no score for the student to retain"
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """The file of an export to deploy.
-
-    Attributes:
-        metric, score: Its main metric on dev.
-        speed, teacher, student: Its speed and that of both models in PyTorch, measured in turn.
-    """
-
-    path: Path
-    bytes: int
-    metric: str
-    score: float
-    speed: Speed
-    teacher: Speed
-    student: Speed
-
-    def line(self) -> str:
-        """Say what it is worth."""
-        score = f"{100 * self.score:.1f}%" if self.metric == "accuracy" else f"{self.score:.3f}"
-        rate, of_teacher = self.speed["reasoningTime"], self.teacher["reasoningTime"]
-        return (
-            f"deploy {self.path}: {METRICS[self.metric]} {score}, {self.bytes / 1e6:.1f} MB, {rate:,.0f} sentences per second "
-            f"({rate / of_teacher:.1f} times the teacher's), p50 {self.speed['latency_ms_p50']:.2f} ms"
-            f"{threads(self.speed['threads'])}"
-        )
-
-
-def closing_table(results: Results, export: Path, report: Path, deployed: Deployed | None = None) -> str:
-    """Return the plain-text table a run ends with, and the paths of its export and report.
-
-    It leads with the file to deploy, if there is one; then the speeds of the models are those measured in turn with it.
-    """
-    rows = [("", *SIDES), *table_rows(results, speed=deployed is None)]
-    if deployed is not None:
-        rows += _figure_rows(_SPEED, deployed.teacher, deployed.student)
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    lines.append(f"{retention_sentence(results)}; {agreement_sentence(results)} ({results['n']} dev examples)")
-    first = [] if deployed is None else [deployed.line(), ""]
-    return "\n".join([*first, *lines, "", f"export: {export}", f"report: {report}"])

@@ -1,7 +1,7 @@
 """Build an export: the Hugging Face folder, the files to serve it from, and the proof that each of them works.
 
 student -> safetensors, ONNX (float32 -> float16, int8), torch.export, Triton -> verify every file on all of dev
-        -> time -> model card -> manifest -> rename to the final name
+        -> time -> set beside the teacher -> model card -> manifest -> rename to the final name
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -21,31 +21,46 @@ from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.compare import size_figures
+from pkd_dist.evaluation.deployment import TEACHER, TEACHER_TITLE, Deployment, Measured, beside_teacher
 from pkd_dist.evaluation.metrics import agreement, score
+from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timing_threads
 from pkd_dist.export import hf, independence, int8, manifest, onnx, triton
-from pkd_dist.export.manifest import ExportFigures, FileFigures, Manifest
-from pkd_dist.export.runtime import ONNX_FILES, OnnxModel
+from pkd_dist.export.manifest import ExportFigures, ExportManifest, FileFigures
+from pkd_dist.export.runtime import ONNX_FILES, TITLES, TORCH_FILE, WEIGHTS_FILE, OnnxModel, to_deploy
 from pkd_dist.files import folder_written_atomically, require_space, write_atomically
 from pkd_dist.metric_names import MAIN_METRIC
-from pkd_dist.model.encoder import accepted, save_model
+from pkd_dist.model.encoder import accepted, parameter_count, save_model
 from pkd_dist.telemetry.log import log
 
 TOLERANCE = 1e-4
 """Largest difference allowed between a logit of a float32 file and PyTorch's; see `hf.tolerance`."""
 LOSS_ALLOWED = 0.005
 """Loss of the main metric allowed for a file of lower precision; one example where dev has fewer than 200."""
-WEIGHTS_FILE = "model.safetensors"
-TEACHER = "teacher"
-TORCH_FILE = "torch_export/model.pt2"
 _TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "student_int8"}
 
 Runnable = Callable[[Inputs], torch.Tensor | np.ndarray]
 """A tokenizer's outputs -> logits_BC on the CPU."""
 Verdict = dict[str, float]
 """`largest_difference`, `agreement`, `main_metric` and the batch effect (`independence`) of a file on dev."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher that the files are set beside, and what was answered before the export.
+
+    Attributes:
+        teacher: In float32, on the CPU.
+        test: The labeled test split; None: there is none, and the files are compared on dev alone.
+        answers: Split -> what teacher and student answered, in the order of the token set.
+    """
+
+    teacher: PreTrainedModel
+    test: TokenSet | None
+    answers: Mapping[str, Predictions]
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Subject:
         texts: The first texts of dev, by column.
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
-        teacher: In float32, on the CPU: timed beside the files; None: it is not.
+        reference: None: the files are set beside no teacher.
     """
 
     student: PreTrainedModel
@@ -70,7 +85,7 @@ class Subject:
     texts: tuple[list[str], ...]
     max_length: int
     evaluate: Evaluate
-    teacher: PreTrainedModel | None = None
+    reference: Reference | None = None
 
     @property
     def pad_id(self) -> int:
@@ -79,6 +94,15 @@ class Subject:
     @property
     def pair(self) -> bool:
         return len(self.task.text) > 1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A file that was run on dev; `logits_NC` is (N, C) float32."""
+
+    forward: Runnable
+    logits_NC: np.ndarray
+    verdict: Verdict
 
 
 class _Verifier:
@@ -91,13 +115,14 @@ class _Verifier:
 
     def __init__(self, subject: Subject, check: Callable[[], None]):
         self._subject, self._check = subject, check
-        self.logits_NC = self._run(forward_of(subject.student))
+        self.logits_NC = self.run(forward_of(subject.student), subject.dev)
         self.main_metric = self._main_metric(self.logits_NC)
 
     @torch.inference_mode()
-    def _run(self, forward: Runnable) -> np.ndarray:
+    def run(self, forward: Runnable, tokens: TokenSet) -> np.ndarray:
+        """Return the logits of a file, (N, C) float32."""
         subject = self._subject
-        return predict_logits_single(self._checked(forward), subject.dev, subject.evaluate.batch_size, subject.pad_id)
+        return predict_logits_single(self._checked(forward), tokens, subject.evaluate.batch_size, subject.pad_id)
 
     def _checked(self, forward: Runnable) -> Runnable:
         def checked(inputs: Inputs) -> torch.Tensor | np.ndarray:
@@ -113,14 +138,15 @@ class _Verifier:
     def _main_metric(self, logits_NC: np.ndarray) -> float:
         return score(logits_NC, np.asarray(self._subject.dev.labels_N), self._subject.task)[MAIN_METRIC]
 
-    def judge(self, forward: Runnable) -> Verdict:
-        logits_NC = self._run(forward)
-        return {
+    def judge(self, forward: Runnable) -> Judged:
+        logits_NC = self.run(forward, self._subject.dev)
+        verdict: Verdict = {
             "largest_difference": float(np.abs(logits_NC - self.logits_NC).max()),
             "agreement": agreement(logits_NC, self.logits_NC),
             "main_metric": self._main_metric(logits_NC),
             **cast(Verdict, self.batch_effect(forward)),
         }
+        return Judged(forward, logits_NC, verdict)
 
     def require_good(self, name: str, verdict: Verdict, exact: bool) -> None:
         """Raise UserError where a file is too far from the student: in its logits if `exact`, else in its metric."""
@@ -159,13 +185,14 @@ class _Builder:
 
     Attributes:
         found: File name -> figures so far.
+        judged: File name -> the run on dev that they come from.
     """
 
     def __init__(self, subject: Subject, folder: Path, check: Callable[[], None]):
         self.subject, self.folder, self.check = subject, folder, check
         self.verifier = _Verifier(subject, check)
         self.found: dict[str, FileFigures] = {}
-        self._programs: dict[str, Runnable] = {}
+        self.judged: dict[str, Judged] = {}
 
     def build(self, formats: Sequence[str]) -> None:
         """Write and verify all files but the model card and the manifest.
@@ -186,12 +213,14 @@ class _Builder:
         if "onnx" not in formats:  # the others were made from it
             source.unlink(missing_ok=True)
             self.found.pop(ONNX_FILES["onnx"], None)
+            self.judged.pop(ONNX_FILES["onnx"], None)
         if not any((self.folder / "onnx").iterdir()):
             (self.folder / "onnx").rmdir()
 
-    def _accept(self, name: str, verdict: Verdict, exact: bool) -> None:
-        self.verifier.require_good(name, verdict, exact)
-        self.found[name] = cast(FileFigures, {**verdict, "bytes": (self.folder / name).stat().st_size})
+    def _accept(self, name: str, judged: Judged, exact: bool) -> None:
+        self.verifier.require_good(name, judged.verdict, exact)
+        self.found[name] = cast(FileFigures, {**judged.verdict, "bytes": (self.folder / name).stat().st_size})
+        self.judged[name] = judged
 
     def _onnx(self, source: Path, half: bool) -> None:
         onnx.write(self.subject.student, self.subject.tokenizer, source)
@@ -205,18 +234,18 @@ class _Builder:
     def _int8(self, source: Path) -> None:
         """Keep the int8 file that agrees best with float32 on dev, among those of all ways to quantize."""
         name = ONNX_FILES["onnx-int8"]
-        tried: dict[str, Verdict] = {}
+        tried: dict[str, Judged] = {}
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             files = {how: Path(scratch) / f"{number}.onnx" for number, how in enumerate(int8.QUANTIZATIONS)}
             for how, path in files.items():
                 self.check()
                 onnx.write_int8(source, path, how)
                 tried[how] = self.verifier.judge(OnnxModel(path))
-            best = max(tried, key=lambda how: _merit(tried[how]))
+            best = max(tried, key=lambda how: _merit(tried[how].verdict))
             os.replace(files[best], self.folder / name)
         self._accept(name, tried[best], exact=False)
         self.found[name]["quantisation"] = best
-        self.found[name]["tried"] = tried
+        self.found[name]["tried"] = {how: judged.verdict for how, judged in tried.items()}
 
     def _program(self) -> None:
         path = self.folder / TORCH_FILE
@@ -228,7 +257,6 @@ class _Builder:
             logits_BC: torch.Tensor = program(**accepted(self.subject.student, inputs))
             return logits_BC
 
-        self._programs[TORCH_FILE] = forward
         self._accept(TORCH_FILE, self.verifier.judge(forward), exact=True)
 
     def _triton(self, formats: Sequence[str]) -> None:
@@ -242,18 +270,57 @@ class _Builder:
 
         They run on one core unless OMP_NUM_THREADS is set, so that thread pools do not compete.
         """
-        subject = self.subject
+        subject, reference = self.subject, self.subject.reference
         settings = subject.evaluate.model_copy(update={"throughput_samples": -(-subject.evaluate.latency_samples // 2)})
         inputs = TimedInputs.choose(subject.dev, subject.pad_id, torch.device("cpu"), settings)
-        models = {TEACHER: subject.teacher} if subject.teacher is not None else {}
+        models = {TEACHER: reference.teacher} if reference is not None else {}
         with timing_threads(1) as threads, torch.inference_mode():
             forwards: dict[str, Runnable] = {
                 **{name: forward_of(model) for name, model in {**models, WEIGHTS_FILE: subject.student}.items()},
-                **self._programs,
-                **{name: OnnxModel(self.folder / name, threads) for name in self.found if name not in self._programs},
+                **{
+                    name: OnnxModel(self.folder / name, threads)
+                    if isinstance(judged.forward, OnnxModel)
+                    else judged.forward
+                    for name, judged in self.judged.items()
+                },
             }
             timings = measure_speed(forwards, inputs, check=self.check)
         return {name: timing.figures for name, timing in timings.items()}
+
+    def beside(self, reference: Reference, files: Mapping[str, FileFigures], speeds: Mapping[str, Speed]) -> Deployment:
+        """Set the files beside the teacher, on dev and on test where it has labels."""
+        subject, answers = self.subject, reference.answers
+        splits = ["dev", *(["test"] if reference.test is not None else [])]
+        size, parameters = size_figures(reference.teacher), parameter_count(subject.student)
+        logits_NC = np.concatenate([answers[split].logits[TEACHER] for split in splits])
+        models = [
+            Measured(
+                TEACHER, TEACHER_TITLE, size["parameters"], round(size["modelSize"] * 1e6), logits_NC, speeds[TEACHER]
+            )
+        ]
+        for name in (name for name in TITLES if name in files):
+            logits_NC = self._answers(name, reference)
+            models.append(Measured(name, TITLES[name], parameters, files[name]["bytes"], logits_NC, speeds[name]))
+        return beside_teacher(
+            subject.task, {split: np.asarray(answers[split].labels_N) for split in splits}, models, to_deploy(files),
+            subject.evaluate.batch_size, machine()["processor"],
+        )  # fmt: skip
+
+    def _answers(self, name: str, reference: Reference) -> np.ndarray:
+        """Return the logits of a file on dev, as it was verified, and on test if there is one."""
+        is_student = name == WEIGHTS_FILE
+        dev_NC = self.verifier.logits_NC if is_student else self.judged[name].logits_NC
+        if reference.test is None:
+            return dev_NC
+        if is_student and self._as_evaluated(reference):
+            return np.concatenate([dev_NC, reference.answers["test"].logits["student"]])
+        forward = forward_of(self.subject.student) if is_student else self.judged[name].forward
+        return np.concatenate([dev_NC, self.verifier.run(forward, reference.test)])
+
+    def _as_evaluated(self, reference: Reference) -> bool:
+        """Tell whether the student answers dev as it did in the evaluation, so that its answers to test are known."""
+        before_NC, now_NC = reference.answers["dev"].logits["student"], self.verifier.logits_NC
+        return bool(np.abs(before_NC - now_NC).max() <= hf.tolerance(TOLERANCE, now_NC))
 
 
 def needed_bytes(weights_bytes: int, formats: Sequence[str]) -> int:
@@ -268,7 +335,7 @@ def export(
     render_card: Callable[[ExportFigures], str],
     about: Mapping[str, object],
     check: Callable[[], None] = lambda: None,
-) -> Manifest:
+) -> ExportManifest:
     """Write an export atomically, after every file was verified on all of dev.
 
     Args:
@@ -305,8 +372,9 @@ def export(
             },
             "measured_on": {**machine(), "threads": speeds[WEIGHTS_FILE]["threads"]},
         }
-        if TEACHER in speeds:
+        if subject.reference is not None:
             figures["teacher"] = speeds[TEACHER]
+            figures["deployment"] = asdict(builder.beside(subject.reference, figures["files_on_dev"], speeds))
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})

@@ -11,8 +11,8 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.class_mapping import ClassMapping
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.results import BUSY_SPREAD, Results, agreement_sentence, retention_sentence, table_rows
-from pkd_dist.export.manifest import ExportFigures
+from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, score_rows
+from pkd_dist.export.manifest import ExportFigures, deployment_of
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.metric_names import METRICS
 from pkd_dist.model.encoder import name_of
@@ -54,7 +54,19 @@ Precision, recall and F1 are those of the class {{ facts.classes.names[facts.cla
 One output: the predicted value.
 {% endif %}
 
-## Results on {{ results.split }} ({{ results.n }} examples, float32)
+## Results
+
+`{{ table.deploy }}`, the file to deploy: {{ table.headline() }}.
+
+| {{ table.head() | join(" | ") }} |
+| ---{{ " | ---:" * (table.head() | length - 1) }} |
+{% for row in table.cells() -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+{{ table.note() | text }}
+
+Teacher and student in PyTorch on {{ results.split }} ({{ results.n }} examples):
 
 | | teacher | student |
 | --- | --- | --- |
@@ -67,21 +79,18 @@ The student has {{ "%.2f" | format(results.compression.parameters) }} times fewe
 
 ## Files
 
-Each file was run on all of {{ results.split }}. The difference is the largest of any logit, compared with PyTorch in float32. The
-batch effect is the largest change of a {{ "probability" if facts.classes else "value (as a share of their range)" }} when a text is answered in a batch of 64 instead of alone. Speed is that of {{ "one core" if figures.measured_on.threads == 1 else "%d threads" % figures.measured_on.threads }} of {{ figures.measured_on.processor }}, all rows in turn in one session: latency of single sentences of {{ results.split }}, throughput
-in batches of {{ config.evaluate.batch_size }}.{{ " Passes over the same batches differed by up to %.0f%%: other work on the machine is likely to have changed these figures." | format(100 * spread) if busy }} A MB is 10^6 bytes.
+Each file was run on all of {{ results.split }}, on which the best epoch was selected, too. Difference and agreement are those from the
+student in PyTorch in float32, the difference the largest of any logit. The batch effect is the largest change of a {{ "probability" if facts.classes else "value (as a share of their range)" }}
+when a text is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
 
-| file | MB | {{ metric }} | difference | batch effect | agreement | latency p50, ms | p99, ms | sentences per second |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{% if figures.teacher is defined %}
-| teacher, PyTorch | {{ "%.1f" | format(results.teacher.modelSize) }} | {{ "%.4f" | format(results.teacher.main_metric) }} | | | {{ "%.4f" | format(results.compression.agreement) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p50) }} | {{ "%.2f" | format(figures.teacher.latency_ms_p99) }} | {{ "%.0f" | format(figures.teacher.reasoningTime) }} |
-{% endif %}
+| file | MB | {{ metric }} | difference | batch effect | agreement |
+| --- | --- | --- | --- | --- | --- |
 {% for name, file in figures.files_on_dev.items() -%}
-| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} | {{ "%.2f" | format(file.latency_ms_p50) }} | {{ "%.2f" | format(file.latency_ms_p99) }} | {{ "%.0f" | format(file.reasoningTime) }} |
+| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} |
 {% endfor %}
 
 {% if onnx %}
-ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators. Inputs are the tokenizer's outputs (int64, any batch size and
+ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators (oldest version tried: 1.18.1). Inputs are the tokenizer's outputs (int64, any batch size and
 length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ "." if quantization }}
 
 {% endif %}
@@ -137,7 +146,6 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     templates.filters |= {"code": markdown_code, "files": _files, "text": markdown}
-    spread = max(file.get("spread", 0.0) for file in figures["files_on_dev"].values())
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
     return templates.from_string(_TEMPLATE).render(
         facts=facts,
@@ -145,9 +153,8 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         config=facts.config,
         teacher=" + ".join(map(name_of, facts.config.teacher.models)),
         results=facts.results,
-        rows=table_rows(facts.results, speed=False),
-        spread=spread,
-        busy=spread > BUSY_SPREAD,
+        table=deployment_of(figures, facts.results, facts.main_metric),
+        rows=score_rows(facts.results),
         agreement=agreement_sentence(facts.results),
         retention=retention_sentence(facts.results),
         figures=figures,

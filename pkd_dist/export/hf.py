@@ -75,7 +75,7 @@ class CheckpointStudent:
 
 
 def from_checkpoint(
-    path: Path, output: Path, dtype: str, started_from: str | None, trained: manifest.Manifest | None = None
+    path: Path, output: Path, dtype: str, started_from: str | None, trained: manifest.ExportManifest | None = None
 ) -> CheckpointStudent:
     """Export the student at a checkpoint of any world size and ZeRO stage, in one process.
 
@@ -132,7 +132,7 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
     return init
 
 
-def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.Manifest) -> None:
+def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.ExportManifest) -> None:
     """Write a model with the tokenizer of `init`, after checking that it reloads unchanged."""
     with folder_written_atomically(output) as temporary:
         save_model(model, load_tokenizer(str(init), "student_init"), temporary, about.get("max_length"))

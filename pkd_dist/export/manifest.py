@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.results import Speed
+from pkd_dist.evaluation import deployment
+from pkd_dist.evaluation.deployment import Deployment, ModelRow
+from pkd_dist.evaluation.results import Results, Speed
+from pkd_dist.export.runtime import TITLES, WEIGHTS_FILE, to_deploy
 from pkd_dist.files import changed_file, digest_of, file_digests, write_json
+from pkd_dist.metric_names import MAIN_METRIC
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -55,14 +60,15 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
-class _TimedTeacher(TypedDict, total=False):
+class _BesideTeacher(TypedDict, total=False):
     teacher: Speed
+    deployment: dict[str, Any]
 
 
-class ExportFigures(_TimedTeacher):
+class ExportFigures(_BesideTeacher):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
-    `teacher` is its speed, measured in turn with the files.
+    `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`.
     """
 
     formats: list[str]
@@ -71,7 +77,7 @@ class ExportFigures(_TimedTeacher):
     measured_on: MeasuredOn
 
 
-class Manifest(TypedDict, total=False):
+class ExportManifest(TypedDict, total=False):
     """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures.
 
     `max_length` is the number of tokens at which training truncated, `pair` says whether an example is two texts, and
@@ -87,6 +93,7 @@ class Manifest(TypedDict, total=False):
     files_on_dev: dict[str, FileFigures]
     measured_on: MeasuredOn
     teacher: Speed
+    deployment: dict[str, Any]
     max_length: int
     pair: bool
     text_columns: list[str]
@@ -96,7 +103,7 @@ class Manifest(TypedDict, total=False):
     digest: str
 
 
-def write(folder: Path, about: Mapping[str, object]) -> Manifest:
+def write(folder: Path, about: Mapping[str, object]) -> ExportManifest:
     """Write and return the manifest of all files in a folder.
 
     Args:
@@ -105,10 +112,10 @@ def write(folder: Path, about: Mapping[str, object]) -> Manifest:
     content: dict[str, object] = {"format_version": FORMAT_VERSION, **about, "files": file_digests(folder)}
     content["digest"] = digest_of(content)
     write_json(folder / MANIFEST, content)
-    return cast(Manifest, content)
+    return cast(ExportManifest, content)
 
 
-def of_task(task: Task, max_length: int) -> Manifest:
+def of_task(task: Task, max_length: int) -> ExportManifest:
     """Return the entries that say what a model was trained to read."""
     return {
         "task": task.name,
@@ -118,7 +125,54 @@ def of_task(task: Task, max_length: int) -> Manifest:
     }
 
 
-def find(folder: str) -> Manifest:
+def deployment_of(content: ExportManifest | ExportFigures, results: Results, metric: str) -> Deployment:
+    """Return the table of the files beside the teacher.
+
+    Exports of earlier versions hold figures on dev alone, without intervals of the files or their agreement with the
+    teacher, and some without the teacher's speed in the same session: their table leaves these out.
+
+    Args:
+        metric: Key of the main metric in `METRICS`.
+    """
+    if "deployment" in content:
+        return TypeAdapter(Deployment).validate_python(content["deployment"])
+    names = [name for name in TITLES if name in content["files_on_dev"]]
+    rows = [_teacher_on_dev(content, results, metric)]
+    for name in names:
+        rows.append(_file_on_dev(name, content["files_on_dev"][name], results, rows[0]))
+    measured_on = content["measured_on"]
+    return Deployment(
+        metric, (results["split"],), results["n"], tuple(rows), to_deploy(names), None, measured_on["processor"]
+    )
+
+
+def _teacher_on_dev(content: ExportManifest | ExportFigures, results: Results, metric: str) -> ModelRow:
+    side = results["teacher"]
+    told = MAIN_METRIC not in side.get("undefined", ())
+    low_high = side.get("accuracy_interval_95") if metric == "accuracy" else None
+    return ModelRow(
+        deployment.TEACHER, deployment.TEACHER_TITLE, side["parameters"], round(side["modelSize"] * 1e6),
+        side["main_metric"] if told else None, (low_high[0], low_high[1]) if low_high else None, None, None, None,
+        content.get("teacher"),
+    )  # fmt: skip
+
+
+def _file_on_dev(name: str, file: FileFigures, results: Results, teacher: ModelRow) -> ModelRow:
+    told = MAIN_METRIC not in results["student"].get("undefined", ())
+    score = file["main_metric"] if told else None
+    kept = score / teacher.score if score is not None and teacher.score is not None and teacher.score > 0 else None
+    agreement = results["compression"]["agreement"] if name == WEIGHTS_FILE else None
+    speed: Speed = {
+        "latency_ms_p50": file["latency_ms_p50"], "latency_ms_p99": file["latency_ms_p99"],
+        "samples_per_second": file["reasoningTime"], "reasoningTime": file["reasoningTime"],
+        "spread": file.get("spread", 0.0), "threads": file.get("threads", 1),
+    }  # fmt: skip
+    return ModelRow(
+        name, TITLES[name], results["student"]["parameters"], file["bytes"], score, None, agreement, kept, None, speed
+    )
+
+
+def find(folder: str) -> ExportManifest:
     """Return the manifest of a model folder; an empty one if the folder is no export.
 
     Raises:
@@ -128,7 +182,7 @@ def find(folder: str) -> Manifest:
     return read(path.parent) if path.is_file() else {}
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path) -> ExportManifest:
     """Return the manifest of an export after checking that it holds exactly the files that were written.
 
     Raises:
@@ -147,7 +201,7 @@ def verify(folder: Path) -> Manifest:
     return content
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path) -> ExportManifest:
     """Return the manifest of an export without looking at its files.
 
     Raises:
@@ -171,7 +225,7 @@ def read(folder: Path) -> Manifest:
     digest = content.pop("digest", None)
     if digest != digest_of(content):
         raise UserError(f"{folder / MANIFEST}: was altered{_REMEDY}")
-    return cast(Manifest, content)
+    return cast(ExportManifest, content)
 
 
 def _all_files(folder: Path) -> list[str]:

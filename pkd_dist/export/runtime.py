@@ -1,19 +1,34 @@
-"""An exported ONNX graph as a function, run by ONNX Runtime."""
+"""The files of an export that can be run, and an ONNX graph as a function, run by ONNX Runtime."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from pkd_dist.errors import UserError
+from pkd_dist.limits import cores
 
 ONNX_FILES = {"onnx": "onnx/model.onnx", "onnx-fp16": "onnx/model.fp16.onnx", "onnx-int8": "onnx/model.int8.onnx"}
 """Where an export holds the graph of each format."""
 PREFERRED = ("onnx-int8", "onnx", "onnx-fp16")
 """Formats to run on a CPU, best first."""
+WEIGHTS_FILE = "model.safetensors"
+TORCH_FILE = "torch_export/model.pt2"
+TITLES = {
+    WEIGHTS_FILE: "student, PyTorch",
+    ONNX_FILES["onnx"]: "student, ONNX",
+    ONNX_FILES["onnx-fp16"]: "student, ONNX float16",
+    ONNX_FILES["onnx-int8"]: "student, ONNX int8",
+    TORCH_FILE: "student, torch.export",
+}
+"""File of an export that can be run -> what tables call it, in their order."""
+
+
+def to_deploy(files: Collection[str]) -> str:
+    """Return the file to deploy among those of an export: the best for a CPU, else the weights."""
+    return next((ONNX_FILES[name] for name in PREFERRED if ONNX_FILES[name] in files), WEIGHTS_FILE)
 
 
 class OnnxModel:
@@ -32,7 +47,7 @@ class OnnxModel:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or cores()
         options.inter_op_num_threads = 1
         # Idle threads must not spin between calls: the cores are needed elsewhere, and calls are as fast without.
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -122,7 +122,11 @@ def _load_or_build(compiler: list[str]) -> Kernels:
     target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])  # the compiler and the processor's features
     name = hashlib.sha256("\0".join([SOURCE.read_text(), *_FLAGS, target]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkd_dist"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):  # a read-only home: built again by each process
+        with tempfile.TemporaryDirectory() as private:
+            return Kernels(_build(compiler, Path(private)))
     if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()} or folder.stat().st_mode & 0o022:
         raise OSError(f"{folder} can be written by others; its code would not be safe to run")
     folder.chmod(0o700)
@@ -136,15 +140,20 @@ def _load_or_build(compiler: list[str]) -> Kernels:
         if time.time() - other.stat().st_mtime > _UNUSED_DAYS * 86400:
             other.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        objects, built = Path(temporary) / "kernels.o", Path(temporary) / library.name
-        _run([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(objects)])
-        # Linked without -fopenmp, so that the OpenMP functions resolve to PyTorch's.
-        _run([*compiler, "-shared", str(objects), "-o", str(built), "-lm"])
+        built = _build(compiler, Path(temporary))
         kernels = Kernels(built)
         _seal(built)
         with suppress(FileExistsError):  # built by another rank, which may have loaded it
             os.link(built, library)
     return kernels
+
+
+def _build(compiler: list[str], folder: Path) -> Path:
+    objects, built = folder / "kernels.o", folder / "kernels.so"
+    _run([*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(objects)])
+    # Linked without -fopenmp, so that the OpenMP functions resolve to PyTorch's.
+    _run([*compiler, "-shared", str(objects), "-o", str(built), "-lm"])
+    return built
 
 
 def _seal(library: Path) -> None:

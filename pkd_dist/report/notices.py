@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkd_dist.evaluation.metrics import wilson_interval
+from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration, percent
@@ -140,7 +140,7 @@ def _on_speed(run: Run) -> Iterator[str]:
     spreads = [
         (max(model.rates) - min(model.rates)) / model.sentences_per_second for model in run.results.models.values()
     ]
-    spread = max(*spreads, *(file.spread for file in run.export.files))
+    spread = max(*spreads, run.deployment.spread)
     if spread > BUSY_SPREAD:
         yield (
             f"Passes over the same batches differed by up to {spread:.0%}: the machine was busy while speed was measured. Measure "

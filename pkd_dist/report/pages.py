@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pkd_dist.data import text
 from pkd_dist.evaluation.results import SIDES
 from pkd_dist.files import write_atomically
-from pkd_dist.report.charts import evaluation, models, timing, training
+from pkd_dist.report.charts import deployment, evaluation, models, timing, training
 from pkd_dist.report.format import duration, percent, size
 from pkd_dist.report.notices import notices
 from pkd_dist.report.run import Run
@@ -49,6 +49,8 @@ def _render(run: Run) -> str:
     return environment.get_template("report.html").render(
         run=run,
         notices=list(notices(run)),
+        deployment=run.deployment,
+        tradeoffs=list(deployment.tradeoffs(run.deployment)),
         table=_table(run),
         latencies=_latencies(run),
         classes=_class_rows(run),
@@ -68,21 +70,19 @@ def _render(run: Run) -> str:
 
 
 def _table(run: Run) -> list[tuple[str, str, str]]:
-    """Return rows (label, teacher, student): those of the model card, and more scores before its `parameters`."""
+    """Return rows (label, teacher, student): the scores of the model card, and more."""
     teacher, student = run.results.teacher.scores, run.results.student.scores
-    more = []
+    rows = list(run.results.table)
     if run.task.regression:
         errors = [f"{np.abs(run.predicted(side) - run.dev.labels_N).mean():.3f}" for side in SIDES]
-        more.append(("mean absolute error", errors[0], errors[1]))
+        rows.append(("mean absolute error", errors[0], errors[1]))
     for name, both in (
         ("precision", (teacher.precision, student.precision)),
         ("recall", (teacher.recall, student.recall)),
     ):
         if both[0] is not None and both[1] is not None:
-            more.append((name, f"{both[0]:.3f}", f"{both[1]:.3f}"))
-    rows = list(run.results.table)
-    at = [label for label, *_ in rows].index("parameters")
-    return rows[:at] + more + rows[at:]
+            rows.append((name, f"{both[0]:.3f}", f"{both[1]:.3f}"))
+    return [*rows, ("parameters", f"{run.results.teacher.parameters:,}", f"{run.results.student.parameters:,}")]
 
 
 def _latencies(run: Run) -> list[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
+from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import SIDES
 from pkd_dist.metric_names import METRICS
@@ -38,7 +39,7 @@ class StageTime:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EpochScore:
     """Evaluation on dev at the end of an epoch, counted from 1."""
 
     epoch: int
@@ -125,7 +126,7 @@ class Results:
         task: name of the task.
         split: name of the split that `models` were scored on.
         models: by side, teacher and student.
-        table: rows (label, teacher, student) of the table in the model card.
+        table: rows (label, teacher, student) of the scores in the model card.
     """
 
     task: str
@@ -146,43 +147,19 @@ class Results:
 
 
 @dataclass(frozen=True)
-class ExportFile:
-    """A file of the export as measured on dev."""
-
-    name: str
-    bytes: int
-    main_metric: float
-    agreement: float
-    latency_ms_p50: float
-    latency_ms_p99: float
-    sentences_per_second: float
-    spread: float
-
-
-@dataclass(frozen=True)
-class Export:
-    """The export; `largest_difference` is that of a logit between the exported and the trained student."""
-
-    processor: str
-    threads: int
-    files: tuple[ExportFile, ...]
-    largest_difference: float
-
-
-@dataclass(frozen=True)
 class Distillation:
     """Outcome of the distill stage; `best_metric` is the main metric on dev after `best_epoch`."""
 
     best_epoch: int
     best_metric: float
-    history: tuple[Evaluation, ...]
+    history: tuple[EpochScore, ...]
     steps: int
     samples: int
     tokens: int
     evaluation_seconds: float
 
     @property
-    def best(self) -> Evaluation:
+    def best(self) -> EpochScore:
         return next(evaluation for evaluation in self.history if evaluation.epoch == self.best_epoch)
 
 
@@ -199,6 +176,8 @@ class Run:
         initialized_from: description of the weights the student starts from.
         steps: logged steps of the distillation.
         dev: predictions of both models on dev.
+        deployment: the exported files beside the teacher.
+        largest_difference: of a logit, between the exported and the trained student.
     """
 
     config: Config
@@ -208,13 +187,14 @@ class Run:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     data: Mapping[str, TokenSetSummary]
-    teacher_history: tuple[Evaluation, ...]
+    teacher_history: tuple[EpochScore, ...]
     initialized_from: str
     distillation: Distillation
     steps: Steps
     results: Results
     dev: Predictions
-    export: Export
+    deployment: Deployment
+    largest_difference: float
 
     @property
     def metric(self) -> str:

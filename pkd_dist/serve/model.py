@@ -6,11 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pkd_dist.data.class_mapping import require_supported_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import Answer, answer
 from pkd_dist.export import manifest
 from pkd_dist.export.runtime import ONNX_FILES, PREFERRED, OnnxModel
 from pkd_dist.serve.tokenizer import ServingTokenizer, Texts
+
+_OMITTED_NAMES = {"0": "LABEL_0", "1": "LABEL_1"}
+"""transformers leaves these class names, its default, out of config.json."""
 
 
 class ServedModel:
@@ -26,7 +30,7 @@ class ServedModel:
         about: What `/healthz` reports.
 
     Raises:
-        UserError: The export is damaged, or has no such file.
+        UserError: The export is damaged, has no such file, or its model gives something else than a class or a number.
     """
 
     def __init__(self, folder: Path, format: str | None = None, threads: int | None = None):
@@ -39,14 +43,13 @@ class ServedModel:
                 f"{folder}: has no file of the format {format or 'onnx'} (it has {', '.join(made.get('formats', []))}; pkd serve "
                 f"takes {', '.join(ONNX_FILES)}); add one of them to export.formats and export again"
             )
+        self._names = _class_names(folder)
         file = ONNX_FILES[format or available[0]]
         figures: Mapping[str, object] = made.get("files_on_dev", {}).get(file, {})
         # int8 files of 0.1.0 have one scale for a batch: the texts beside it would change the answer to a text.
         self._one_by_one = file == ONNX_FILES["onnx-int8"] and "batch_effect" not in figures
         self._model = OnnxModel(folder / file, threads, gpu=True)
         self._tokenizer = ServingTokenizer(folder, int(made["max_length"]))
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
-        self._names = {int(number): name for number, name in names.items()}
         self.pair = bool(made["pair"])
         self.about = {
             "file": file, "sha256": made["files"][file], "task": made["task"], "max_length": made["max_length"],
@@ -59,3 +62,10 @@ class ServedModel:
             return [self.answer([text])[0] for text in texts]
         inputs, truncated = self._tokenizer.encode(texts)
         return [answer(row_C, self._names, cut) for row_C, cut in zip(self._model(inputs), truncated, strict=True)]
+
+
+def _class_names(folder: Path) -> dict[int, str]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {int(number): name for number, name in config.get("id2label", _OMITTED_NAMES).items()}
+    require_supported_outputs(config.get("problem_type"), len(names), str(folder), None)
+    return names

@@ -235,6 +235,14 @@ class Markers:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise _DamagedMarkerError(path) from None
 
+    def done(self, name: str) -> bool:
+        """Return whether a stage's marker says that it is done; a damaged one does not."""
+        try:
+            marker = self.read(name)
+        except _DamagedMarkerError:
+            return False
+        return marker is not None and marker.done
+
     def upgrade(self) -> None:
         """Rewrite the markers of earlier versions in today's format, with a checksum of what they hold now."""
         upgraded = []
@@ -287,18 +295,19 @@ class Markers:
         return found[0][1] if found else None
 
     def settle(self, stage: Stage[Output], context: Context) -> None:
-        """Give a stage that is found done the checksums it lacks, and set altered records aside, which stay lost."""
+        """Give a stage that is found done the checksums it lacks, and set altered records aside.
+
+        They stay lost; the stage names them at this and every later start, when it is republished.
+        """
         self._tidy(stage, context)
         marker, artifacts = self._require(stage.name), stage.artifacts(context)
         if marker.files is None:
             self._write(stage.name, dataclasses.replace(marker, files=checksums(artifacts.verified)))
             return
-        lost = list(altered(artifacts.records, marker.files))
-        for path, problem in lost:
-            log.warning("%s: %s; it cannot be made again, and the report lacks what it held", stage.name, problem)
-            self._set_aside(stage.name, (path,))
+        lost = [path for path, _ in altered(artifacts.records, marker.files)]
         if lost:
-            left = {key: digest for key, digest in marker.files.items() if key not in {path.name for path, _ in lost}}
+            self._set_aside(stage.name, tuple(lost))
+            left = {key: digest for key, digest in marker.files.items() if key not in {path.name for path in lost}}
             self._write(stage.name, dataclasses.replace(marker, files=left))
 
     def output(self, stage: Stage[Output]) -> Output:

@@ -29,7 +29,7 @@ from pkd_dist.model.compatibility import require_compatible
 from pkd_dist.model.ensemble import require_same_tokenizer
 from pkd_dist.stages.base import Inputs
 from pkd_dist.telemetry import Telemetry, trackers
-from pkd_dist.training.engine import resolve_precision
+from pkd_dist.training.engine import require_precision, resolve_precision
 
 T = TypeVar("T")
 
@@ -192,6 +192,15 @@ class Resolved:
     @property
     def teacher_width(self) -> int:
         return int(self.source_config.hidden_size)
+
+    def require_trainable(self, stage: str, device: torch.device) -> None:
+        """Check that the device has the precision of a stage that is about to train; other stages need none.
+
+        Raises:
+            UserError: it lacks it.
+        """
+        if stage == "distill" or (stage == "teacher" and self.finetunes):
+            require_precision(self.deepspeed, device)
 
     def training_inputs(self) -> Inputs:
         """Return what decides the outcome of a training, beside its own section."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pkd_dist.data import submission
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.compare import Evaluation, compare_models
+from pkd_dist.evaluation.compare import ModelComparison, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
 from pkd_dist.files import make_folder, write_json
@@ -76,6 +76,7 @@ def run(context: Context) -> EvaluateOutput:
     return output
 
 
+<<<<<<< HEAD
 def _ensemble_line(results: Results) -> str:
     ensemble = results["ensemble"]
     mean, first = results["teacher"]["main_metric"], ensemble["first"]["dev"]["main_metric"]
@@ -86,6 +87,9 @@ def _ensemble_line(results: Results) -> str:
 
 
 def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) -> None:
+=======
+def _write(context: Context, compared: ModelComparison, splits: dict[str, TokenSet]) -> None:
+>>>>>>> main
     paths = context.resolved.paths
     make_folder(paths.results.parent)
     write_json(paths.results, compared.results)

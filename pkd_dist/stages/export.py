@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 
 from pkd_dist import __version__
-from pkd_dist.evaluation.results import Deployed
+from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.export import build, card, manifest
-from pkd_dist.export.runtime import ONNX_FILES, PREFERRED
 from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
@@ -81,8 +81,14 @@ def _subject(context: Context) -> build.Subject:
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,
-        teacher=encoder.load_model(teacher_folder(context)),
+        reference=_reference(context),
     )
+
+
+def _reference(context: Context) -> build.Reference:
+    answers = predictions.read(context.resolved.paths.predictions)
+    test = open_tokens(context, "test") if "test" in answers and answers["test"].labelled else None
+    return build.Reference(encoder.load_model(teacher_folder(context)), test, answers)
 
 
 def _facts(context: Context) -> card.CardFacts:
@@ -109,16 +115,12 @@ def artifacts(context: Context) -> Artifacts:
     return Artifacts((paths.export,), temporary=(paths.checkpoints,) if context.resolved.config.export.prune else ())
 
 
-def deployed(context: Context) -> Deployed | None:
-    """Return the file to deploy; None where the export has only PyTorch's."""
-    folder, metric = context.resolved.paths.export, context.resolved.task.main_metric
-    made = manifest.read(folder)
-    files = made["files_on_dev"]
-    name = next((ONNX_FILES[name] for name in PREFERRED if ONNX_FILES[name] in files), None)
-    if name is None or "teacher" not in made:
-        return None
-    file, student = files[name], files[build.WEIGHTS_FILE]
-    return Deployed(folder / name, file["bytes"], metric, file["main_metric"], file, made["teacher"], student)
+def deployed(context: Context) -> Deployment:
+    """Return the table of the exported files beside the teacher."""
+    run = context.resolved
+    return manifest.deployment_of(
+        manifest.read(run.paths.export), context.output(EvaluateOutput).results, run.task.main_metric
+    )
 
 
 STAGE = Stage("export", VERSION, ExportOutput, inputs, run, missing, artifacts, require_rerunnable=require_weights)

@@ -31,8 +31,8 @@ def republish_training(
     lost = len({entry["step"] for entry in history} - {line["step"] for line in found if "split" in line})
     if lost:
         log.warning(
-            "%s: lacks %d of the %d evaluations of its training: it was emptied, cut or deleted; the model is not affected, but a "
-            "report made now is incomplete; restore the file if there is a copy", lines, lost, len(history),
+            "%s: lacks %d of the %d evaluations of its training: it was altered, cut or deleted and cannot be made again; the "
+            "model is not affected, but a report made now is incomplete; restore the file if there is a copy", lines, lost, len(history),
         )  # fmt: skip
     metrics.show_past(stage, found)
     if commits := checkpoint.committed(checkpoints):

@@ -1,6 +1,6 @@
 """The stage `report`: writes RUN/report.html.
 
-Outputs of all stages, metrics.jsonl, predictions and the export's manifest -> `view` -> report.run.Run -> report.pages
+Outputs of all stages, metrics.jsonl, predictions and the table of the exported files -> `view` -> report.run.Run -> report.pages
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.deployment import Deployment, closing_table
 from pkd_dist.evaluation.predictions import Predictions
-from pkd_dist.evaluation.results import ModelResults, Scores, closing_table, table_rows
-from pkd_dist.export import manifest
-from pkd_dist.export.manifest import Manifest
+from pkd_dist.evaluation.results import ModelResults, Scores, score_rows
 from pkd_dist.files import digest_of, readable_bytes, size_of
 from pkd_dist.metric_names import MAIN_METRIC
 from pkd_dist.report import pages
@@ -81,7 +80,7 @@ def _write(context: Context) -> ReportOutput:
         _times(Markers(paths.run, translate)),
         list(records.read_complete(paths.records)),
         predictions.read(paths.predictions)["dev"],
-        manifest.read(paths.export),
+        deployed(context),
     )
     return ReportOutput(pages.write(page, paths.report), tuple(notices(page)))
 
@@ -105,7 +104,7 @@ STAGE = Stage("report", VERSION, ReportOutput, inputs, run, missing, artifacts)
 def summary(context: Context) -> str:
     """Return the table a run ends with, where its export and report are, and what is worth a look."""
     paths, notices = context.resolved.paths, context.output(ReportOutput).notices
-    table = closing_table(context.output(EvaluateOutput).results, paths.export, paths.report, deployed(context))
+    table = closing_table(deployed(context), paths.export, paths.report)
     kept = previous_folder(paths.run)
     if kept.exists():
         table += (
@@ -144,7 +143,7 @@ def view(
     times: Sequence[shown.StageTime],
     lines: Sequence[Record],
     dev: Predictions,
-    exported: Manifest,
+    deployment: Deployment,
 ) -> shown.Run:
     """Return the run as the report shows it.
 
@@ -152,6 +151,7 @@ def view(
         times: of the finished stages, in order.
         lines: of metrics.jsonl.
         dev: predictions of both models on dev.
+        deployment: the exported files beside the teacher.
     """
     return shown.Run(
         config=settings.config,
@@ -167,12 +167,13 @@ def view(
         steps=_steps([line for line in lines if "split" not in line]),
         results=_results(outputs.evaluate),
         dev=dev,
-        export=_export(exported, outputs.export),
+        deployment=deployment,
+        largest_difference=outputs.export.largest_difference,
     )
 
 
-def _history(entries: Iterable[EpochScores]) -> tuple[shown.Evaluation, ...]:
-    return tuple(shown.Evaluation(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
+def _history(entries: Iterable[EpochScores]) -> tuple[shown.EpochScore, ...]:
+    return tuple(shown.EpochScore(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
 
 
 def _distillation(output: DistillOutput, evaluations: Iterable[Record]) -> shown.Distillation:
@@ -241,26 +242,5 @@ def _results(output: EvaluateOutput) -> shown.Results:
         compression=shown.Compression(
             ratios["parameters"], ratios["throughput"], ratios["retention"], ratios["agreement"]
         ),
-        table=tuple(table_rows(content)),
-    )
-
-
-def _export(content: Manifest, output: ExportOutput) -> shown.Export:
-    return shown.Export(
-        processor=content["measured_on"]["processor"],
-        threads=content["measured_on"].get("threads", 1),
-        files=tuple(
-            shown.ExportFile(
-                name=name,
-                bytes=file["bytes"],
-                main_metric=file["main_metric"],
-                agreement=file["agreement"],
-                latency_ms_p50=file["latency_ms_p50"],
-                latency_ms_p99=file["latency_ms_p99"],
-                sentences_per_second=file["reasoningTime"],
-                spread=file.get("spread", 0.0),
-            )
-            for name, file in content["files_on_dev"].items()
-        ),
-        largest_difference=output.largest_difference,
+        table=tuple(score_rows(content)),
     )

@@ -45,6 +45,9 @@ def to_terminal(show: bool) -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*joblib will operate in serial mode"
+    )  # without /dev/shm; nothing needs it
 
 
 def to_file(folder: Path, rank: int) -> None:

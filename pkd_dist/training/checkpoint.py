@@ -53,7 +53,7 @@ class Counters(TypedDict):
     loss_scale: dict[str, float]
 
 
-class State(TypedDict, total=False):
+class TrainingState(TypedDict, total=False):
     """`state.json`."""
 
     fingerprint: str
@@ -83,7 +83,7 @@ class Found:
     """
 
     path: Path
-    state: State
+    state: TrainingState
     best_damage: str | None = None
 
 
@@ -121,7 +121,7 @@ def best_name(step: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def save(world: World, folder: Path, step: int, slices: list[Slice], state: State, keep: int) -> int:
+def save(world: World, folder: Path, step: int, slices: list[Slice], state: TrainingState, keep: int) -> int:
     """Write and commit one checkpoint; collective.
 
     Args:
@@ -176,7 +176,7 @@ def _write_slices(path: Path, slices: list[Slice]) -> FileSums:
     return _sums(path)
 
 
-def _write_state(path: Path, state: State) -> FileSums:
+def _write_state(path: Path, state: TrainingState) -> FileSums:
     write_atomically(path, lambda tmp: tmp.write_text(json.dumps(state)))
     return _sums(path)
 
@@ -246,7 +246,7 @@ def _discard(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read_state(checkpoint: Path) -> State:
+def read_state(checkpoint: Path) -> TrainingState:
     return json.loads((checkpoint / STATE).read_text())
 
 

@@ -20,6 +20,7 @@ import torch
 
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import Schedule
@@ -83,7 +84,11 @@ def open_engine(module: Encoder, deepspeed: DeepSpeedJson, schedule: Schedule, w
     Args:
         module: trained in place; moved to the device.
         deepspeed: the DeepSpeed JSON.
+
+    Raises:
+        UserError: the device lacks the JSON's precision, or DeepSpeed rejects the JSON.
     """
+    require_precision(deepspeed, world.device)
     config, _ = resolve_precision(deepspeed, world.device)
     if needs_deepspeed(config, world.size):
         from pkd_dist.training.deepspeed_engine import DeepSpeedEngine
@@ -142,6 +147,25 @@ def resolve_precision(deepspeed: DeepSpeedJson, device: torch.device) -> tuple[D
         if config.get(key, {}).get("enabled"):
             return config, name
     return config, "float32"
+
+
+def require_precision(deepspeed: DeepSpeedJson, device: torch.device) -> None:
+    """Check that a device can train with the precision of a DeepSpeed JSON.
+
+    Raises:
+        UserError: it asks for fp16 on a CPU without float16 matrix multiplications.
+    """
+    if device.type == "cpu" and deepspeed.get("fp16", {}).get("enabled") and not cpu_has_float16():
+        raise UserError(
+            "fp16 is enabled in the DeepSpeed JSON, but this CPU does not multiply matrices in float16; enable bf16 or "
+            "torch_autocast instead",
+            "train.deepspeed",
+        )
+
+
+def cpu_has_float16() -> bool:
+    """Return whether this CPU has float16 matrix multiplications, which DeepSpeed requires for fp16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _cpu_has_bfloat16() -> bool:

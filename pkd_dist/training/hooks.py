@@ -271,7 +271,7 @@ class CheckpointHook(Hook):
         log.debug("%s: checkpoint at step %d in %.1f s", job.name, progress.step, seconds[0])
 
 
-def _state(trainer: Trainer) -> checkpoint.State:
+def _state(trainer: Trainer) -> checkpoint.TrainingState:
     progress = trainer.progress
     return {
         "fingerprint": trainer.job.fingerprint,

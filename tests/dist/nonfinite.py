@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from plain import SETTINGS, make_model, make_tokens
+from plain import SETTINGS, make_model, make_tokens, unload_deepspeed
 
 from pkd_dist.cli.launch import guarded, leave
 from pkd_dist.config.deepspeed import load_deepspeed
@@ -40,6 +40,8 @@ class NoGradient(torch.autograd.Function):
 
 def main(deepspeed, output, micro, bad_rank, bad_step, *more):
     world = World(discover(), 60)
+    if world.size == 1:
+        unload_deepspeed()
     folder = Path(output)
 
     def losses(engine, batch):

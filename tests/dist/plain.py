@@ -1,6 +1,7 @@
 """The reference for the engines: one process and torch's AdamW, without any of the package's training code."""
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ SETTINGS = {
     "batch_size": BATCH, "learning_rate": 5e-3, "weight_decay": 0.1, "warmup_ratio": 0.25, "max_grad_norm": 0.5,
     "adam_epsilon": 1e-6,
 }  # fmt: skip
+
+
+def unload_deepspeed() -> None:
+    """Undo what `forked` has loaded, so that `sys.modules` shows whether this process needs DeepSpeed."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "deepspeed" or name == "pkd_dist.training.deepspeed_engine":
+            del sys.modules[name]
 
 
 def make_model() -> BertForSequenceClassification:

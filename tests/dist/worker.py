@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain import SETTINGS, STEPS, make_model, make_tokens
+from plain import SETTINGS, STEPS, make_model, make_tokens, unload_deepspeed
 from safetensors.torch import save_file
 
 from pkd_dist.config.deepspeed import load_deepspeed
@@ -87,8 +87,10 @@ class Run:
             return {name: p.detach().clone() for name, p in named.items()}
 
 
-def main(deepspeed, micro, output, start, stop):
+def main(engine, deepspeed, micro, output, start, stop):
     world = World(discover(), 60)
+    if engine == "plain":
+        unload_deepspeed()
     shared.SharedMemory = Counted
     micro, output, start, stop = int(micro) if micro.isdigit() else micro, Path(output), Path(start), int(stop)
     run = Run(world, deepspeed, micro)
@@ -112,9 +114,11 @@ def main(deepspeed, micro, output, start, stop):
             same = again.losses == run.losses[HALF:] and all(torch.equal(first[n], second[n]) for n in first)
     weights = run.engine.full_weights()
     loaded = "deepspeed" in sys.modules
+    used = loaded and type(run.engine) is sys.modules["pkd_dist.training.deepspeed_engine"].DeepSpeedEngine
     probed = loaded and "__compatible_ops__" in vars(sys.modules["deepspeed.ops"])
     if world.main:
-        found = {"losses": run.losses, "norms": run.norms, "same": same, "deepspeed": loaded, "compilers probed": probed}
+        found = {"losses": run.losses, "norms": run.norms, "same": same, "loaded": loaded, "used": used}
+        found["compilers probed"] = probed
         (output / "out.json").write_text(json.dumps({**found, **exchanges}))
         save_file(weights, output / "weights.safetensors")
     world.barrier()

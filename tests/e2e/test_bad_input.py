@@ -8,14 +8,15 @@ import re
 import shutil
 import signal
 import socket
-import time
 from dataclasses import replace
 
 import pytest
-from conftest import launch, sentences, started, write_config, write_tsv
+import torch
+from conftest import launch, sentences, started, until, write_config, write_tsv
 
 from pkd_dist.stages.base import Markers
 from pkd_dist.stages.translation import translate
+from pkd_dist.training.engine import cpu_has_float16
 
 HEADER = "sentence\tlabel\n"
 GOOD_DEV = HEADER + "a good film\t1\na dull plot\t0\n"
@@ -116,6 +117,18 @@ CONFIGURATION = {
         r"teacher\.model: .* is not fine-tuned .*teacher\.finetune",
     ),
 }
+
+
+@pytest.mark.skipif(cpu_has_float16() or torch.cuda.is_available(), reason="this device trains in float16")
+def test_fp16_on_a_cpu_is_refused_by_the_run_and_its_dry_run(settings, tmp_path):
+    settings["train"]["deepspeed"] = "ds_configs/zero1_fp16.json"
+    config = write_config(settings, tmp_path)
+    line = refused("--config", config)
+    assert line.startswith("pkd: train.deepspeed: fp16 is enabled in the DeepSpeed JSON, but this CPU"), line
+    assert refused("--config", config, "--dry-run") == line and not (tmp_path / "run").exists()
+    assert refused("--config", config, bare=2) == line
+    assert launch("--config", config, "--stages", "data").returncode == 0, "which trains nothing"
+    assert refused("--config", config, "--dry-run") == line
 
 
 @pytest.mark.parametrize("case", CONFIGURATION)
@@ -299,9 +312,7 @@ def stopped(body, data, tmp_path_factory):
         "metrics": {"enabled": False},
     }
     with started("--config", write_config(settings, folder), "--stages", "data,teacher,cache,init,distill") as [job]:
-        while len(list((folder / "run").glob("checkpoints/step-*/commit.json"))) < 2:
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+        until("checkpoints/step-00000010/commit.json", folder / "run", [job])
         job.send_signal(signal.SIGUSR1)
         output = job.communicate(timeout=120)
         assert job.returncode == 75, output

@@ -1,13 +1,11 @@
-"""A whole run of each family through the real launcher, and what plain transformers makes of the export."""
+"""A run of each family through the real launcher, and what plain transformers makes of the export."""
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment, launch, results, write_config
+from conftest import TO_EXPORT, launch, pkd, results, write_config
 from families import FAMILIES, make_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -48,7 +46,7 @@ def test_a_whole_run(case, data, tmp_path):
     student, stage = CASES[case]
     config = settings(case, tmp_path, data, student)
     config["train"] = config["train"] | {"deepspeed": f"ds_configs/{stage}.json"}
-    done = launch("--config", write_config(config, tmp_path), bare=2 if stage == "zero3" else 0)
+    done = launch("--config", write_config(config, tmp_path), *TO_EXPORT, bare=2 if stage == "zero3" else 0)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     assert results(run)["n"] == 41
@@ -85,19 +83,7 @@ def test_a_model_that_does_not_fit_the_split_is_refused_in_the_words_of_the_comm
 
 def test_pkd_evaluates_a_model_that_takes_no_types(data, tmp_path):
     model = make_folder(tmp_path / "model", "modernbert", classifier=True, names=("negative", "positive"))
-    argv = [
-        sys.executable,
-        "-m",
-        "pkd_dist.cli",
-        "evaluate",
-        "--model",
-        model,
-        "--data",
-        str(data),
-        "--max-length",
-        "32",
-    ]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("evaluate", "--model", model, "--data", data, "--max-length", 32)
     assert done.returncode == 0 and json.loads(done.stdout)["n"] == 41, done.stderr
 
 

@@ -4,16 +4,13 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, launch, losses, sentences, started, write_config, write_tsv
+from conftest import launch, losses, pkd, sentences, started, until, write_config, write_tsv
 from safetensors.torch import load_file, save_file
-from test_kill import arrived, kill_at
+from test_kill import kill_at
 
 from pkd_dist.distillation.cache import map_tensors
 from pkd_dist.export import hf
@@ -24,9 +21,7 @@ TO_DISTILL = ("--stages", "data,teacher,cache,init,distill")
 def signalled_at(run, moment, number, *arguments):
     """Sends a signal to rank 1 of two when the moment comes; returns the message of the ended job."""
     with started(*arguments, ranks=2) as job:
-        while not arrived(run, moment):
-            assert job[0].poll() is None, job[0].communicate()
-            time.sleep(0.001)
+        until(moment, run, job)
         job[1].send_signal(number)
         texts = [process.communicate(timeout=120) for process in job]
         assert [process.returncode for process in job] == [75, 75], texts
@@ -66,8 +61,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(settings, tmp_path):
     config, run = write_config(settings, tmp_path), tmp_path / "run"
     calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}", *TO_DISTILL)
     assert calm.returncode == 0, calm.stderr
-    assert kill_at(run, "metrics.jsonl:60", "--config", config, *TO_DISTILL, ranks=2)
-    assert kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL)
+    kill_at(run, "metrics.jsonl:60", "--config", config, *TO_DISTILL, ranks=2)
+    kill_at(run, "metrics.jsonl:90", "--config", config, *TO_DISTILL)
     end = launch("--config", config, "train.deepspeed=ds_configs/zero3_fp32.json", *TO_DISTILL, bare=4)
     assert end.returncode == 0 and "distill: resuming from step" in end.stdout, end.stdout + end.stderr
     assert losses(run) == pytest.approx(losses(tmp_path / "calm"), rel=1e-3)
@@ -77,9 +72,7 @@ def test_a_second_job_is_refused_and_a_killed_one_leaves_no_lock(settings, tmp_p
     settings["train"]["epochs"] = 500
     config, run = write_config(settings, tmp_path), tmp_path / "run"
     with started("--config", config) as [job]:
-        while not arrived(run, "run.lock:1"):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.001)
+        until("run.lock:1", run, [job])
         second = launch("--config", config)
         assert second.returncode == 2 and f"{run}: in use by process {job.pid} on " in second.stderr
         fresh = launch("--config", config, "--fresh")
@@ -122,10 +115,9 @@ def test_a_checkpoint_of_any_stage_is_exported_bit_for_bit(prepared, tmp_path, s
     live = load_file(checkpoints / "best-00000013.safetensors")  # gathered from the module by the run itself
     path, output = checkpoints / "step-00000013", tmp_path / "student"
     if stage == 1:
-        argv = [sys.executable, "-m", "pkd_dist.cli", "export", "--from-checkpoint", str(path), "--output", str(output)]
-        cli = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        cli = pkd("export", "--from-checkpoint", path, "--output", output)
         assert cli.returncode == 0 and "the student at step 13 (dev 0." in cli.stdout, cli.stdout + cli.stderr
-        again = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        again = pkd("export", "--from-checkpoint", path, "--output", output)
         assert again.returncode == 2 and again.stderr == f"pkd: --output: {output} exists; choose a new folder\n"
         read = json.loads((output / "manifest.json").read_text())
         assert (read["max_length"], read["pair"], read["text_columns"], read["step"]) == (32, False, ["sentence"], 13)

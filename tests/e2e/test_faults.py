@@ -3,16 +3,13 @@
 import json
 import os
 import shutil
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import forked
 import pytest
-from conftest import ROOT, bare_ranks
+from conftest import ForkedStart
 
 from benchmarks.faults.campaign import Campaign
-from benchmarks.faults.job import Start, Watch
+from benchmarks.faults.job import Watch
 from benchmarks.faults.plan import EPOCHS, WEIGHTS, plan
 from benchmarks.faults.trial import follow
 from pkd_dist.errors import UserError
@@ -30,30 +27,6 @@ TRIALS = {
         "fault": "damage-checkpoint", "moment": "checkpoints/step-00000030/commit.json", "damage": "flip",
     },
 }  # fmt: skip
-
-
-class ForkedStart(Start):
-    """Starts the ranks from a process that has loaded the libraries, without a launcher."""
-
-    def __init__(self, commands, environment, log):
-        [argv], self.began = commands, time.monotonic()
-        program = next(number for number, part in enumerate(argv) if part.endswith("launcher/train.py"))
-        self._logs = [log.with_name(f"{log.name}.{rank}") for rank in range(2)]
-        self.launchers = [
-            forked.Process(
-                Path(argv[program]),
-                argv[program + 1 :],
-                ROOT,
-                environment | variables,
-                Path(f"{text}.out"),
-                Path(f"{text}.err"),
-            )
-            for variables, text in zip(bare_ranks(2), self._logs, strict=True)
-        ]
-
-    def ranks(self):
-        alive = {process.pid: process for process in self.members()}
-        return {rank: alive[process.pid] for rank, process in enumerate(self.launchers) if process.pid in alive}
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,10 @@
 A moment is a file that the run makes: the test watches for it and kills. Dropout is on.
 """
 
-import glob
 import json
 import signal
-import time
 
-from conftest import launch, losses, started, write_config
+from conftest import TO_EXPORT, launch, losses, started, until, write_config
 
 MOMENTS = {
     "teacher, mid-epoch": "teacher_metrics.jsonl:3",
@@ -24,43 +22,22 @@ MOMENTS = {
 }
 
 
-def arrived(run, moment):
-    """Whether a file of the pattern exists; `file:n` waits for its n-th line."""
-    for pattern in moment.split("|"):
-        pattern, _, lines = pattern.partition(":")
-        for path in glob.glob(str(run / pattern), include_hidden=True):
-            if not lines:
-                return True
-            try:
-                with open(path, "rb") as file:
-                    if file.read().count(b"\n") >= int(lines):
-                        return True
-            except OSError:
-                continue
-    return False
-
-
 def kill_at(run, moment, *arguments, ranks=1):
-    """Starts the job, kills all of it when the moment comes; returns whether it came."""
+    """Starts the job, and kills all of it when the moment comes."""
     with started(*arguments, ranks=ranks) as job:
-        deadline = time.monotonic() + 180  # a slow machine may take a minute
-        while job[0].poll() is None and time.monotonic() < deadline:
-            if arrived(run, moment):
-                return True
-            time.sleep(0.001)  # watching, not hoping: what it waits for is a file
-    return False
+        until(moment, run, job)
 
 
 def test_killed_again_and_again_the_export_is_the_undisturbed_one(settings, tmp_path):
     """On one rank; two are struck in test_faults.py."""
     settings["metrics"] = {"port": 0}
     config = write_config(settings, tmp_path)
-    calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}")
+    calm = launch("--config", config, f"run.dir={tmp_path / 'calm'}", *TO_EXPORT)
     assert calm.returncode == 0, calm.stdout + calm.stderr
     run = tmp_path / "hunted"
-    came = {name: kill_at(run, moment, "--config", config, f"run.dir={run}") for name, moment in MOMENTS.items()}
-    assert all(came.values()), came
-    end = launch("--config", config, f"run.dir={run}")
+    for moment in MOMENTS.values():
+        kill_at(run, moment, "--config", config, f"run.dir={run}")
+    end = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
     assert end.returncode == 0, end.stdout + end.stderr
     for name in ("teacher/model.safetensors", "export/model.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
@@ -86,9 +63,7 @@ def test_a_stop_signal_commits_a_checkpoint(settings, tmp_path):
     config = write_config(settings, tmp_path)
     run = tmp_path / "run"
     with started("--config", config) as [job]:
-        while not arrived(run, "metrics.jsonl:7"):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.001)
+        until("metrics.jsonl:7", run, [job])
         job.send_signal(signal.SIGUSR1)
         _, error = job.communicate(timeout=120)
     assert job.returncode == 75, error

@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, launch, losses, results, sentences, write_config
+from conftest import TO_EXPORT, launch, losses, pkd, results, sentences, write_config
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -43,16 +41,9 @@ def given_teacher(body, folder, texts, classes, names):
     return str(folder)
 
 
-def pkd(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pkd_dist.cli", *map(str, arguments)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-def finished(settings, tmp_path, *arguments, **task):
+def trained(settings, tmp_path, *arguments, **task):
     settings["task"] = {"max_length": 32, "name": "custom", "text": ["text"], "label": "label", **task}
-    done = launch("--config", write_config(settings, tmp_path), *arguments)
+    done = launch("--config", write_config(settings, tmp_path), *TO_EXPORT, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -64,7 +55,7 @@ def test_unnamed_outputs_are_matched_by_number(settings, body, tmp_path):
     names = [f"LABEL_{i}" for i in range(12)]
     settings["teacher"] = {"model": given_teacher(body, tmp_path / "twelve", texts, list(range(12)), names)}
     settings["train"]["epochs"] = 1
-    done = finished(settings, tmp_path, data=data)
+    done = trained(settings, tmp_path, data=data)
     assert "their outputs" not in done.stdout and "'LABEL_9', 'LABEL_10', 'LABEL_11'" in done.stdout
     found = results(tmp_path / "run")
     assert found["teacher"]["accuracy"] == 1.0
@@ -82,7 +73,7 @@ def test_names_are_mapped_and_reach_the_export(settings, body, tmp_path):
     refused = launch("--config", write_config(settings | {"task": custom}, tmp_path))
     assert refused.returncode == 2 and "task.class_names maps labels to its classes" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
-    done = finished(settings, tmp_path, "task.class_names={0: negative, 1: positive}", data=data)
+    done = trained(settings, tmp_path, "task.class_names={0: negative, 1: positive}", data=data)
     line = "'POSITIVE' = '1' = 'positive', 'NEGATIVE' = '0' = 'negative'"
     assert line in done.stdout
     assert "| `POSITIVE` | `1` | `positive` |" in (tmp_path / "run/export/README.md").read_text()
@@ -118,7 +109,7 @@ def test_f1_is_that_of_the_positive_class(settings, tmp_path):
     rows = [{"text": text, "label": kinds[i % 5]} for i, (text, _) in enumerate(sentences(100, 1))]
     data = put(tmp_path / "data", train=rows, dev=rows[:40])
     settings["teacher"]["finetune"]["epochs"] = settings["train"]["epochs"] = 1
-    done = finished(settings, tmp_path, data=data, metric="f1")
+    done = trained(settings, tmp_path, data=data, metric="f1")
     assert "positive: 'hateful' (the rarer one in training; set task.positive to choose)" in done.stdout
     run = tmp_path / "run"
     model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
@@ -131,7 +122,7 @@ def test_f1_is_that_of_the_positive_class(settings, tmp_path):
 
     history = json.loads((run / "stages/distill.json").read_text())["outputs"]["history"]
     assert results(run)["f_1"] == history[0]["main_metric"] == pytest.approx(scores("hateful"))
-    again = finished(settings, tmp_path, data=data, metric="f1", positive="normal")
+    again = trained(settings, tmp_path, data=data, metric="f1", positive="normal")
     assert "teacher: runs" in again.stdout and "data: runs" not in again.stdout
     assert results(run)["f_1"] == pytest.approx(scores("normal")) and results(run)["positive"] == "normal"
     asked = ("evaluate", "--model", run / "export", "--task", "custom", "--data", data, "--text", "text")
@@ -158,7 +149,7 @@ def test_a_regression_learns_in_any_unit_and_answers_in_it(settings, tmp_path):
         folder = tmp_path / f"unit-{unit:g}"
         data = put(folder / "data", train=rated(203, 1, unit), dev=rated(41, 2, unit))
         settings["run"]["dir"] = str(folder / "run")
-        done = finished(settings, folder, data=data, kind="regression")
+        done = trained(settings, folder, data=data, kind="regression")
         assert "targets are learned as (target - " in done.stdout
         found[unit] = results(folder / "run")
     assert found[1.0]["pearson"] > 0.8
@@ -183,7 +174,7 @@ def test_a_regression_learns_in_any_unit_and_answers_in_it(settings, tmp_path):
     del settings["student"]["layers"]
     settings["train"]["epochs"] = 1
     (tmp_path / "given").mkdir()
-    finished(settings, tmp_path / "given", data=str(tmp_path / "unit-1/data"), kind="regression")
+    trained(settings, tmp_path / "given", data=str(tmp_path / "unit-1/data"), kind="regression")
     assert losses(tmp_path / "given/run")[0] < 2, "the given teacher and the given student are standardized too"
     init = load_file(tmp_path / "given/run/student_init/model.safetensors")
     scale = json.loads((run / "stages/data.json").read_text())["outputs"]["scale"]

@@ -1,6 +1,7 @@
 """Power cuts of a recorded run (`benchmarks/faults/power.py`): a few of its moments; the program replays more."""
 
 import pytest
+from conftest import python
 
 from benchmarks.faults.power import Recording
 from benchmarks.faults.recorder import VARIANTS
@@ -8,7 +9,7 @@ from benchmarks.faults.recorder import VARIANTS
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    return Recording(tmp_path_factory.mktemp("power") / "work")
+    return Recording(tmp_path_factory.mktemp("power") / "work", python)
 
 
 def test_no_marker_outlives_what_it_vouches_for(recording):

@@ -11,7 +11,18 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, environment, launch, losses, results, sentences, write_config, write_tsv
+from conftest import (
+    ROOT,
+    environment,
+    launch,
+    losses,
+    pkd,
+    python,
+    results,
+    sentences,
+    write_config,
+    write_tsv,
+)
 
 from pkd_dist.stages.base import NAMES as STAGES
 from pkd_dist.stages.translation import _PHRASES
@@ -32,7 +43,7 @@ print(json.dumps({"accuracy": right / len(rows), "labels": model.config.id2label
 
 @pytest.fixture(scope="module")
 def finished(body, data, tmp_path_factory):
-    """One run on two ranks, under the real deepspeed launcher. Tests copy it before they change it."""
+    """One run on two ranks. Tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("finished")
     own = folder / "data"
     shutil.copytree(data, own)
@@ -46,7 +57,7 @@ def finished(body, data, tmp_path_factory):
         "evaluate": {"latency_samples": 10},
         "metrics": {"port": 0},
     }
-    done = launch("--config", write_config(settings, folder), ranks=2, timeout=300)
+    done = launch("--config", write_config(settings, folder), bare=2, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, settings, done
 
@@ -68,13 +79,24 @@ def test_what_a_run_leaves_behind(finished):
     assert made["measured_on"]["threads"] == made["teacher"]["threads"] == 1
     assert made["text_columns"] == ["sentence"] and made["max_length"] == 32
     ending = done.stdout[done.stdout.index("deploy ") :]
-    file, rate = run / "export/onnx/model.int8.onnx", made["files_on_dev"]["onnx/model.int8.onnx"]["samples_per_second"]
-    assert ending.startswith(f"deploy {file}: accuracy ") and f", {rate:,.0f} sentences per second (" in ending
-    assert "latency at batch 1, p50, ms, 1 thread " in ending
+    rows = {row["file"]: row for row in made["deployment"]["rows"]}
+    assert list(rows) == ["teacher", "model.safetensors", "onnx/model.onnx", "onnx/model.int8.onnx"]
+    assert made["deployment"]["splits"] == ["dev"] and made["deployment"]["deploy"] == "onnx/model.int8.onnx"
+    assert rows["teacher"]["score"] == found["teacher"]["accuracy"]
+    assert rows["model.safetensors"]["score"] == found["accuracy"]
+    assert rows["model.safetensors"]["agreement"] == found["compression"]["agreement"]
+    for name, file in made["files_on_dev"].items():
+        assert rows[name]["score"] == file["main_metric"] and rows[name]["speed"]["threads"] == 1
+        assert rows[name]["speed"]["samples_per_second"] == file["samples_per_second"]
+    first = ending.splitlines()[0]
+    assert first.startswith(f"deploy {run / 'export/onnx/model.int8.onnx'}: ") and first.endswith("accuracy (dev)")
+    assert "on 1 thread of " in ending.replace("\n", " ")
     said = ending[ending.index("worth a look:\n") :].splitlines()[1:]
     assert any("41 dev examples determine the accuracy only to within" in line for line in said)
     page = html.unescape((run / "report.html").read_text())
     assert all(line.startswith("- ") and line[2:] in page for line in said)
+    headline = first.partition(": ")[2]
+    assert f"{headline}.</p>" in page and f"the file to deploy: {headline}." in (run / "export/README.md").read_text()
     assert found["compression"].keys() == {"parameters", "size", "throughput", "retention", "agreement"}
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["resolved"]["world_size"] == 2
@@ -91,7 +113,7 @@ def test_what_a_run_leaves_behind(finished):
     }
     assert {p.name for p in (run / "export/onnx").iterdir()} == {"model.onnx", "model.int8.onnx"}
     card = (run / "export/README.md").read_text()
-    assert "| `onnx/model.int8.onnx` |" in card and "one core of" in card and "\n\n`manifest.json`" in card
+    assert "| `onnx/model.int8.onnx` |" in card and "| student, ONNX int8 |" in card and "\n\n`manifest.json`" in card
     assert not list(run.glob(".*")) and not list(run.rglob("*.tmp")), "no temporary file stays"
     os.umask(umask := os.umask(0o022))
     modes = {str(path): path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
@@ -108,11 +130,6 @@ def test_the_export_loads_without_us(finished):
     assert found["accuracy"] == pytest.approx(results(folder / "run")["accuracy"])
     assert found["labels"] == {"0": "negative", "1": "positive"}
     assert found["layers"] == 2
-
-
-def pkd(*arguments):
-    argv = [sys.executable, "-m", "pkd_dist.cli", *map(str, arguments)]
-    return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_run_says_how_much_disk_it_needs(finished):
@@ -211,14 +228,7 @@ def test_a_raised_version_runs_the_stage_and_those_after_it_again(finished, tmp_
     config = write_config(settings | {"run": {"dir": str(tmp_path / "run")}}, tmp_path)
     program = tmp_path / "raised.py"
     program.write_text(RAISED)
-    again = subprocess.run(
-        [sys.executable, program, "--config", config],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    again = python(program, "--config", config)
     assert again.returncode == 0, again.stdout + again.stderr
     for name in STAGES[:5]:
         assert f"{name}: done\n" in again.stdout
@@ -293,16 +303,16 @@ def test_a_folder_that_the_run_did_not_make_is_not_touched(settings, tmp_path):
 def test_pkd_evaluates_a_custom_task(finished, tmp_path):
     folder, _, _ = finished
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,negative\n")
-    argv = [sys.executable, "-m", "pkd_dist.cli", "evaluate", "--model", str(folder / "run/export"), "--task", "custom"]
-    argv += ["--data", str(tmp_path), "--text", "the #1 text", "--label", "y", "--max-length", "32"]
-    argv += ["--output", str(tmp_path / "figures.json")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    argv = ["evaluate", "--model", folder / "run/export", "--task", "custom", "--data", tmp_path]
+    argv += ["--text", "the #1 text", "--label", "y", "--max-length", 32, "--output", tmp_path / "figures.json"]
+    fresh = [sys.executable, "-m", "pkd_dist.cli", *map(str, argv)]  # shows what libraries print while they are loaded
+    done = subprocess.run(fresh, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     said = done.stderr.replace("pkd: the machine was busy while speed was measured (see spread)\n", "")
     assert done.returncode == 0 and not said and "WARNING" not in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["n"] == 2
     (tmp_path / "figures.json").unlink()
     (tmp_path / "dev.csv").write_text('"the #1 text",y\n' + "a good film,positive\na bad film,mixed\n")
-    refused = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    refused = pkd(*argv)
     assert (
         refused.returncode == 2
         and refused.stderr.count("\n") == 1

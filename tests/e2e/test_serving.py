@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -9,22 +10,26 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
-from exports import export, subject
+from conftest import ROOT, environment, pkd
+from exports import export, subject, with_outlier
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 from benchmarks.faults.tiny import sentences
 from benchmarks.serving.load import BAD, Client, load, server
+from pkd_dist.cli.main import app
 from pkd_dist.errors import UserError
+from pkd_dist.serve.model import ServedModel
 from pkd_dist.serve.server import bound
 
 TEXTS = [text for text, _ in sentences(40, 3)] + ["good " * 200]
+BATCH = [text for text, _ in sentences(63, 4)] + TEXTS[-1:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("exported")
-    export(subject(made), made / "export", "onnx", "onnx-int8")
+    export(with_outlier(subject(made)), made / "export", "onnx", "onnx-int8", "onnx-fp16")
     return made / "export"
 
 
@@ -74,6 +79,48 @@ def test_invalid_requests_are_rejected(name, port):
     content, kind, status = BAD[name]
     found, body = once(port, content, kind)
     assert found == status and isinstance(body["error"], str), body
+
+
+def require_independent(alone, together):
+    """The same texts, each alone and all in one batch."""
+    assert len(alone) == len(together) == 64
+    assert [answer["label"] for answer in together] == [answer["label"] for answer in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-3)
+    assert len({answer["label"] for answer in alone}) == 2 and any(answer.get("truncated") for answer in alone)
+
+
+def test_a_text_alone_and_among_63_others_through_the_default_file(folder):
+    with server(folder, "--max-batch", "64") as (_, port):
+
+        async def ask():
+            client = Client(port)
+            alone = [(await client.post({"text": text}))[1] for text in BATCH]
+            together = (await client.post({"texts": BATCH}))[1]["answers"]
+            return (await client.get("/healthz"))[1]["file"], (await client.get("/metrics"))[1], alone, together
+
+        file, page, alone, together = asyncio.run(ask())
+    assert file == "onnx/model.int8.onnx"
+    assert b'pkd_serve_batch_texts_bucket{le="1.0"} 64' in page and b"pkd_serve_batch_texts_sum 128" in page
+    assert b'pkd_serve_batch_texts_bucket{le="32.0"} 64' in page and b"pkd_serve_batch_texts_count 65" in page
+    require_independent(alone, together)
+
+
+@pytest.mark.parametrize("format", ["onnx", "onnx-int8", "onnx-fp16"])
+def test_a_text_alone_and_among_63_others_through_each_onnx_file(format, folder):
+    model = ServedModel(folder, format, 1)
+    texts = [(text,) for text in BATCH]
+    require_independent([model.answer([text])[0] for text in texts], model.answer(texts))
+
+
+def test_a_text_alone_and_among_63_others_through_the_weights(folder, tmp_path):
+    (tmp_path / "texts").write_text("\n".join(BATCH))
+
+    def predicted(size):
+        argv = ["predict", "--model", str(folder), "--file", str(tmp_path / "texts"), "--batch-size", str(size)]
+        return [json.loads(line) for line in CliRunner().invoke(app, argv).stdout.splitlines()]
+
+    require_independent(predicted(1), predicted(64))
 
 
 def test_other_paths_and_methods(port):
@@ -126,8 +173,7 @@ def test_requests_in_progress_are_answered_after_a_signal(folder):
 
 
 def test_a_port_in_use(folder, port):
-    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(folder), "--port", str(port)]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("serve", folder, "--port", port)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--port: cannot listen on 127.0.0.1:{port} (Address already in use)" in done.stderr
 
@@ -152,8 +198,7 @@ def test_without_the_extra(folder):
 
 def test_an_export_without_onnx(tmp_path):
     export(subject(tmp_path), tmp_path / "export")
-    argv = [sys.executable, "-m", "pkd_dist.cli", "serve", str(tmp_path / "export")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = pkd("serve", tmp_path / "export")
     assert done.returncode == 2 and "has no file of the format onnx" in done.stderr and done.stderr.count("\n") == 1
 
 

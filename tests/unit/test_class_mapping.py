@@ -112,7 +112,8 @@ def test_the_mapping_in_one_line():
     [
         (GLUE["sst2"], classifier("a", "b", problem_type="multi_label_classification"), "is a multi-label classifier"),
         (GLUE["sst2"], classifier("a", "b", problem_type="regression"), "is a regression with 2 outputs"),
-        (CUSTOM, classifier("a", problem_type="regression"), "is a regression, but custom is a classification"),
+        (CUSTOM, classifier("a", problem_type="regression"), "is a regression .*, but custom is a classification"),
+        (CUSTOM, classifier("a"), "is a regression .it has one output., but custom is a classification"),
         (
             GLUE["stsb"],
             classifier("a", problem_type="single_label_classification"),
@@ -131,7 +132,7 @@ def test_usual_kinds_of_outputs_are_accepted():
         require_outputs(GLUE["sst2"], classifier("a", "b", problem_type=kind), "MINE", "--model")
     for kind in (None, "regression"):
         require_outputs(GLUE["stsb"], classifier("a", problem_type=kind), "MINE", "--model")
-        require_supported_outputs(classifier("a", problem_type=kind), "MINE", "--model")
+        require_supported_outputs(kind, 1, "MINE", "--model")
 
 
 @pytest.mark.parametrize(("key", "remedy"), [("--model", ""), ("teacher.model", ", or set teacher.finetune")])

@@ -13,7 +13,8 @@ from pkd_dist.data.tasks import GLUE, Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
-from pkd_dist.evaluation.metrics import agreement, score, undefined, wilson_interval
+from pkd_dist.evaluation.intervals import wilson_interval
+from pkd_dist.evaluation.metrics import agreement, score, undefined
 from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import evaluating, predict_logits, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads

@@ -1,34 +1,59 @@
 """Every file of an export agrees with the student on all of dev, or the export is rejected."""
 
 import json
+import os
 import shutil
+import tempfile
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from exports import export, subject
+from conftest import environment
+from exports import export, one_scale_for_the_batch, subject, with_outlier
 from families import FAMILIES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
 from pkd_dist.config.load import load
+from pkd_dist.data import tokens
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.scoring import predict_logits_single
+from pkd_dist.evaluation.predictions import Predictions
+from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import build, independence, int8, manifest, onnx
 from pkd_dist.export.runtime import OnnxModel
-from pkd_dist.files import digest_of
+from pkd_dist.files import digest_of, sha256
+from pkd_dist.serve.model import ServedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def export_all(folder, family):
+    """Return the folder of an export in every format, and its manifest."""
+    output = folder / "export"
+    return output, export(subject(folder, family), output, "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    before = os.umask(0o022)  # another user reads it in a test
+    made = export_all(tmp_path_factory.mktemp("bert"), "bert")
+    os.umask(before)
+    return made
+
+
+@pytest.fixture
+def exported(bert):
+    return bert[0]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, tmp_path):
-    made = subject(tmp_path, family)
-    folder = tmp_path / "export"
-    found = export(made, folder, "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton")
+def test_every_family(family, bert, tmp_path):
+    folder, found = bert if family == "bert" else export_all(tmp_path, family)
     assert manifest.verify(folder) == {k: v for k, v in found.items() if k != "digest"}
     assert set(found["files_on_dev"]) == {
         "model.safetensors", *(f"onnx/model{kind}.onnx" for kind in ("", ".fp16", ".int8")), "torch_export/model.pt2",
@@ -42,11 +67,12 @@ def test_every_family(family, tmp_path):
         model = OnnxModel(folder / "onnx" / name, 1)
         np.testing.assert_allclose(model(given), logits, atol=tolerance)
         assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
-    assert all(file["batch_effect"] < 1e-3 for file in found["files_on_dev"].values())
+    for file in found["files_on_dev"].values():
+        assert file["batch_effect"] < 1e-3 and file["batch_changed_labels"] == 0
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
     for name, content in contents(folder):
-        for place in (bytes(tmp_path), b"/pkd_dist/", b"/site-packages/", b"/lib/python"):
+        for place in (bytes(folder.parent), b"/pkd_dist/", b"/site-packages/", b"/lib/python"):
             assert place not in content, f"{name} names a folder of this machine: {place!r}"
 
 
@@ -147,32 +173,69 @@ def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
     assert file["agreement"] == max(tried["agreement"] for tried in file["tried"].values())
 
 
-def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
-    """Batches of 64 texts of 3 to 30 tokens, one of which has states far larger than the others."""
+def test_the_files_are_set_beside_the_teacher_on_dev_and_test(tmp_path):
+    """PyTorch's answers to test are those of the evaluation, unless the student has changed since."""
     made = subject(tmp_path)
-    with torch.no_grad():
-        made.student.get_input_embeddings().weight[7] *= 50
+    teacher, test = subject(tmp_path / "teacher", num_hidden_layers=3).student, tokens.open_tokens(tmp_path / "train")
+    sets = {"dev": made.dev, "test": test}
+    answers = {}
+    with torch.inference_mode():
+        for split, of in sets.items():
+            sides = {
+                side: predict_logits_single(forward_of(model), of, 16, made.pad_id)
+                for side, model in (("teacher", teacher), ("student", made.student))
+            }
+            answers[split] = Predictions(of.ids_N, np.asarray(of.labels_N), sides)
+    labels_N = np.concatenate([np.asarray(of.labels_N) for of in sets.values()])
+    wanted = {
+        side: float((np.concatenate([answers[split].predicted[side] for split in sets]) == labels_N).mean())
+        for side in ("teacher", "student")
+    }
+    right_N = answers["test"].predicted["student"] == answers["test"].labels_N
+    answers["test"].logits["student"][:] *= -1  # none of the files gives these answers
+    found = export(replace(made, reference=build.Reference(teacher, test, answers)), tmp_path / "export", "onnx")
+    rows = {row["file"]: row for row in found["deployment"]["rows"]}
+    assert list(rows) == ["teacher", "model.safetensors", "onnx/model.onnx"]
+    assert found["deployment"]["splits"] == ("dev", "test") and found["deployment"]["examples"] == len(labels_N)
+    assert found["deployment"]["deploy"] == "onnx/model.onnx"
+    assert rows["teacher"]["score"] == pytest.approx(wanted["teacher"]) and rows["teacher"]["parameters"] > 0
+    assert rows["onnx/model.onnx"]["score"] == pytest.approx(wanted["student"])
+    assert rows["onnx/model.onnx"]["bytes"] == (tmp_path / "export/onnx/model.onnx").stat().st_size
+    assert rows["onnx/model.onnx"]["speed"] == {
+        key: found["files_on_dev"]["onnx/model.onnx"][key] for key in rows["teacher"]["speed"]
+    }
+    reused = wanted["student"] + ((~right_N).sum() - right_N.sum()) / len(labels_N)
+    assert rows["model.safetensors"]["score"] == pytest.approx(reused)
+    answers["dev"].logits["student"][:] *= -1
+    found = export(replace(made, reference=build.Reference(teacher, test, answers)), tmp_path / "changed")
+    assert found["deployment"]["rows"][1]["score"] == pytest.approx(wanted["student"])
+    assert found["deployment"]["deploy"] == "model.safetensors"
+    assert manifest.verify(tmp_path / "changed")["deployment"]["deploy"] == "model.safetensors"
+
+
+def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
+    """Batches of texts of 3 to 30 tokens, some of which have states far larger than the others."""
+    made = with_outlier(subject(tmp_path))
     onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
     onnx.split_norms(tmp_path / "model.onnx")
+
+    def effect(write, how):
+        write(tmp_path / "model.onnx", tmp_path / "int8.onnx", how)
+        return independence.measure(OnnxModel(tmp_path / "int8.onnx", 1), made.dev, made.pad_id)
+
+    assert effect(one_scale_for_the_batch, "")["batch_effect"] > 100 * independence.TOLERANCE
     for how in int8.QUANTIZATIONS:
-        onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", how)
-        effect = independence.measure(OnnxModel(tmp_path / "int8.onnx", 1), made.dev, made.pad_id, len(made.dev))
-        assert effect["batch_effect"] <= independence.TOLERANCE and effect["batch_changed_labels"] == 0
+        found = effect(onnx.write_int8, how)
+        assert found["batch_effect"] <= independence.TOLERANCE and found["batch_changed_labels"] == 0
 
 
 def test_a_file_whose_answers_depend_on_the_batch_is_rejected(tmp_path, monkeypatch):
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    def one_scale_for_the_batch(source, path, how):
-        quantize_dynamic(source, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Attention"])
-
     monkeypatch.setattr(onnx, "write_int8", one_scale_for_the_batch)
-    monkeypatch.setattr(independence, "TOLERANCE", 1e-5)  # a tiny model is moved less than a real one
     monkeypatch.setattr(build, "LOSS_ALLOWED", 1.0)
     with pytest.raises(
         UserError, match=r"model.int8.onnx: other texts in a batch move an answer on dev by .*, more than"
     ):
-        export(subject(tmp_path), tmp_path / "export", "onnx-int8")
+        export(with_outlier(subject(tmp_path)), tmp_path / "export", "onnx-int8")
     assert not list(tmp_path.glob("*export*"))
 
 
@@ -199,13 +262,6 @@ def test_formats_bring_what_they_need():
     assert formats("[triton, onnx-int8]") == ["safetensors", "onnx-int8", "triton"]
     with pytest.raises(UserError, match="export.formats"):
         formats("[tensorrt]")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    export(subject(folder), folder / "export", "onnx")
-    return folder / "export"
 
 
 def one_byte(folder):
@@ -260,6 +316,76 @@ def test_a_damaged_export_is_rejected(damage, command, exported, tmp_path):
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def configured(exported, tmp_path, change):
+    """Return a copy of an export as if it had been written with another config.json."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    sealed(folder, files=manifest.read(exported)["files"] | {"config.json": sha256(folder / "config.json")})
+    return folder
+
+
+def test_class_names_that_transformers_leaves_out_are_served(exported, tmp_path):
+    folder = configured(exported, tmp_path, lambda config: config.pop("id2label"))
+    assert set(ServedModel(folder, threads=1).answer([("good",)])[0]["probabilities"]) == {"LABEL_0", "LABEL_1"}
+
+
+@pytest.mark.parametrize("command", [["serve"], ["predict", "fine", "--model"]])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("multi_label_classification", "is a multi-label classifier"),
+        ("regression", "is a regression with 2 outputs"),
+    ],
+)
+def test_an_export_whose_answers_are_no_classes_is_rejected(command, kind, message, exported, tmp_path):
+    folder = configured(exported, tmp_path, lambda config: config.update(problem_type=kind))
+    done = CliRunner().invoke(app, [*command, str(folder)])
+    assert done.exit_code == 2 and f"{folder} {message}" in done.stderr, done.stderr
+    assert (
+        f"(problem_type {kind} in its config.json)" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    )
+
+
+READ = """
+import json, os, sys
+import onnxruntime, transformers
+
+def read(folder):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    given = transformers.AutoTokenizer.from_pretrained(folder)("a good film", return_tensors="pt")
+    session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx", providers=["CPUExecutionProvider"])
+    arrays = {name: array.numpy() for name, array in given.items()}
+    return [model(**given).logits.tolist(), session.run(["logits"], arrays)[0].tolist()]
+
+wanted = read(sys.argv[1])  # imports what may be readable by root alone
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+found = read(sys.argv[1])
+for path, _, names in os.walk(sys.argv[1]):
+    for name in names:
+        open(os.path.join(path, name), "rb").close()
+print(json.dumps([os.getuid(), found == wanted]))
+"""
+"""Reads an export as root and as nobody."""
+
+
+def test_another_user_reads_the_export(exported):
+    """As a server does that runs as a user of its own: plain transformers, ONNX Runtime, and every file."""
+    if os.geteuid():
+        pytest.skip("becoming another user needs root")
+    with tempfile.TemporaryDirectory() as place:  # pytest's folders are closed to others
+        os.chmod(place, 0o755)
+        shutil.copytree(exported, f"{place}/export")
+        (Path(place) / "read.py").write_text(READ)
+        alone = environment(HOME="/nonexistent")
+        done = forked.run(Path(place) / "read.py", [f"{place}/export"], Path(place), [alone], 120)
+    assert done.returncode == 0 and json.loads(done.stdout) == [65534, True], done.stdout + done.stderr
+
+
 def test_verify_says_that_all_is_well(exported):
     done = CliRunner().invoke(app, ["export", "verify", str(exported)])
     assert done.exit_code == 0 and "files as they were written" in done.stdout, done.output
@@ -267,14 +393,14 @@ def test_verify_says_that_all_is_well(exported):
         assert CliRunner().invoke(app, argv).exit_code == 2
 
 
-def test_triton_takes_the_configuration(tmp_path):
+def test_triton_takes_the_configuration(exported):
     model_config_pb2 = schema()
     from google.protobuf import text_format
 
-    export(subject(tmp_path), tmp_path / "export", "onnx", "onnx-int8", "triton")
-    repository = tmp_path / "export/triton"
-    assert {path.name for path in repository.iterdir()} == {"student", "student_int8", "README.md"}
-    for name, file in (("student", "model.onnx"), ("student_int8", "model.int8.onnx")):
+    repository = exported / "triton"
+    files = {"student": "model.onnx", "student_fp16": "model.fp16.onnx", "student_int8": "model.int8.onnx"}
+    assert {path.name for path in repository.iterdir()} == {*files, "README.md"}
+    for name, file in files.items():
         config = text_format.Parse((repository / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         graph = OnnxModel(repository / name / "1/model.onnx", 1)
         assert config.name == name and config.backend == "onnxruntime" and config.max_batch_size > 1
@@ -286,7 +412,7 @@ def test_triton_takes_the_configuration(tmp_path):
             ("logits", [2], "labels.txt")
         ]
         assert (repository / name / "labels.txt").read_text().split() == ["negative", "positive"]
-        assert (repository / name / "1/model.onnx").read_bytes() == (tmp_path / "export/onnx" / file).read_bytes()
+        assert (repository / name / "1/model.onnx").read_bytes() == (exported / "onnx" / file).read_bytes()
 
 
 def schema():

@@ -334,6 +334,26 @@ def test_a_cache_folder_that_others_can_write_is_not_used(monkeypatch, alone, ca
     assert "can be written by others" in caplog.text
 
 
+def test_the_cache_folder_of_another_user_is_not_used(monkeypatch, alone, caplog):
+    """As root, the folder is given to another user; otherwise, root's own stands in for it."""
+    monkeypatch.setenv("CC", compiler_that(alone, "echo target"))
+    folder = alone / "cache" / "pkd_dist"
+    folder.mkdir(mode=0o700, parents=True)
+    if os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with caplog.at_level(logging.INFO, "pkd"):
+        assert native.load_kernels.__wrapped__() is None
+    assert f"{folder} can be written by others" in caplog.text
+
+
+def test_without_a_cache_folder_the_kernels_are_built_for_the_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/read-only")
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    assert native.load_kernels.__wrapped__() is not None and not any(tmp_path.iterdir())
+
+
 def test_an_environment_variable_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv("PKD_KERNELS", "0")
     assert native.load_kernels.__wrapped__() is None

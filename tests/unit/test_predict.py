@@ -114,6 +114,22 @@ def test_a_regression_gives_its_value(tmp_path):
     assert half == {"text": "", "text_pair": "b", "value": pytest.approx(half_value, abs=1e-6)}
 
 
+@pytest.mark.parametrize("kind", [None, "regression", "single_label_classification"])
+def test_one_output_is_a_regression_unless_the_model_says_otherwise(kind, tmp_path):
+    """As for transformers' loss; its pipeline would apply a sigmoid where nothing is said, so the user is told."""
+    folder = make_folder(tmp_path / "bert", "bert", classifier=True, names=("LABEL_0",), problem_type=kind)
+    done = CliRunner().invoke(app, ["predict", "--model", folder, "good"])
+    if kind == "single_label_classification":
+        assert done.exit_code == 2 and 'use `problem_type="regression"` for a single-output' in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+        return
+    assert done.exit_code == 0 and set(json.loads(done.stdout)) == {"text", "value"}, done.stderr
+    note = (
+        f"pkd: --model: {folder} has one output and no problem_type in its config.json; it is taken for a regression\n"
+    )
+    assert done.stderr == ("" if kind else note)
+
+
 def test_figures_do_not_overwrite_a_file(folder, tmp_path):
     kept = tmp_path / "figures.json"
     kept.write_text("precious")

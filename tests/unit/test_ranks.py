@@ -121,6 +121,14 @@ def test_neither_two_jobs_nor_two_steps_share_a_port():
         ({"MASTER_ADDR": "a"}, "MASTER_PORT is not set, expected an integer"),
         ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected an integer"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected an integer"),
+        (MASTER | {"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, expected 1 or more"),
+        (MASTER | {"RANK": "2"}, "RANK is 2, expected 0 to 1$"),
+        (MASTER | {"RANK": "-1"}, "RANK is -1, expected 0 to 1$"),
+        (MASTER | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, expected 1 to 65535"),
+        (
+            MASTER | {"GLOO_SOCKET_IFNAME": "lo,ib9"},
+            "GLOO_SOCKET_IFNAME is 'ib9', which .* does not have; allowed: .*lo",
+        ),
         (
             MASTER | {"LOCAL_SIZE": "1", "MASTER_ADDR": "nowhere.invalid"},
             r"MASTER_ADDR=nowhere\.invalid cannot be reached from .*--master_addr",
@@ -131,6 +139,11 @@ def test_neither_two_jobs_nor_two_steps_share_a_port():
 def test_a_missing_variable_is_named(environ, message):
     with pytest.raises(UserError, match=message):
         discover({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | environ)
+
+
+def test_a_list_of_tasks_that_is_none_is_named():
+    with pytest.raises(UserError, match="tasks per node are 'junk', expected a list such as '2\\(x2\\),1'"):
+        discover(slurm(0, 0, 2, SLURM_STEP_TASKS_PER_NODE="junk") | MASTER)
 
 
 def test_ranks_without_their_place_on_the_node_are_rejected():
@@ -162,6 +175,10 @@ def test_the_exported_variables():
         "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12000",
         "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0",
     }, "the user's choice is kept"  # fmt: skip
+    interface = interface_towards("127.0.0.1")
+    left = {"GLOO_SOCKET_IFNAME": "ib0"}
+    Ranks(0, 0, 1, 1, "python", interface=interface).export(left)
+    assert left["GLOO_SOCKET_IFNAME"] == interface, "left by another job"
     alone = {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
     Ranks(0, 0, 1, 1, "python").export(alone)
     assert alone["MASTER_ADDR"] == "127.0.0.1" and int(alone["MASTER_PORT"]) > 1024

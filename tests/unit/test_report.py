@@ -74,13 +74,20 @@ def test_is_self_contained(tmp_path):
 def test_shows_the_results(tmp_path):
     html, page = written(make_run(tmp_path / "run"))
     for words in (
-        "80.0% accuracy on 200 dev examples: 97.6% of its teacher's 82.0%", "95% interval 78.0% to 82.0%", "91.5%", "2.06×",
-        "22,713,986", "180 to 371 sentences/s", "latency at batch 1, p99, ms", "MCC", "100 as mean , 0.1302 as sum",
+        "90.9 to 11.2 MB", "8.1×", "13.00 to 0.80 ms", "16.2×", "80.0% (78.0 to 82.0)", "22,713,986", "Latency at batch 1, ms", "MCC", "100 as mean , 0.1302 as sum",
         "student 1 learns from teacher 2, student 2 learns from teacher 4", "54e3440", "2 on cpu", "ZeRO stage 1",
     ):  # fmt: skip
         assert words in page.text, words
+    table = read(tmp_path / "run").deployment
+    assert (
+        f"export/onnx/model.int8.onnx , beside its teacher: {table.headline()}." in page.text
+        and table.note() in page.text
+    )
+    for row in (table.head()[1:], *table.cells()):
+        assert " ".join(row) in page.text
     plots = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(plots) == 1 + 6 + 2 + 2 + 3, "layers, curves, speed, matrices, times"
+    assert len(plots) == 2 + 1 + 6 + 2 + 2 + 3, "trade-offs, layers, curves, speed, matrices, times"
+    assert sum("; ONNX int8 " in attrs["aria-label"] or ": ONNX int8 " in attrs["aria-label"] for attrs in plots) == 2
     assert all(attrs["aria-label"] and attrs["role"] == "img" for attrs in plots)
     assert "#fe01" not in html, "a placeholder color is left"
 
@@ -125,8 +132,8 @@ def test_largest_disagreements(tmp_path):
 
 def test_regression(tmp_path):
     page = written(make_run(tmp_path / "run", regression=True))[1]
-    assert "0.800 Pearson/Spearman mean" in page.text and "Spearman" in page.text and "squared error" in page.text
-    assert "Classes" not in page.text and "95% interval" not in page.text and "Correct predictions" not in page.text
+    assert "of the teacher's Pearson/Spearman mean (dev)" in page.text and "squared error" in page.text
+    assert "Classes" not in page.text and "Correct predictions" not in page.text
     assert "mean absolute error 0.3" in page.text
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert sum("prediction of" in label and "mean absolute difference" in label for label in labels) == 3, "scatters"
@@ -134,7 +141,7 @@ def test_regression(tmp_path):
 
 def test_text_of_the_data_is_escaped(tmp_path):
     html, page = written(make_run(tmp_path / "run", names=("<b>", "$x_1$ & co", "負")))
-    assert html.count("<b>") == 5 + 5, "only the tiles and the correct predictions are bold"
+    assert html.count("<b>") == 6 + 5, "only the tiles and the correct predictions are bold"
     assert "3 classes (<b>, $x_1$ & co, 負)" in page.text
 
 

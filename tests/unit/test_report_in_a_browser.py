@@ -17,6 +17,13 @@ RENDERED = """() => [...document.querySelectorAll('svg, img')].map(drawing => {
 OVERFLOWING = """() => [...document.querySelectorAll('main *')].filter(element =>
     !element.closest('.scroll, svg') && element.getBoundingClientRect().right > innerWidth + 0.5
 ).map(element => element.outerHTML.slice(0, 200))"""
+TRADEOFFS = "svg[aria-label*=' and size: '], svg[aria-label*=' and latency: ']"
+COVERING = """plots => plots.flatMap(plot => {
+    const texts = [...plot.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()])
+    return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([_, b]) =>
+        a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1
+    ).map(([other]) => [one, other]))
+})"""
 CONTRAST = """() => {
     const channel = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
     const numbers = colour => colour.match(/[\\d.]+/g).map(Number)
@@ -113,6 +120,13 @@ def test_nothing_overflows_nothing_is_requested_and_everything_is_drawn(chromium
         assert region.get_attribute("aria-label") and region.get_attribute("tabindex") == "0"
     picture = page.screenshot(full_page=True)
     assert len(picture) > 50_000
+    page.context.close()
+
+
+def test_no_label_of_a_file_covers_another(chromium, page_file):
+    page, _ = opened(chromium, page_file)
+    plots = page.locator(TRADEOFFS)
+    assert plots.count() == 2 and plots.evaluate_all(COVERING) == []
     page.context.close()
 
 

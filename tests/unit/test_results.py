@@ -1,15 +1,17 @@
-"""results_eval.json, the table a run ends with, and the model card."""
+"""results_eval.json and the model card."""
 
-from pathlib import Path
+from dataclasses import asdict
 
+import numpy as np
 import pytest
+from run_folders import measured, speed
 
 from pkd_dist.config.load import load
 from pkd_dist.data.class_mapping import match
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
-from pkd_dist.evaluation.results import Deployed, closing_table, combine, table_rows
+from pkd_dist.evaluation.results import combine, retention_sentence, score_rows
 from pkd_dist.export.card import CardFacts, render
 
 
@@ -53,43 +55,8 @@ def test_a_share_of_nothing_is_not_told(teacher, student, said):
     dev = {"n": 50, "teacher": teacher, "student": student, "agreement": 0.9}
     made = combine("sst2", dev, {"teacher": size_and_speed(4), "student": size_and_speed(2)}, {})
     assert made["compression"]["retention"] is None
-    shown = closing_table(made, Path("RUN/export"), Path("RUN/report.html"))
-    assert said in shown and "retains" not in shown
-    assert ("undefined" in shown.splitlines()[3]) == ("undefined" in teacher)
-
-
-def test_the_closing_table(results):
-    lines = closing_table(results, Path("RUN/export"), Path("RUN/report.html")).splitlines()
-    assert lines[2].split() == ["accuracy", "80.0%", "(70.0", "to", "90.0)", "60.0%", "(50.0", "to", "70.0)"]
-    assert (
-        "the student retains 75.0% of the teacher's score; both predict the same class for 90.0% of the examples "
-        "(50 dev examples)" in lines
-    )
-    assert lines[-2:] == ["export: RUN/export", "report: RUN/report.html"]
-    assert ("parameters", "4,000,000", "2,000,000") in table_rows(results)
-
-
-def speed(rate, p50):
-    return {
-        "latency_ms_p50": p50, "latency_ms_p99": 9.0, "samples_per_second": rate, "reasoningTime": rate, "spread": 0.1,
-        "threads": 2,
-    }  # fmt: skip
-
-
-def test_the_closing_table_leads_with_the_file_to_deploy(results):
-    """With speeds of one session, and what they were measured on."""
-    file = Deployed(
-        Path("RUN/model.int8.onnx"), 1_500_000, "accuracy", 0.59, speed(1000, 0.5), speed(50, 9.5), speed(90, 5)
-    )
-    lines = closing_table(results, Path("RUN/export"), Path("RUN/report.html"), file).splitlines()
-    assert lines[0] == (
-        "deploy RUN/model.int8.onnx: accuracy 59.0%, 1.5 MB, 1,000 sentences per second (20.0 times the teacher's), "
-        "p50 0.50 ms, 2 threads"
-    )
-    table = [line.split() for line in lines]
-    assert ["size,", "MB", "(10^6", "bytes)", "16.0", "8.0"] in table
-    assert ["sentences", "per", "second,", "2", "threads", "50", "90"] in table
-    assert ["latency", "at", "batch", "1,", "p50,", "ms,", "2", "threads", "9.50", "5.00"] in table
+    assert said in retention_sentence(made)
+    assert ("undefined" in score_rows(made)[1]) == ("undefined" in teacher)
 
 
 def test_the_model_card(results, tmp_path):
@@ -118,14 +85,21 @@ def test_the_model_card(results, tmp_path):
     files = {"model.safetensors": file, "onnx/model.int8.onnx": file | {"quantisation": "per token"}}
     on = {"processor": "CPU", "cores": 2, "threads": 1}
     formats = ["safetensors", "onnx-int8"]
-    text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": files, "measured_on": on})
+    labels_N = np.arange(50) % 2
+    logits = {"teacher": np.eye(2)[labels_N], "student": np.eye(2)[np.where(np.arange(50) < 5, 0, labels_N)]}
+    table = measured(labels_N, logits)
+    figures = {"formats": formats, "opset": 20, "files_on_dev": files, "measured_on": on, "deployment": asdict(table)}
+    text = render(facts, figures)
     for line in (
         "# sst2: a 2-layer student",
         "Classes, in the order of the logits: `no`, `[yes](x)`.",
         "| `LABEL_1` | `[yes](x)` | `[yes](x)` |",
         "those of the class `[yes](x)` (the rarer one in training; set task.positive to choose).",
         "| accuracy | 80.0% (70.0 to 90.0) | 60.0% (50.0 to 70.0) |",
-        "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 2.0e-04 | 1.0000 | 2.00 | 3.00 | 200 |",
+        "| `onnx/model.int8.onnx` | 4.0 | 0.6000 | 1.0e-06 | 2.0e-04 | 1.0000 |\n",
+        f"`onnx/model.int8.onnx`, the file to deploy: {table.headline()}.",
+        *(f"| {' | '.join(row)} |\n" for row in (table.head(), *table.cells())),
+        "on 1 thread of a processor",
         "by F1 on `dev.tsv`",
         "- Data: `train.tsv + more.csv`, 60 examples.",
         f"Distilled from `{tmp_path.name}` with",
@@ -133,16 +107,11 @@ def test_the_model_card(results, tmp_path):
         "counted from 1): (1, 2).",
         "Quantization to int8: per token.",
     ):
-        assert line in text
+        assert line in text, line
     assert str(tmp_path.parent) not in text, "folders of this machine mean nothing elsewhere"
-    assert "that of one core of CPU" in text and "other work" not in text and "teacher, PyTorch" not in text
-    busy = {name: figures | {"spread": 0.5} for name, figures in files.items()}
-    on, timed = on | {"threads": 3}, speed(50, 9.5)
-    text = render(facts, {"formats": formats, "opset": 20, "files_on_dev": busy, "measured_on": on, "teacher": timed})
-    assert "that of 3 threads of CPU" in text and "differed by up to 50%: other work on the machine" in text
-    assert "| teacher, PyTorch | 16.0 | 0.8000 | | | 0.9000 | 9.50 | 9.00 | 50 |" in text
-    assert text.count("sentences per second") == 1, "one session"
-    on = on | {"threads": 1}
-    assert "ONNX" not in render(
-        facts, {"formats": formats[:1], "opset": 20, "files_on_dev": {"model.safetensors": file}, "measured_on": on}
-    )
+    assert text.count("per second)") == 1, "one session"
+    old = {"formats": formats[:1], "opset": 20, "files_on_dev": {"model.safetensors": file}, "measured_on": on}
+    text = render(facts, old | {"teacher": speed(50, 9.5)})
+    assert "ONNX" not in text
+    assert "| teacher, PyTorch | 4,000,000 | 16.0 | 0.800 | – | 9.50 | 19.00 | 50 |" in text
+    assert "`model.safetensors`, the file to deploy: 4.0x smaller, 4.8x faster at batch 1, keeps 75.0%" in text

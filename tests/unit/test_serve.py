@@ -5,11 +5,9 @@ import json
 
 import numpy as np
 import pytest
-import transformers as hf
 from conftest import ROOT
-from families import FAMILIES, WORDS, tokenizer_of
+from families import FAMILIES, TOKENIZERS, tokenizer_of
 from starlette.exceptions import HTTPException
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer
@@ -22,55 +20,6 @@ TEXTS = [
     "a good film", "The PLOT was very dull, and the story -- empty!", "x", "good " * 60, "  spaces\tand\nlines ",
     "naïve café, ﬁne Ⅻ 电影很好 🎬 İ", "[SEP] [MASK] <s> </s> <pad> [PAD] a film", "don't; it's 3.50 $ (fine)", "ok\u200b\u0301",
 ]  # fmt: skip
-MARKS = [".", ",", "!", "-", "'", "$", "(", ")", ";"]
-
-
-def byte_pairs() -> dict[str, int]:
-    return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=5)}
-
-
-def pieces(*special: str) -> list[tuple[str, float]]:
-    words = [f"▁{word}" for word in WORDS]
-    return [(piece, 0.0) for piece in special] + [
-        (piece, -3.0) for piece in dict.fromkeys([*words, *WORDS, "▁", *MARKS])
-    ]
-
-
-def word_pieces(kind: type) -> hf.PreTrainedTokenizerBase:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    suffixes = [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return kind(vocab={piece: i for i, piece in enumerate([*special, *WORDS, *MARKS, *suffixes])})
-
-
-def modernbert() -> hf.PreTrainedTokenizerBase:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(special)} | byte_pairs(), []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokens = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=True,
-        **tokens,
-    )
-
-
-TOKENIZERS = {
-    "bert": lambda: word_pieces(hf.BertTokenizerFast),
-    "roberta": lambda: hf.RobertaTokenizerFast(
-        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4} | byte_pairs(), merges=[]
-    ),
-    "distilbert": lambda: word_pieces(hf.DistilBertTokenizerFast),
-    "electra": lambda: word_pieces(hf.ElectraTokenizerFast),
-    "albert": lambda: hf.AlbertTokenizerFast(vocab=pieces("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
-    "deberta-v2": lambda: hf.DebertaV2TokenizerFast(vocab=pieces("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")),
-    "modernbert": modernbert,
-}
-"""For each family of `families.FAMILIES`, a tokenizer of the kind that its published models have."""
 
 
 def require_same_arrays(folder, texts, max_length):

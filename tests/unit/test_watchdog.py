@@ -1,11 +1,14 @@
 """The watchdog's verdicts: who is to blame, who reports it, and when to keep waiting. (Its threads run in tests/e2e.)"""
 
+import os
 import re
+import subprocess
 import threading
 from dataclasses import replace
 
 import pytest
 
+from pkd_dist.distributed.processes import RankProcess
 from pkd_dist.distributed.watchdog import Post, Verdict, View, Watchdog, first_remote_rank, verdict
 
 NOW, TIMEOUT = 1000.0, 60.0
@@ -82,6 +85,8 @@ def test_a_stop_signal_of_another_rank_arrives():
         def post(self, key, value):
             pass
 
+        append = post
+
         def read(self, keys):
             read.set()
             return {"stop": "15"}
@@ -93,3 +98,15 @@ def test_a_stop_signal_of_another_rank_arrives():
         pass
     watchdog.stop()
     assert watchdog.peer_stop_signal == 15
+
+
+def test_a_process_is_dead_once_it_has_ended_even_if_its_id_is_used_again():
+    own = RankProcess.of(0, os.getpid())
+    assert own.machine and not own.dead and replace(own, started=str(int(own.started) - 1)).dead
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        process = RankProcess.of(1, child.pid)
+        assert not process.dead
+        child.kill()
+        while not process.dead:  # a zombie until `wait`
+            pass
+    assert process.dead
