@@ -5,12 +5,7 @@ models, token sets -> logits (all ranks) -> metrics and agreement (rank 0) -> sp
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import os
 from collections.abc import Mapping, Sequence
-=======
-from collections.abc import Mapping
->>>>>>> main
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -64,12 +59,8 @@ def compare_models(
     settings: Evaluate,
     pad_id: int,
     world: World,
-<<<<<<< HEAD
     other_teachers: Sequence[PreTrainedModel] = (),
-) -> Evaluation:
-=======
 ) -> ModelComparison:
->>>>>>> main
     """Score and time teacher and student in float32. Collective.
 
     Args:
@@ -93,14 +84,13 @@ def compare_models(
     figures: dict[str, ModelResults] = {
         name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
     }
-<<<<<<< HEAD
     results = combine(
         task.name, scores["dev"], figures, {name: found for name, found in scores.items() if name != "dev"}
     )
     if others:
         first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
         results["ensemble"] = {"teachers": 1 + len(others), "first": first}
-    return Evaluation(results, timings, logits)
+    return ModelComparison(results, timings, logits)
 
 
 def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:
@@ -109,10 +99,6 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
         return logits
     teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
     return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
-=======
-    others = {split: found for split, found in scores.items() if split != "dev"}
-    return ModelComparison(combine(task.name, scores["dev"], figures, others), timings, logits)
->>>>>>> main
 
 
 def _logits(

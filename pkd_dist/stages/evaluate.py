@@ -76,7 +76,6 @@ def run(context: Context) -> EvaluateOutput:
     return output
 
 
-<<<<<<< HEAD
 def _ensemble_line(results: Results) -> str:
     ensemble = results["ensemble"]
     mean, first = results["teacher"]["main_metric"], ensemble["first"]["dev"]["main_metric"]
@@ -86,10 +85,7 @@ def _ensemble_line(results: Results) -> str:
     )
 
 
-def _write(context: Context, compared: Evaluation, splits: dict[str, TokenSet]) -> None:
-=======
 def _write(context: Context, compared: ModelComparison, splits: dict[str, TokenSet]) -> None:
->>>>>>> main
     paths = context.resolved.paths
     make_folder(paths.results.parent)
     write_json(paths.results, compared.results)
