@@ -87,7 +87,9 @@ def _needs(context: Context) -> Iterator[Need]:
     if settings := config.teacher.finetune:
         used = len(used_vocabulary(context, "train", "dev"))
         weights, trained = encoder.planned_sizes(shape, used)
-        train = config.train.model_copy(update={"epochs": settings.epochs, "batch_size": settings.batch_size})
+        train = config.train.model_copy(
+            update={"epochs": settings.epochs, "batch_size": settings.batch_size, "schedule": "linear"}
+        )
         temporary = _training(context, train, "train", weights, trained)
         yield Need("teacher", _FLOAT32 * weights, temporary, (paths.teacher, paths.teacher_checkpoints))
     summary = data.sets[training_set(context)]
@@ -107,7 +109,6 @@ def _training(context: Context, settings: Train, split: str, weights: int, train
     """Return the bytes of the checkpoints and best weights that a training keeps at a time."""
     checkpoint, examples = context.resolved.config.checkpoint, context.output(DataOutput).sets[split].examples
     steps = settings.epochs * steps_per_epoch(examples, settings.batch_size)
-    checkpoints = min(
-        checkpoint.keep + 1, settings.epochs + steps // checkpoint.every_steps
-    )  # one more while it is written
+    kept = checkpoint.keep + (settings.schedule == "warmup_stable_decay")  # that before the decay
+    checkpoints = min(kept + 1, settings.epochs + steps // checkpoint.every_steps)  # one more while it is written
     return _FLOAT32 * (checkpoints * _TRAINED_COPIES * trained + min(_BEST_FILES, settings.epochs) * weights)
