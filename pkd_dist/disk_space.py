@@ -88,7 +88,9 @@ def _needs(context: Context) -> Iterator[Need]:
         shape.num_labels = classes
     if settings := config.teacher.finetune:
         used = len(used_vocabulary(context, "train", "dev"))
-        train = config.train.model_copy(update={"epochs": settings.epochs, "batch_size": settings.batch_size})
+        train = config.train.model_copy(
+            update={"epochs": settings.epochs, "batch_size": settings.batch_size, "schedule": "linear"}
+        )
         sizes = [encoder.planned_sizes(shape, used) for shape in shapes]
         lasting = _FLOAT32 * sum(weights for weights, _ in sizes)
         temporary = sum(_training(context, train, "train", *size) for size in sizes)
@@ -111,7 +113,6 @@ def _training(context: Context, settings: Train, split: str, weights: int, train
     """Return the bytes of the checkpoints and best weights that a training keeps at a time."""
     checkpoint, examples = context.resolved.config.checkpoint, context.output(DataOutput).sets[split].examples
     steps = settings.epochs * steps_per_epoch(examples, settings.batch_size)
-    checkpoints = min(
-        checkpoint.keep + 1, settings.epochs + steps // checkpoint.every_steps
-    )  # one more while it is written
+    kept = checkpoint.keep + (settings.schedule == "warmup_stable_decay")  # that before the decay
+    checkpoints = min(kept + 1, settings.epochs + steps // checkpoint.every_steps)  # one more while it is written
     return _FLOAT32 * (checkpoints * _TRAINED_COPIES * trained + min(_BEST_FILES, settings.epochs) * weights)

@@ -15,7 +15,10 @@ METRICS: dict[str, str] = {
 """Key -> display name, in the order tables list them. A task has the classification or the correlation metrics."""
 
 MAIN_METRIC = "main_metric"
-"""Key under which the metric that selects the best epoch is repeated."""
+"""Key under which the task's main metric is repeated."""
+
+AGREEMENT, DIVERGENCE = "agreement", "divergence"
+"""Keys of how far a student in training is from its teacher on dev; see the functions of these names in `evaluation/metrics.py`."""
 
 TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
 """Keys that a teacher/student table shows, where the task has them."""

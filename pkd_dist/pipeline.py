@@ -56,7 +56,8 @@ def plan(
         else:
             state, reason = (State.NEW, "--fresh starts over") if fresh else markers.state(stage, context)
             done = state is State.DONE
-            line = "done" if done else f"runs, because {reason}"
+            does = "continues" if state is State.EXTENDED else "runs"
+            line = "done" if done else f"{does}, because {reason}"
             if done:
                 context.hand_on(markers.output(stage))
         first = first or ("" if done else stage.name)
@@ -132,7 +133,8 @@ def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: 
     if not selected:
         raise UserError(f"the stage {stage.name} is needed first, but {reason}; add it to --stages")
     world.on_main(lambda: stage.require_rerunnable(context, reason))
-    what = {State.NEW: "runs", State.STARTED: "resumes"}.get(state, f"runs again, because {reason}")
+    plain = {State.NEW: "runs", State.STARTED: "resumes", State.EXTENDED: f"continues, because {reason}"}
+    what = plain.get(state, f"runs again, because {reason}")
     log.info("%s: %s", stage.name, what)
     inputs = world.on_main(lambda: inputs_of(stage, context))
     marker = world.on_main(lambda: markers.begin(stage, context, state, inputs))

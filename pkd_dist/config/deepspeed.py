@@ -22,7 +22,7 @@ OWNED_BY_YAML = {
     "gradient_accumulation_steps": "train.micro_batch_size",
     "gradient_clipping": "train.max_grad_norm",
     "optimizer": "train.learning_rate, train.weight_decay and train.adam_epsilon",
-    "scheduler": "train.learning_rate and train.warmup_ratio",
+    "scheduler": "train.learning_rate, train.schedule and train.warmup_ratio",
 }
 """Keys of a DeepSpeed JSON -> keys of the YAML that set them. In the JSON they must be absent or "auto"."""
 

@@ -205,15 +205,39 @@ class Train(Section):
         description="Examples per forward pass on one rank; gradients are accumulated over the rest. `auto`: the rank's "
         "whole share, at most 64. Without accumulation, a single GPU runs a step as one CUDA graph.",
     )
-    learning_rate: Positive = Field(1.0e-4, description="Peak learning rate, between linear warm-up and linear decay.")
+    patience_epochs: Count | None = Field(
+        None,
+        description="Stop when dev has not improved for N epochs, by the score of evaluate.best_by. null: train all epochs.",
+    )
+    learning_rate: Positive = Field(1.0e-4, description="Peak learning rate, which linear warm-up reaches.")
+    schedule: Literal["linear", "constant", "warmup_stable_decay"] = Field(
+        "linear",
+        description="The rate after warm-up. `linear`: decays to 0 at the last step. `constant`: stays. "
+        "`warmup_stable_decay`: stays, then decays linearly to 0 over the last train.decay_ratio of the steps. With all but "
+        "`linear`, a run whose train.epochs is raised continues its training "
+        "(docs/training.md).",
+    )
+    decay_ratio: Fraction | None = Field(
+        None, description="`warmup_stable_decay` only: fraction of the steps over which the rate decays. null: 0.2."
+    )
     weight_decay: NonNegative = Field(0.01, description="Weight decay of AdamW, not applied to biases and LayerNorm.")
     warmup_ratio: Fraction = Field(
-        0.1, description="Fraction of the steps used for warm-up; after it the rate decays to 0."
+        0.1,
+        description="Fraction of the steps used for warm-up. With a schedule other than `linear`: fraction of the first "
+        "epoch, so that warm-up does not depend on train.epochs.",
     )
     max_grad_norm: NonNegative = Field(1.0, description="Global norm to which gradients are clipped. 0: no clipping.")
     adam_epsilon: Positive = Field(1.0e-8, description="Epsilon of AdamW. The OneFlow reference uses 1e-6.")
     deepspeed: str = Field("ds_configs/zero1.json", description="DeepSpeed JSON: ZeRO stage, precision, offload.")
     log_every_steps: Count = Field(1, description="Write a line to metrics.jsonl every N steps.")
+
+    @model_validator(mode="after")
+    def _decay(self) -> Train:
+        if self.decay_ratio is not None and self.schedule != "warmup_stable_decay":
+            raise ValueError(
+                f"train.decay_ratio is allowed only with train.schedule warmup_stable_decay, not {self.schedule}"
+            )
+        return self
 
 
 class Cache(Section):
@@ -249,6 +273,12 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     every_epochs: Count = Field(1, description="Epochs between evaluations on dev. The last epoch is always evaluated.")
+    best_by: Literal["metric", "divergence"] = Field(
+        "metric",
+        description="What selects the student's best epoch on dev: the task's main `metric`, or the smallest `divergence` from "
+        "the teacher (mean KL(teacher || student) at temperature 1 in nats; regression: mean squared difference of the "
+        "standardized outputs), which is less noisy and uses no labels.",
+    )
     result_dir: str | None = Field(None, description="Folder for results_eval.json. null: the run folder.")
     batch_size: Count = Field(64, description="Examples per forward pass on one rank.")
     latency_samples: Annotated[int, Field(ge=10)] = Field(200, description="Single-example requests timed per model.")

@@ -27,8 +27,7 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
         labels_N: (N,) class indices, or the values of a regression.
 
     Returns:
-        accuracy, MCC, precision, recall and f_1, or pearson, spearman and pearson_spearman; and `main_metric`, which
-        selects the best epoch.
+        accuracy, MCC, precision, recall and f_1, or pearson, spearman and pearson_spearman; and `main_metric`.
     """
     if task.regression:
         from scipy.stats import pearsonr, spearmanr  # slow to import, so only on the rank that scores
@@ -93,3 +92,20 @@ def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
         constant = np.ptp(a_NC) == 0 or np.ptp(b_NC) == 0
         return 0.0 if constant else float(np.corrcoef(a_NC[:, 0], b_NC[:, 0])[0, 1])
     return float((a_NC.argmax(axis=1) == b_NC.argmax(axis=1)).mean())
+
+
+def divergence(teacher_NC: np.ndarray, student_NC: np.ndarray) -> float:
+    """Return the mean over the examples of KL(teacher || student) of their softmax distributions, in nats.
+
+    For a regression it is the mean squared difference of the outputs.
+    """
+    teacher_NC, student_NC = teacher_NC.astype(np.float64), student_NC.astype(np.float64)
+    if teacher_NC.shape[1] == 1:
+        return float(((teacher_NC - student_NC) ** 2).mean())
+    log_teacher_NC, log_student_NC = _log_softmax(teacher_NC), _log_softmax(student_NC)
+    return float((np.exp(log_teacher_NC) * (log_teacher_NC - log_student_NC)).sum(axis=1).mean())
+
+
+def _log_softmax(logits_NC: np.ndarray) -> np.ndarray:
+    shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True)
+    return shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))

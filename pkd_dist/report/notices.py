@@ -91,7 +91,12 @@ def _on_data(run: Run) -> Iterator[str]:
 def _on_training(run: Run) -> Iterator[str]:
     distillation, epochs = run.distillation, run.config.train.epochs
     best, last = distillation.best_epoch, distillation.history[-1]
-    if best == epochs:
+    if last.epoch < epochs:
+        yield (
+            f"Training stopped after epoch {last.epoch} of {epochs}: dev had not improved since epoch {best} "
+            "(train.patience_epochs)."
+        )
+    elif best == epochs:
         yield f"The best epoch is the last one ({best}); longer training may help."
     elif distillation.best_metric - last.main_metric > _noise(run):
         yield (

@@ -40,11 +40,12 @@ class StageTime:
 
 @dataclass(frozen=True)
 class EpochScore:
-    """Evaluation on dev at the end of an epoch, counted from 1."""
+    """Evaluation on dev at the end of an epoch, counted from 1; `divergence` is that of a student from its teacher."""
 
     epoch: int
     step: int
     main_metric: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """Display name of the main metric, which selects the best epoch."""
+        """Display name of the main metric."""
         return METRICS[self.task.main_metric]
 
     def metric_value(self, value: float) -> str:

@@ -6,6 +6,7 @@ decide the stage's outcome, so a stage is run once for each set of inputs:
     no marker                               new      it runs
     the same inputs, not done               started  it resumes
     other inputs                            stale    what it made moves to RUN/previous/N, and it reruns
+    only `extendable` inputs were raised    extended it continues what it made, done or not
     a damaged marker, or one that is gone   lost     the same; a fingerprinted stage keeps what it made, and resumes
     done, but its outcome was altered       broken   it reruns; a resumable stage keeps the intact part
     done                                    done     it is skipped
@@ -20,11 +21,11 @@ import contextlib
 import dataclasses
 import enum
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -90,6 +91,10 @@ def _nothing(context: Context, output: object) -> None:
     return None
 
 
+def _none(inputs: Inputs) -> frozenset[str]:
+    return frozenset()
+
+
 @dataclass(frozen=True)
 class Stage(Generic[Output]):
     """One stage, as its module declares it.
@@ -105,6 +110,8 @@ class Stage(Generic[Output]):
         require_rerunnable: (context, reason) raises UserError where the stage cannot run again.
         require_replaceable: (context, path) raises UserError where this file, which was altered, must not be made again.
         republish: (context, output) sets the metrics as the stage left them, in a process that skips it.
+        extendable: inputs -> keys of the numbers among them that may be raised without starting over. They are no part of
+            the fingerprint.
     """
 
     name: str
@@ -118,6 +125,7 @@ class Stage(Generic[Output]):
     require_rerunnable: Callable[[Context, str], None] = _nothing  # type: ignore[assignment]
     require_replaceable: Callable[[Context, Path], None] = _nothing  # type: ignore[assignment]
     republish: Callable[[Context, Output], None] = _nothing  # type: ignore[assignment]
+    extendable: Callable[[Inputs], frozenset[str]] = _none
 
 
 class SpoiledError(UserError):
@@ -154,7 +162,7 @@ class Marker:
     """RUN/stages/NAME.json.
 
     Attributes:
-        fingerprint: digest of the inputs; checkpoints of the stage carry it.
+        fingerprint: digest of the inputs but the extendable ones; checkpoints of the stage carry it.
         outputs: fields of the stage's output, once done.
         seconds: time spent, without starts that ended by a kill or an error.
         starts: number of starts with these inputs.
@@ -187,6 +195,7 @@ class State(enum.Enum):
     NEW = "new"
     STARTED = "started"
     STALE = "stale"
+    EXTENDED = "extended"
     LOST = "lost"
     BROKEN = "broken"
     DONE = "done"
@@ -265,8 +274,11 @@ class Markers:
                 return self._without_marker(stage, context)
             if marker.spoiled:
                 return State.STALE, marker.spoiled
-            if changes := _changes(marker.inputs, json.loads(json.dumps(inputs_of(stage, context)))):
-                return State.STALE, changes
+            now = json.loads(json.dumps(inputs_of(stage, context)))
+            before, changed = _changed(marker.inputs, now)
+            if changed:
+                raised = _raised(before, now, changed, stage.extendable(before))
+                return State.EXTENDED if raised else State.STALE, _changes(before, now, changed)
             if not marker.done:
                 return State.STARTED, "it was interrupted"
             output = self.output(stage)
@@ -335,9 +347,14 @@ class Markers:
         keeps = {State.BROKEN: artifacts.resumable, State.LOST: artifacts.resumable or artifacts.fingerprinted}
         if state is State.STALE or not keeps.get(state, True):
             self._set_aside(stage.name, artifacts.kept)
-        marker = self.read(stage.name) if state is State.STARTED else None
+        marker = self.read(stage.name) if state in (State.STARTED, State.EXTENDED) else None
         if marker is None:
-            marker = Marker(done=False, inputs=inputs, fingerprint=digest_of(inputs))
+            extendable = stage.extendable(inputs)
+            identity = {key: value for key, value in inputs.items() if key not in extendable}
+            marker = Marker(done=False, inputs=inputs, fingerprint=digest_of(identity))
+        elif state is State.EXTENDED:
+            fresh = Marker(False, inputs, marker.fingerprint)
+            marker = dataclasses.replace(fresh, seconds=marker.seconds)
         return self._write(stage.name, dataclasses.replace(marker, starts=marker.starts + 1))
 
     def stop(self, name: str, seconds: float) -> None:
@@ -406,13 +423,21 @@ def inputs_of(stage: Stage[Output], context: Context) -> Inputs:
     return {f"version.{name}": context.versions[name] for name in reached} | stage.inputs(context)
 
 
-def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Say which inputs changed, at most three of them; empty where none did.
+def _changed(before: Inputs, now: Inputs) -> tuple[Inputs, list[str]]:
+    """Return `before` completed, and the keys whose values differ.
 
     A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior.
     """
     before = {**{key: default for key, default in _defaults().items() if key in now}, **before}
-    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+    return before, [key for key in {**now, **before} if now.get(key) != before.get(key)]
+
+
+def _raised(before: Inputs, now: Inputs, changed: Sequence[str], extendable: frozenset[str]) -> bool:
+    return all(key in extendable and cast(float, now[key]) > cast(float, before[key]) for key in changed)
+
+
+def _changes(before: Inputs, now: Inputs, changed: Sequence[str]) -> str:
+    """Say which inputs changed, at most three of them."""
     shown = [f"{label(key)} changed ({_short(before.get(key))} -> {_short(now.get(key))})" for key in changed[:3]]
     return "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 

@@ -271,7 +271,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     depth = encoder.num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
     pairs = layers.patience_pairs(config.distill, depth, student_depth)
-    return Resolved(
+    resolved = Resolved(
         config=config,
         paths=paths_of(config),
         deepspeed=deepspeed,
@@ -287,6 +287,12 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )
+    if config.evaluate.best_by == "divergence" and not resolved.needs_teacher:
+        raise UserError(
+            "divergence compares with the teacher, which this loss does not use (distill.alpha is 0, and nothing is paired); "
+            "use metric", "evaluate.best_by",
+        )  # fmt: skip
+    return resolved
 
 
 def _teachers(config: Config) -> tuple[Teacher, ...]:

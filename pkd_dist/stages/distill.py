@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 
 from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tokens import TokenSet
@@ -14,7 +16,9 @@ from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.confidence import confident_rows
 from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
+from pkd_dist.distillation.teacher import require_finite
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.scoring import predict_logits
 from pkd_dist.files import sha256
 from pkd_dist.model import student
 from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
@@ -63,7 +67,9 @@ class DistillOutput:
 
 
 VERSION = 1
-_TRAIN_KEYS = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"}
+_TRAIN_KEYS = {
+    "epochs", "patience_epochs", "batch_size", "learning_rate", "schedule", "decay_ratio", "weight_decay", "warmup_ratio",
+}  # fmt: skip
 """Of the section `train`: the others do not change the outcome, or are among `training_inputs`."""
 
 
@@ -78,6 +84,7 @@ def inputs(context: Context) -> Inputs:
         **scale_input(context),
         "student.dropout": config.student.dropout,
         "evaluate.every_epochs": config.evaluate.every_epochs,
+        "evaluate.best_by": config.evaluate.best_by,
         "cache.enabled": config.cache.enabled,
         "init.weights": context.output(InitOutput).weights,
         "cache.fingerprint": needed_fingerprint(context).digest,
@@ -85,6 +92,14 @@ def inputs(context: Context) -> Inputs:
         "data.dev": data.sets["dev"].digest,
         **({"task.augment.min_confidence": augment.min_confidence} if augment else {}),
     }
+
+
+def extendable(inputs: Inputs) -> frozenset[str]:
+    """See `Stage`. The last epoch is always evaluated, so a longer training must evaluate it too."""
+    if inputs["train.schedule"] == "linear":
+        return frozenset()
+    epochs, every = cast(int, inputs["train.epochs"]), cast(int, inputs["evaluate.every_epochs"])
+    return frozenset() if epochs % every else frozenset({"train.epochs"})
 
 
 def run(context: Context) -> DistillOutput:
@@ -122,6 +137,7 @@ def training_job(context: Context) -> Job:
         module=module,
         losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
         teacher_outputs=cached_outputs(reader) if reader else _live_outputs(context),
+        teacher_dev_NC=_teacher_dev(context),
         train=_training_tokens(context, reader),
         dev=open_tokens(context, "dev"),
         task=scored_task(context),
@@ -171,6 +187,22 @@ def _training_tokens(context: Context, reader: CacheReader | None) -> TokenSet:
     return tokens.subset(rows)
 
 
+def _teacher_dev(context: Context) -> np.ndarray | None:
+    """Return the teacher's (N, C) logits on dev, as a cache would hold them; None if the loss has no teacher; collective."""
+    run = context.resolved
+    if not run.needs_teacher:
+        return None
+    context.world.at("distill, the teacher on dev", loop=False)
+    teacher = live_teacher(context, ())
+    logits_NC = predict_logits(
+        lambda inputs: teacher.unchecked(inputs)[0], open_tokens(context, "dev"), context.world,
+        run.config.evaluate.batch_size, run.tokenizer.pad_token_id,
+    )  # fmt: skip
+    logits = torch.from_numpy(logits_NC)
+    context.world.on_main(lambda: require_finite(logits, logits) and None)
+    return logits_NC
+
+
 def _require_cache_unaltered(context: Context) -> None:
     """The cache was read through a memory map throughout: if it was altered meanwhile, the training does not count."""
     if not context.resolved.cached:
@@ -211,7 +243,8 @@ def republish(context: Context, output: DistillOutput) -> None:
 
 
 STAGE = Stage(
-    "distill", VERSION, DistillOutput, inputs, run, missing, artifacts, verifies=True, republish=republish
+    "distill", VERSION, DistillOutput, inputs, run, missing, artifacts,
+    verifies=True, republish=republish, extendable=extendable,
 )  # fmt: skip
 
 
@@ -220,6 +253,12 @@ STAGE = Stage(
 
 def best_weights(context: Context, output: DistillOutput) -> Path:
     return context.resolved.paths.checkpoints / output.best_file
+
+
+def length_input(context: Context) -> Inputs:
+    """Return the input of stages that tell of the training: one that was extended may keep its best epoch."""
+    training = context.output(DistillOutput)
+    return {"distill.steps": training.steps} if context.resolved.config.train.schedule != "linear" else {}
 
 
 def require_weights(context: Context, reason: str) -> None:

@@ -14,7 +14,7 @@ from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import SAMPLE, DataOutput, classes_of, open_tokens, scored_task
-from pkd_dist.stages.distill import DistillOutput, require_weights
+from pkd_dist.stages.distill import DistillOutput, length_input, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.run_folder import environment
@@ -45,6 +45,7 @@ def inputs(context: Context) -> Inputs:
         "distill.weights": context.output(DistillOutput).weights,
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.formats": context.resolved.config.export.formats,
+        **length_input(context),
     }
 
 

@@ -13,6 +13,7 @@ LABELS = {
     "init.weights": "the student's initial weights",
     "cache.fingerprint": "the teacher's outputs",
     "distill.weights": "the student",
+    "distill.steps": "the length of the training",
     "evaluate.results": "the results",
     "export.weights": "the exported weights",
     "precision": "the training precision",

@@ -18,14 +18,14 @@ from pkd_dist.evaluation.deployment import Deployment, closing_table
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import ModelResults, Scores, score_rows
 from pkd_dist.files import digest_of, readable_bytes, size_of
-from pkd_dist.metric_names import MAIN_METRIC
+from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC
 from pkd_dist.report import pages
 from pkd_dist.report import run as shown
 from pkd_dist.report.notices import notices
 from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent, previous_folder
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput
-from pkd_dist.stages.distill import DistillOutput
+from pkd_dist.stages.distill import DistillOutput, length_input
 from pkd_dist.stages.evaluate import EvaluateOutput
 from pkd_dist.stages.export import ExportOutput, deployed
 from pkd_dist.stages.init import InitOutput
@@ -57,6 +57,7 @@ def inputs(context: Context) -> Inputs:
     return {
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.weights": context.output(ExportOutput).weights,
+        **length_input(context),
     }
 
 
@@ -173,7 +174,10 @@ def view(
 
 
 def _history(entries: Iterable[EpochScores]) -> tuple[shown.EpochScore, ...]:
-    return tuple(shown.EpochScore(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC]) for entry in entries)
+    return tuple(
+        shown.EpochScore(int(entry["epoch"]), int(entry["step"]), entry[MAIN_METRIC], entry.get(DIVERGENCE))
+        for entry in entries
+    )
 
 
 def _distillation(output: DistillOutput, evaluations: Iterable[Record]) -> shown.Distillation:

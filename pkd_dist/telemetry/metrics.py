@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from pkd_dist.files import digest_of, read_object
-from pkd_dist.metric_names import MAIN_METRIC, METRICS
+from pkd_dist.metric_names import AGREEMENT, DIVERGENCE, MAIN_METRIC, METRICS
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-EVAL_METRICS = (MAIN_METRIC, *METRICS)
+EVAL_METRICS = (MAIN_METRIC, *METRICS, AGREEMENT, DIVERGENCE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class RunMetrics:
             "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
             stage="`teacher`, `teacher-2`, ..., `distill` or `evaluate`",
             split="`dev`; after the evaluate stage also every other labeled split",
-            metric=f"those of the task among {', '.join(f'`{name}`' for name in EVAL_METRICS)}",
+            metric=f"those of the task among {', '.join(f'`{name}`' for name in (MAIN_METRIC, *METRICS))}; of a student in "
+            f"training, also `{AGREEMENT}` with the teacher and `{DIVERGENCE}` from it (`evaluate.best_by`)",
         )
         self.nonfinite = self._counter(
             "pkd_nonfinite_total", "Non-finite losses or gradients, each of which ended the run with status 3"
@@ -121,7 +122,9 @@ class RunMetrics:
     def _declare_training(self) -> None:
         self._step = self._training_gauge("pkd_step", "Optimizer steps of the current or last training")
         self._total_steps = self._training_gauge(
-            "pkd_steps_total_expected", "Value of pkd_step at the end of the current or last training"
+            "pkd_steps_total_expected",
+            "Value of pkd_step at the end of the current or last training; while it runs, the most that it can reach "
+            "(`train.patience_epochs`)",
         )
         self._expected_end = self._training_gauge(
             "pkd_expected_end_timestamp_seconds",
@@ -188,6 +191,9 @@ class RunMetrics:
             gauge.clear()
         self._step.labels(stage).set(step)
         self._epoch.labels(stage).set(epoch)
+        self.expect_steps(stage, total_steps)
+
+    def expect_steps(self, stage: str, total_steps: int) -> None:
         self._total_steps.labels(stage).set(total_steps)
 
     def show_step(self, stage: str, step: Step) -> None:

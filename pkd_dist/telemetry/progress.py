@@ -63,6 +63,11 @@ class Bar:
         if self._rich:
             self._rich.stop()
 
+    def finish(self) -> None:
+        """Show the work as complete, though there was less of it than expected."""
+        if self._rich:
+            self._rich.update(self._task, total=self._done)
+
     def advance(self, units: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown after the bar."""
         self._done += units

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pkd_dist.errors import UserError
-from pkd_dist.files import make_folder, require_space, sync
+from pkd_dist.files import make_folder, require_space, sync, write_atomically
 
 Record: TypeAlias = dict[str, Any]
 """One line of the file."""
@@ -59,6 +59,13 @@ def _parse(line: str, where: str, needed: Set[str]) -> Record:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{where}: is not a record of a step or an evaluation; remove the line")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the records after a step, where a training takes another course from there."""
+    if path.exists():
+        kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
 def losses(record: Record) -> dict[str, float]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -62,6 +62,7 @@ class TrainingState(TypedDict, total=False):
     progress: dict[str, Any]
     counters: Counters
     decay: float
+    total_steps: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,15 @@ def best_name(step: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def save(world: World, folder: Path, step: int, slices: list[Slice], state: TrainingState, keep: int) -> int:
+def save(
+    world: World,
+    folder: Path,
+    step: int,
+    slices: list[Slice],
+    state: TrainingState,
+    keep: int,
+    branch_step: int | None = None,
+) -> int:
     """Write and commit one checkpoint; collective.
 
     Args:
@@ -130,6 +139,7 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: Trai
         slices: what this rank owns: over all ranks every element of every tensor exactly once.
         state: equal on all ranks; needs `fingerprint` and `best_file`.
         keep: number of committed checkpoints to keep, including this one.
+        branch_step: step of a checkpoint that is kept as well, if there is one: a longer training continues from it.
 
     Returns:
         Bytes written.
@@ -156,7 +166,7 @@ def save(world: World, folder: Path, step: int, slices: list[Slice], state: Trai
             files |= _write_state(temporary / STATE, state)
             write_json(temporary / COMMIT, vars(Commit(step, world.size, state["fingerprint"], files)))
             _move_into_place(temporary, folder / step_name(step))
-        _retain(folder, keep)
+        _retain(folder, keep, branch_step)
         return sum(size for size, _ in files.values())
 
     world.on_main(create)
@@ -207,11 +217,13 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.stem, not path.suffix))  # an `.earlier` one before its successor
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, the best weights only they refer to, and what a kill left behind."""
+def _retain(folder: Path, keep: int, branch_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of `branch_step`, the best weights only they refer to, and what
+    a kill left behind."""
     checkpoints = committed(folder)
     for old in checkpoints[:-keep]:
-        _discard(old)
+        if branch_step is None or old.name != step_name(branch_step):
+            _discard(old)
     retain_best(folder)
     for leftover in folder.glob("step-*"):
         if leftover not in checkpoints:
@@ -250,7 +262,13 @@ def read_state(checkpoint: Path) -> TrainingState:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], None]) -> Found | None:
+def find(
+    world: World,
+    folder: Path,
+    fingerprint: str,
+    report: Callable[[str], None],
+    usable: Callable[[TrainingState], bool] = lambda state: True,
+) -> Found | None:
     """Return the newest checkpoint to resume from, or None if there is none; collective.
 
     That is one that is intact and refers to intact best weights, or to those of its own step, which it holds itself. If there
@@ -258,6 +276,7 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
 
     Args:
         report: called with a message if something damaged was found.
+        usable: whether this training can continue from a checkpoint; those from which it cannot are given up.
 
     Raises:
         UserError: there are checkpoints, but of another run, or none is intact.
@@ -266,6 +285,7 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
     def choose() -> Found | None:
         skipped: dict[Path, str] = {}
         lacking: list[Found] = []
+        given_up: list[Path] = []
         for path in reversed(committed(folder)):
             problem, commit = damage(path)
             if problem or commit is None:
@@ -274,6 +294,9 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
             if commit.fingerprint != fingerprint:
                 raise UserError(f"{path}: belongs to a run with other settings; use --fresh, or another run.dir")
             state = read_state(path)
+            if not usable(state):
+                given_up.append(path)
+                continue
             found = Found(path, state, best_damage(folder, state["best_file"], state["best_sha256"]))
             if found.best_damage is None or state["best_file"] == best_name(commit.step):
                 break
@@ -282,15 +305,20 @@ def find(world: World, folder: Path, fingerprint: str, report: Callable[[str], N
         else:
             if not lacking:
                 _require_intact(folder, skipped)
+                _give_up(given_up)
                 return None
             found = lacking[0]
         if problem := next(iter(skipped.values()), found.best_damage):
             report(f"resuming from {found.path.name}: {problem}")
-        for path in skipped.keys() - {found.path}:
-            (path / COMMIT).unlink(missing_ok=True)  # the next save removes it
+        _give_up({*skipped, *given_up} - {found.path})
         return found
 
     return world.on_main(choose)
+
+
+def _give_up(checkpoints: Iterable[Path]) -> None:
+    for path in checkpoints:
+        (path / COMMIT).unlink(missing_ok=True)  # the next save removes it
 
 
 def _require_intact(folder: Path, damaged: dict[Path, str]) -> None:

@@ -95,6 +95,7 @@ def training_job(teacher: TeacherJob) -> Job:
     model = load_model(teacher.base, new_head=True, dropout=settings.dropout, **teacher.labels)
     standardize(model, teacher.scale, trained_head)
     own = settings.model_dump(include={"epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio"})
+    own |= {"schedule": "linear", "decay_ratio": None, "patience_epochs": None}
     return Job(
         name=teacher.output.name,
         module=Encoder(model, used_V=teacher.used_V),
@@ -105,7 +106,7 @@ def training_job(teacher: TeacherJob) -> Job:
         pad_id=teacher.tokenizer.pad_token_id,
         seed=teacher.seed,
         settings=config.train.model_copy(update=own),
-        evaluate=config.evaluate.model_copy(update={"every_epochs": 1}),
+        evaluate=config.evaluate.model_copy(update={"every_epochs": 1, "best_by": "metric"}),
         checkpoint=config.checkpoint,
         deepspeed=teacher.deepspeed,
         folder=teacher.checkpoints,

@@ -13,15 +13,17 @@ import numpy as np
 from safetensors.torch import save_file
 
 from pkd_dist.errors import Preempted
-from pkd_dist.evaluation.metrics import score
+from pkd_dist.evaluation.metrics import agreement, divergence, score
 from pkd_dist.evaluation.scoring import evaluating, predict_logits
 from pkd_dist.files import make_folder, sha256, write_atomically
+from pkd_dist.metric_names import AGREEMENT, DIVERGENCE, MAIN_METRIC
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics, Step
 from pkd_dist.telemetry.progress import Bar, timed
 from pkd_dist.telemetry.records import Records
 from pkd_dist.telemetry.trackers import Tracking
 from pkd_dist.training import checkpoint
+from pkd_dist.training.job import Job
 from pkd_dist.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class MetricsHook(Hook):
         self._metrics.show_scores(trainer.job.name, {"dev": figures})
 
     def on_end(self, trainer: Trainer, completed: bool) -> None:
+        if completed:
+            self._metrics.expect_steps(trainer.job.name, trainer.progress.step)
         self._metrics.end_training()
 
     def before_checkpoint(self, trainer: Trainer) -> None:
@@ -162,6 +166,8 @@ class BarHook(Hook):
         self._bar.advance(1, f"loss {terms['total']:.4f} ({parts}) {result.samples_per_second:.0f} samples/s")
 
     def on_end(self, trainer: Trainer, completed: bool) -> None:
+        if completed:
+            self._bar.finish()
         self._bar.__exit__(None, None, None)
 
 
@@ -190,18 +196,20 @@ class EvaluationHook(Hook):
         trainer.world.at(f"{job.name}, evaluation of epoch {epoch}")
         began = time.perf_counter()
         logits = self._predict(trainer)
-        figures = trainer.world.on_main(lambda: score(logits, np.asarray(job.dev.labels_N), job.task))
+        figures = trainer.world.on_main(lambda: _figures(job, logits))
         progress.history.append({"epoch": epoch, "step": progress.step, **figures})
         progress.evaluated_epochs = epoch
-        better = figures["main_metric"] > progress.best_metric
+        better = progress.improves(figures, job.evaluate.best_by)
         if better:
-            progress.best_step, progress.best_epoch, progress.best_metric = progress.step, epoch, figures["main_metric"]
+            progress.best_step, progress.best_epoch = progress.step, epoch
+            progress.best_metric, progress.best_divergence = figures[MAIN_METRIC], figures.get(DIVERGENCE)
             self._keep_weights(trainer)
         for hook in trainer.hooks:
             hook.on_evaluation(trainer, figures, time.perf_counter() - began)
         log.info(
-            "%s: epoch %d of %d: dev %s %.4f%s", job.name, epoch, job.settings.epochs, job.task.main_metric,
-            figures["main_metric"], " (best so far, kept)" if better else "",
+            "%s: epoch %d of %d: dev %s %.4f%s%s", job.name, epoch, job.settings.epochs, job.task.main_metric,
+            figures[MAIN_METRIC], f", {DIVERGENCE} {figures[DIVERGENCE]:.4g}" if DIVERGENCE in figures else "",
+            " (best so far, kept)" if better else "",
         )  # fmt: skip
 
     @staticmethod
@@ -234,7 +242,8 @@ class EvaluationHook(Hook):
 class CheckpointHook(Hook):
     """Saves every `checkpoint.every_steps` steps, after evaluations, and on a stop signal.
 
-    A checkpoint sooner than `checkpoint.min_seconds` after the one before is skipped, except the last one and a stop's.
+    A checkpoint sooner than `checkpoint.min_seconds` after the one before is skipped, except the last one, a stop's, and the
+    one from which a training with more epochs continues.
     """
 
     def __init__(self) -> None:
@@ -242,10 +251,10 @@ class CheckpointHook(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         job, progress = trainer.job, trainer.progress
-        if progress.history and progress.history[-1]["step"] == progress.step:
-            if progress.step == trainer.total_steps or self._enough_to_lose(trainer):
-                self._save(trainer)
-        elif progress.step % job.checkpoint.every_steps == 0 and self._enough_to_lose(trainer):
+        evaluated = bool(progress.history) and progress.history[-1]["step"] == progress.step
+        wanted = evaluated or progress.step % job.checkpoint.every_steps == 0
+        required = trainer.ended or progress.step == trainer.engine.schedule.branch_step
+        if required or (wanted and self._enough_to_lose(trainer)):
             self._save(trainer)
 
     def on_stop(self, trainer: Trainer) -> None:
@@ -263,8 +272,9 @@ class CheckpointHook(Hook):
             hook.before_checkpoint(trainer)
         with timed() as seconds:
             checkpoint.save(
-                trainer.world, job.folder, progress.step, engine.state.slices(), _state(trainer), job.checkpoint.keep
-            )
+                trainer.world, job.folder, progress.step, engine.state.slices(), _state(trainer), job.checkpoint.keep,
+                engine.schedule.branch_step,
+            )  # fmt: skip
         for hook in trainer.hooks:
             hook.after_checkpoint(trainer, seconds[0])
         self._saved = time.monotonic()
@@ -280,4 +290,14 @@ def _state(trainer: Trainer) -> checkpoint.TrainingState:
         "progress": vars(progress),
         "counters": trainer.engine.state.counters(),
         "decay": trainer.engine.schedule.decay(progress.step),
+        "total_steps": trainer.total_steps,
     }
+
+
+def _figures(job: Job, logits_NC: np.ndarray) -> dict[str, float]:
+    """Return the metrics on dev and, if the loss has a teacher, how far the student is from it."""
+    figures = score(logits_NC, np.asarray(job.dev.labels_N), job.task)
+    if job.teacher_dev_NC is None:
+        return figures
+    agreed, distance = agreement(job.teacher_dev_NC, logits_NC), divergence(job.teacher_dev_NC, logits_NC)
+    return figures | {AGREEMENT: agreed, DIVERGENCE: distance}

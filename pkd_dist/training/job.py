@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pkd_dist.config.schema import Checkpoint, Evaluate, Train
 from pkd_dist.data.batches import Batch
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC
 from pkd_dist.model.encoder import Encoder
 
 DeepSpeedJson = dict[str, Any]
@@ -37,6 +39,7 @@ class Job:
         records: the metrics file.
         fingerprint: identity of everything that decides the result. A checkpoint with another fingerprint is rejected.
         teacher_outputs: adds the teacher's outputs to a batch; None if the losses need none.
+        teacher_dev_NC: float32 logits of the teacher on `dev`, with which evaluations compare the student; None: they do not.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Job:
     records: Path
     fingerprint: str
     teacher_outputs: Callable[[Batch], Batch] | None = None
+    teacher_dev_NC: np.ndarray | None = None
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Progress:
     best_step: int = 0
     best_epoch: int = 0
     best_metric: float = float("-inf")
+    best_divergence: float | None = None
     best_file: str | None = None
     best_sha256: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
@@ -76,4 +81,14 @@ class Progress:
         """Have the last epoch evaluated again, which was the best, so that its weights are written again."""
         self.history.pop()
         self.evaluated_epochs = int(self.history[-1]["epoch"]) if self.history else 0
-        self.best_metric = float("-inf")
+        self.best_metric, self.best_divergence = float("-inf"), None
+
+    def improves(self, figures: Mapping[str, float], best_by: str) -> bool:
+        """Return whether an evaluation is better than the best so far, by the score that `evaluate.best_by` names."""
+        if best_by == "metric":
+            return figures[MAIN_METRIC] > self.best_metric
+        return self.best_divergence is None or figures[DIVERGENCE] < self.best_divergence
+
+    def out_of_patience(self, epochs: int | None) -> bool:
+        """Return whether no evaluation has been the best so far for a number of epochs; None: there is no limit."""
+        return epochs is not None and self.evaluated_epochs - self.best_epoch >= epochs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,10 +14,17 @@ from pkd_dist.config.schema import Train
 from pkd_dist.data.batches import micro_batches, steps_per_epoch
 from pkd_dist.errors import DivergedError
 
+_DECAY_RATIO = 0.2
+"""Of `warmup_stable_decay`, where `train.decay_ratio` is not given."""
+
 
 @dataclass(frozen=True)
 class Schedule:
     """The optimizer's settings, and what follows from them for a number of examples and ranks.
+
+    The learning rate rises linearly, stays at its peak until `decay_start`, and falls linearly to 0: at once (`linear`), at
+    the end (`warmup_stable_decay`: Hu et al. 2024, https://arxiv.org/abs/2404.06395; its linear decay: Hägele et al. 2024,
+    https://arxiv.org/abs/2405.18392), or never (`constant`).
 
     Attributes:
         total_steps: optimizer steps of the whole training.
@@ -36,27 +44,50 @@ class Schedule:
         size, count = micro_batches(settings.batch_size, world_size, settings.micro_batch_size)
         return cls(settings, total_steps, size, count)
 
+    @cached_property
+    def warmup_steps(self) -> int:
+        steps = self.total_steps if self.settings.schedule == "linear" else self.total_steps // self.settings.epochs
+        return int(steps * self.settings.warmup_ratio)
+
+    @cached_property
+    def decay_start(self) -> int:
+        """The first step of the decay, counted from 0."""
+        return self._decay_start(self.total_steps)
+
+    def _decay_start(self, total_steps: int) -> int:
+        if self.settings.schedule == "linear":
+            return self.warmup_steps
+        ratio = _DECAY_RATIO if self.settings.decay_ratio is None else self.settings.decay_ratio
+        decay = int(total_steps * ratio) if self.settings.schedule == "warmup_stable_decay" else 0
+        return max(self.warmup_steps, total_steps - decay)
+
+    @property
+    def branch_step(self) -> int | None:
+        """How many steps a training with more epochs does in the same way; None: none, the rates depend on the epochs."""
+        return None if self.settings.schedule == "linear" else self.decay_start
+
+    def continues(self, step: int, total_steps: int) -> bool:
+        """Return whether the first `step` steps of a training of `total_steps` in all are also those of this one."""
+        if total_steps == self.total_steps:
+            return True
+        return self.branch_step is not None and step <= min(self.branch_step, self._decay_start(total_steps))
+
+    def factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if step < self.decay_start:
+            return 1.0
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.decay_start))
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0."""
-        return self.settings.learning_rate * linear_warmup(self.total_steps, self.settings.warmup_ratio)(step)
+        return self.settings.learning_rate * self.factor(step)
 
     def decay(self, steps: int) -> float:
         """Return the factor by which `steps` steps of AdamW's weight decay alone scale a weight."""
-        factor = linear_warmup(self.total_steps, self.settings.warmup_ratio)
-        rates = self.settings.learning_rate * np.array([factor(step) for step in range(steps)])
+        rates = self.settings.learning_rate * np.array([self.factor(step) for step in range(steps)])
         return float(np.prod(1.0 - rates * self.settings.weight_decay))
-
-
-def linear_warmup(total_steps: int, ratio: float) -> Callable[[int], float]:
-    """Return step -> learning-rate factor: a linear rise to 1 over the first `ratio` of the steps, then a linear fall to 0."""
-    warmup = int(total_steps * ratio)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / max(1, warmup)
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
-
-    return factor
 
 
 def make_adamw(module: nn.Module, settings: Train, fused: bool = True) -> torch.optim.AdamW:

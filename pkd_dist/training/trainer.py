@@ -22,7 +22,7 @@ from pkd_dist.files import remove
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
-from pkd_dist.telemetry.records import Records
+from pkd_dist.telemetry.records import Records, cut_after
 from pkd_dist.training import checkpoint
 from pkd_dist.training.eager_step import EagerStep
 from pkd_dist.training.engine import Engine, deepspeed_features, open_engine
@@ -75,17 +75,32 @@ def resume(job: Job, world: World, engine: Engine, telemetry: Telemetry) -> Prog
     Returns:
         Its position; the start if there is no checkpoint.
     """
-    found = checkpoint.find(world, job.folder, job.fingerprint, log.info)
+    schedule = engine.schedule
+
+    def earlier_total(state: checkpoint.TrainingState) -> int:
+        return state.get("total_steps", schedule.total_steps)
+
+    found = checkpoint.find(
+        world, job.folder, job.fingerprint, log.info,
+        lambda state: schedule.continues(int(state["progress"]["step"]), earlier_total(state)),
+    )  # fmt: skip
+    progress = _restore(found, engine) if found else Progress()
+    earlier = earlier_total(found.state) if found else 0
+    if schedule.branch_step is not None and earlier != schedule.total_steps:  # a shorter training took another course
+        world.on_main(lambda: cut_after(job.records, progress.step))
     if found is None:
-        return Progress()
-    path, state = found.path, found.state
-    engine.state.restore(checkpoint.Shards(path), state["counters"])
-    progress, total = Progress(**state["progress"]), engine.schedule.total_steps
+        return progress
+    telemetry.metrics.checkpoint_time.set((found.path / checkpoint.COMMIT).stat().st_mtime)
+    if progress.step < schedule.total_steps:
+        log.info("%s: resuming from step %d of %d (%s)", job.name, progress.step, schedule.total_steps, found.path.name)
+    return progress
+
+
+def _restore(found: checkpoint.Found, engine: Engine) -> Progress:
+    engine.state.restore(checkpoint.Shards(found.path), found.state["counters"])
+    progress = Progress(**found.state["progress"])
     if found.best_damage and progress.best_step == progress.step:
         progress.forget_evaluation()
-    telemetry.metrics.checkpoint_time.set((path / checkpoint.COMMIT).stat().st_mtime)
-    if progress.step < total:
-        log.info("%s: resuming from step %d of %d (%s)", job.name, progress.step, total, path.name)
     return progress
 
 
@@ -142,6 +157,12 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.job.train), self.job.settings.batch_size)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all epochs are done, or dev has not improved for `train.patience_epochs`."""
+        settings, progress = self.job.settings, self.progress
+        return progress.step >= self.total_steps or progress.out_of_patience(settings.patience_epochs)
+
     def run(self) -> Progress:
         """Train to the end; collective. See `train`."""
         completed = False
@@ -157,11 +178,18 @@ class Trainer:
         self.engine.train()
         for hook in self.hooks:
             hook.on_start(self)
-        while self.progress.step < self.total_steps:
+        while not self.ended:
             self.train_step()
             if number := self.step.stop_signal():
                 self.stop(number)
             self.after_step()
+        progress = self.progress
+        if progress.step < self.total_steps:
+            log.info(
+                "%s: stopped after epoch %d of %d: dev has not improved for %d epoch(s); the best was epoch %d",
+                self.job.name, progress.evaluated_epochs, self.job.settings.epochs,
+                progress.evaluated_epochs - progress.best_epoch, progress.best_epoch,
+            )  # fmt: skip
 
     def train_step(self) -> None:
         """Do one optimizer step; collective."""

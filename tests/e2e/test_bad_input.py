@@ -111,6 +111,16 @@ CONFIGURATION = {
         ["run.dir={at}/taken/run"],
         r"run\.dir: {at}/taken/run is not writable \(.+\); choose another run\.dir",
     ),
+    "decay without one": (
+        {},
+        ["train.decay_ratio=0.5"],
+        r"train\.decay_ratio is allowed only with train\.schedule warmup_stable_decay, not linear",
+    ),
+    "divergence from no teacher": (
+        {},
+        ["evaluate.best_by=divergence", "distill.alpha=0", "distill.beta=0"],
+        r"command line: evaluate\.best_by: divergence compares with the teacher, .*\(distill\.alpha is 0, .*; use metric",
+    ),
     "teacher not fine-tuned": (
         {},
         ["teacher.finetune=null"],

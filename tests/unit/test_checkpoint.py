@@ -21,14 +21,15 @@ def world():
     one.close()
 
 
-def write(world, folder, step, best=None, keep=2, fingerprint="mine"):
+def write(world, folder, step, best=None, keep=2, fingerprint="mine", branch=None):
     """Save a checkpoint as training does: new best weights are written before it."""
     folder.mkdir(exist_ok=True)
     if best is not None and not (folder / best_name(best)).exists():
         (folder / best_name(best)).write_bytes(b"best %d" % best)
     file = None if best is None else best_name(best)
     state = {"fingerprint": fingerprint, "step": step, "best_file": file, "best_sha256": file and sha256(folder / file)}
-    return save(world, folder, step, [Slice(WEIGHT, "w", 0, torch.full((250,), float(step)), (10, 25))], state, keep)
+    slices = [Slice(WEIGHT, "w", 0, torch.full((250,), float(step)), (10, 25))]
+    return save(world, folder, step, slices, state, keep, branch)
 
 
 def names(folder):
@@ -271,3 +272,18 @@ def test_slices_of_several_ranks_become_one_tensor(tmp_path):
     (tmp_path / "rank-0000.safetensors").unlink()
     with pytest.raises(AssertionError, match="5 of 10 elements"):
         Shards(tmp_path).tensor(WEIGHT, "w")
+
+
+def test_a_longer_training_continues_from_the_checkpoint_kept_for_it(tmp_path, world):
+    folder = tmp_path / "checkpoints"
+    for step, best in ((5, 5), (10, 10), (15, 15), (20, 15), (25, 15)):
+        write(world, folder, step, best, branch=10)
+    kept = ["best-00000010.safetensors", "best-00000015.safetensors"]
+    assert names(folder) == kept + [step_name(step) for step in (10, 20, 25)]
+    found = find(world, folder, "mine", pytest.fail, lambda state: state["step"] <= 10)
+    assert found and found.path.name == step_name(10) and found.best_damage is None
+    assert committed(folder) == [found.path], "the others are given up"
+    write(world, folder, 12, 10, branch=30)
+    assert names(folder) == ["best-00000010.safetensors", step_name(10), step_name(12)]
+    assert find(world, folder, "mine", pytest.fail, lambda state: False) is None
+    assert committed(folder) == []

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -64,3 +65,41 @@ def test_the_schedule_warms_up_and_decays():
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert schedule.decay(0) == 1.0
     assert schedule.decay(2) == pytest.approx((1 - 0.25 * 0.01) * (1 - 0.5 * 0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "corners"),
+    [  # (step, share of the peak rate): the line between them is the schedule; the first epoch has 10 steps, all 40
+        ({}, [(3, 1), (4, 1), (40, 0)]),
+        ({"schedule": "constant"}, [(0, 1), (40, 1)]),
+        ({"schedule": "constant", "warmup_ratio": 0.8}, [(7, 1), (40, 1)]),
+        ({"schedule": "warmup_stable_decay", "warmup_ratio": 0.5}, [(4, 1), (32, 1), (40, 0)]),
+        ({"schedule": "warmup_stable_decay", "decay_ratio": 0.5}, [(0, 1), (20, 1), (40, 0)]),
+        ({"schedule": "warmup_stable_decay", "decay_ratio": 0.0}, [(0, 1), (40, 1)]),
+        ({"schedule": "warmup_stable_decay", "decay_ratio": 1.0, "warmup_ratio": 0.4}, [(3, 1), (4, 1), (40, 0)]),
+    ],
+)
+def test_each_schedule_follows_its_corners(settings, corners):
+    train = Train(epochs=4, batch_size=10, learning_rate=0.3, weight_decay=0.1, **settings)
+    schedule = Schedule.of(train, examples=95, world_size=1)
+    steps, shares = zip((-1, 0), *corners, strict=True)
+    rates = 0.3 * np.interp(np.arange(40), steps, shares)
+    assert [schedule.learning_rate(step) for step in range(40)] == pytest.approx(rates, rel=1e-12)
+    assert schedule.decay(40) == pytest.approx(np.exp(np.log1p(-0.1 * rates).sum()), rel=1e-12)
+
+
+def test_which_steps_a_longer_training_shares():
+    def schedule(epochs, **settings):
+        return Schedule.of(Train(epochs=epochs, batch_size=10, **settings), examples=95, world_size=1)
+
+    stable = {"schedule": "warmup_stable_decay", "decay_ratio": 0.3}
+    short, long = schedule(4, **stable), schedule(6, **stable)
+    assert (short.branch_step, long.branch_step) == (28, 42)
+    assert [long.continues(step, 40) for step in (0, 28, 29, 40)] == [True, True, False, False]
+    assert all(short.learning_rate(step) == long.learning_rate(step) for step in range(29))
+    assert short.learning_rate(29) < long.learning_rate(29)
+    assert short.continues(40, 40) and not short.continues(29, 60), "its own steps; not those of the longer one"
+    constant = schedule(6, schedule="constant")
+    assert constant.branch_step == 60 and constant.continues(40, 40)
+    linear = schedule(6)
+    assert linear.branch_step is None and not linear.continues(0, 40) and linear.continues(60, 60)

@@ -14,7 +14,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.ranks import Ranks
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation.intervals import wilson_interval
-from pkd_dist.evaluation.metrics import agreement, score, undefined
+from pkd_dist.evaluation.metrics import agreement, divergence, score, undefined
 from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import evaluating, predict_logits, predict_logits_single
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
@@ -164,6 +164,19 @@ def test_the_mode_is_restored(training):
 def test_wilsons_interval(right, n):
     wanted = binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_divergence_is_the_mean_kl_from_the_teacher():
+    generator = torch.Generator().manual_seed(3)
+    teacher, student = (8 * torch.randn(50, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    assert divergence(teacher.numpy(), student.numpy()) == pytest.approx(expected, rel=1e-12)
+    assert divergence(teacher.numpy(), teacher.numpy() + 7) == pytest.approx(0, abs=1e-12), "logits up to a constant"
+    assert divergence(np.float32([[1000, 0]]), np.float32([[0, 1000]])) == 1000, "no overflow"
+    assert divergence(np.float32([[1], [2]]), np.float32([[2], [4]])) == 2.5, (
+        "a regression: the mean squared difference"
+    )
 
 
 def test_agreement():

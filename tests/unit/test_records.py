@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pkd_dist.errors import UserError
-from pkd_dist.telemetry.records import Records, losses, read
+from pkd_dist.telemetry.records import Records, cut_after, losses, read
 
 
 def lines(*steps):
@@ -102,3 +102,15 @@ def test_invalid_line_is_named(tmp_path, line):
 def test_losses_by_term():
     record = {"step": 1, "loss": 3.0, "loss_ce": 1.0, "loss_pt": 2.0, "loss_scale": 128.0, "learning_rate": 0.1}
     assert losses(record) == {"total": 3.0, "ce": 1.0, "pt": 2.0}
+
+
+def test_records_after_a_step_can_be_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cut_after(path, 2)
+    assert not path.exists()
+    path.write_bytes(lines(1, 2, 3) + b'{"step": 3, "split": "dev", "main_metric": 0.5}\n' + b'{"step": 4, "lo')
+    cut_after(path, 2)
+    assert path.read_bytes() == lines(1, 2)
+    records = Records(path)
+    assert records.write({"step": 3, "loss": 0.75}), "it counts as new"
+    records.close()

@@ -207,6 +207,15 @@ def test_unused_loss_terms_are_not_drawn(tmp_path):
     assert "PT: teacher layers" not in written(run)[1].text
 
 
+def test_the_divergence_from_the_teacher_is_drawn_where_it_is_known(tmp_path):
+    run = make_run(tmp_path / "run", evaluate={"best_by": "divergence"})
+    assert "Dev divergence from the teacher" not in written(run)[1].text
+    change(run, "distill", lambda out: [entry.update(divergence=0.3 / entry["epoch"]) for entry in out["history"]])
+    text = written(run)[1].text
+    assert "Dev divergence from the teacher" in text and "ring: best epoch, 0.1" in text
+    assert "3, by divergence from the teacher on dev" in text
+
+
 class TestWarnings:
     @pytest.fixture
     def run(self, tmp_path):
@@ -225,6 +234,10 @@ class TestWarnings:
         change(run, "distill", lambda out: out.update(best_epoch=3))
         assert "The best epoch is the last one (3)" in self.shown(run)
         assert f"Worth a look {self.shown(run)}" in written(run)[1].text
+
+    def test_stopped_early(self, run):
+        change(run, "distill", lambda out: (out["history"].pop(), out.update(best_epoch=1)))
+        assert "Training stopped after epoch 2 of 3: dev had not improved since epoch 1" in self.shown(run)
 
     def test_truncated(self, run):
         change(run, "data", lambda out: out["sets"]["train"].update(truncated=8))

@@ -78,6 +78,38 @@ def test_a_setting_added_later_is_unchanged_at_its_default(markers):
     assert (state, why) == (State.STALE, "distill.pair_last_layer changed (False -> True)")
 
 
+def extendable(inputs):
+    return replace(stage(inputs), extendable=lambda inputs: frozenset({"train.epochs"} if inputs["long"] else ()))
+
+
+@pytest.mark.parametrize(
+    ("now", "state"),
+    [
+        ({"long": 1, "train.epochs": 6, "other": 1}, State.EXTENDED),
+        ({"long": 1, "train.epochs": 5, "other": 1}, State.DONE),
+        ({"long": 1, "train.epochs": 4, "other": 1}, State.STALE),
+        ({"long": 1, "train.epochs": 6, "other": 2}, State.STALE),
+        ({"long": 0, "train.epochs": 6, "other": 1}, State.STALE),
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_raised_number_extends_a_stage(markers, now, state, ended):
+    before = {"long": 1, "train.epochs": 5, "other": 1}
+    done(markers, extendable(before))
+    if not ended:
+        markers.begin(extendable(before), context(), State.LOST, {"version.data": 1} | before)
+    found, why = markers.state(extendable(now), context())
+    assert found is (State.STARTED if state is State.DONE and not ended else state)
+    if state is State.EXTENDED:
+        assert why == "train.epochs changed (5 -> 6)"
+        first = markers.read("data")
+        marker = markers.begin(extendable(now), context(), found, {"version.data": 1} | now)
+        assert (marker.fingerprint, marker.done, marker.outputs) == (first.fingerprint, False, None)
+        again = markers.begin(extendable(now), context(), State.LOST, {"version.data": 1} | now)
+        assert again.fingerprint == first.fingerprint, "a marker that was lost changes nothing"
+        assert markers.state(extendable(now), context())[0] is State.STARTED
+
+
 def test_outputs_come_back_typed(markers):
     made = Made(7, ("a", "b"))
     done(markers, stage({}), made)

@@ -32,6 +32,7 @@ def running_mean(values_S: np.ndarray) -> np.ndarray:
 def curves(run: Run) -> Iterator[Plot]:
     """Draw dev by epoch, each loss term that was used, and the learning rate."""
     yield _dev(run)
+    yield from _divergence(run)
     for term, values_S in run.steps.losses.items():
         if values_S.any():
             means_S = running_mean(values_S)
@@ -91,3 +92,27 @@ def _dev(run: Run) -> Plot:
     note = f"ring: best, {run.metric_value(best.main_metric)}; dashed: teacher, {run.metric_value(teacher)}"
     title = f"{run.results.split} {run.metric} by epoch"
     return plot(title[0].upper() + title[1:], note, f"{title}; {note}", draw)
+
+
+def _divergence(run: Run) -> Iterator[Plot]:
+    """Draw how far the student is from the teacher on dev after each epoch."""
+    found = [(e.epoch, e.divergence) for e in run.distillation.history if e.divergence is not None]
+    best = run.distillation.best
+    if not found or best.divergence is None:
+        return
+    epochs, values = zip(*found, strict=True)
+    marked = best.epoch, best.divergence
+
+    def draw(axes: Axes) -> None:
+        axes.plot(epochs, values, color=COLORS["student"], linewidth=1.8, marker="o", markersize=4.5)
+        axes.plot(*marked, "o", ms=11, mfc="none", mec=COLORS["ink"], mew=1.6)
+        axes.margins(y=0.15)
+        axes.set_xlim(0.5, max(epochs) + 0.5)
+        count_axis(axes, "epoch")
+
+    what = (
+        "mean squared difference of the standardized outputs" if run.task.regression else "KL(teacher || student), nats"
+    )
+    title = f"{run.results.split} divergence from the teacher"
+    note = f"{what}; ring: best epoch, {best.divergence:.3g}"
+    yield plot(title[0].upper() + title[1:], note, f"{title} by epoch; {note}", draw)
