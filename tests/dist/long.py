@@ -1,4 +1,4 @@
-"""A training of a tiny encoder with dropout, for test_long_schedules.py: in its process, or as a rank of two."""
+"""A training of a tiny encoder with dropout, for test_extended_training.py: in its process, or as a rank of two."""
 
 import json
 import sys
