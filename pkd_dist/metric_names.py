@@ -20,5 +20,11 @@ MAIN_METRIC = "main_metric"
 TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
 """Keys that a teacher/student table shows, where the task has them."""
 
-LOSS_TERMS = ("total", "ce", "ds", "pt")
-"""Loss terms that a training step reports, in this order: cross-entropy, soft predictions, patience."""
+LOSS_TERMS: dict[str, str] = {
+    "total": "Total loss",
+    "ce": "CE: labels",
+    "ds": "DS: teacher predictions",
+    "pt": "PT: teacher layers",
+    "gram": "GRAM: similarities of tokens",
+}
+"""Loss term -> title, in the order in which a training step reports those that it has."""

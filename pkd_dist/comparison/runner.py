@@ -167,7 +167,7 @@ class Comparison:
         if self.base.teacher.finetune:
             overrides |= {"teacher.model": str(self.output / "teacher" / "teacher"), "teacher.finetune": None}
         config = self._resolved(overrides)
-        by_token = config.distill.states == "tokens" and config.distill.beta > 0
+        by_token = config.distill.all_tokens and (config.distill.beta > 0 or config.distill.gram > 0)
         if not by_token and config.cache.layers is None:
             overrides["cache.layers"] = "all"  # so that it also serves methods added later
         overrides["cache.dir"] = str(self.output / self._cache_name(config, self.depths[name], by_token))

@@ -110,12 +110,19 @@ class Distill(Section):
     )
     alpha: Fraction = Field(
         0.5,
-        description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT. CE: "
-        "cross-entropy with the label (regression: squared error). DS: distance from the teacher's softened predictions. "
-        "PT: distance between paired hidden states of student and teacher, the patience term.",
+        description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT + gram * "
+        "GRAM. CE: cross-entropy with the label (regression: squared error). DS: distance from the teacher's softened "
+        "predictions. PT: distance between paired hidden states of student and teacher, the patience term. GRAM: see "
+        "distill.gram.",
     )
     beta: NonNegative = Field(
         100.0, description="Weight of the patience term PT. Its scale depends on distill.pt_reduction."
+    )
+    gram: NonNegative = Field(
+        0.0,
+        description="Weight of GRAM, the mean squared difference between Gram matrices of student and teacher: dot products of "
+        "the states of all pairs of tokens, divided by the width, within each paired layer and between neighboring ones. "
+        "The widths may differ without a projection. Needs the states of all tokens, also in the cache.",
     )
     temperature: Positive = Field(5.0, description="Softmax temperature of both distributions in DS.")
     patience: Literal["skip", "last"] | list[Count] = Field(
@@ -146,13 +153,23 @@ class Distill(Section):
         "`pair_sum` (`seed`): summed over pairs, mean over width. All: mean over examples.",
     )
     states: Literal["cls", "tokens"] = Field(
-        "cls", description="Compare [CLS] states, or the states of all tokens without padding."
+        "cls", description="The patience term compares [CLS] states, or the states of all tokens without padding."
     )
 
     @property
     def formula(self) -> str:
         """The loss of an example, for people."""
-        return f"L = {1 - self.alpha:g} CE + {self.alpha:g} DS + {self.beta:g} PT"
+        return "L = " + " + ".join(f"{weight:g} {term.upper()}" for term, weight in self.weights.items() if weight)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Loss term, as in `metric_names.LOSS_TERMS` -> its weight in the total loss, in the same order."""
+        return {"ce": 1 - self.alpha, "ds": self.alpha, "pt": self.beta, "gram": self.gram}
+
+    @property
+    def all_tokens(self) -> bool:
+        """Whether the loss compares the states of all tokens, not of [CLS] alone."""
+        return self.states == "tokens" or self.gram > 0
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
     L = (1 - alpha) * CE + alpha * DS + beta * PT                                    (section 3.3, equation 8)
 
+and of later work, which adds terms with weights of their own: Gram matrices of token states.
+
 Every function returns one value per example, and the caller averages over the global batch. This keeps the sum over
 micro-batches and ranks exact. States of all tokens are averaged within each example first, so that short and long examples
 have equal weight; TextBrewer and the OneFlow reference average over all tokens of the batch instead. All losses are computed in float32 or wider, whatever the dtype of the model.
@@ -89,6 +91,31 @@ def patience_loss(
         return distance
     mask_BL = mask_BL.to(distance.dtype)
     return (distance * mask_BL).sum(dim=1) / mask_BL.sum(dim=1)
+
+
+def gram_loss(student_BLMH: torch.Tensor, teacher_BLMH: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """Return GRAM (B,): the squared difference between the Gram matrices of the tokens of student and teacher.
+
+    Args:
+        student_BLMH, teacher_BLMH: hidden states of the paired layers, in their order. The widths H may differ.
+        mask_BL: 1 for real tokens, 0 for padding.
+
+    A Gram matrix holds the dot products of all pairs of real tokens, divided by the width: between the states of one layer (M
+    matrices), or of a layer and the next paired one (M - 1 matrices). The result is the mean over the entries of all matrices;
+    TextBrewer (Yang et al. 2020, arXiv:2002.12620), whose matches `hidden_mmd` these are, after Huang and Wang 2017
+    (arXiv:1707.01219), sums over the 2M - 1 matrices instead.
+    """
+    difference_BGLL = (_grams(student_BLMH, mask_BL) - _grams(teacher_BLMH, mask_BL)).square()
+    entries_B = mask_BL.sum(dim=1).to(difference_BGLL.dtype).square()
+    return difference_BGLL.sum(dim=(-2, -1)).mean(dim=1) / entries_B
+
+
+def _grams(states_BLMH: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """Return the 2M - 1 Gram matrices (B, 2M - 1, L, L); 0 where either token is padding."""
+    states_BMLH = _wide(states_BLMH).masked_fill(~mask_BL.bool()[..., None, None], 0.0).transpose(1, 2)
+    first, second = states_BMLH[:, :-1], states_BMLH[:, 1:]
+    left, right = torch.cat([states_BMLH, first], dim=1), torch.cat([states_BMLH, second], dim=1)
+    return left @ right.transpose(-2, -1) / states_BLMH.shape[-1]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

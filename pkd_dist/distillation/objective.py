@@ -6,6 +6,7 @@ An `AddTeacherOutputs` function adds the teacher's logits and hidden states to a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,13 +16,12 @@ import torch
 from pkd_dist.config.schema import Distill
 from pkd_dist.data.batches import Batch
 from pkd_dist.distillation.cache import CacheReader
-from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
+from pkd_dist.distillation.losses import gram_loss, hard_loss, patience_loss, soft_loss
 from pkd_dist.distillation.teacher import LiveTeacher
+from pkd_dist.model.encoder import Forward, Outputs
 
 AddTeacherOutputs = Callable[[Batch], Batch]
 """Returns the batch with the teacher outputs added."""
-Student = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
-"""Maps (inputs, layers, all_tokens) to logits and states, as `Encoder` and the engine around it do."""
 
 
 class CachedOutputs:
@@ -63,7 +63,7 @@ def live_outputs(teacher: LiveTeacher) -> AddTeacherOutputs:
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Computes L = (1 - alpha) * CE + alpha * DS + beta * PT per example; see `losses.py`.
+    """Computes L, the weighted sum of the terms in `Distill.weights`, per example; see `losses.py`.
 
     Attributes:
         distill: weights and settings of the terms.
@@ -75,20 +75,44 @@ class DistillationLoss:
     layers: tuple[int, ...]
     class_weights_C: torch.Tensor | None = None
 
-    def __call__(self, student: Student, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, student: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the terms in use and their weighted sum `total`, each (B,)."""
+        outputs = student(batch.inputs, self.layers, self.distill.all_tokens)
+        weights = self.distill.weights
+        terms = {name: _TERMS[name](self, outputs, batch) for name in weights if self._uses(name)}
+        return {"total": functools.reduce(torch.add, (weights[name] * terms[name] for name in terms)), **terms}
+
+    def _uses(self, term: str) -> bool:
+        """Whether a term is computed: it has a weight, or is CE, which the metrics of every run show."""
+        return term == "ce" or (self.distill.weights[term] > 0 and (term != "pt" or bool(self.layers)))
+
+    def hard(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        return hard_loss(outputs.logits_BC, batch.labels_B, self.class_weights_C)
+
+    def soft(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        assert batch.teacher_logits_BC is not None
         d = self.distill
-        all_tokens = d.states == "tokens"
-        logits_BC, states = student(batch.inputs, self.layers, all_tokens)
-        terms = {"ce": hard_loss(logits_BC, batch.labels_B, self.class_weights_C)}
-        total = (1 - d.alpha) * terms["ce"]
-        if d.alpha:
-            assert batch.teacher_logits_BC is not None
-            terms["ds"] = soft_loss(logits_BC, batch.teacher_logits_BC, d.temperature, d.ds_reduction)
-            total = total + d.alpha * terms["ds"]
-        if self.layers:
-            assert states is not None and batch.teacher_states is not None
-            mask_BL = batch.attention_mask_BL if all_tokens else None
-            terms["pt"] = patience_loss(states, batch.teacher_states, d.normalize, d.pt_reduction, mask_BL)
-            total = total + d.beta * terms["pt"]
-        return {"total": total, **terms}
+        return soft_loss(outputs.logits_BC, batch.teacher_logits_BC, d.temperature, d.ds_reduction)
+
+    def patience(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        d = self.distill
+        mine, theirs = outputs.states, batch.teacher_states
+        assert mine is not None and theirs is not None
+        if d.states == "tokens":
+            return patience_loss(mine, theirs, d.normalize, d.pt_reduction, batch.attention_mask_BL)
+        if d.all_tokens:  # for another term
+            mine, theirs = mine[:, 0], theirs[:, 0]
+        return patience_loss(mine, theirs, d.normalize, d.pt_reduction)
+
+    def gram(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        assert outputs.own_states is not None and batch.teacher_states is not None
+        return gram_loss(outputs.own_states, batch.teacher_states, batch.attention_mask_BL)
+
+
+_TERMS: dict[str, Callable[[DistillationLoss, Outputs, Batch], torch.Tensor]] = {
+    "ce": DistillationLoss.hard,
+    "ds": DistillationLoss.soft,
+    "pt": DistillationLoss.patience,
+    "gram": DistillationLoss.gram,
+}
+"""Term of `Distill.weights` -> its values, (B,)."""

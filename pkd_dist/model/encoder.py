@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -253,6 +253,25 @@ def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
         config.classifier_dropout = float(dropout)
 
 
+class Outputs(NamedTuple):
+    """What an `Encoder` returns, in the dtype of the computation.
+
+    Attributes:
+        logits_BC: Of the classifier.
+        states: Hidden states of the layers asked for, of [CLS] (B, M, H) or of every token (B, L, M, H), projected to the
+            teacher's width if the encoder has a projection; None if no layer was asked for.
+        own_states: The same without the projection.
+    """
+
+    logits_BC: torch.Tensor
+    states: torch.Tensor | None
+    own_states: torch.Tensor | None
+
+
+Forward = Callable[..., Outputs]
+"""`Encoder.forward`: an encoder, or an engine around one."""
+
+
 class Encoder(nn.Module):
     """A classifier that returns logits and hidden states, with the savings that its family allows.
 
@@ -282,18 +301,13 @@ class Encoder(nn.Module):
         self.model = model
         self.projection = projection
 
-    def forward(
-        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits and hidden states, in the dtype of the computation.
+    def forward(self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False) -> Outputs:
+        """Return logits and hidden states.
 
         Args:
             inputs: Tensors (B, L) from the tokenizer, by name; those that the model does not take are ignored.
             layers: Encoder layers whose output to return, from 1 (0: the embeddings).
             tokens: Return the states of every token; needs `all_tokens`.
-
-        Returns:
-            logits_BC, and the states of [CLS] (B, M, H) or of every token (B, L, M, H); None if `layers` is empty.
 
         Raises:
             UserError: The model does not return one hidden state per layer.
@@ -303,7 +317,7 @@ class Encoder(nn.Module):
         inputs = accepted(self.model, inputs)
         out = self.model(**inputs, output_hidden_states=bool(layers), return_dict=True)
         if not layers:
-            return out.logits, None
+            return Outputs(out.logits, None, None)
         if len(out.hidden_states) != num_layers(self.model.config) + 1:
             raise UserError(
                 f"{type(self.model).__name__} returns {len(out.hidden_states)} hidden states for "
@@ -311,7 +325,7 @@ class Encoder(nn.Module):
             )
         selected = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
         states = torch.stack(selected, dim=-2)
-        return out.logits, states if self.projection is None else self.projection(states)
+        return Outputs(out.logits, states if self.projection is None else self.projection(states), states)
 
     def with_full_vocabulary(self, weights: dict[str, torch.Tensor], decay: float) -> dict[str, torch.Tensor]:
         """Return this module's weights, by name, with the full embedding table.

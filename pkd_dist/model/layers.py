@@ -13,18 +13,22 @@ from pkd_dist.errors import UserError
 
 
 def patience_pairs(distill: Distill, teacher_layers: int, student_layers: int) -> tuple[tuple[int, int], ...]:
-    """Return the (student layer, teacher layer) pairs of the patience loss, counted from 1; (0, 0) pairs the embeddings.
+    """Return the (student layer, teacher layer) pairs of hidden states, counted from 1; (0, 0) pairs the embeddings.
 
-    Empty if `distill.beta` is 0.
+    Empty if neither the patience term nor Gram matrices have a weight.
 
     Raises:
-        UserError: see `paired_layers`.
+        UserError: see `paired_layers`; or there is no layer for Gram matrices.
     """
-    if not distill.beta:
+    if not (distill.beta or distill.gram):
         return ()
     paired = paired_layers(distill.patience, teacher_layers, student_layers, distill.pair_last_layer)
-    pairs = enumerate(paired, start=1)
-    return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
+    pairs = (*([(0, 0)] if distill.pair_embeddings else []), *enumerate(paired, start=1))
+    if distill.gram and not pairs:
+        raise UserError(
+            "distill.gram: a student of one layer has none to compare; set distill.pair_last_layer=true, or distill.gram=0"
+        )
+    return pairs
 
 
 def kept_layers(cache: Cache, pairs: Sequence[tuple[int, int]], teacher_layers: int) -> tuple[int, ...]:

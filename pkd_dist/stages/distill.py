@@ -101,11 +101,11 @@ def training_job(context: Context) -> Job:
     module = student.open_student(
         paths.student_init,
         config.student.dropout,
-        config.distill.projection if run.pairs else "never",
+        config.distill.projection if run.pairs and config.distill.beta else "never",
         run.teacher_width,
         config.run.seed,
         used_vocabulary(context, training_set(context), "dev"),
-        config.distill.states == "tokens",
+        config.distill.all_tokens,
     )
     student_layers = tuple(student_layer for student_layer, _ in run.pairs)
     return Job(

@@ -47,6 +47,12 @@ def test_patience_pairs_of_a_configuration():
     assert patience_pairs(Distill(pair_last_layer=True, patience=[4, 8, 12]), 12, 3) == ((1, 4), (2, 8), (3, 12))
     assert patience_pairs(Distill(pair_last_layer=True, patience="last"), 12, 3) == ((1, 10), (2, 11), (3, 12))
     assert patience_pairs(Distill(beta=0, pair_embeddings=True), 12, 3) == (), "no weight, no pairs"
+    assert patience_pairs(Distill(beta=0, gram=1), 12, 3) == ((1, 4), (2, 8))
+    assert patience_pairs(Distill(gram=1, pair_last_layer=True), 12, 1) == ((1, 12),)
+    with pytest.raises(
+        UserError, match=r"distill\.gram: a student of one layer has none to compare; set distill\.pair_l"
+    ):
+        patience_pairs(Distill(gram=1), 12, 1)
 
 
 def test_kept_layers_of_a_cache():

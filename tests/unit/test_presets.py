@@ -11,6 +11,7 @@ from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.distillation.objective import DistillationLoss
 from pkd_dist.errors import UserError
+from pkd_dist.model.encoder import Outputs
 
 B, C, M, H, L = 6, 3, 2, 8, 5
 RNG = np.random.default_rng(0)
@@ -31,7 +32,8 @@ def total(settings, mine, theirs, mask=None):
         teacher_states=tensors[3],
     )  # fmt: skip
     loss = DistillationLoss(settings, tuple(range(mine.shape[-2])))
-    return loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean()
+    outputs = Outputs(tensors[0], tensors[2], tensors[2])
+    return loss(lambda inputs, layers, tokens: outputs, batch)["total"].mean()
 
 
 def normalised(states):

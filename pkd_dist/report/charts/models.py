@@ -17,6 +17,7 @@ def layers(run: Run) -> Plot:
     depth = {"teacher": run.environment.teacher_layers, "student": run.environment.student_layers}
     copied = [layer + 1 for layer in run.environment.copied_layers or ()]
     pairs = run.environment.patience_pairs
+    compared = ", ".join(term.upper() for term in ("pt", "gram") if run.config.distill.weights[term])
     used = {teacher for _, teacher in pairs} | set(copied)
     top = max(depth.values()) + 1.0
     spacing = {"teacher": 1.0, "student": max(1.0, depth["teacher"] / depth["student"])}
@@ -35,7 +36,7 @@ def layers(run: Run) -> Plot:
             if (student, teacher) not in pairs:
                 _dotted_link(axes, height("teacher", teacher), height("student", student))
         for student, teacher in pairs:
-            _link(axes, height("teacher", teacher), height("student", student), "PT")
+            _link(axes, height("teacher", teacher), height("student", student), compared)
         if run.config.distill.alpha:
             _link(axes, top, top, "DS")
         axes.set(xlim=(-0.1, 3.5), ylim=(-0.5, top + 1.1))
