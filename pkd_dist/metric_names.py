@@ -26,5 +26,7 @@ LOSS_TERMS: dict[str, str] = {
     "ds": "DS: teacher predictions",
     "pt": "PT: teacher layers",
     "gram": "GRAM: similarities of tokens",
+    "rel": "REL: relations of queries, keys, values",
+    "att": "ATT: attention scores",
 }
 """Loss term -> title, in the order in which a training step reports those that it has."""

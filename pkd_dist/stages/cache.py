@@ -154,7 +154,7 @@ def needed_fingerprint(context: Context) -> Fingerprint:
         tokenizer=digests.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
-        layers=tuple(teacher_layer for _, teacher_layer in run.pairs),
+        layers=run.layer_map.teacher_states,
         dtype=run.config.cache.dtype,
         precision=run.teacher_precision,
         states="tokens" if run.config.distill.all_tokens else "cls",

@@ -24,7 +24,10 @@ from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
 from pkd_dist.evaluation import predictions
 from pkd_dist.model import encoder, layers, student
+from pkd_dist.model.attention import require_comparable
 from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.model.families import num_layers
+from pkd_dist.model.layers import LayerMap
 from pkd_dist.stages.base import Inputs
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.training.engine import resolve_precision
@@ -101,7 +104,7 @@ class Resolved:
         source_config: its configuration.
         tokenizer: the teacher's, which the student shares.
         class_order: label values in the order of a given teacher's outputs; None: the data decides.
-        pairs: (student layer, teacher layer) of the patience term, from 1 (0: the embeddings); empty where it is off.
+        layer_map: the layers of student and teacher that the loss compares.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
         kept_layers: teacher layers, from 1, whose states a cache that is built now holds.
         precision, teacher_precision: of the training, such as `autocast bfloat16`, and of the teacher's pass.
@@ -117,7 +120,7 @@ class Resolved:
     class_order: tuple[str, ...] | None
     teacher_layers: int
     student_layers: int
-    pairs: tuple[tuple[int, int], ...]
+    layer_map: LayerMap
     copied_layers: tuple[int, ...] | None
     kept_layers: tuple[int, ...]
     precision: str
@@ -126,7 +129,7 @@ class Resolved:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss has a term that the teacher decides."""
-        return self.config.distill.alpha > 0 or bool(self.pairs)
+        return self.config.distill.alpha > 0 or bool(self.layer_map.teacher_states)
 
     @property
     def cached(self) -> bool:
@@ -143,7 +146,7 @@ class Resolved:
         """Whether `distill.patience: skip` had to round its pairs."""
         return (
             self.config.distill.patience == "skip"
-            and bool(self.pairs)
+            and bool(self.layer_map.pairs)
             and layers.skip_is_rounded(self.teacher_layers, self.student_layers)
         )
 
@@ -215,9 +218,12 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         encoder.require_classifier(source, config.teacher.model, "teacher.model")
         class_mapping.require_outputs(task, source_config, config.teacher.model, "teacher.model")
         order = class_mapping.class_order(task, source_config, "teacher.model")
-    depth = encoder.num_layers(source_config)
+    depth = num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
-    pairs = layers.patience_pairs(config.distill, depth, student_depth)
+    layer_map = layers.layer_map(config.distill, depth, student_depth)
+    if layer_map.attention:
+        shape = student.planned_config(config.student, source_config)
+        require_comparable(config.distill, source_config, shape)
     return Resolved(
         config=config,
         paths=paths_of(config),
@@ -229,9 +235,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         class_order=order,
         teacher_layers=depth,
         student_layers=student_depth,
-        pairs=pairs,
+        layer_map=layer_map,
         copied_layers=student.copied_teacher_layers(config.student, source_config),
-        kept_layers=layers.kept_layers(config.cache, pairs, depth),
+        kept_layers=layers.kept_layers(config.cache, layer_map.teacher_states, depth),
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )

@@ -9,9 +9,12 @@ from pathlib import Path
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
+from pkd_dist.distillation.teacher import DTYPES
 from pkd_dist.errors import UserError
 from pkd_dist.files import sha256
 from pkd_dist.model import student
+from pkd_dist.model.attention import TeacherAttention, teacher_attention
+from pkd_dist.model.encoder import load_model
 from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
 from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
@@ -28,6 +31,7 @@ from pkd_dist.stages.data import (
 )
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.stages.teacher import teacher_folder
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import trackers
 from pkd_dist.training.job import Job
@@ -101,17 +105,18 @@ def training_job(context: Context) -> Job:
     module = student.open_student(
         paths.student_init,
         config.student.dropout,
-        config.distill.projection if run.pairs and config.distill.beta else "never",
+        config.distill.projection if run.layer_map.pairs and config.distill.beta else "never",
         run.teacher_width,
         config.run.seed,
         used_vocabulary(context, training_set(context), "dev"),
-        config.distill.all_tokens,
+        config.distill.compares_tokens,
     )
-    student_layers = tuple(student_layer for student_layer, _ in run.pairs)
     return Job(
         name="distill",
         module=module,
-        losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
+        losses=DistillationLoss(
+            config.distill, run.layer_map, open_class_weights(context), _teacher_attention(context)
+        ),
         teacher_outputs=_teacher_outputs(context),
         train=open_training_tokens(context, training_set(context)),
         dev=open_tokens(context, "dev"),
@@ -142,6 +147,14 @@ def _teacher_outputs(context: Context) -> AddTeacherOutputs | None:
     if run.cached:
         return cached_outputs(context.world.together(lambda: CacheReader(run.paths.cache, fingerprint, shards)))
     return live_outputs(live_teacher(context, fingerprint.layers)) if run.needs_teacher else None
+
+
+def _teacher_attention(context: Context) -> TeacherAttention | None:
+    run, world = context.resolved, context.world
+    layers = [teacher_layer for _, teacher_layer in run.layer_map.attention]
+    if not layers:
+        return None
+    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.teacher_precision], world.device)
 
 
 def _require_cache_unaltered(context: Context) -> None:

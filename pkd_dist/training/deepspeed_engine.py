@@ -26,7 +26,8 @@ from torch import nn
 from pkd_dist.distributed.shared_memory import SharedMemory, open_shared_memory
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
-from pkd_dist.model.encoder import Encoder, Outputs
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import (
     Schedule,

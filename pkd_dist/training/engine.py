@@ -19,7 +19,8 @@ import torch
 
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.distributed.world import World
-from pkd_dist.model.encoder import Encoder, Outputs
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import Schedule
 from pkd_dist.training.optimizer_state import OptimizerState

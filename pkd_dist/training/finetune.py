@@ -19,7 +19,8 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.world import World
 from pkd_dist.files import folder_written_atomically, require_unaltered
-from pkd_dist.model.encoder import Encoder, Forward, load_config, load_model, save_model
+from pkd_dist.model.encoder import Encoder, load_config, load_model, save_model
+from pkd_dist.model.outputs import Forward
 from pkd_dist.model.regression_head import has_trained_head, restore, standardize
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.training.job import DeepSpeedJson, Job, Progress

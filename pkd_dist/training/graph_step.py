@@ -23,7 +23,7 @@ from torch import nn
 from pkd_dist.data.batches import Batch, collate
 from pkd_dist.data.on_device import DeviceTokens, PendingBatch, open_device_tokens
 from pkd_dist.metric_names import LOSS_TERMS
-from pkd_dist.model.encoder import Forward, Outputs
+from pkd_dist.model.outputs import Forward, Outputs
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
 from pkd_dist.training.job import LossTerms

@@ -13,7 +13,8 @@ from pkd_dist.config.schema import Checkpoint, Evaluate, Train
 from pkd_dist.data.batches import Batch
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.model.encoder import Encoder, Forward
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Forward
 
 DeepSpeedJson = dict[str, Any]
 """A DeepSpeed JSON as `load_deepspeed` returns it: checked, with DeepSpeed's own types."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from pkd_dist.model.encoder import Encoder, Outputs
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.optimization import Schedule, autocast, clip_gradients, make_adamw, set_learning_rate
 from pkd_dist.training.optimizer_state import ReplicatedState, full_weights
 

@@ -13,7 +13,7 @@ from pkd_dist.data.batches import Batch, TrainingBatches
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError
 from pkd_dist.metric_names import LOSS_TERMS
-from pkd_dist.model.encoder import Forward
+from pkd_dist.model.outputs import Forward
 from pkd_dist.training.engine import Engine
 from pkd_dist.training.job import Job
 

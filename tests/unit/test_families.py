@@ -18,13 +18,13 @@ from pkd_dist.model.compatibility import KNOWN_FAMILIES, longest_input, require_
 from pkd_dist.model.encoder import (
     Encoder,
     accepted,
-    encoder_layers,
     load_model,
     load_tokenizer,
     locate,
     save_model,
     set_dropout,
 )
+from pkd_dist.model.families import encoder_layers
 from pkd_dist.model.student import create, open_student, planned_depth, take_layers
 from pkd_dist.model.vocabulary import used_vocabulary
 

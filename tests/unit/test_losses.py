@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from pkd_dist.distillation.losses import gram_loss, hard_loss, patience_loss, soft_loss
+from pkd_dist.distillation.losses import (
+    attention_loss,
+    gram_loss,
+    hard_loss,
+    patience_loss,
+    relation_loss,
+    soft_loss,
+)
 
 RNG = np.random.default_rng(0)
 B, C, M, H, L = 7, 4, 3, 16, 5
@@ -152,8 +159,61 @@ def test_gram_matrices_leave_padding_out():
     assert_padding_is_left_out(gram_loss, student, teacher, mask)
 
 
+def products(left, right, head, heads):
+    """The scaled products of two sequences (n, width), of one head, pair by pair."""
+    size = left.shape[-1] // heads
+    part = slice(head * size, (head + 1) * size)
+    return (
+        np.array([[sum(a * b for a, b in zip(x[part], y[part], strict=True)) for y in right] for x in left]) / size**0.5
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_relations_of_queries_keys_and_values_of_other_widths(heads):
+    (student, mask), (teacher, _) = padded(3, H), padded(3, 2 * H)
+    expected = np.zeros(2)
+    for b, n in ((0, 5), (1, 2)):
+        for kind in range(3):
+            for head in range(heads):
+                s, t = (products(x[b, :n, kind], x[b, :n, kind], head, heads) for x in (student, teacher))
+                for row in range(n):
+                    p, log_q = softmax(t[row]), log_softmax(s[row])
+                    expected[b] += np.sum(p * (np.log(p) - log_q)) / (heads * n)
+    got = relation_loss(as_tensor(student), as_tensor(teacher), heads, mask)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    assert relation_loss(as_tensor(student), as_tensor(student), heads, mask).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_scores_of_several_layers(heads):
+    (student, mask), (teacher, _) = padded(2, 3, H), padded(2, 3, 2 * H)
+    expected = []
+    for b, n in ((0, 5), (1, 2)):
+        squares = [
+            (np.subtract(*(products(x[b, :n, layer, 0], x[b, :n, layer, 1], head, heads) for x in (student, teacher))))
+            ** 2
+            for layer in range(2)
+            for head in range(heads)
+        ]
+        expected.append(np.mean(squares))
+    got = attention_loss(as_tensor(student), as_tensor(teacher), heads, mask)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    student[..., 2, :] += 1
+    assert torch.equal(attention_loss(as_tensor(student), as_tensor(teacher), heads, mask), got), "values are not read"
+
+
+@pytest.mark.parametrize(("loss", "shape"), [(relation_loss, (3, H)), (attention_loss, (2, 3, H))])
+def test_attention_leaves_padding_out(loss, shape):
+    (student, mask), (teacher, _) = padded(*shape), padded(*shape)
+    assert_padding_is_left_out(lambda mine, its, real: loss(mine, its, 4, real), student, teacher, mask)
+
+
 def test_half_precision_inputs_are_widened():
     student = torch.randn(B, C).bfloat16()
     assert soft_loss(student, student, 5.0).dtype == torch.float32
     assert hard_loss(student, torch.zeros(B, dtype=torch.int64)).dtype == torch.float32
     assert patience_loss(student[:, None], student[:, None]).dtype == torch.float32
+    tokens, mask = torch.randn(B, L, 3, H).bfloat16(), torch.ones(B, L)
+    assert gram_loss(tokens, tokens, mask).dtype == torch.float32
+    assert relation_loss(tokens, tokens, 4, mask).dtype == torch.float32
+    assert attention_loss(tokens[:, :, None], tokens[:, :, None], 4, mask).dtype == torch.float32
