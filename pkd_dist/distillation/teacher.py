@@ -71,7 +71,8 @@ class LiveTeacher:
     @torch.inference_mode()
     def unchecked(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same without checking the values, which would make the host wait for a GPU."""
-        logits, states, _ = self.encoder(inputs, self.layers, self.all_tokens)
+        out = self.encoder(inputs, self.layers, self.all_tokens)
+        logits, states = out.logits_BC, out.states
         if states is None:
             rows, length = inputs["input_ids"].shape
             states = logits.new_empty((rows, *([length] if self.all_tokens else []), 0, self.hidden_size))
