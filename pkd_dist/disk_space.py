@@ -98,7 +98,7 @@ def _needs(context: Context) -> Iterator[Need]:
         yield Need("teacher", lasting, temporary, tuple(folders))
     summary = data.sets[training_set(context)]
     if run.cached:
-        states = summary.tokens if config.distill.states == "tokens" else summary.examples
+        states = summary.tokens if config.distill.all_tokens else summary.examples
         values = states * len(run.kept_layers) * run.teacher_width + summary.examples * classes
         yield Need("cache", values * (4 if config.cache.dtype == "float32" else 2), 0, (paths.cache,))
     used = len(used_vocabulary(context, training_set(context), "dev"))

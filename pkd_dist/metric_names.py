@@ -23,5 +23,13 @@ AGREEMENT, DIVERGENCE = "agreement", "divergence"
 TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
 """Keys that a teacher/student table shows, where the task has them."""
 
-LOSS_TERMS = ("total", "ce", "ds", "pt")
-"""Loss terms that a training step reports, in this order: cross-entropy, soft predictions, patience."""
+LOSS_TERMS: dict[str, str] = {
+    "total": "Total loss",
+    "ce": "CE: labels",
+    "ds": "DS: teacher predictions",
+    "pt": "PT: teacher layers",
+    "gram": "GRAM: similarities of tokens",
+    "rel": "REL: relations of queries, keys, values",
+    "att": "ATT: attention scores",
+}
+"""Loss term -> title, in the order in which a training step reports those that it has."""

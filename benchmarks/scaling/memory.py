@@ -98,7 +98,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
 
     def work() -> None:
-        from pkd_dist.model.encoder import load_config, num_layers
+        from pkd_dist.model.encoder import load_config
+        from pkd_dist.model.families import num_layers
 
         output, source, sizes = options.output.resolve(), project_path(options.data), []
         teacher = common.prepared_teacher("scaling", output, common.located(options.teacher), options.overrides)

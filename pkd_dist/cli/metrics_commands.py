@@ -22,7 +22,7 @@ def reference() -> None:
     from pkd_dist.telemetry import metrics
 
     defaults = Metrics()
-    print(metrics.reference(defaults.host, defaults.port, NAMES, LOSS_TERMS), end="")
+    print(metrics.reference(defaults.host, defaults.port, NAMES, tuple(LOSS_TERMS)), end="")
 
 
 def targets(

@@ -40,7 +40,8 @@ from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, read_object, sha256, write_atomically, write_json
 from pkd_dist.model import digests, encoder
-from pkd_dist.model.layers import patience_pairs
+from pkd_dist.model.families import num_layers
+from pkd_dist.model.layers import LayerMap, layer_map
 from pkd_dist.model.student import planned_depth
 from pkd_dist.stages.context import teacher_name
 from pkd_dist.telemetry.log import log
@@ -160,8 +161,11 @@ class Comparison:
 
     def _paired(self, config: Config, depth: int) -> list[int]:
         """Return the paired teacher layers, without the embeddings."""
-        pairs = patience_pairs(config.distill, encoder.num_layers(self.teacher), depth)
+        pairs = self._layer_map(config, depth).pairs
         return [teacher_layer for student_layer, teacher_layer in pairs if student_layer]
+
+    def _layer_map(self, config: Config, depth: int) -> LayerMap:
+        return layer_map(config.distill, num_layers(self.teacher), depth)
 
     def _trial(self, name: str, seed: int) -> Trial:
         folder = self.output / name / f"seed-{seed}"
@@ -169,7 +173,7 @@ class Comparison:
         if self.base.teacher.finetune:
             overrides |= {"teacher.model": self._finetuned(), "teacher.finetune": None}
         config = self._resolved(overrides)
-        by_token = config.distill.states == "tokens" and config.distill.beta > 0
+        by_token = config.distill.all_tokens and config.distill.compares_states
         if not by_token and config.cache.layers is None:
             overrides["cache.layers"] = "all"  # so that it also serves methods added later
         overrides["cache.dir"] = str(self.output / self._cache_name(config, self.depths[name], by_token))
@@ -188,7 +192,9 @@ class Comparison:
         unlabeled = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
         settings = task.model_dump(mode="json", exclude={"augment": {"min_confidence"}})
         read = [settings, unlabeled, self._data_digests]
-        paired = [self._paired(config, depth), config.distill.pair_embeddings]
+        paired: list[object] = [self._paired(config, depth), config.distill.pair_embeddings]
+        if attention := self._layer_map(config, depth).attention:
+            paired.append([teacher_layer for _, teacher_layer in attention])
         pairs = paired if by_token else None
         digest = digest_of([self._teacher_identity, read, config.cache.model_dump(mode="json"), pairs])
         return f"cache-{'tokens' if by_token else 'cls'}-{digest[:8]}"

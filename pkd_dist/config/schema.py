@@ -140,12 +140,44 @@ class Distill(Section):
     )
     alpha: Fraction = Field(
         0.5,
-        description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT. CE: "
-        "cross-entropy with the label (regression: squared error). DS: distance from the teacher's softened predictions. "
-        "PT: distance between paired hidden states of student and teacher, the patience term.",
+        description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT + gram * "
+        "GRAM + relations * REL + attention * ATT. CE: cross-entropy with the label (regression: squared error). DS: distance "
+        "from the teacher's softened predictions. PT: distance between paired hidden states of student and teacher, the "
+        "patience term. The others: see the keys of their weights.",
     )
     beta: NonNegative = Field(
         100.0, description="Weight of the patience term PT. Its scale depends on distill.pt_reduction."
+    )
+    gram: NonNegative = Field(
+        0.0,
+        description="Weight of GRAM, the mean squared difference between Gram matrices of student and teacher: dot products of "
+        "the states of all pairs of tokens, divided by the width, within each paired layer and between neighboring ones. "
+        "The widths may differ without a projection. Needs the states of all tokens, also in the cache.",
+    )
+    relations: NonNegative = Field(
+        0.0,
+        description="Weight of REL (MiniLMv2), the divergence between the relations of student and teacher: for queries, for "
+        "keys and for values, the softmax of the scaled products of all pairs of tokens, by relation head. Compares the "
+        "student's last layer with distill.relation_layer. The widths and numbers of attention heads may differ. The cache "
+        "holds the states of all tokens that enter the teacher's layer.",
+    )
+    relation_heads: Count | None = Field(
+        None,
+        description="Relation heads, into which the concatenated attention heads are split; must divide both widths. null: the "
+        "teacher's number of attention heads.",
+    )
+    relation_layer: Count | None = Field(
+        None,
+        description="Teacher layer, counted from 1 to N, that the student's last layer is compared with in REL and ATT. null: "
+        "the last.",
+    )
+    attention: NonNegative = Field(
+        0.0,
+        description="Weight of ATT (TinyBERT), the mean squared difference between the attention scores of student and teacher "
+        "before the softmax. Compares the layers of distill.patience, and the student's last layer with "
+        "distill.relation_layer. Both models must have the same number of attention heads, and a family whose scores are "
+        "products of queries and keys alone (BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT). The cache holds the states of all "
+        "tokens that enter these layers of the teacher.",
     )
     temperature: Positive = Field(5.0, description="Softmax temperature of both distributions in DS.")
     patience: Literal["skip", "last"] | list[Count] = Field(
@@ -176,13 +208,45 @@ class Distill(Section):
         "`pair_sum` (`seed`): summed over pairs, mean over width. All: mean over examples.",
     )
     states: Literal["cls", "tokens"] = Field(
-        "cls", description="Compare [CLS] states, or the states of all tokens without padding."
+        "cls", description="The patience term compares [CLS] states, or the states of all tokens without padding."
     )
 
     @property
     def formula(self) -> str:
         """The loss of an example, for people."""
-        return f"L = {1 - self.alpha:g} CE + {self.alpha:g} DS + {self.beta:g} PT"
+        return "L = " + " + ".join(f"{weight:g} {term.upper()}" for term, weight in self.weights.items() if weight)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Loss term, as in `metric_names.LOSS_TERMS` -> its weight in the total loss, in the same order."""
+        return {
+            "ce": 1 - self.alpha,
+            "ds": self.alpha,
+            "pt": self.beta,
+            "gram": self.gram,
+            "rel": self.relations,
+            "att": self.attention,
+        }
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether the loss reads the student's states of all tokens, not of [CLS] alone."""
+        return self.states == "tokens" or self.gram > 0
+
+    @property
+    def compares_attention(self) -> bool:
+        """Whether the loss reads queries, keys or values."""
+        return self.relations > 0 or self.attention > 0
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether the loss reads anything of the models but their predictions."""
+        return self.beta > 0 or self.gram > 0 or self.compares_attention
+
+    @property
+    def all_tokens(self) -> bool:
+        """Whether the loss needs the teacher's states of all tokens, not of [CLS] alone."""
+        return self.compares_tokens or self.compares_attention
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ An `AddTeacherOutputs` function adds the teacher's logits and hidden states to a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,13 +16,14 @@ import torch
 from pkd_dist.config.schema import Distill
 from pkd_dist.data.batches import Batch
 from pkd_dist.distillation.cache import CacheReader
-from pkd_dist.distillation.losses import hard_loss, patience_loss, soft_loss
+from pkd_dist.distillation.losses import attention_loss, gram_loss, hard_loss, patience_loss, relation_loss, soft_loss
 from pkd_dist.distillation.teacher import LiveTeacher
+from pkd_dist.model.attention import TeacherAttention
+from pkd_dist.model.layers import LayerMap
+from pkd_dist.model.outputs import Forward, Outputs
 
 AddTeacherOutputs = Callable[[Batch], Batch]
 """Returns the batch with the teacher outputs added."""
-Student = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
-"""Maps (inputs, layers, all_tokens) to logits and states, as `Encoder` and the engine around it do."""
 
 
 class CachedOutputs:
@@ -63,32 +65,82 @@ def live_outputs(teacher: LiveTeacher) -> AddTeacherOutputs:
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Computes L = (1 - alpha) * CE + alpha * DS + beta * PT per example; see `losses.py`.
+    """Computes L, the weighted sum of the terms in `Distill.weights`, per example; see `losses.py`.
 
     Attributes:
         distill: weights and settings of the terms.
-        layers: paired student layers (0: the embeddings), in the order of the teacher's states; may be empty.
+        layers: what is compared; the teacher's states in a batch are those of `layers.teacher_states`.
         class_weights_C: see `hard_loss`.
+        attention: the teacher's queries, keys and values; None if none are compared.
     """
 
     distill: Distill
-    layers: tuple[int, ...]
+    layers: LayerMap
     class_weights_C: torch.Tensor | None = None
+    attention: TeacherAttention | None = None
 
-    def __call__(self, student: Student, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, student: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the terms in use and their weighted sum `total`, each (B,)."""
-        d = self.distill
-        all_tokens = d.states == "tokens"
-        logits_BC, states = student(batch.inputs, self.layers, all_tokens)
-        terms = {"ce": hard_loss(logits_BC, batch.labels_B, self.class_weights_C)}
-        total = (1 - d.alpha) * terms["ce"]
-        if d.alpha:
-            assert batch.teacher_logits_BC is not None
-            terms["ds"] = soft_loss(logits_BC, batch.teacher_logits_BC, d.temperature, d.ds_reduction)
-            total = total + d.alpha * terms["ds"]
-        if self.layers:
-            assert states is not None and batch.teacher_states is not None
-            mask_BL = batch.attention_mask_BL if all_tokens else None
-            terms["pt"] = patience_loss(states, batch.teacher_states, d.normalize, d.pt_reduction, mask_BL)
-            total = total + d.beta * terms["pt"]
-        return {"total": total, **terms}
+        distill, layers = self.distill, self.layers
+        paired, attended = ([layer for layer, _ in pairs] for pairs in (layers.pairs, layers.attention))
+        mine = student(batch.inputs, paired, distill.compares_tokens, attended)
+        terms = {"ce": hard_loss(mine.logits_BC, batch.labels_B, self.class_weights_C)}
+        used = [name for name in _TERMS if distill.weights[name] and (name != "pt" or paired)]
+        if used:
+            its = self._teacher(batch)
+            terms |= {name: _TERMS[name](self, batch, mine, its) for name in used}
+        weighted = (distill.weights[name] * values_B for name, values_B in terms.items())
+        return {"total": functools.reduce(torch.add, weighted), **terms}
+
+    def _teacher(self, batch: Batch) -> Outputs:
+        """Return the teacher's outputs of the layers that are compared."""
+        logits_BC, states = batch.teacher_logits_BC, batch.teacher_states
+        assert logits_BC is not None and states is not None
+        paired = states[..., : len(self.layers.pairs), :]
+        attention = (
+            self.attention([states[..., i, :] for i in self.layers.attention_inputs]) if self.attention else None
+        )
+        return Outputs(logits_BC, paired, paired, attention)
+
+
+def _soft(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
+    return soft_loss(mine.logits_BC, its.logits_BC, loss.distill.temperature, loss.distill.ds_reduction)
+
+
+def _patience(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
+    d = loss.distill
+    assert mine.states is not None and its.states is not None
+    if d.states == "tokens":
+        return patience_loss(mine.states, its.states, d.normalize, d.pt_reduction, batch.attention_mask_BL)
+    return patience_loss(_first(mine.states), _first(its.states), d.normalize, d.pt_reduction)
+
+
+def _gram(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
+    assert mine.own_states is not None and its.own_states is not None
+    return gram_loss(mine.own_states, its.own_states, batch.attention_mask_BL)
+
+
+def _relations(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
+    assert mine.attention is not None and its.attention is not None and loss.attention is not None
+    heads = loss.distill.relation_heads or loss.attention.heads
+    return relation_loss(mine.attention[:, :, -1], its.attention[:, :, -1], heads, batch.attention_mask_BL)
+
+
+def _attention(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
+    assert mine.attention is not None and its.attention is not None and loss.attention is not None
+    return attention_loss(mine.attention, its.attention, loss.attention.heads, batch.attention_mask_BL)
+
+
+def _first(states: torch.Tensor) -> torch.Tensor:
+    """Return the states of [CLS], (B, M, H), also of states of all tokens."""
+    return states[:, 0] if states.ndim == 4 else states
+
+
+_TERMS: dict[str, Callable[[DistillationLoss, Batch, Outputs, Outputs], torch.Tensor]] = {
+    "ds": _soft,
+    "pt": _patience,
+    "gram": _gram,
+    "rel": _relations,
+    "att": _attention,
+}
+"""Term of `Distill.weights` -> its values (B,), from the outputs of student and teacher. CE needs no teacher."""

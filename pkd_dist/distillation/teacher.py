@@ -75,7 +75,8 @@ class LiveTeacher:
     @torch.inference_mode()
     def unchecked(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same without checking the values, which would make the host wait for a GPU."""
-        logits, states = self.encoder(inputs, self.layers, self.all_tokens)
+        out = self.encoder(inputs, self.layers, self.all_tokens)
+        logits, states = out.logits_BC, out.states
         if self.others:
             logits = mean_logits([logits, *(other(inputs)[0] for other in self.others)])
         if states is None:

@@ -101,7 +101,9 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
 - Data: {{ facts.train.source | files | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
   by {{ metric }} on {{ facts.dev.source | files | code }}.
 - Student: {{ facts.initialized_from | text }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
-- Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states), temperature {{ config.distill.temperature }},
+- Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states
+  {{- ", Gram matrices of its token states" if config.distill.gram }}{{ ", relations of its queries, keys and values" if config.distill.relations }}
+  {{- ", its attention scores" if config.distill.attention }}), temperature {{ config.distill.temperature }},
   `ds_reduction: {{ config.distill.ds_reduction }}`, `pt_reduction: {{ config.distill.pt_reduction }}` (the same weight of PT is
   {{ "%.4g" | format(environment.beta_mean) }} with `mean`, {{ "%.4g" | format(environment.beta_sum) }} with `sum`), hidden states
   {{ "normalized" if config.distill.normalize else "not normalized" }}.

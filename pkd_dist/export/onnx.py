@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pkd_dist.errors import UserError
 from pkd_dist.export import int8
 from pkd_dist.files import is_full
-from pkd_dist.model.encoder import accepted, encoder_layers
+from pkd_dist.model.encoder import accepted
+from pkd_dist.model.families import encoder_layers
 from pkd_dist.model.first_token import Attend, only_first_token
 
 if TYPE_CHECKING:

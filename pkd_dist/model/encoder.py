@@ -32,9 +32,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import require_space
+from pkd_dist.model.attention import layer_module, queries_keys_values
 from pkd_dist.model.compatibility import longest_input
-from pkd_dist.model.families import is_bert_like
+from pkd_dist.model.families import encoder_layers, is_bert_like, num_layers
 from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.model.specialize import specialize
 from pkd_dist.model.vocabulary import CompactVocabulary, has_plain_vocabulary
 
@@ -283,17 +285,19 @@ class Encoder(nn.Module):
         self.projection = projection
 
     def forward(
-        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits and hidden states, in the dtype of the computation.
+        self,
+        inputs: dict[str, torch.Tensor],
+        layers: Sequence[int] = (),
+        tokens: bool = False,
+        attention_layers: Sequence[int] = (),
+    ) -> Outputs:
+        """Return logits, hidden states, and queries, keys and values.
 
         Args:
             inputs: Tensors (B, L) from the tokenizer, by name; those that the model does not take are ignored.
             layers: Encoder layers whose output to return, from 1 (0: the embeddings).
             tokens: Return the states of every token; needs `all_tokens`.
-
-        Returns:
-            logits_BC, and the states of [CLS] (B, M, H) or of every token (B, L, M, H); None if `layers` is empty.
+            attention_layers: Encoder layers whose queries, keys and values to return, from 1.
 
         Raises:
             UserError: The model does not return one hidden state per layer.
@@ -301,17 +305,23 @@ class Encoder(nn.Module):
         if self.vocabulary is not None:
             inputs = inputs | {"input_ids": self.vocabulary(inputs["input_ids"])}
         inputs = accepted(self.model, inputs)
-        out = self.model(**inputs, output_hidden_states=bool(layers), return_dict=True)
-        if not layers:
-            return out.logits, None
-        if len(out.hidden_states) != num_layers(self.model.config) + 1:
+        out = self.model(**inputs, output_hidden_states=bool(layers or attention_layers), return_dict=True)
+        if not (layers or attention_layers):
+            return Outputs(out.logits, None, None)
+        hidden, family = out.hidden_states, self.model.config.model_type
+        if len(hidden) != num_layers(self.model.config) + 1:
             raise UserError(
-                f"{type(self.model).__name__} returns {len(out.hidden_states)} hidden states for "
+                f"{type(self.model).__name__} returns {len(hidden)} hidden states for "
                 f"{num_layers(self.model.config)} layers, not one per layer; use a model of another family"
             )
-        selected = [out.hidden_states[i] if tokens else out.hidden_states[i][:, 0] for i in layers]
-        states = torch.stack(selected, dim=-2)
-        return out.logits, states if self.projection is None else self.projection(states)
+        states = torch.stack([hidden[i] if tokens else hidden[i][:, 0] for i in layers], dim=-2) if layers else None
+        attention = [queries_keys_values(layer_module(self.model, i), family, hidden[i - 1]) for i in attention_layers]
+        return Outputs(
+            out.logits,
+            states if states is None or self.projection is None else self.projection(states),
+            states,
+            torch.stack(attention, dim=2) if attention else None,
+        )
 
     def with_full_vocabulary(self, weights: dict[str, torch.Tensor], decay: float) -> dict[str, torch.Tensor]:
         """Return this module's weights, by name, with the full embedding table.
@@ -372,18 +382,6 @@ def _parameters(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList | None]:
-    """Return the name and the list of a model's encoder layers; ("", None) if they are not one list of their own."""
-    depth = num_layers(model.config)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return found[0] if len(found) == 1 and not shares_layers(model.config) else ("", None)
-
-
-def shares_layers(config: PretrainedConfig) -> bool:
-    """Return whether several layers share one set of weights (ALBERT)."""
-    return getattr(config, "num_hidden_groups", None) is not None
-
-
 def parameter_count(model: PreTrainedModel) -> int:
     """Return the number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
@@ -432,8 +430,3 @@ def _name_for_transformers_4(path: Path) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def num_layers(config: PretrainedConfig) -> int:
-    """Return the number of encoder layers."""
-    return int(config.num_hidden_layers)

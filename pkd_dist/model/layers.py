@@ -7,43 +7,106 @@ Layers are counted from 1 where they are paired or cached (0 is the embedding ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pkd_dist.config.schema import Cache, Distill
 from pkd_dist.errors import UserError
 
 
-def patience_pairs(distill: Distill, teacher_layers: int, student_layers: int) -> tuple[tuple[int, int], ...]:
-    """Return the (student layer, teacher layer) pairs of the patience loss, counted from 1; (0, 0) pairs the embeddings.
+@dataclass(frozen=True)
+class LayerMap:
+    """The layers that a loss compares: pairs of (student layer, teacher layer), counted from 1 (0: the embeddings).
 
-    Empty if `distill.beta` is 0.
+    Attributes:
+        pairs: of hidden states.
+        attention: of queries, keys and values; the last pair is that of the relations.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ()
+    attention: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def teacher_states(self) -> tuple[int, ...]:
+        """The teacher layers whose hidden states are needed: the paired ones in their order, then other inputs of attention."""
+        return tuple(
+            dict.fromkeys([teacher for _, teacher in self.pairs] + [teacher - 1 for _, teacher in self.attention])
+        )
+
+    @property
+    def attention_inputs(self) -> tuple[int, ...]:
+        """For each pair of `attention`, the position of the teacher layer's input in `teacher_states`."""
+        return tuple(self.teacher_states.index(teacher - 1) for _, teacher in self.attention)
+
+
+def layer_map(distill: Distill, teacher_layers: int, student_layers: int) -> LayerMap:
+    """Return the layers that the loss of a run compares.
 
     Raises:
-        UserError: see `paired_layers`.
+        UserError: see `patience_pairs` and `attention_pairs`.
     """
-    if not distill.beta:
+    return LayerMap(
+        patience_pairs(distill, teacher_layers, student_layers),
+        attention_pairs(distill, teacher_layers, student_layers),
+    )
+
+
+def attention_pairs(distill: Distill, teacher_layers: int, student_layers: int) -> tuple[tuple[int, int], ...]:
+    """Return the (student layer, teacher layer) pairs of queries, keys and values, counted from 1; the last is the relations'.
+
+    Empty if neither relations nor attention scores have a weight.
+
+    Raises:
+        UserError: see `paired_layers`; or `distill.relation_layer` is out of range.
+    """
+    if not distill.compares_attention:
+        return ()
+    top = distill.relation_layer or teacher_layers
+    if top > teacher_layers:
+        raise UserError(
+            f"distill.relation_layer: {top} is out of range; the teacher's layers are 1 to {teacher_layers}"
+        )
+    below: tuple[int, ...] = ()
+    if distill.attention:
+        paired = paired_layers(distill.patience, teacher_layers, student_layers, distill.pair_last_layer)
+        below = paired[: student_layers - 1]
+    return (*enumerate(below, start=1), (student_layers, top))
+
+
+def patience_pairs(distill: Distill, teacher_layers: int, student_layers: int) -> tuple[tuple[int, int], ...]:
+    """Return the (student layer, teacher layer) pairs of hidden states, counted from 1; (0, 0) pairs the embeddings.
+
+    Empty if neither the patience term nor Gram matrices have a weight.
+
+    Raises:
+        UserError: see `paired_layers`; or there is no layer for Gram matrices.
+    """
+    if not (distill.beta or distill.gram):
         return ()
     paired = paired_layers(distill.patience, teacher_layers, student_layers, distill.pair_last_layer)
-    pairs = enumerate(paired, start=1)
-    return ((0, 0), *pairs) if distill.pair_embeddings else tuple(pairs)
+    pairs = (*([(0, 0)] if distill.pair_embeddings else []), *enumerate(paired, start=1))
+    if distill.gram and not pairs:
+        raise UserError(
+            "distill.gram: a student of one layer has none to compare; set distill.pair_last_layer=true, or distill.gram=0"
+        )
+    return pairs
 
 
-def kept_layers(cache: Cache, pairs: Sequence[tuple[int, int]], teacher_layers: int) -> tuple[int, ...]:
+def kept_layers(cache: Cache, needed: Sequence[int], teacher_layers: int) -> tuple[int, ...]:
     """Return the teacher layers, ascending from 0 (the embeddings), whose states a new cache stores.
 
     Args:
         cache: The `cache` section of the run.
-        pairs: From `patience_pairs`.
+        needed: `LayerMap.teacher_states`.
         teacher_layers: Number of teacher layers.
 
     Raises:
-        UserError: `cache.layers` lacks a paired layer or names one that does not exist.
+        UserError: `cache.layers` lacks a layer that is needed, or names one that does not exist.
     """
-    needed = {teacher for _, teacher in pairs}
     given = cache.layers
-    kept = needed if given is None else set(range(teacher_layers + 1)) if given == "all" else set(given)
-    if needed - kept:
+    kept = set(needed) if given is None else set(range(teacher_layers + 1)) if given == "all" else set(given)
+    if lacking := set(needed) - kept:
         raise UserError(
-            f"cache.layers: {given} lacks teacher layer {min(needed - kept)}, which is paired; add it, or use 'all'"
+            f"cache.layers: {given} lacks teacher layer {min(lacking)}, which the loss compares; add it, or use 'all'"
         )
     if max(kept, default=0) > teacher_layers:
         raise UserError(f"cache.layers: {max(kept)} is out of range; the teacher has {teacher_layers} layers")

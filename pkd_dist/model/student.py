@@ -28,15 +28,13 @@ from pkd_dist.errors import UserError
 from pkd_dist.model.compatibility import require_compatible, require_same_tokens
 from pkd_dist.model.encoder import (
     Encoder,
-    encoder_layers,
     load_config,
     load_model,
     load_tokenizer,
     locate,
     name_of,
-    num_layers,
-    shares_layers,
 )
+from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
 from pkd_dist.model.layers import copied_layers
 from pkd_dist.model.regression_head import has_trained_head, standardize
 

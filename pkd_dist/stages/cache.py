@@ -62,7 +62,7 @@ def run(context: Context) -> CacheOutput:
     run, world, folder = context.resolved, context.world, context.resolved.paths.cache
     if not run.cached:
         live = "cache.enabled is false: the teacher runs in every step"
-        log.info("cache: not built (%s)", live if not run.config.cache.enabled else "alpha and beta are 0")
+        log.info("cache: not built (%s)", live if not run.config.cache.enabled else "no loss term needs the teacher")
         return CacheOutput(0, 0)
     name = training_set(context)
     spec = CacheSpec(
@@ -154,10 +154,10 @@ def needed_fingerprint(context: Context) -> Fingerprint:
         tokenizer=digests.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
-        layers=tuple(teacher_layer for _, teacher_layer in run.pairs),
+        layers=run.layer_map.teacher_states,
         dtype=run.config.cache.dtype,
         precision=run.teacher_precision,
-        states=run.config.distill.states,
+        states="tokens" if run.config.distill.all_tokens else "cls",
     )
 
 
@@ -175,7 +175,7 @@ def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
         layers,
         run.teacher_precision,
         run.config.cache.dtype,
-        run.config.distill.states == "tokens",
+        run.config.distill.all_tokens,
         context.world.device,
         others,
     )

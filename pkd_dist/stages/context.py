@@ -25,8 +25,11 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.model import encoder, layers, student
+from pkd_dist.model.attention import require_comparable
 from pkd_dist.model.compatibility import require_compatible
 from pkd_dist.model.ensemble import require_same_tokenizer
+from pkd_dist.model.families import num_layers
+from pkd_dist.model.layers import LayerMap
 from pkd_dist.stages.base import Inputs
 from pkd_dist.telemetry import Telemetry, trackers
 from pkd_dist.training.engine import require_precision, resolve_precision
@@ -134,7 +137,7 @@ class Resolved:
         teachers: the first one is that whose hidden states and layers the student gets.
         tokenizer: the teachers', which the student shares.
         class_order: label values in the order of a given teacher's outputs; None: the data decides.
-        pairs: (student layer, teacher layer) of the patience term, from 1 (0: the embeddings); empty where it is off.
+        layer_map: the layers of student and teacher that the loss compares.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
         kept_layers: teacher layers, from 1, whose states a cache that is built now holds.
         precision, teacher_precision: of the training, such as `autocast bfloat16`, and of the teacher's pass.
@@ -149,7 +152,7 @@ class Resolved:
     class_order: tuple[str, ...] | None
     teacher_layers: int
     student_layers: int
-    pairs: tuple[tuple[int, int], ...]
+    layer_map: LayerMap
     copied_layers: tuple[int, ...] | None
     kept_layers: tuple[int, ...]
     precision: str
@@ -168,7 +171,7 @@ class Resolved:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss has a term that the teacher decides."""
-        return self.config.distill.alpha > 0 or bool(self.pairs)
+        return self.config.distill.alpha > 0 or bool(self.layer_map.teacher_states)
 
     @property
     def cached(self) -> bool:
@@ -185,7 +188,7 @@ class Resolved:
         """Whether `distill.patience: skip` had to round its pairs."""
         return (
             self.config.distill.patience == "skip"
-            and bool(self.pairs)
+            and bool(self.layer_map.pairs)
             and layers.skip_is_rounded(self.teacher_layers, self.student_layers)
         )
 
@@ -268,9 +271,12 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             own = encoder.load_tokenizer(teacher.source)
             require_same_tokenizer((teachers[0].model, tokenizer), (teacher.model, own), "teacher.model")
     order = _class_order(config, task, teachers, tokenizer)
-    depth = encoder.num_layers(source_config)
+    depth = num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
-    pairs = layers.patience_pairs(config.distill, depth, student_depth)
+    layer_map = layers.layer_map(config.distill, depth, student_depth)
+    if layer_map.attention:
+        shape = student.planned_config(config.student, source_config)
+        require_comparable(config.distill, source_config, shape)
     resolved = Resolved(
         config=config,
         paths=paths_of(config),
@@ -281,9 +287,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         class_order=order,
         teacher_layers=depth,
         student_layers=student_depth,
-        pairs=pairs,
+        layer_map=layer_map,
         copied_layers=student.copied_teacher_layers(config.student, source_config),
-        kept_layers=layers.kept_layers(config.cache, pairs, depth),
+        kept_layers=layers.kept_layers(config.cache, layer_map.teacher_states, depth),
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )

@@ -16,11 +16,13 @@ from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.confidence import confident_rows
 from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
-from pkd_dist.distillation.teacher import require_finite
+from pkd_dist.distillation.teacher import DTYPES, require_finite
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import predict_logits
 from pkd_dist.files import sha256
 from pkd_dist.model import student
+from pkd_dist.model.attention import TeacherAttention, teacher_attention
+from pkd_dist.model.encoder import load_model
 from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
 from pkd_dist.stages.cache import live_teacher, needed_fingerprint
 from pkd_dist.stages.context import Context
@@ -37,6 +39,7 @@ from pkd_dist.stages.data import (
 )
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
+from pkd_dist.stages.teacher import teacher_folder
 from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry import trackers
 from pkd_dist.telemetry.log import log
@@ -124,18 +127,19 @@ def training_job(context: Context) -> Job:
     module = student.open_student(
         paths.student_init,
         config.student.dropout,
-        config.distill.projection if run.pairs else "never",
+        config.distill.projection if run.layer_map.pairs and config.distill.beta else "never",
         run.teacher_width,
         config.run.seed,
         used_vocabulary(context, training_set(context), "dev"),
-        config.distill.states == "tokens",
+        config.distill.compares_tokens,
     )
-    student_layers = tuple(student_layer for student_layer, _ in run.pairs)
     reader = _open_cache(context) if run.cached else None
     return Job(
         name="distill",
         module=module,
-        losses=DistillationLoss(config.distill, student_layers, open_class_weights(context)),
+        losses=DistillationLoss(
+            config.distill, run.layer_map, open_class_weights(context), _teacher_attention(context)
+        ),
         teacher_outputs=cached_outputs(reader) if reader else _live_outputs(context),
         teacher_dev_NC=_teacher_dev(context),
         train=_training_tokens(context, reader),
@@ -201,6 +205,14 @@ def _teacher_dev(context: Context) -> np.ndarray | None:
     logits = torch.from_numpy(logits_NC)
     context.world.on_main(lambda: require_finite(logits, logits) and None)
     return logits_NC
+
+
+def _teacher_attention(context: Context) -> TeacherAttention | None:
+    run, world = context.resolved, context.world
+    layers = [teacher_layer for _, teacher_layer in run.layer_map.attention]
+    if not layers:
+        return None
+    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.teacher_precision], world.device)
 
 
 def _require_cache_unaltered(context: Context) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pkd_dist.files import changed_file, file_digests, folder_written_atomically
-from pkd_dist.model import digests, encoder, student
+from pkd_dist.model import digests, encoder, families, student
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, classes_of, scale_input
@@ -70,11 +70,11 @@ def _create(context: Context) -> InitOutput:
     )
     with folder_written_atomically(folder) as temporary:
         encoder.save_model(model, run.tokenizer, temporary, run.config.task.max_length)
-    log.info("init: a %d-layer student from %s", encoder.num_layers(model.config), made_of)
+    log.info("init: a %d-layer student from %s", families.num_layers(model.config), made_of)
     if run.pairs_are_rounded:
         log.info(
             "init: the teacher's %d layers are not a multiple of the student's %d; the patience pairs are rounded to %s",
-            run.teacher_layers, run.student_layers, list(run.pairs),
+            run.teacher_layers, run.student_layers, list(run.layer_map.pairs),
         )  # fmt: skip
     return InitOutput(
         made_of, digests.weights_digest(str(folder)), encoder.parameter_count(model), file_digests(folder)

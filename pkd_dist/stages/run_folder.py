@@ -132,7 +132,7 @@ def move_aside(folder: Path) -> Path | None:
 
 def environment(run: Resolved, world: World) -> Environment:
     """Return what the run was resolved to, beside its settings."""
-    distill, pairs = run.config.distill, max(1, len(run.pairs))
+    distill, pairs = run.config.distill, max(1, len(run.layer_map.pairs))
     beta_mean = distill.beta * {"mean": 1, "pair_sum": pairs, "sum": pairs * run.teacher_width}[distill.pt_reduction]
     libraries = {name: found for name in _LIBRARIES if (found := _version(name))}
     return Environment(
@@ -147,7 +147,7 @@ def environment(run: Resolved, world: World) -> Environment:
         teacher_layers=run.teacher_layers,
         student_layers=run.student_layers,
         copied_layers=None if run.copied_layers is None else list(run.copied_layers),
-        patience_pairs=[list(pair) for pair in run.pairs],
+        patience_pairs=[list(pair) for pair in run.layer_map.pairs],
         beta_mean=beta_mean,
         beta_sum=beta_mean / (pairs * run.teacher_width),
     )

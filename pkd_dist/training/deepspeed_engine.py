@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -28,6 +27,7 @@ from pkd_dist.distributed.shared_memory import SharedMemory, open_shared_memory
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import (
     Schedule,
@@ -95,10 +95,8 @@ class DeepSpeedEngine:
     def loss_scale(self) -> float | None:
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0)) if self._fp16 else None
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._engine(inputs, layers, tokens)
+    def __call__(self, *arguments: Any) -> Outputs:
+        return self._engine(*arguments)
 
     def train(self) -> None:
         self._engine.train(True)
@@ -152,7 +150,7 @@ class _Autocast(nn.Module):
         self.module = module
         self._autocast = autocast(device, dtype)
 
-    def forward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, *arguments: object) -> Outputs:
         with self._autocast:
             return self.module(*arguments)
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +21,7 @@ from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
 from pkd_dist.training.optimization import Schedule
 from pkd_dist.training.optimizer_state import OptimizerState
@@ -50,10 +50,8 @@ class Engine(Protocol):
     @property
     def loss_scale(self) -> float | None: ...
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the module's forward pass in the engine's precision; see `Encoder.forward`."""
+    def __call__(self, *arguments: Any) -> Outputs:
+        """Run the module's forward pass, `Encoder.forward`, in the engine's precision."""
 
     def train(self) -> None:
         """Set training mode."""

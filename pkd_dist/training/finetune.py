@@ -20,9 +20,10 @@ from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distributed.world import World
 from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.encoder import Encoder, load_config, load_model, save_model
+from pkd_dist.model.outputs import Forward
 from pkd_dist.model.regression_head import has_trained_head, restore, standardize
 from pkd_dist.telemetry import Telemetry
-from pkd_dist.training.job import DeepSpeedJson, Forward, Job, Progress
+from pkd_dist.training.job import DeepSpeedJson, Job, Progress
 from pkd_dist.training.trainer import train
 
 
@@ -33,7 +34,7 @@ class GoldLoss:
     class_weights_C: torch.Tensor | None
 
     def __call__(self, model: Forward, batch: Batch) -> dict[str, torch.Tensor]:
-        ce_B = hard_loss(model(batch.inputs)[0], batch.labels_B, self.class_weights_C)
+        ce_B = hard_loss(model(batch.inputs).logits_BC, batch.labels_B, self.class_weights_C)
         return {"total": ce_B, "ce": ce_B}
 
 

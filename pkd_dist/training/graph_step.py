@@ -23,9 +23,10 @@ from torch import nn
 from pkd_dist.data.batches import Batch, collate
 from pkd_dist.data.on_device import DeviceTokens, PendingBatch, open_device_tokens
 from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.model.outputs import Forward, Outputs
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
-from pkd_dist.training.job import Forward, LossTerms
+from pkd_dist.training.job import LossTerms
 from pkd_dist.training.optimization import autocast, set_learning_rate
 from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import StepInputs, StepResult
@@ -168,7 +169,7 @@ class _CastModule:
         self._copies = {name: torch.empty_like(p, dtype=dtype).requires_grad_() for name, p in named}
         self._gradients = [torch.empty_like(p) for p in self._masters]
 
-    def __call__(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, *arguments: Any) -> Outputs:
         with torch.no_grad():
             torch._foreach_copy_(list(self._copies.values()), self._masters)
         with self._autocast:

@@ -16,11 +16,10 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Forward
 
 DeepSpeedJson = dict[str, Any]
 """A DeepSpeed JSON as `load_deepspeed` returns it: checked, with DeepSpeed's own types."""
-Forward = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
-"""(inputs, layers, tokens) -> logits and hidden states: an `Encoder`, or an engine around one."""
 LossTerms = Callable[[Forward, Batch], dict[str, torch.Tensor]]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.optimization import Schedule, autocast, clip_gradients, make_adamw, set_learning_rate
 from pkd_dist.training.optimizer_state import ReplicatedState, full_weights
 
@@ -29,11 +30,9 @@ class PlainEngine:
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._autocast = autocast(device, autocast_dtype)
 
-    def __call__(
-        self, inputs: dict[str, torch.Tensor], layers: Sequence[int] = (), tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, *arguments: Any) -> Outputs:
         with self._autocast:
-            return self.module(inputs, layers, tokens)
+            return self.module(*arguments)
 
     def train(self) -> None:
         self.module.train()

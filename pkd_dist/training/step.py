@@ -13,8 +13,9 @@ from pkd_dist.data.batches import Batch, TrainingBatches
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError
 from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.model.outputs import Forward
 from pkd_dist.training.engine import Engine
-from pkd_dist.training.job import Forward, Job
+from pkd_dist.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class StepInputs:
             job.train, settings.batch_size, settings.micro_batch_size, job.seed, world.rank, world.size, job.pad_id
         )
         self._order = lru_cache(maxsize=1)(self.batches.order)
-        self._terms: tuple[str, ...] = LOSS_TERMS  # until the losses have been computed
+        self._terms: tuple[str, ...] = tuple(LOSS_TERMS)  # until the losses have been computed
 
     def position(self, step: int) -> tuple[np.ndarray, int]:
         """Return the order of the examples in the step's epoch, and the step's index in that epoch."""

@@ -24,11 +24,11 @@ def unload_deepspeed() -> None:
             del sys.modules[name]
 
 
-def make_model() -> BertForSequenceClassification:
-    torch.manual_seed(0)
+def make_model(layers: int = 2, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            vocab_size=60, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
             max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip

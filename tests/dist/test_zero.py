@@ -21,11 +21,11 @@ def plain():
     return train()
 
 
-def run(output, deepspeed, ranks, micro="auto", start="", stop=STEPS):
+def run(output, deepspeed, ranks, micro="auto", start="", stop=STEPS, terms=""):
     """Train in worker.py; return what it wrote, the weights, and the newest checkpoint."""
     output.mkdir(exist_ok=True)
     engine = "plain" if ranks == 1 and deepspeed.endswith("_fp32") else "deepspeed"
-    arguments = engine, f"ds_configs/{deepspeed}.json", micro, output, start, stop
+    arguments = engine, f"ds_configs/{deepspeed}.json", micro, output, start, stop, terms
     done = forked.run(HERE / "worker.py", arguments, ROOT, bare_ranks(ranks), timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     written = output / "weights.safetensors"
@@ -70,6 +70,16 @@ def test_float32_equals_plain_adamw(plain, tmp_path, deepspeed, ranks, micro):
     assert not got["compilers probed"], "nothing is compiled on a CPU"
     if deepspeed == "zero1_fp32" and ranks > 1:
         assert got["sums"] and got["gathers"], "through shared memory"
+
+
+def test_every_loss_term_on_two_ranks_equals_one(tmp_path):
+    """Hidden states, Gram matrices, relations and attention scores, with sharded optimizers and sharded weights."""
+    one, wanted, _ = run(tmp_path / "one", "zero1_fp32", 1, stop=6, terms="all")
+    for deepspeed in ("zero1_fp32", "zero3_fp32"):
+        two, mine, _ = run(tmp_path / deepspeed, deepspeed, 2, stop=6, terms="all")
+        assert two["losses"] == pytest.approx(one["losses"], rel=2e-4)
+        for name, value in wanted.items():
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """One rank of test_zero.py: trains a tiny encoder through an engine and writes the outcome.
 
 It saves a checkpoint at step HALF. After the last step it resumes from there with a new engine: both ends must be equal bit
-for bit. Or it resumes from a given checkpoint, possibly of another number of ranks and another ZeRO stage.
+for bit. Or it resumes from a given checkpoint, possibly of another number of ranks and another ZeRO stage. The loss is that
+of the labels, or has every term of a distillation.
 """
 
 import json
@@ -16,13 +17,17 @@ from safetensors.torch import save_file
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import Train
+from pkd_dist.config.schema import Distill, Train
 from pkd_dist.data.batches import TrainingBatches, micro_batches
 from pkd_dist.distillation.losses import hard_loss
+from pkd_dist.distillation.objective import DistillationLoss, live_outputs
+from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.distributed import shared_memory as shared
 from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
+from pkd_dist.model.attention import teacher_attention
 from pkd_dist.model.encoder import Encoder
+from pkd_dist.model.layers import layer_map
 from pkd_dist.training import checkpoint
 from pkd_dist.training.engine import open_engine
 from pkd_dist.training.optimization import Schedule
@@ -42,16 +47,31 @@ class Counted(shared.SharedMemory):
         super().gather(output, own)
 
 
+def labels_alone(model, batch):
+    return {"total": hard_loss(model(batch.inputs).logits_BC, batch.labels_B)}
+
+
+def every_term(device):
+    """A loss on all that can be compared with a teacher of 3 layers, which runs in every step."""
+    distill = Distill(beta=10, states="tokens", gram=1, relations=1, relation_heads=2, attention=0.1)
+    layers, teacher = layer_map(distill, 3, 2), make_model(layers=3, seed=1)
+    attention = teacher_attention(teacher, [layer for _, layer in layers.attention], torch.float32, device)
+    add_outputs = live_outputs(LiveTeacher(teacher, layers.teacher_states, "float32", "float32", True, device))
+    loss = DistillationLoss(distill, layers, None, attention)
+    return lambda model, batch: loss(model, add_outputs(batch))
+
+
 class Run:
     """One engine with the plain loop's model and data."""
 
-    def __init__(self, world, deepspeed, micro):
+    def __init__(self, world, deepspeed, micro, terms):
         self.world, self.losses, self.norms = world, [], []
+        self.terms = every_term(world.device) if terms else labels_alone
         tokens = make_tokens()
         config = load_deepspeed(load(None, ["run.dir=x", f"train.deepspeed={deepspeed}"]))
         settings = Train(**SETTINGS, micro_batch_size=micro)
         schedule = Schedule(settings, STEPS, *micro_batches(settings.batch_size, world.size, micro))
-        self.engine = open_engine(Encoder(make_model()), config, schedule, world)
+        self.engine = open_engine(Encoder(make_model(), all_tokens=bool(terms)), config, schedule, world)
         self.batches = TrainingBatches(tokens, settings.batch_size, micro, 7, world.rank, world.size, 0)
         self.engine.train()
 
@@ -61,7 +81,7 @@ class Run:
             total = 0.0
             parts = self.batches.step(self.batches.order(epoch), within)
             for i, batch in enumerate(parts):
-                loss = (hard_loss(self.engine(batch.inputs)[0], batch.labels_B) * batch.weight_B).sum()
+                loss = (self.terms(self.engine, batch)["total"] * batch.weight_B).sum()
                 self.engine.backward(loss)
                 total += float(loss)
                 if i + 1 < len(parts):
@@ -87,13 +107,13 @@ class Run:
             return {name: p.detach().clone() for name, p in named.items()}
 
 
-def main(engine, deepspeed, micro, output, start, stop):
+def main(engine, deepspeed, micro, output, start, stop, terms=""):
     world = World(discover(), 60)
     if engine == "plain":
         unload_deepspeed()
     shared.SharedMemory = Counted
     micro, output, start, stop = int(micro) if micro.isdigit() else micro, Path(output), Path(start), int(stop)
-    run = Run(world, deepspeed, micro)
+    run = Run(world, deepspeed, micro, terms)
     same = None
     if start.name:
         run.restore(start)
@@ -107,7 +127,7 @@ def main(engine, deepspeed, micro, output, start, stop):
             save_file(live, output / "live.safetensors")
         run.train(HALF, stop)
         if stop > HALF:
-            again = Run(world, deepspeed, micro)
+            again = Run(world, deepspeed, micro, terms)
             again.restore(output / checkpoint.step_name(HALF))
             again.train(HALF, stop)
             first, second = run.engine.full_weights(), again.engine.full_weights()

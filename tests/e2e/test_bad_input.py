@@ -106,6 +106,26 @@ CONFIGURATION = {
         ["distill.patience=[1,2]"],
         r"distill\.patience: \[1, 2\] names 2 teacher layer\(s\), but a 2-layer student has 1 to pair",
     ),
+    "relations of a layer": (
+        {},
+        ["distill.relations=1", "distill.relation_layer=5"],
+        r"distill\.relation_layer: 5 is out of range; the teacher's layers are 1 to 4",
+    ),
+    "relation heads": (
+        {},
+        ["distill.relations=1", "distill.relation_heads=7"],
+        r"distill\.relation_heads: 7 does not divide the teacher's width, 32",
+    ),
+    "attention of a narrower student": (
+        {},
+        ["distill.attention=1", "student.layers=null", "student.init=random", "student.hidden_size=16"],
+        r"distill\.attention: the teacher has 2 attention heads, the student 1; use distill\.relations",
+    ),
+    "Gram matrices of one layer": (
+        {},
+        ["distill.gram=1", "student.layers=[3]"],
+        r"distill\.gram: a student of one layer has none to compare; set distill\.pair_last_layer=true",
+    ),
     "run folder": (
         {"taken": "a file"},
         ["run.dir={at}/taken/run"],

@@ -39,7 +39,9 @@ def test_a_finished_run_continues_with_more_epochs(prepared):
     done = launch(*command, "--stages", "distill")
     assert done.returncode == 0, done.stderr
     plan = launch(*command, "train.epochs=3", "--dry-run")
-    assert "distill: continues, because train.epochs changed (2 -> 3)\n  evaluate: may run, after distill" in plan.stdout
+    assert (
+        "distill: continues, because train.epochs changed (2 -> 3)\n  evaluate: may run, after distill" in plan.stdout
+    )
     done = launch(*command, "train.epochs=3", "--stages", "distill")
     assert done.returncode == 0, done.stderr
     assert "distill: continues, because train.epochs changed (2 -> 3)" in done.stdout

@@ -350,10 +350,13 @@ def test_the_same_optimisation_on_one_and_three_ranks(settings, tmp_path):
     assert abs(results(tmp_path / "three")["accuracy"] - results(tmp_path / "one")["accuracy"]) <= 1 / 41
 
 
-@pytest.mark.parametrize("states", ["cls", "tokens"])
-def test_the_cache_equals_the_live_teacher(settings, tmp_path, states):
+@pytest.mark.parametrize(
+    "distill",
+    [{"states": "cls"}, {"states": "tokens"}, {"gram": 1, "relations": 1, "relation_heads": 4, "attention": 0.1}],
+)
+def test_the_cache_equals_the_live_teacher(settings, tmp_path, distill):
     settings["student"]["dropout"] = 0.0
-    settings["distill"] = {"states": states}
+    settings["distill"] = distill
     settings["train"]["deepspeed"] = "ds_configs/zero0_fp32.json"
     settings["cache"] |= {"precision": "float32", "dtype": "float32"}
     config = write_config(settings, tmp_path)

@@ -40,7 +40,7 @@ def test_logits_states_and_gradients(family):
     plain, encoder, inputs, _ = pair(family)
     assert encoder.first_token_only and encoder.vocabulary is not None
     out = plain(**inputs, output_hidden_states=True)
-    logits, states = encoder(inputs, (1, 2))
+    logits, states, *_ = encoder(inputs, (1, 2))
     torch.testing.assert_close(logits, out.logits, rtol=0, atol=1e-12)
     torch.testing.assert_close(states, torch.stack([out.hidden_states[i][:, 0] for i in (1, 2)], 1), rtol=0, atol=1e-12)
     out.logits.square().sum().backward()
@@ -90,7 +90,7 @@ def test_an_unknown_family_is_unchanged():
 def test_states_of_all_tokens_need_the_full_last_layer():
     plain, _, inputs, _ = pair(BertConfig)
     encoder = Encoder(copy.deepcopy(plain), all_tokens=True)
-    _, states = encoder(inputs, (1, 3), tokens=True)
+    _, states, *_ = encoder(inputs, (1, 3), tokens=True)
     hidden = plain(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[:, :, 1], hidden[3], rtol=0, atol=1e-12)
 

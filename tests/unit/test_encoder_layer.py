@@ -12,7 +12,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from pkd_dist.kernels.encoder_layer import CpuDropout
 from pkd_dist.kernels.operations import CompiledOperations, dropout_mask, select_operations
-from pkd_dist.model.encoder import Encoder, encoder_layers, use_cpu_kernels
+from pkd_dist.model.encoder import Encoder, use_cpu_kernels
+from pkd_dist.model.families import encoder_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BERT = BertConfig(

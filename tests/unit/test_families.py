@@ -18,13 +18,13 @@ from pkd_dist.model.compatibility import KNOWN_FAMILIES, longest_input, require_
 from pkd_dist.model.encoder import (
     Encoder,
     accepted,
-    encoder_layers,
     load_model,
     load_tokenizer,
     locate,
     save_model,
     set_dropout,
 )
+from pkd_dist.model.families import encoder_layers
 from pkd_dist.model.student import create, open_student, planned_depth, take_layers
 from pkd_dist.model.vocabulary import used_vocabulary
 
@@ -63,11 +63,11 @@ def test_logits_and_states_are_those_of_the_plain_model(folder, family, pairs):
     assert accepted(plain, inputs).keys() == known.keys()
     wanted = plain(**known, output_hidden_states=True)
     used = used_vocabulary([inputs["input_ids"].numpy().ravel()], SIZE, tokenizer.pad_token_id)
-    logits, states = Encoder(load_model(folder), used_V=used).eval()(inputs, (1, 2, 3))
+    logits, states, *_ = Encoder(load_model(folder), used_V=used).eval()(inputs, (1, 2, 3))
     torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=1e-5)
     cls = torch.stack([wanted.hidden_states[i][:, 0] for i in (1, 2, 3)], 1)
     torch.testing.assert_close(states, cls, rtol=0, atol=1e-5)
-    _, every = Encoder(load_model(folder), used_V=used, all_tokens=True).eval()(inputs, (2, 4), tokens=True)
+    _, every, *_ = Encoder(load_model(folder), used_V=used, all_tokens=True).eval()(inputs, (2, 4), tokens=True)
     torch.testing.assert_close(every, torch.stack([wanted.hidden_states[i] for i in (2, 4)], 2), rtol=0, atol=1e-5)
 
 
@@ -110,8 +110,8 @@ def test_a_student_of_the_first_layers_computes_the_teachers_states(folder, fami
     """Removing the last layers does not change the states of the others."""
     student, _ = create(Student(init="first_k", num_layers=3), folder, folder, LABELS, 1)
     inputs = read(load_tokenizer(folder))
-    _, mine = Encoder(student).eval()(inputs, (1, 2))
-    _, its = Encoder(load_model(folder)).eval()(inputs, (1, 2))
+    _, mine, *_ = Encoder(student).eval()(inputs, (1, 2))
+    _, its, *_ = Encoder(load_model(folder)).eval()(inputs, (1, 2))
     torch.testing.assert_close(mine, its, rtol=0, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_a_student_of_another_width_and_of_random_weights(folder, family, tmp_pa
     assert (student.config.hidden_dim if family == "distilbert" else student.config.intermediate_size) == 32
     save_model(student, load_tokenizer(folder), tmp_path / "init")
     trained = open_student(tmp_path / "init", None, "auto", 32, 1, np.arange(SIZE), False)
-    logits, states = trained(read(load_tokenizer(folder)), (1,))
+    logits, states, *_ = trained(read(load_tokenizer(folder)), (1,))
     assert logits.shape == (3, 2) and states.shape == (3, 1, 32)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "init")
     assert not [name for name in again.state_dict() if "projection" in name]
@@ -209,7 +209,7 @@ def test_the_real_minilm():
         require_compatible(teacher.config, tokenizer, 513, folder, "teacher.model")
     inputs = read(tokenizer)
     hidden = teacher(**inputs, output_hidden_states=True).hidden_states
-    logits, states = Encoder(copy.deepcopy(teacher)).eval()(inputs, (2, 4))
+    logits, states, *_ = Encoder(copy.deepcopy(teacher)).eval()(inputs, (2, 4))
     torch.testing.assert_close(states, torch.stack([hidden[2][:, 0], hidden[4][:, 0]], 1))
     student = take_layers(teacher, (1, 3, 5)).eval()
     assert torch.isfinite(student(**inputs).logits).all() and torch.isfinite(logits).all()
@@ -401,11 +401,11 @@ def test_other_families(kind, fields):
     wanted = plain(**accepted(plain, inputs), output_hidden_states=True)
     encoder = Encoder(copy.deepcopy(plain), used_V=used).eval()
     assert (encoder.vocabulary is None) == (kind is hf.IBertConfig) and not encoder.first_token_only
-    logits, states = encoder(inputs, (1,))
+    logits, states, *_ = encoder(inputs, (1,))
     torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(states[:, 0], wanted.hidden_states[1][:, 0], rtol=0, atol=1e-5)
     student = take_layers(plain, (0, 2)).eval()
-    _, mine = Encoder(student)(inputs, (1,))
+    _, mine, *_ = Encoder(student)(inputs, (1,))
     torch.testing.assert_close(mine, states, rtol=0, atol=1e-5)
 
 

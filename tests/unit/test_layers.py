@@ -4,7 +4,15 @@ import pytest
 
 from pkd_dist.config.schema import Cache, Distill
 from pkd_dist.errors import UserError
-from pkd_dist.model.layers import copied_layers, kept_layers, paired_layers, patience_pairs, skip_is_rounded
+from pkd_dist.model.layers import (
+    attention_pairs,
+    copied_layers,
+    kept_layers,
+    layer_map,
+    paired_layers,
+    patience_pairs,
+    skip_is_rounded,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,18 +55,51 @@ def test_patience_pairs_of_a_configuration():
     assert patience_pairs(Distill(pair_last_layer=True, patience=[4, 8, 12]), 12, 3) == ((1, 4), (2, 8), (3, 12))
     assert patience_pairs(Distill(pair_last_layer=True, patience="last"), 12, 3) == ((1, 10), (2, 11), (3, 12))
     assert patience_pairs(Distill(beta=0, pair_embeddings=True), 12, 3) == (), "no weight, no pairs"
+    assert patience_pairs(Distill(beta=0, gram=1), 12, 3) == ((1, 4), (2, 8))
+    assert patience_pairs(Distill(gram=1, pair_last_layer=True), 12, 1) == ((1, 12),)
+    with pytest.raises(
+        UserError, match=r"distill\.gram: a student of one layer has none to compare; set distill\.pair_l"
+    ):
+        patience_pairs(Distill(gram=1), 12, 1)
+
+
+def test_layers_whose_attention_is_compared():
+    assert attention_pairs(Distill(), 12, 3) == ()
+    assert attention_pairs(Distill(relations=1), 12, 3) == ((3, 12),)
+    assert attention_pairs(Distill(relations=1, relation_layer=10), 12, 3) == ((3, 10),)
+    assert attention_pairs(Distill(attention=1), 12, 3) == ((1, 4), (2, 8), (3, 12))
+    assert attention_pairs(Distill(attention=1, pair_last_layer=True, patience=[1, 2, 3]), 12, 3) == (
+        (1, 1),
+        (2, 2),
+        (3, 12),
+    )
+    assert attention_pairs(Distill(attention=1), 12, 1) == ((1, 12),)
+    with pytest.raises(
+        UserError, match=r"distill\.relation_layer: 13 is out of range; the teacher's layers are 1 to 12"
+    ):
+        attention_pairs(Distill(relations=1, relation_layer=13), 12, 3)
+
+
+def test_hidden_states_that_a_loss_needs():
+    """Attention is computed from the states that enter a layer; those that are paired too are needed once."""
+    found = layer_map(Distill(attention=1, relations=1, patience=[3, 8], pair_embeddings=True), 12, 3)
+    assert found.pairs == ((0, 0), (1, 3), (2, 8)) and found.attention == ((1, 3), (2, 8), (3, 12))
+    assert found.teacher_states == (0, 3, 8, 2, 7, 11) and found.attention_inputs == (3, 4, 5)
+    first = layer_map(Distill(attention=1, patience=[1], pair_embeddings=True, relation_layer=2), 12, 2)
+    assert first.teacher_states == (0, 1) and first.attention_inputs == (0, 1)
+    assert layer_map(Distill(beta=0, relations=1), 12, 1).teacher_states == (11,)
 
 
 def test_kept_layers_of_a_cache():
-    pairs = ((0, 0), (1, 4), (2, 2))
-    assert kept_layers(Cache(), pairs, 6) == (0, 2, 4)
-    assert kept_layers(Cache(layers="all"), pairs, 6) == (0, 1, 2, 3, 4, 5, 6)
-    assert kept_layers(Cache(layers=[6, 4, 2, 0]), pairs, 6) == (0, 2, 4, 6)
+    needed = (0, 4, 2)
+    assert kept_layers(Cache(), needed, 6) == (0, 2, 4)
+    assert kept_layers(Cache(layers="all"), needed, 6) == (0, 1, 2, 3, 4, 5, 6)
+    assert kept_layers(Cache(layers=[6, 4, 2, 0]), needed, 6) == (0, 2, 4, 6)
     assert kept_layers(Cache(), (), 6) == kept_layers(Cache(layers=[]), (), 6) == ()
     with pytest.raises(
-        UserError, match=r"cache\.layers: \[0, 4\] lacks teacher layer 2, which is paired; add it, or use 'all'"
+        UserError, match=r"cache\.layers: \[0, 4\] lacks teacher layer 2, which the loss compares; add it, or use 'all'"
     ):
-        kept_layers(Cache(layers=[0, 4]), pairs, 6)
+        kept_layers(Cache(layers=[0, 4]), needed, 6)
     with pytest.raises(UserError, match=r"cache\.layers: 7 is out of range; the teacher has 6 layers"):
         kept_layers(Cache(layers=[7]), (), 6)
 

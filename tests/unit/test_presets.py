@@ -11,6 +11,8 @@ from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.distillation.objective import DistillationLoss
 from pkd_dist.errors import UserError
+from pkd_dist.model.layers import LayerMap
+from pkd_dist.model.outputs import Outputs
 
 B, C, M, H, L = 6, 3, 2, 8, 5
 RNG = np.random.default_rng(0)
@@ -30,8 +32,9 @@ def total(settings, mine, theirs, mask=None):
         inputs={}, labels_B=torch.from_numpy(LABELS), attention_mask_BL=mask, teacher_logits_BC=tensors[1],
         teacher_states=tensors[3],
     )  # fmt: skip
-    loss = DistillationLoss(settings, tuple(range(mine.shape[-2])))
-    return loss(lambda inputs, layers, tokens: (tensors[0], tensors[2]), batch)["total"].mean()
+    loss = DistillationLoss(settings, LayerMap(tuple((m, m) for m in range(mine.shape[-2]))))
+    outputs = Outputs(tensors[0], tensors[2], tensors[2])
+    return loss(lambda *inputs: outputs, batch)["total"].mean()
 
 
 def normalised(states):

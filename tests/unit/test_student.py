@@ -181,7 +181,7 @@ def test_a_folder_of_another_width_learns_a_projection_that_is_not_exported(teac
     used = np.arange(20)
     student = open_student(tmp_path / "init", None, "auto", 16, 42, used, False)
     assert student.projection is not None and student.projection.weight.shape == (16, 8)
-    _, states = student({"input_ids": torch.tensor([[2, 7, 3]]), "attention_mask": torch.ones(1, 3)}, (1,))
+    _, states, *_ = student({"input_ids": torch.tensor([[2, 7, 3]]), "attention_mask": torch.ones(1, 3)}, (1,))
     assert states.shape == (1, 1, 16), "as wide as the teacher's"
     with torch.no_grad():
         for parameter in student.parameters():

@@ -26,7 +26,7 @@ assert encoder.first_token_only and encoder.fused == (kernels == "with")
 inputs = load_tokenizer(folder)(["a good film", "the plot was very dull"], padding=True, return_tensors="pt")
 optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
 for _ in range(3):
-    logits, states = encoder(inputs, (1, 2))
+    logits, states, *_ = encoder(inputs, (1, 2))
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])) + states.square().mean()
     optimizer.zero_grad()
     loss.backward()

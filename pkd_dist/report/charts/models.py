@@ -1,10 +1,11 @@
-"""Teacher and student as stacks of layers, with the copied layers and the patience pairs between them."""
+"""Teacher and student as stacks of layers, with the copied layers and the compared ones between them."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
+from pkd_dist.model.layers import attention_pairs
 from pkd_dist.report.charts.drawing import COLORS, Plot, plot
 from pkd_dist.report.run import Run
 
@@ -16,7 +17,7 @@ def layers(run: Run) -> Plot:
     """Draw both models. Layer 0 is the embeddings, the layer after the last one the classifier."""
     depth = {"teacher": run.environment.teacher_layers, "student": run.environment.student_layers}
     copied = [layer + 1 for layer in run.environment.copied_layers or ()]
-    pairs = run.environment.patience_pairs
+    pairs = _compared(run)
     used = {teacher for _, teacher in pairs} | set(copied)
     top = max(depth.values()) + 1.0
     spacing = {"teacher": 1.0, "student": max(1.0, depth["teacher"] / depth["student"])}
@@ -34,8 +35,8 @@ def layers(run: Run) -> Plot:
         for student, teacher in enumerate(copied, start=1):
             if (student, teacher) not in pairs:
                 _dotted_link(axes, height("teacher", teacher), height("student", student))
-        for student, teacher in pairs:
-            _link(axes, height("teacher", teacher), height("student", student), "PT")
+        for (student, teacher), terms in pairs.items():
+            _link(axes, height("teacher", teacher), height("student", student), ", ".join(terms).upper())
         if run.config.distill.alpha:
             _link(axes, top, top, "DS")
         axes.set(xlim=(-0.1, 3.5), ylim=(-0.5, top + 1.1))
@@ -45,6 +46,20 @@ def layers(run: Run) -> Plot:
     links += [f"student {student} starts from teacher {teacher}" for student, teacher in enumerate(copied, start=1)]
     note = "solid: what the student learns from" + ("; dotted: copied layers" if copied else "")
     return plot("Layers", note, "Layers: " + ", ".join(links), draw, 1.2 + 0.24 * max(depth.values()))
+
+
+def _compared(run: Run) -> dict[tuple[int, int], list[str]]:
+    """Return the loss terms that compare each pair of (student layer, teacher layer)."""
+    distill, environment = run.config.distill, run.environment
+    attention = attention_pairs(distill, environment.teacher_layers, environment.student_layers)
+    by_term = {
+        "pt": environment.patience_pairs, "gram": environment.patience_pairs, "rel": attention[-1:], "att": attention,
+    }  # fmt: skip
+    found: dict[tuple[int, int], list[str]] = {}
+    for term, pairs in by_term.items():
+        for student, teacher in pairs if distill.weights[term] else ():
+            found.setdefault((student, teacher), []).append(term)
+    return found
 
 
 def _box(axes: Axes, side: str, y: float, text: str, faint: bool) -> None:

@@ -8,15 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from pkd_dist.metric_names import LOSS_TERMS
 from pkd_dist.report.charts.drawing import COLORS, Draw, Plot, count_axis, plot
 from pkd_dist.report.run import Run
 
-LOSS_TITLES = {
-    "total": "Total loss",
-    "ce": "CE: labels",
-    "ds": "DS: teacher predictions",
-    "pt": "PT: teacher layers",
-}
 _MAX_POINTS = 600
 _MAX_EPOCH_LINES = 12
 
@@ -36,7 +31,7 @@ def curves(run: Run) -> Iterator[Plot]:
     for term, values_S in run.steps.losses.items():
         if values_S.any():
             means_S = running_mean(values_S)
-            title = LOSS_TITLES[term]
+            title = LOSS_TERMS[term]
             note = f"running mean from {means_S[0]:.3g} to {means_S[-1]:.3g}"
             yield plot(title, note, f"{title} by step: {note}", _by_step(run, means_S, values_S))
     rates_S = run.steps.learning_rate_S
