@@ -22,10 +22,11 @@ METHODS: dict[str, Overrides] = {
     "first-k": {"student.init": "first_k"},
     "tokens": {"distill.states": "tokens"},
     "seed": {"distill.preset": "seed", **{f"distill.{key}": value for key, value in PRESETS["seed"].items()}},
+    "strong": {"distill.preset": "strong"},
 }
 """Methods by name; other settings are the configuration's. `finetune` learns from labels alone, `kd` also from the teacher's
 predictions, `pkd-skip` and `pkd-last` also from its layers. `random` and `first-k` start from other weights, `tokens` compares
-the hidden states of all tokens, `seed` uses the loss of the OneFlow implementation."""
+the hidden states of all tokens, `seed` uses the loss of the OneFlow implementation, `strong` the recipe of that preset."""
 
 
 class Raw(str):

@@ -1,4 +1,4 @@
-"""The three presets of the loss, each against its formula in float64 numpy."""
+"""The presets: the losses of the sources, each against its formula in float64 numpy, and what `strong` sets."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ from scipy.special import log_softmax, softmax
 
 from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
+from pkd_dist.config.task import Augment
 from pkd_dist.distillation.objective import DistillationLoss
 from pkd_dist.errors import UserError
 from pkd_dist.model.layers import LayerMap
@@ -92,3 +93,26 @@ def test_a_preset_sets_the_keys_that_are_not_given():
     assert distill("distill.preset=null") == distill()
     with pytest.raises(UserError, match=r"distill\.preset: 'papers' is invalid; allowed: paper or authors or seed"):
         distill("distill.preset=papers")
+
+
+def test_strong_sets_extra_text_and_epochs_where_they_are_not_given(tmp_path):
+    config = load(None, ["run.dir=x", "distill.preset=strong"])
+    assert config.distill.model_dump().items() >= PRESETS["strong"].items()
+    assert (config.task.augment.copies, config.task.augment.neighbours, config.train.epochs) == ("auto", 0.2, 2)
+    given = load(None, ["run.dir=x", "distill.preset=strong", "train.epochs=7", "task.augment.copies=3"])
+    assert (given.train.epochs, given.task.augment.copies, given.task.augment.neighbours) == (7, 3, 0.2)
+    assert load(None, ["run.dir=x", "distill.preset=strong", "task.augment=null"]).task.augment is None
+    (tmp_path / "run.yaml").write_text("run: {dir: x}\ntrain: {epochs: 9}\ndistill: {beta: 3}\n")
+    assert load(tmp_path / "run.yaml", ["distill.preset=strong"]).train.epochs == 2, "the command line takes precedence"
+    (tmp_path / "run.yaml").write_text("run: {dir: x}\ntrain: {epochs: 9}\ndistill: {preset: strong}\n")
+    assert load(tmp_path / "run.yaml").train.epochs == 9
+    paper = load(None, ["run.dir=x", "distill.preset=paper"])
+    assert (paper.task.augment, paper.train.epochs) == (None, 4)
+    with pytest.raises(UserError, match=r"command line: task\.augment"):
+        load(None, ["run.dir=x", "distill.preset=strong", "task.augment=many"])
+
+
+@pytest.mark.parametrize(("examples", "copies"), [(0, 20), (240, 20), (8_478, 20), (67_349, 2), (392_702, 1)])
+def test_auto_makes_about_200_000_texts(examples, copies):
+    assert Augment(copies="auto").copies_of(examples) == copies
+    assert Augment(copies=5).copies_of(examples) == 5
