@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pkd_dist.config.schema import Distill
+from pkd_dist.config.distill import Distill
 from pkd_dist.data.batches import Batch
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.losses import attention_loss, gram_loss, hard_loss, patience_loss, relation_loss, soft_loss

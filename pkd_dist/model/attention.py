@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pkd_dist.config.schema import Distill
+from pkd_dist.config.distill import Distill
 from pkd_dist.errors import UserError
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pkd_dist.config.schema import Cache, Distill
+from pkd_dist.config.distill import Distill
+from pkd_dist.config.schema import Cache
 from pkd_dist.errors import UserError
 
 

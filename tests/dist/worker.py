@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
-from pkd_dist.config.schema import Distill, Train
+from pkd_dist.config.distill import Distill
+from pkd_dist.config.schema import Train
 from pkd_dist.data.batches import TrainingBatches, micro_batches
 from pkd_dist.distillation.losses import hard_loss
 from pkd_dist.distillation.objective import DistillationLoss, live_outputs

@@ -139,7 +139,7 @@ CONFIGURATION = {
     "divergence from no teacher": (
         {},
         ["evaluate.best_by=divergence", "distill.alpha=0", "distill.beta=0"],
-        r"command line: evaluate\.best_by: divergence compares with the teacher, .*\(distill\.alpha is 0, .*; use metric",
+        r"evaluate\.best_by: divergence compares with the teacher, .*\(distill\.alpha is 0, .*; use metric",
     ),
     "teacher not fine-tuned": (
         {},

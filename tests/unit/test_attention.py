@@ -9,7 +9,7 @@ import transformers as hf
 from families import DEEP, FAMILIES, SIZE, shape_of
 from scipy.special import log_softmax, softmax
 
-from pkd_dist.config.schema import Distill
+from pkd_dist.config.distill import Distill
 from pkd_dist.data.batches import Batch
 from pkd_dist.distillation.losses import attention_loss, gram_loss, patience_loss, relation_loss, soft_loss
 from pkd_dist.distillation.objective import DistillationLoss

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pkd_dist.config.schema import Cache, Distill
+from pkd_dist.config.distill import Distill
+from pkd_dist.config.schema import Cache
 from pkd_dist.errors import UserError
 from pkd_dist.model.layers import (
     attention_pairs,
