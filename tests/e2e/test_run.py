@@ -215,9 +215,12 @@ def test_again_everything_is_done_and_a_changed_line_says_why(finished, tmp_path
 
 RAISED = """
 import dataclasses, sys
-from pkd_dist.stages import evaluate
-evaluate.STAGE = dataclasses.replace(evaluate.STAGE, version=evaluate.VERSION + 1)
+from pkd_dist import pipeline
 from pkd_dist.cli.launch import leave, train
+pipeline.STAGES = tuple(
+    dataclasses.replace(stage, version=stage.version + (stage.name == "evaluate")) for stage in pipeline.STAGES
+)
+pipeline.VERSIONS = {stage.name: stage.version for stage in pipeline.STAGES}
 leave(train(sys.argv[1:]))
 """
 
