@@ -32,6 +32,21 @@ Logits = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
+class Side:
+    """A model and what it is scored on.
+
+    Attributes:
+        splits: Name -> examples in the model's tokens. `dev` gives the main figures and the timed inputs. Splits without
+            labels are predicted but not scored.
+        pad_id: Of its tokenizer.
+    """
+
+    model: PreTrainedModel
+    splits: Mapping[str, TokenSet]
+    pad_id: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Teacher against student; alike on every rank.
 
@@ -51,54 +66,44 @@ def size_figures(model: PreTrainedModel) -> Size:
     return {"parameters": parameter_count(model), "modelSize": size}
 
 
-def compare_models(
-    models: Mapping[str, PreTrainedModel],
-    splits: Mapping[str, TokenSet],
-    task: Task,
-    settings: Evaluate,
-    pad_id: int,
-    world: World,
-) -> Evaluation:
+def compare_models(sides: Mapping[str, Side], task: Task, settings: Evaluate, world: World) -> Evaluation:
     """Score and time teacher and student in float32. Collective.
 
     Args:
-        models: `teacher` and `student`.
-        splits: Name -> examples. `dev` gives the main figures and the timed inputs. Splits without labels are predicted
-            but not scored.
+        sides: `teacher` and `student`, with the same examples in the same order.
     """
-    logits = _logits(models, splits, settings.batch_size, pad_id, world)
-    scores = world.on_main(lambda: _score(logits, splits, task))
+    logits = _logits(sides, settings.batch_size, world)
+    scores = world.on_main(lambda: _score(logits, sides["teacher"].splits, task))
 
     def measure() -> dict[str, Timing]:
-        forwards = {name: forward_of(model) for name, model in models.items()}
-        inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
+        forwards = {name: forward_of(side.model) for name, side in sides.items()}
+        first = sides["teacher"].splits["dev"]
+        inputs = {
+            name: TimedInputs.choose(side.splits["dev"], side.pad_id, world.device, settings, ordered_as=first)
+            for name, side in sides.items()
+        }
         all_cores = len(os.sched_getaffinity(0))  # the other ranks are waiting
+        check = partial(world.interrupt, "in an evaluation")
         with timing_threads(all_cores), torch.inference_mode():
-            return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
+            return measure_speed(forwards, inputs["teacher"], check=check, own_inputs=inputs)
 
     timings = world.on_main(measure)
     figures: dict[str, ModelResults] = {
-        name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
+        name: cast(ModelResults, {**size_figures(side.model), **timings[name].figures}) for name, side in sides.items()
     }
     others = {split: found for split, found in scores.items() if split != "dev"}
     return Evaluation(combine(task.name, scores["dev"], figures, others), timings, logits)
 
 
-def _logits(
-    models: Mapping[str, PreTrainedModel],
-    splits: Mapping[str, TokenSet],
-    batch_size: int,
-    pad_id: int,
-    world: World,
-) -> Logits:
-    logits: Logits = {split: {} for split in splits}
-    rows = sum(map(len, splits.values()))
-    for name, model in models.items():
-        torch.nn.Module.to(model, world.device)
-        title = f"evaluate, {name}, examples of this rank"
-        with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
-            for split, tokens in splits.items():
-                logits[split][name] = predict_logits(forward_of(model), tokens, world, batch_size, pad_id, bar.advance)
+def _logits(sides: Mapping[str, Side], batch_size: int, world: World) -> Logits:
+    logits: Logits = {split: {} for split in sides["teacher"].splits}
+    for name, side in sides.items():
+        torch.nn.Module.to(side.model, world.device)
+        title, rows = f"evaluate, {name}, examples of this rank", sum(map(len, side.splits.values()))
+        with evaluating(side.model), Bar(title, rows // world.size, show=world.main) as bar:
+            forward = forward_of(side.model)
+            for split, tokens in side.splits.items():
+                logits[split][name] = predict_logits(forward, tokens, world, batch_size, side.pad_id, bar.advance)
     return logits
 
 

@@ -21,6 +21,7 @@ from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.metrics import agreement, score
 from pkd_dist.evaluation.results import Speed
 from pkd_dist.evaluation.scoring import Inputs, forward_of, predict_logits_single
@@ -59,7 +60,8 @@ class Subject:
         texts: The first texts of dev, by column.
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
-        teacher: In float32, on the CPU: timed beside the files; None: it is not.
+        teacher: In float32, on the CPU: timed beside the files, on dev in its tokens; None: it is not.
+        kept: Tokens of the teacher that the student knows, (kept, total); None: all.
     """
 
     student: PreTrainedModel
@@ -70,7 +72,8 @@ class Subject:
     texts: tuple[list[str], ...]
     max_length: int
     evaluate: Evaluate
-    teacher: PreTrainedModel | None = None
+    teacher: Side | None = None
+    kept: tuple[int, int] | None = None
 
     @property
     def pad_id(self) -> int:
@@ -244,15 +247,20 @@ class _Builder:
         """
         subject = self.subject
         settings = subject.evaluate.model_copy(update={"throughput_samples": -(-subject.evaluate.latency_samples // 2)})
-        inputs = TimedInputs.choose(subject.dev, subject.pad_id, torch.device("cpu"), settings)
-        models = {TEACHER: subject.teacher} if subject.teacher is not None else {}
+        cpu = torch.device("cpu")
+        inputs = TimedInputs.choose(subject.dev, subject.pad_id, cpu, settings)
+        models: dict[str, PreTrainedModel] = {}
+        own_inputs: dict[str, TimedInputs] = {}
+        if (teacher := subject.teacher) is not None:
+            models[TEACHER], dev = teacher.model, teacher.splits["dev"]
+            own_inputs[TEACHER] = TimedInputs.choose(dev, teacher.pad_id, cpu, settings, ordered_as=subject.dev)
         with timing_threads(1) as threads, torch.inference_mode():
             forwards: dict[str, Runnable] = {
                 **{name: forward_of(model) for name, model in {**models, WEIGHTS_FILE: subject.student}.items()},
                 **self._programs,
                 **{name: OnnxModel(self.folder / name, threads) for name in self.found if name not in self._programs},
             }
-            timings = measure_speed(forwards, inputs, check=self.check)
+            timings = measure_speed(forwards, inputs, check=self.check, own_inputs=own_inputs)
         return {name: timing.figures for name, timing in timings.items()}
 
 
@@ -307,6 +315,8 @@ def export(
         }
         if TEACHER in speeds:
             figures["teacher"] = speeds[TEACHER]
+        if subject.kept is not None:
+            figures["vocabulary"] = {"kept": subject.kept[0], "total": subject.kept[1]}
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})

@@ -55,14 +55,22 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
+class Vocabulary(TypedDict):
+    """How many of the teacher's tokens the tokenizer and the word embedding hold."""
+
+    kept: int
+    total: int
+
+
 class _TimedTeacher(TypedDict, total=False):
     teacher: Speed
+    vocabulary: Vocabulary
 
 
 class ExportFigures(_TimedTeacher):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
-    `teacher` is its speed, measured in turn with the files.
+    `teacher` is its speed, measured in turn with the files. `vocabulary` is absent where all tokens are kept.
     """
 
     formats: list[str]
@@ -87,6 +95,7 @@ class Manifest(TypedDict, total=False):
     files_on_dev: dict[str, FileFigures]
     measured_on: MeasuredOn
     teacher: Speed
+    vocabulary: Vocabulary
     max_length: int
     pair: bool
     text_columns: list[str]

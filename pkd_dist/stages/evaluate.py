@@ -11,14 +11,22 @@ from transformers import PreTrainedModel
 from pkd_dist.data import submission
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.compare import Evaluation, compare_models
+from pkd_dist.evaluation.compare import Evaluation, Side, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
 from pkd_dist.files import make_folder, write_json
-from pkd_dist.model import encoder
+from pkd_dist.model import encoder, vocabulary
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, classes_of, open_tokens, positive_input, scored_task
+from pkd_dist.stages.data import (
+    DataOutput,
+    classes_of,
+    open_tokens,
+    positive_input,
+    scored_task,
+    student_texts,
+    vocabulary_input,
+)
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folder
 from pkd_dist.telemetry.log import log
@@ -51,14 +59,18 @@ def inputs(context: Context) -> Inputs:
         "task.metric": run.task.metric,
         **positive_input(context),
         "evaluate.result_dir": run.config.evaluate.result_dir,
+        **vocabulary_input(context),
     }
 
 
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
-    models = {"teacher": encoder.load_model(teacher_folder(context)), "student": best_student(context)}
-    run, task, classes = context.resolved, scored_task(context), classes_of(context)
-    compared = compare_models(models, splits, task, run.config.evaluate, run.tokenizer.pad_token_id, context.world)
+    run, task, classes, texts = context.resolved, scored_task(context), classes_of(context), student_texts(context)
+    sides = {
+        "teacher": Side(encoder.load_model(teacher_folder(context)), splits, run.tokenizer.pad_token_id),
+        "student": Side(best_student(context), texts.splits, texts.tokenizer.pad_token_id),
+    }
+    compared = compare_models(sides, task, run.config.evaluate, context.world)
     if classes:
         compared.results.update(class_facts(classes))
     context.world.on_main(lambda: _write(context, compared, splits))
@@ -114,6 +126,9 @@ STAGE = Stage(
 
 
 def best_student(context: Context) -> PreTrainedModel:
-    """Load the student of the best epoch as a plain model."""
-    distilled = context.output(DistillOutput)
-    return hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)
+    """Load the student of the best epoch as a plain model, with the tokens that it keeps."""
+    distilled, kept_K = context.output(DistillOutput), student_texts(context).kept_K
+    best = hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)
+    if kept_K is not None:
+        vocabulary.trim_embedding(best, kept_K)
+    return best

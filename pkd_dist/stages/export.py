@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from pkd_dist import __version__
+from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.results import Deployed
 from pkd_dist.export import build, card, manifest
 from pkd_dist.export.runtime import ONNX_FILES, PREFERRED
@@ -13,7 +14,15 @@ from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import SAMPLE, DataOutput, classes_of, open_tokens, scored_task
+from pkd_dist.stages.data import (
+    SAMPLE,
+    DataOutput,
+    classes_of,
+    open_tokens,
+    scored_task,
+    student_texts,
+    vocabulary_input,
+)
 from pkd_dist.stages.distill import DistillOutput, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
 from pkd_dist.stages.init import InitOutput
@@ -45,6 +54,7 @@ def inputs(context: Context) -> Inputs:
         "distill.weights": context.output(DistillOutput).weights,
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.formats": context.resolved.config.export.formats,
+        **vocabulary_input(context),
     }
 
 
@@ -70,18 +80,20 @@ def _export(context: Context) -> ExportOutput:
 
 
 def _subject(context: Context) -> build.Subject:
-    run = context.resolved
+    run, texts, kept = context.resolved, student_texts(context), context.output(DataOutput).vocabulary
+    teacher = encoder.load_model(teacher_folder(context))
     sample = json.loads((run.paths.data / SAMPLE).read_text(encoding="utf-8"))
     return build.Subject(
         student=best_student(context),
-        tokenizer=run.tokenizer,
+        tokenizer=texts.tokenizer,
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
-        dev=open_tokens(context, "dev"),
+        dev=texts.splits["dev"],
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,
-        teacher=encoder.load_model(teacher_folder(context)),
+        teacher=Side(teacher, {"dev": open_tokens(context, "dev")}, run.tokenizer.pad_token_id),
+        kept=(kept.kept, kept.total) if kept else None,
     )
 
 
