@@ -106,9 +106,24 @@ def test_the_export_is_the_trained_student_with_fewer_rows(run):
     assert same.tolist() == [not set(text.split()) & set(UNSEEN) for text in texts()]
 
 
+def test_a_checkpoint_is_exported_with_the_same_tokens(run, tmp_path):
+    """Its last step ends the only epoch."""
+    step = max((run[0] / "run/checkpoints").glob("step-*"))
+    called = CliRunner().invoke(app, ["export", "--from-checkpoint", str(step), "--output", str(tmp_path / "student")])
+    assert called.exit_code == 0, called.output
+    tokenizer, model = (
+        kind.from_pretrained(tmp_path / "student") for kind in (AutoTokenizer, AutoModelForSequenceClassification)
+    )
+    with torch.inference_mode():
+        found = model(**tokenizer(texts(), padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(found, student_logits(run[0]), atol=1e-5)
+
+
 def test_another_vocabulary_repeats_no_training(run, tmp_path):
     folder, settings = run
-    done = launch("--config", write_config(settings, tmp_path), "student.vocabulary=all")
+    done = launch(
+        "--config", write_config(settings, tmp_path), "student.vocabulary=all", "export.formats=[safetensors]"
+    )
     assert done.returncode == 0, done.stderr
     assert "data: runs again, because student.vocabulary changed (used -> all)" in done.stdout + done.stderr
     stages = folder / "run/stages"
