@@ -41,7 +41,10 @@ def prepare(
     kind: TaskKind = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Teacher (folder, hub name or package:NAME): also count tokens. Default: count words only."),
+        typer.Option(
+            help="Teacher (folder, hub name or package:NAME): also count tokens, and those that student.vocabulary used "
+            "keeps. Default: count words only."
+        ),
     ] = None,
     max_length: Annotated[
         int, typer.Option(help="With --model: maximum input length in tokens; longer inputs are truncated.")
@@ -78,6 +81,8 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     if not task.regression:
         terminal.print()
         terminal.print(summary.classes_table(splits, task))
+    if model is not None:
+        print("\n" + _vocabulary_line(model, splits["train"], max_length))
 
 
 def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:
@@ -93,3 +98,28 @@ def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:
         return np.array([len(ids) for ids in encoded])
 
     return lengths
+
+
+def _vocabulary_line(model: str, train: Split, max_length: int) -> str:
+    """Say how many tokens a student of `student.vocabulary: used` keeps, and how large their embedding is."""
+    import numpy as np
+
+    from pkd_dist.data import tokens, trimming
+    from pkd_dist.errors import UserError
+    from pkd_dist.model import encoder, vocabulary
+
+    folder = encoder.locate(model, "--model")
+    config, tokenizer = encoder.load_config(folder, "--model"), encoder.load_tokenizer(folder, "--model")
+    try:
+        trimming.require_trimmable(tokenizer)
+    except UserError as refused:
+        return str(refused)
+    encoded, _ = tokens.encode(tokenizer, [list(column) for column in train.texts], 1, max_length)
+    counts_V = trimming.count_tokens([np.concatenate(encoded[0])], config.vocab_size)
+    kept = len(trimming.kept_ids(tokenizer, counts_V, 1, vocabulary.required_ids(config)))
+    width = getattr(config, "embedding_size", None) or config.hidden_size
+    before, after = (4e-6 * width * count for count in (config.vocab_size, kept))
+    return (
+        f"student.vocabulary: used keeps {kept:,} of {len(tokenizer):,} tokens; in float32 their embedding takes "
+        f"{after:.1f} MB instead of {before:.1f}"
+    )

@@ -144,11 +144,15 @@ def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
         raise UserError(f"--dtype: {dtype!r} is not allowed; use float32, float16 or bfloat16")
     from pkd_dist.export import hf
     from pkd_dist.stages.base import Markers
+    from pkd_dist.stages.data import TRIMMED
     from pkd_dist.stages.translation import translate
 
-    markers = Markers(checkpoint.absolute().parents[1], translate)
+    run = checkpoint.absolute().parents[1]
+    markers = Markers(run, translate)
     marker = markers.read("distill")
     started_from = str(marker.inputs["init.weights"]) if marker else None
-    made = hf.from_checkpoint(checkpoint, output, dtype, started_from, _trained(markers))
+    data = markers.read("data")
+    trimmed = run / "data" / TRIMMED if data and (data.outputs or {}).get("vocabulary") else None
+    made = hf.from_checkpoint(checkpoint, output, dtype, started_from, _trained(markers), trimmed)
     seen = "not evaluated" if made.epoch is None else f"dev {made.main_metric:.4f} after epoch {made.epoch}"
     print(f"{output}: the student at step {made.step} ({seen}), {made.parameters:,} parameters in {dtype}")

@@ -105,6 +105,20 @@ class Student(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Hidden and attention dropout during distillation. null: the model's own."
     )
+    vocabulary: Literal["all", "used"] = Field(
+        "all",
+        description="Tokens that the finished student knows. `all`: the teacher's. `used`: those that occur in the training "
+        "split or in task.unlabeled (copies of task.augment do not count), special tokens, and every single character, which "
+        "spell all other words. Its tokenizer and word embedding hold no others, and it is evaluated and exported with them. "
+        "For WordPiece, BPE and Unigram.",
+    )
+    min_count: Count = Field(1, description="student.vocabulary `used` only: how often a token must occur to be kept.")
+
+    @model_validator(mode="after")
+    def _count_of_used(self) -> Student:
+        if self.min_count > 1 and self.vocabulary != "used":
+            raise ValueError(f"student.min_count {self.min_count} is allowed only with student.vocabulary used")
+        return self
 
     @model_validator(mode="after")
     def _width(self) -> Student:

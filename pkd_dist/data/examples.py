@@ -40,6 +40,7 @@ class Split:
         classes: values of the label column in class order; empty for regression.
         source: file or hub split that it was read from.
         notes: what was skipped and why, for people.
+        augmented: number of examples, the last ones, that are changed copies of others.
     """
 
     ids_N: np.ndarray
@@ -48,6 +49,7 @@ class Split:
     classes: tuple[str, ...]
     source: str
     notes: tuple[str, ...] = ()
+    augmented: int = 0
 
     def __len__(self) -> int:
         return len(self.ids_N)

@@ -97,8 +97,9 @@ def prepare(
         splits[name] = text.read(config.data, name, task, known)
         check()
     if config.unlabeled or config.augment:
-        more = _unlabelled_splits(config, task, splits, tokenizer, read_embeddings)
-        splits[DISTILL] = _concatenate([splits["train"], *more])
+        more = list(_unlabelled_splits(config, task, splits, tokenizer, read_embeddings))
+        augmented = len(more[-1]) if config.augment else 0
+        splits[DISTILL] = dataclasses.replace(_concatenate([splits["train"], *more]), augmented=augmented)
     return splits, {
         name: _tokenize(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
     }

@@ -33,6 +33,21 @@ Logits = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
+class Side:
+    """A model and what it is scored on.
+
+    Attributes:
+        splits: Name -> examples in the model's tokens. `dev` gives the main figures and the timed inputs. Splits without
+            labels are predicted but not scored.
+        pad_id: Of its tokenizer.
+    """
+
+    model: PreTrainedModel
+    splits: Mapping[str, TokenSet]
+    pad_id: int
+
+
+@dataclass(frozen=True)
 class ModelComparison:
     """Teacher against student; alike on every rank.
 
@@ -53,36 +68,33 @@ def size_figures(model: PreTrainedModel) -> Size:
 
 
 def compare_models(
-    models: Mapping[str, PreTrainedModel],
-    splits: Mapping[str, TokenSet],
-    task: Task,
-    settings: Evaluate,
-    pad_id: int,
-    world: World,
-    other_teachers: Sequence[PreTrainedModel] = (),
+    sides: Mapping[str, Side], task: Task, settings: Evaluate, world: World, other_teachers: Sequence[Side] = ()
 ) -> ModelComparison:
     """Score and time teacher and student in float32. Collective.
 
     Args:
-        models: `teacher` and `student`.
+        sides: `teacher` and `student`, with the same examples in the same order.
         other_teachers: the teacher's answers are then the mean of its and theirs; size and speed are those of `teacher`.
-        splits: Name -> examples. `dev` gives the main figures and the timed inputs. Splits without labels are predicted
-            but not scored.
     """
-    others = {f"teacher-{number}": model for number, model in enumerate(other_teachers, start=2)}
-    every = _logits({**models, **others}, splits, settings.batch_size, pad_id, world)
+    others = {f"teacher-{number}": side for number, side in enumerate(other_teachers, start=2)}
+    splits = sides["teacher"].splits
+    every = _logits({**sides, **others}, settings.batch_size, world)
     logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
-        forwards = {name: forward_of(model) for name, model in models.items()}
-        inputs = TimedInputs.choose(splits["dev"], pad_id, world.device, settings)
+        forwards = {name: forward_of(side.model) for name, side in sides.items()}
+        inputs = {
+            name: TimedInputs.choose(side.splits["dev"], side.pad_id, world.device, settings, ordered_as=splits["dev"])
+            for name, side in sides.items()
+        }
+        check = partial(world.interrupt, "in an evaluation")
         with timing_threads(cores()), torch.inference_mode():  # the other ranks are waiting
-            return measure_speed(forwards, inputs, check=partial(world.interrupt, "in an evaluation"))
+            return measure_speed(forwards, inputs["teacher"], check=check, own_inputs=inputs)
 
     timings = world.on_main(measure)
     figures: dict[str, ModelResults] = {
-        name: cast(ModelResults, {**size_figures(model), **timings[name].figures}) for name, model in models.items()
+        name: cast(ModelResults, {**size_figures(side.model), **timings[name].figures}) for name, side in sides.items()
     }
     results = combine(
         task.name, scores["dev"], figures, {name: found for name, found in scores.items() if name != "dev"}
@@ -101,21 +113,15 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
     return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
 
 
-def _logits(
-    models: Mapping[str, PreTrainedModel],
-    splits: Mapping[str, TokenSet],
-    batch_size: int,
-    pad_id: int,
-    world: World,
-) -> Logits:
-    logits: Logits = {split: {} for split in splits}
-    rows = sum(map(len, splits.values()))
-    for name, model in models.items():
-        torch.nn.Module.to(model, world.device)
-        title = f"evaluate, {name}, examples of this rank"
-        with evaluating(model), Bar(title, rows // world.size, show=world.main) as bar:
-            for split, tokens in splits.items():
-                logits[split][name] = predict_logits(forward_of(model), tokens, world, batch_size, pad_id, bar.advance)
+def _logits(sides: Mapping[str, Side], batch_size: int, world: World) -> Logits:
+    logits: Logits = {split: {} for split in sides["teacher"].splits}
+    for name, side in sides.items():
+        torch.nn.Module.to(side.model, world.device)
+        title, rows = f"evaluate, {name}, examples of this rank", sum(map(len, side.splits.values()))
+        with evaluating(side.model), Bar(title, rows // world.size, show=world.main) as bar:
+            forward = forward_of(side.model)
+            for split, tokens in side.splits.items():
+                logits[split][name] = predict_logits(forward, tokens, world, batch_size, side.pad_id, bar.advance)
     return logits
 
 

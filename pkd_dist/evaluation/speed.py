@@ -81,15 +81,26 @@ class TimedInputs:
     device: torch.device
 
     @classmethod
-    def choose(cls, tokens: TokenSet, pad_id: int, device: torch.device, settings: Evaluate) -> TimedInputs:
-        """Choose inputs among examples: the same ones for the same token set and settings."""
+    def choose(
+        cls,
+        tokens: TokenSet,
+        pad_id: int,
+        device: torch.device,
+        settings: Evaluate,
+        ordered_as: TokenSet | None = None,
+    ) -> TimedInputs:
+        """Choose inputs among examples: the same ones for the same token set and settings.
+
+        Args:
+            ordered_as: The same examples in the tokens of another model, whose batches to form; None: `tokens`.
+        """
         rng = np.random.default_rng(0)
         requests = [
             collate(tokens, rng.integers(len(tokens), size=1), np.ones(1), pad_id).to(device).inputs
             for _ in range(settings.latency_samples)
         ]
         batch_size = settings.batch_size
-        every = scoring_batches(tokens, batch_size, 0, 1)
+        every = scoring_batches(ordered_as or tokens, batch_size, 0, 1)
         full = every[: len(tokens) // batch_size] or every
         stride = -(-len(full) * batch_size // settings.throughput_samples)
         rows = full[(min(stride, len(full)) - 1) // 2 :: stride]  # a single one is the batch of median length
@@ -98,11 +109,16 @@ class TimedInputs:
 
 
 def measure_speed(
-    forwards: Mapping[str, Timed], inputs: TimedInputs, repeats: int = 3, check: Callable[[], None] = lambda: None
+    forwards: Mapping[str, Timed],
+    inputs: TimedInputs,
+    repeats: int = 3,
+    check: Callable[[], None] = lambda: None,
+    own_inputs: Mapping[str, TimedInputs] | None = None,
 ) -> dict[str, Timing]:
     """Time several models, interleaved so that drift of the machine affects all alike.
 
     Args:
+        own_inputs: The same examples for models that read other tokens, by name.
         repeats: Passes over the batches.
         check: Called before each forward pass; an exception it raises ends the measurement.
     """
@@ -115,18 +131,19 @@ def measure_speed(
             torch.cuda.synchronize(inputs.device)
         return time.perf_counter() - start
 
-    for forward in forwards.values():  # warm-up
-        for one in [*inputs.requests[:5], inputs.batches[0]]:
+    given = {name: (own_inputs or {}).get(name, inputs) for name in forwards}
+    for name, forward in forwards.items():  # warm-up
+        for one in [*given[name].requests[:5], given[name].batches[0]]:
             forward(one)
     latencies_ms: dict[str, list[float]] = {name: [] for name in forwards}
-    for one in inputs.requests:
+    for i in range(len(inputs.requests)):
         for name, forward in forwards.items():
-            latencies_ms[name].append(seconds_of(forward, one) * 1e3)
+            latencies_ms[name].append(seconds_of(forward, given[name].requests[i]) * 1e3)
     seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in forwards}
     for repeat in range(repeats):
-        for one in inputs.batches:
+        for i in range(len(inputs.batches)):
             for name, forward in forwards.items():
-                seconds[name][repeat] += seconds_of(forward, one)
+                seconds[name][repeat] += seconds_of(forward, given[name].batches[i])
     threads = 0 if inputs.device.type == "cuda" else torch.get_num_threads()
     return {
         name: Timing(np.asarray(latencies_ms[name]), [inputs.samples / each for each in seconds[name]], threads)

@@ -21,7 +21,7 @@ from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.evaluation.compare import size_figures
+from pkd_dist.evaluation.compare import Side, size_figures
 from pkd_dist.evaluation.deployment import TEACHER, TEACHER_TITLE, Deployment, Measured, beside_teacher
 from pkd_dist.evaluation.metrics import agreement, score
 from pkd_dist.evaluation.predictions import Predictions
@@ -53,12 +53,12 @@ class Reference:
     """The teacher that the files are set beside, and what was answered before the export.
 
     Attributes:
-        teacher: In float32, on the CPU.
-        test: The labeled test split; None: there is none, and the files are compared on dev alone.
+        teacher: In float32, on the CPU, and dev in its tokens.
+        test: The labeled test split in the student's tokens; None: there is none, and the files are compared on dev alone.
         answers: Split -> what teacher and student answered, in the order of the token set.
     """
 
-    teacher: PreTrainedModel
+    teacher: Side
     test: TokenSet | None
     answers: Mapping[str, Predictions]
 
@@ -75,6 +75,7 @@ class Subject:
         max_length: Tokens at which inputs are truncated.
         evaluate: Batch size, and the number of single sentences timed for each file.
         reference: None: the files are set beside no teacher.
+        kept: Tokens of the teacher that the student knows, (kept, total); None: all.
     """
 
     student: PreTrainedModel
@@ -86,6 +87,7 @@ class Subject:
     max_length: int
     evaluate: Evaluate
     reference: Reference | None = None
+    kept: tuple[int, int] | None = None
 
     @property
     def pad_id(self) -> int:
@@ -272,8 +274,15 @@ class _Builder:
         """
         subject, reference = self.subject, self.subject.reference
         settings = subject.evaluate.model_copy(update={"throughput_samples": -(-subject.evaluate.latency_samples // 2)})
-        inputs = TimedInputs.choose(subject.dev, subject.pad_id, torch.device("cpu"), settings)
-        models = {TEACHER: reference.teacher} if reference is not None else {}
+        cpu = torch.device("cpu")
+        inputs = TimedInputs.choose(subject.dev, subject.pad_id, cpu, settings)
+        models: dict[str, PreTrainedModel] = {}
+        own_inputs: dict[str, TimedInputs] = {}
+        if reference is not None:
+            models[TEACHER], dev = reference.teacher.model, reference.teacher.splits["dev"]
+            own_inputs[TEACHER] = TimedInputs.choose(
+                dev, reference.teacher.pad_id, cpu, settings, ordered_as=subject.dev
+            )
         with timing_threads(1) as threads, torch.inference_mode():
             forwards: dict[str, Runnable] = {
                 **{name: forward_of(model) for name, model in {**models, WEIGHTS_FILE: subject.student}.items()},
@@ -284,14 +293,14 @@ class _Builder:
                     for name, judged in self.judged.items()
                 },
             }
-            timings = measure_speed(forwards, inputs, check=self.check)
+            timings = measure_speed(forwards, inputs, check=self.check, own_inputs=own_inputs)
         return {name: timing.figures for name, timing in timings.items()}
 
     def beside(self, reference: Reference, files: Mapping[str, FileFigures], speeds: Mapping[str, Speed]) -> Deployment:
         """Set the files beside the teacher, on dev and on test where it has labels."""
         subject, answers = self.subject, reference.answers
         splits = ["dev", *(["test"] if reference.test is not None else [])]
-        size, parameters = size_figures(reference.teacher), parameter_count(subject.student)
+        size, parameters = size_figures(reference.teacher.model), parameter_count(subject.student)
         logits_NC = np.concatenate([answers[split].logits[TEACHER] for split in splits])
         models = [
             Measured(
@@ -375,6 +384,8 @@ def export(
         if subject.reference is not None:
             figures["teacher"] = speeds[TEACHER]
             figures["deployment"] = asdict(builder.beside(subject.reference, figures["files_on_dev"], speeds))
+        if subject.kept is not None:
+            figures["vocabulary"] = {"kept": subject.kept[0], "total": subject.kept[1]}
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})

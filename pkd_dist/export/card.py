@@ -36,6 +36,11 @@ model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
+{% if figures.vocabulary is defined %}
+The tokenizer and the word embedding hold {{ "{:,}".format(figures.vocabulary.kept) }} of the teacher's {{ "{:,}".format(figures.vocabulary.total) }} tokens, those of the training text{{ " that occur at least %d times" % config.student.min_count if config.student.min_count > 1 }} and
+every single character, which spell all other words. The student is scored with them.
+
+{% endif %}
 Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
 is that length.
 {% if facts.classes %}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from pkd_dist.data import trimming
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
@@ -18,7 +19,7 @@ from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.digests import weights_digest
 from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model
 from pkd_dist.model.regression_head import restore
-from pkd_dist.model.vocabulary import full_embedding
+from pkd_dist.model.vocabulary import full_embedding, trim_embedding
 from pkd_dist.training import checkpoint
 
 TOLERANCE = 1e-5
@@ -75,7 +76,12 @@ class CheckpointStudent:
 
 
 def from_checkpoint(
-    path: Path, output: Path, dtype: str, started_from: str | None, trained: manifest.ExportManifest | None = None
+    path: Path,
+    output: Path,
+    dtype: str,
+    started_from: str | None,
+    trained: manifest.ExportManifest | None = None,
+    trimmed: Path | None = None,
 ) -> CheckpointStudent:
     """Export the student at a checkpoint of any world size and ZeRO stage, in one process.
 
@@ -85,6 +91,7 @@ def from_checkpoint(
         dtype: float32 (the master weights), float16 or bfloat16.
         started_from: `weights_digest` of the student's starting weights as the run recorded it; None: not checked.
         trained: `manifest.of_task` of the run, which the manifest repeats; None: unknown.
+        trimmed: Folder of the student's tokenizer where it has fewer tokens than the starting folder's.
 
     Raises:
         UserError: `path` is not a committed, intact checkpoint next to the folder it was started from, or `output` exists.
@@ -102,8 +109,10 @@ def from_checkpoint(
         name = next(f"model.{n}" for n, p in model.named_parameters() if p.data_ptr() == table.data_ptr())
         weights[name] = full_embedding(table, weights.pop(USED_IDS), weights[name], state["decay"])
     restore(_with_weights(model, weights)).to(getattr(torch, dtype))
+    if trimmed is not None:
+        trim_embedding(model, trimming.read_kept(trimmed))
     progress = state["progress"]
-    _save(model, init, output, {**(trained or {}), "step": progress["step"], "dtype": dtype})
+    _save(model, trimmed or init, output, {**(trained or {}), "step": progress["step"], "dtype": dtype})
     last = progress["history"][-1] if progress["history"] else {}
     return CheckpointStudent(
         step=progress["step"],
@@ -132,10 +141,10 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
     return init
 
 
-def _save(model: PreTrainedModel, init: Path, output: Path, about: manifest.ExportManifest) -> None:
-    """Write a model with the tokenizer of `init`, after checking that it reloads unchanged."""
+def _save(model: PreTrainedModel, tokenizer: Path, output: Path, about: manifest.ExportManifest) -> None:
+    """Write a model with the tokenizer in a folder, after checking that it reloads unchanged."""
     with folder_written_atomically(output) as temporary:
-        save_model(model, load_tokenizer(str(init), "student_init"), temporary, about.get("max_length"))
+        save_model(model, load_tokenizer(str(tokenizer), "student_init"), temporary, about.get("max_length"))
         reloaded = AutoModelForSequenceClassification.from_pretrained(
             temporary, dtype="auto", trust_remote_code=False
         ).state_dict()

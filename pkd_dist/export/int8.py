@@ -131,7 +131,7 @@ class _Quantizer:
 
 
 def _round_embedding(model: ModelProto) -> None:
-    """Replace the word embedding, the largest table, by int8 rows with a scale each: Gather, Cast, Mul."""
+    """Replace the word embedding by int8 rows with a scale each: Gather, Cast, Mul."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
@@ -139,7 +139,8 @@ def _round_embedding(model: ModelProto) -> None:
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
     if not lookups:
         return
-    lookup = max(lookups, key=lambda node: tables[node.input[0]].dims[0])
+    # it is the table of the token ids, not always the largest: a trimmed one may have fewer rows than there are positions
+    lookup = max(lookups, key=lambda node: (node.input[1] == "input_ids", tables[node.input[0]].dims[0]))
     table = tables[lookup.input[0]]
     if sum(table.name in node.input for node in graph.node) > 1:
         return

@@ -60,15 +60,24 @@ class MeasuredOn(TypedDict):
     threads: int
 
 
-class _BesideTeacher(TypedDict, total=False):
+class Vocabulary(TypedDict):
+    """How many of the teacher's tokens the tokenizer and the word embedding hold."""
+
+    kept: int
+    total: int
+
+
+class _OptionalFigures(TypedDict, total=False):
     teacher: Speed
     deployment: dict[str, Any]
+    vocabulary: Vocabulary
 
 
-class ExportFigures(_BesideTeacher):
+class ExportFigures(_OptionalFigures):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
-    `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`.
+    `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`. `vocabulary` is
+    absent where all tokens are kept.
     """
 
     formats: list[str]
@@ -94,6 +103,7 @@ class ExportManifest(TypedDict, total=False):
     measured_on: MeasuredOn
     teacher: Speed
     deployment: dict[str, Any]
+    vocabulary: Vocabulary
     max_length: int
     pair: bool
     text_columns: list[str]

@@ -387,10 +387,15 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def planned_sizes(config: PretrainedConfig, used: int) -> tuple[int, int]:
-    """Return the number of parameters of a classifier, and of those that are trained where `used` token ids occur."""
+def planned_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a classifier of this shape that takes no memory."""
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def planned_sizes(config: PretrainedConfig, used: int) -> tuple[int, int]:
+    """Return the number of parameters of a classifier, and of those left where only `used` token ids have an embedding."""
+    model = planned_model(config)
     count, table = parameter_count(model), model.get_input_embeddings()
     unused = (int(config.vocab_size) - used) * table.embedding_dim if has_plain_vocabulary(model) else 0  # type: ignore
     return count, count - max(0, int(unused))

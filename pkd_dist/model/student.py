@@ -33,10 +33,12 @@ from pkd_dist.model.encoder import (
     load_tokenizer,
     locate,
     name_of,
+    planned_model,
 )
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
 from pkd_dist.model.layers import copied_layers
 from pkd_dist.model.regression_head import has_trained_head, standardize
+from pkd_dist.model.vocabulary import has_plain_vocabulary
 
 INIT_METHODS = ("teacher_layers", "first_k", "random")
 """Values of `student.init` that are not a folder."""
@@ -78,6 +80,19 @@ def planned_config(config: StudentConfig, teacher: PretrainedConfig) -> Pretrain
     shape = teacher if config.init in INIT_METHODS else load_config(locate(config.init, "student.init"), "student.init")
     shape = _with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape
     return _with_layers(shape, _selected_layers(config, shape))
+
+
+def require_plain_vocabulary(config: StudentConfig, teacher: PretrainedConfig) -> None:
+    """Check that the student's word embedding can be cut to some of its rows.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not has_plain_vocabulary(planned_model(planned_config(config, teacher))):
+        raise UserError(
+            f"used is not possible: the word embedding of a {teacher.model_type} is not a table of its own; use all",
+            "student.vocabulary",
+        )
 
 
 def copied_teacher_layers(config: StudentConfig, teacher: PretrainedConfig) -> tuple[int, ...] | None:

@@ -1,10 +1,12 @@
-"""A word embedding of the tokens that occur in a data set, restored to the full vocabulary on export.
+"""A word embedding of the tokens that occur in a data set: for a training, restored to all tokens after it, or for good.
 
 Embedding rows that never occur get no gradient, so AdamW only decays them. They are left out of the trained table and put
 back on export, decayed by the product of (1 - learning rate * weight decay) over all steps. The result is the same;
 optimizer states, gradients and messages between ranks shrink with the table.
 
-Shapes: V token ids, H hidden size.
+`trim_embedding` cuts it for good, for a tokenizer of fewer tokens (`student.vocabulary: used`).
+
+Shapes: V token ids, K kept ones, H hidden size.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pkd_dist.model.families import positions_follow_padding
 
@@ -92,3 +94,37 @@ def has_plain_vocabulary(model: PreTrainedModel) -> bool:
     if type(table) is not nn.Embedding:
         return False
     return sum(p is table.weight for _, p in model.named_parameters(remove_duplicate=False)) == 1
+
+
+def token_ids(config: PretrainedConfig) -> dict[str, int]:
+    """Return the fields of a model's configuration that name a token, with its id."""
+    names = [name for name in vars(config) if name.endswith("_token_id")]
+    return {name: value for name in names if isinstance(value := getattr(config, name), int) and value >= 0}
+
+
+def required_ids(config: PretrainedConfig) -> list[int]:
+    """Return the ids that a model with fewer tokens must keep: those its configuration names, and all that positions follow."""
+    named = token_ids(config)
+    below = range(named["pad_token_id"] + 1) if positions_follow_padding(config) else ()
+    return [*named.values(), *below]
+
+
+def trim_embedding(model: PreTrainedModel, kept_K: np.ndarray) -> None:
+    """Keep some rows of a model's word embedding, in place: the id of a token becomes its place in `kept_K`.
+
+    Args:
+        model: Its embedding must be plain (`has_plain_vocabulary`).
+        kept_K: Ascending token ids, among them `required_ids`.
+    """
+    full = model.get_input_embeddings()
+    assert isinstance(full, nn.Embedding)
+    new_id = {id_: new for new, id_ in enumerate(kept_K.tolist())}
+    trimmed = nn.Embedding(
+        len(kept_K), full.embedding_dim, padding_idx=new_id.get(full.padding_idx), dtype=full.weight.dtype
+    )
+    with torch.no_grad():
+        trimmed.weight.copy_(full.weight[torch.from_numpy(kept_K)])
+    model.set_input_embeddings(trimmed)
+    for name, id_ in token_ids(model.config).items():
+        setattr(model.config, name, new_id.get(id_))
+    model.config.vocab_size = len(kept_K)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.schema import Config
-from pkd_dist.data import class_mapping, sources, tasks
+from pkd_dist.data import class_mapping, sources, tasks, trimming
 from pkd_dist.data.tasks import Task
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
@@ -273,6 +273,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     order = _class_order(config, task, teachers, tokenizer)
     depth = num_layers(source_config)
     student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
+    if config.student.vocabulary == "used":
+        trimming.require_trimmable(tokenizer)
+        student.require_plain_vocabulary(config.student, source_config)
     layer_map = layers.layer_map(config.distill, depth, student_depth)
     if layer_map.attention:
         shape = student.planned_config(config.student, source_config)

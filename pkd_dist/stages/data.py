@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from pkd_dist.data import class_mapping, sources, tokens
+from pkd_dist.data import class_mapping, sources, tokens, trimming
 from pkd_dist.data.class_weights import class_weights
+from pkd_dist.data.examples import Split
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.files import sha256, write_json
-from pkd_dist.model import digests, vocabulary
+from pkd_dist.files import digest_of, make_folder, sha256, write_json
+from pkd_dist.model import digests, encoder, student, vocabulary
 from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
@@ -24,6 +26,18 @@ from pkd_dist.telemetry.log import log
 
 SAMPLE, SAMPLE_TEXTS = "sample.json", 8
 """A few texts of dev, with which the export proves its tokenizer."""
+
+TRIMMED = "trimmed"
+"""Folder of the student's tokenizer, where it holds fewer tokens than the teacher's, and of the scored splits in its tokens."""
+
+
+@dataclass(frozen=True)
+class KeptVocabulary:
+    """The tokens that the finished student knows, of the teacher's `total`; the digest is that of their ids."""
+
+    kept: int
+    total: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class DataOutput:
         classes: label values in the order of the logits; empty for a regression.
         class_names: their names, in the same order.
         scale: of a regression's training targets; None: targets are learned as they are.
+        vocabulary: None: the finished student knows all of the teacher's tokens.
         sets: token set -> what is in it: the splits, and `distill` where there is extra text.
     """
 
@@ -41,6 +56,7 @@ class DataOutput:
     class_names: tuple[str, ...]
     sets: dict[str, TokenSetSummary]
     scale: TargetScale | None = None
+    vocabulary: KeptVocabulary | None = None
 
     @property
     def scored(self) -> list[str]:
@@ -81,6 +97,7 @@ def inputs(context: Context) -> Inputs:
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
         **{f"task.{key}": value for key, value in settings.items()},
         "teacher.tokenizer": digests.tokenizer_digest(run.source),
+        **{f"student.{key}": getattr(run.config.student, key) for key in ("vocabulary", "min_count")},
     }
 
 
@@ -113,6 +130,7 @@ def _prepare(context: Context) -> DataOutput:
             f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
         )
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
+    kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
         scale = TargetScale.of(np.asarray(train.labels_N))
         log.info(
@@ -120,14 +138,41 @@ def _prepare(context: Context) -> DataOutput:
             scale.mean,
             scale.std,
         )
-        return DataOutput((), (), summaries, scale)
-    output = DataOutput(tuple(train.classes), tuple(names), summaries)
+        return DataOutput((), (), summaries, scale, kept)
+    output = DataOutput(tuple(train.classes), tuple(names), summaries, vocabulary=kept)
     log.info("data: %s", _classes(run, output).sentence())
     return output
 
 
+def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:
+    """Cut the tokenizer to the tokens of the training text, and write the scored splits in its tokens."""
+    run, folder = context.resolved, context.resolved.paths.data
+    name = DISTILL if DISTILL in splits else "train"
+    plain = tokens.open_tokens(folder / name)
+    plain_T = plain.input_ids_T[: plain.offsets_N1[len(plain) - splits[name].augmented]]
+    shape = student.planned_config(run.config.student, run.source_config)
+    counts_V = trimming.count_tokens([plain_T], int(shape.vocab_size))
+    min_count = run.config.student.min_count
+    kept_K = trimming.kept_ids(run.tokenizer, counts_V, min_count, vocabulary.required_ids(shape))
+    make_folder(folder / TRIMMED)
+    tokenizer = trimming.trim(run.tokenizer, kept_K, folder / TRIMMED)
+    for scored in [each for each in splits if each not in ("train", DISTILL)]:
+        made = tokens.tokenize(
+            splits[scored], tokenizer, run.config.task.max_length, folder / TRIMMED / scored,
+            lambda: context.world.interrupt("data"),
+        )  # fmt: skip
+        trimming.require_exact(tokens.open_tokens(folder / scored), made, kept_K, run.tokenizer.unk_token_id)
+    kept = KeptVocabulary(len(kept_K), len(run.tokenizer), digest_of(kept_K.tolist()))
+    log.info(
+        "data: the finished student keeps %s of %s tokens, and %.1f of %.1f MB (float32)",
+        f"{kept.kept:,}", f"{kept.total:,}", *(4e-6 * count for count in encoder.planned_sizes(shape, kept.kept)[::-1]),
+    )  # fmt: skip
+    return kept
+
+
 def missing(context: Context, output: DataOutput) -> str | None:
     folders = [context.resolved.paths.data / name for name in output.sets]
+    folders += [context.resolved.paths.data / TRIMMED / name for name in output.scored if output.vocabulary]
     return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
 
 
@@ -182,6 +227,36 @@ def open_training_tokens(context: Context, name: str) -> TokenSet:
 def open_tokens(context: Context, name: str) -> TokenSet:
     """Open one of the token sets."""
     return tokens.open_tokens(context.resolved.paths.data / name)
+
+
+@dataclass(frozen=True)
+class StudentTexts:
+    """How the finished student reads text.
+
+    Attributes:
+        kept_K: ids that its tokens have in the teacher's tokenizer; None: the student reads as the teacher does.
+        splits: scored split -> examples in its tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kept_K: np.ndarray | None
+    splits: dict[str, TokenSet]
+
+
+def student_texts(context: Context) -> StudentTexts:
+    """Open the scored splits as the finished student reads them."""
+    run, output = context.resolved, context.output(DataOutput)
+    if output.vocabulary is None:
+        return StudentTexts(run.tokenizer, None, {split: open_tokens(context, split) for split in output.scored})
+    folder = run.paths.data / TRIMMED
+    splits = {split: tokens.open_tokens(folder / split) for split in output.scored}
+    return StudentTexts(encoder.load_tokenizer(str(folder), "student.vocabulary"), trimming.read_kept(folder), splits)
+
+
+def vocabulary_input(context: Context) -> Inputs:
+    """Return the tokens that the finished student knows as an input of a stage that runs it, unless they are all."""
+    kept = context.output(DataOutput).vocabulary
+    return {"data.vocabulary": kept.digest} if kept else {}
 
 
 def training_set(context: Context) -> str:

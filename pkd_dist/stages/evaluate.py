@@ -11,14 +11,22 @@ from transformers import PreTrainedModel
 from pkd_dist.data import submission
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.compare import ModelComparison, compare_models
+from pkd_dist.evaluation.compare import ModelComparison, Side, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
 from pkd_dist.files import make_folder, write_json
-from pkd_dist.model import encoder
+from pkd_dist.model import encoder, vocabulary
 from pkd_dist.stages.base import Artifacts, Inputs, Stage, absent
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, classes_of, open_tokens, positive_input, scored_task
+from pkd_dist.stages.data import (
+    DataOutput,
+    classes_of,
+    open_tokens,
+    positive_input,
+    scored_task,
+    student_texts,
+    vocabulary_input,
+)
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folders
 from pkd_dist.telemetry.log import log
@@ -51,16 +59,19 @@ def inputs(context: Context) -> Inputs:
         "task.metric": run.task.metric,
         **positive_input(context),
         "evaluate.result_dir": run.config.evaluate.result_dir,
+        **vocabulary_input(context),
     }
 
 
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
-    teacher, *others = map(encoder.load_model, teacher_folders(context))
-    models = {"teacher": teacher, "student": best_student(context)}
-    run, task, classes = context.resolved, scored_task(context), classes_of(context)
+    run, task, classes, texts = context.resolved, scored_task(context), classes_of(context), student_texts(context)
+    teacher, *others = (
+        Side(encoder.load_model(folder), splits, run.tokenizer.pad_token_id) for folder in teacher_folders(context)
+    )
+    student = Side(best_student(context), texts.splits, texts.tokenizer.pad_token_id)
     compared = compare_models(
-        models, splits, task, run.config.evaluate, run.tokenizer.pad_token_id, context.world, others
+        {"teacher": teacher, "student": student}, task, run.config.evaluate, context.world, others
     )
     if others:
         log.info("evaluate: %s", _ensemble_line(compared.results))
@@ -128,6 +139,9 @@ STAGE = Stage(
 
 
 def best_student(context: Context) -> PreTrainedModel:
-    """Load the student of the best epoch as a plain model."""
-    distilled = context.output(DistillOutput)
-    return hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)
+    """Load the student of the best epoch as a plain model, with the tokens that it keeps."""
+    distilled, kept_K = context.output(DistillOutput), student_texts(context).kept_K
+    best = hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)
+    if kept_K is not None:
+        vocabulary.trim_embedding(best, kept_K)
+    return best

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 
 from pkd_dist import __version__
 from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.export import build, card, manifest
 from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import SAMPLE, DataOutput, classes_of, open_tokens, scored_task
+from pkd_dist.stages.data import (
+    SAMPLE,
+    DataOutput,
+    StudentTexts,
+    classes_of,
+    open_tokens,
+    scored_task,
+    student_texts,
+    vocabulary_input,
+)
 from pkd_dist.stages.distill import DistillOutput, length_input, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
 from pkd_dist.stages.init import InitOutput
@@ -46,6 +56,7 @@ def inputs(context: Context) -> Inputs:
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.formats": context.resolved.config.export.formats,
         **length_input(context),
+        **vocabulary_input(context),
     }
 
 
@@ -71,25 +82,28 @@ def _export(context: Context) -> ExportOutput:
 
 
 def _subject(context: Context) -> build.Subject:
-    run = context.resolved
+    run, texts, kept = context.resolved, student_texts(context), context.output(DataOutput).vocabulary
     sample = json.loads((run.paths.data / SAMPLE).read_text(encoding="utf-8"))
     return build.Subject(
         student=best_student(context),
-        tokenizer=run.tokenizer,
+        tokenizer=texts.tokenizer,
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
-        dev=open_tokens(context, "dev"),
+        dev=texts.splits["dev"],
         texts=tuple(sample["texts"]),
         max_length=run.config.task.max_length,
         evaluate=run.config.evaluate,
-        reference=_reference(context),
+        reference=_reference(context, texts),
+        kept=(kept.kept, kept.total) if kept else None,
     )
 
 
-def _reference(context: Context) -> build.Reference:
+def _reference(context: Context, texts: StudentTexts) -> build.Reference:
     answers = predictions.read(context.resolved.paths.predictions)
-    test = open_tokens(context, "test") if "test" in answers and answers["test"].labelled else None
-    return build.Reference(encoder.load_model(teacher_folder(context)), test, answers)
+    test = texts.splits["test"] if "test" in answers and answers["test"].labelled else None
+    pad_id = context.resolved.tokenizer.pad_token_id
+    teacher = Side(encoder.load_model(teacher_folder(context)), {"dev": open_tokens(context, "dev")}, pad_id)
+    return build.Reference(teacher, test, answers)
 
 
 def _facts(context: Context) -> card.CardFacts:

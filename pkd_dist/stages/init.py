@@ -30,11 +30,13 @@ class InitOutput:
 
 
 VERSION = 1
+_AFTER_INIT = {"dropout", "vocabulary", "min_count"}
+"""Of the section `student`: these do not change its initial weights."""
 
 
 def inputs(context: Context) -> Inputs:
     run, settings = context.resolved, context.resolved.config.student
-    found: Inputs = {f"student.{key}": value for key, value in settings.model_dump(exclude={"dropout"}).items()}
+    found: Inputs = {f"student.{key}": value for key, value in settings.model_dump(exclude=_AFTER_INIT).items()}
     found |= {
         "teacher.weights": context.output(TeacherOutput).weights,
         "data.class_names": list(context.output(DataOutput).class_names),

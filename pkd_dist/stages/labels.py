@@ -7,6 +7,7 @@ LABELS = {
     "student.init.weights": "the weights of student.init",
     "data.class_names": "the class names",
     "data.training": "the training data",
+    "data.vocabulary": "the tokens that the student keeps",
     "data.scale": "the scale of the targets",
     "data.outputs": "the names of the student's outputs",
     "data.tokens": "the training tokens",

@@ -22,6 +22,7 @@ from pkd_dist.cli.main import app
 from pkd_dist.config.load import load
 from pkd_dist.data import tokens
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import build, independence, int8, manifest, onnx
@@ -175,15 +176,15 @@ def test_the_int8_file_is_the_one_that_agrees_best(tmp_path):
 
 def test_the_files_are_set_beside_the_teacher_on_dev_and_test(tmp_path):
     """PyTorch's answers to test are those of the evaluation, unless the student has changed since."""
-    made = subject(tmp_path)
-    teacher, test = subject(tmp_path / "teacher", num_hidden_layers=3).student, tokens.open_tokens(tmp_path / "train")
+    made, test = subject(tmp_path), tokens.open_tokens(tmp_path / "train")
+    teacher = Side(subject(tmp_path / "teacher", num_hidden_layers=3).student, {"dev": made.dev}, made.pad_id)
     sets = {"dev": made.dev, "test": test}
     answers = {}
     with torch.inference_mode():
         for split, of in sets.items():
             sides = {
                 side: predict_logits_single(forward_of(model), of, 16, made.pad_id)
-                for side, model in (("teacher", teacher), ("student", made.student))
+                for side, model in (("teacher", teacher.model), ("student", made.student))
             }
             answers[split] = Predictions(of.ids_N, np.asarray(of.labels_N), sides)
     labels_N = np.concatenate([np.asarray(of.labels_N) for of in sets.values()])

@@ -60,6 +60,8 @@ def test_repeats_and_overlap_with_train(tmp_path, body):
     assert row(output, "train") == ["5", "1, 3, 3", "2 (1 with another label)", "2 classes", "3, 5; 40.0%"]
     assert row(output, "dev")[1:5] == ["2, 3, 3", "0", "3 (2 with another label)", "2 classes"]
     assert row(output, "test")[1:5] == ["2, 4, 4", "0", "1", "unlabeled"]
+    # of the words that do not occur, only "is" is spelled by others: "i" and "##s"
+    assert "student.vocabulary: used keeps 64 of 65 tokens" in output
 
 
 @pytest.mark.parametrize("count", [50, 300])
