@@ -21,16 +21,13 @@ import contextlib
 import dataclasses
 import enum
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pkd_dist.config.schema import Config
-from pkd_dist.config.section import fields, section_of
 from pkd_dist.errors import UserError
 from pkd_dist.files import (
     altered,
@@ -45,7 +42,7 @@ from pkd_dist.files import (
     size_of,
     write_json,
 )
-from pkd_dist.stages.labels import label
+from pkd_dist.stages.changes import Inputs, all_raised, changed_inputs, describe_changes
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
@@ -58,8 +55,6 @@ FORMAT = 3
 _CHECKED = 3
 """The first format with checksums."""
 Output = TypeVar("Output")
-Inputs = dict[str, object]
-"""What decides a stage's outcome: dotted key -> a value that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -275,10 +270,10 @@ class Markers:
             if marker.spoiled:
                 return State.STALE, marker.spoiled
             now = json.loads(json.dumps(inputs_of(stage, context)))
-            before, changed = _changed(marker.inputs, now)
+            before, changed = changed_inputs(marker.inputs, now)
             if changed:
-                raised = _raised(before, now, changed, stage.extendable(before))
-                return State.EXTENDED if raised else State.STALE, _changes(before, now, changed)
+                raised = all_raised(before, now, changed, stage.extendable(before))
+                return State.EXTENDED if raised else State.STALE, describe_changes(before, now, changed)
             if not marker.done:
                 return State.STARTED, "it was interrupted"
             output = self.output(stage)
@@ -421,36 +416,6 @@ def inputs_of(stage: Stage[Output], context: Context) -> Inputs:
     """Return all that decides a stage's outcome: its inputs, its version and those of the stages before it."""
     reached = NAMES[: NAMES.index(stage.name) + 1]
     return {f"version.{name}": context.versions[name] for name in reached} | stage.inputs(context)
-
-
-def _changed(before: Inputs, now: Inputs) -> tuple[Inputs, list[str]]:
-    """Return `before` completed, and the keys whose values differ.
-
-    A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior.
-    """
-    before = {**{key: default for key, default in _defaults().items() if key in now}, **before}
-    return before, [key for key in {**now, **before} if now.get(key) != before.get(key)]
-
-
-def _raised(before: Inputs, now: Inputs, changed: Sequence[str], extendable: frozenset[str]) -> bool:
-    return all(key in extendable and cast(float, now[key]) > cast(float, before[key]) for key in changed)
-
-
-def _changes(before: Inputs, now: Inputs, changed: Sequence[str]) -> str:
-    """Say which inputs changed, at most three of them."""
-    shown = [f"{label(key)} changed ({_short(before.get(key))} -> {_short(now.get(key))})" for key in changed[:3]]
-    return "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-
-
-@cache
-def _defaults() -> Inputs:
-    plain = {name: field for name, field in fields(Config) if not section_of(field) and not field.is_required()}
-    return {name: json.loads(json.dumps(field.default)) for name, field in plain.items()}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:40] + "..."
 
 
 def absent(path: Path) -> str | None:
