@@ -16,7 +16,7 @@ ORDER = [
 
 ONLY_USER = {"deepspeed": {"training"}, "mpi4py": {"distributed"}, "torch.distributed": {"distributed"}}
 """Package -> the folders that may import it."""
-SHARED_BY_STAGES = {"labels", "base", "context", "run_folder", "progress", "translation"}
+SHARED_BY_STAGES = {"labels", "changes", "base", "context", "run_folder", "progress", "translation"}
 
 
 def modules():
