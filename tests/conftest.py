@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,12 @@ from benchmarks.faults.tiny import (
 from pkd_dist.network import free_port
 
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_end_jobs() -> None:
+    """Under nohup SIGHUP is ignored, and so it would be by the jobs that tests start and send it to."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
