@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import forked
 import pytest
-from conftest import ROOT, environment, launch, started, whole_run, write_config
-from test_kill import arrived
+from conftest import ROOT, command, environment, launch, started, until, whole_run, write_config
 
 TRAIN = ROOT / "launcher/train.py"
 BEFORE = "import os, resource, runpy, sys\n{}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -46,6 +44,12 @@ def launch_after(preparation, folder, *arguments, **variables):
     program = folder / "program.py"
     program.write_text(BEFORE.format(f"sys.argv[0] = {str(TRAIN)!r}\n{preparation}"))
     return forked.run(program, arguments, ROOT, [environment(**variables)], 120)
+
+
+def launch_afresh(*arguments, **variables):
+    """Runs launcher/train.py in a process that has loaded nothing: what counts is said while libraries are loaded."""
+    argv, variables = command(*arguments), environment(**variables)
+    return subprocess.run(argv, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
 OUTPUTS = {
@@ -94,7 +98,7 @@ def test_variables_of_other_software_and_a_low_limit_of_files(calm, body, data, 
 
 
 def test_a_variable_that_torch_rejects_is_one_line(config):
-    done = launch("--config", config, TORCH_DISTRIBUTED_DEBUG="garbage")
+    done = launch_afresh("--config", config, TORCH_DISTRIBUTED_DEBUG="garbage")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("pkd: PyTorch cannot be loaded: The value of TORCH_DISTRIBUTED_DEBUG must be ")
 
@@ -102,7 +106,8 @@ def test_a_variable_that_torch_rejects_is_one_line(config):
 def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(config, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    done = launch("--config", config, 'export.formats=["onnx"]', HOME=str(home), PKD_KERNELS="0", HF_HOME=str(tmp_path))
+    variables = {"HOME": str(home), "PKD_KERNELS": "0", "HF_HOME": str(tmp_path)}
+    done = launch_afresh("--config", config, 'export.formats=["onnx"]', **variables)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*onnxruntime*"))
 
@@ -110,9 +115,7 @@ def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(config, tmp_path)
 def test_a_lost_terminal_commits_and_the_same_command_ends_with_the_same_bytes(calm, config, tmp_path):
     run = tmp_path / "run"
     with started("--config", config) as [job]:
-        while not arrived(run, "metrics.jsonl:7"):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.001)
+        until("metrics.jsonl:7", run, [job])
         job.send_signal(signal.SIGHUP)
         _, said = job.communicate(60)
     assert job.returncode == 75
@@ -148,9 +151,7 @@ def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
     program = ROOT / "pkd_dist/cli/__main__.py"
     job = forked.Process(program, [*argv, "--output", tmp_path / "out"], ROOT, environment(), *files)
     try:
-        while not arrived(tmp_path / "out/finetune/seed-1", "metrics.jsonl:3"):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.01)
+        until("metrics.jsonl:3", tmp_path / "out/finetune/seed-1", [job])
         job.send_signal(signal.SIGHUP)
         _, said = job.communicate(60)
     finally:
