@@ -245,6 +245,8 @@ def as_of_0_1_0(path):
     marker, phrases = json.loads(path.read_text()), {key: phrase for phrase, key in _PHRASES[path.stem].items()}
     inputs = {}
     for key, value in marker["inputs"].items():
+        if path.stem == "data" and key.startswith("student."):
+            continue  # settings that it did not have
         if key.startswith("task.data:"):
             key = key.partition(":")[2]
         elif key.startswith("data.") and key not in phrases:
@@ -253,7 +255,7 @@ def as_of_0_1_0(path):
     outputs = marker["outputs"]
     if path.stem == "data":
         outputs = {**outputs, **outputs["sets"], "sets": list(outputs["sets"])}
-    for added in ("notices", "scale"):
+    for added in ("notices", "scale", "vocabulary"):
         outputs.pop(added, None)
     old = {
         "done": True,

@@ -43,6 +43,7 @@ def run(tmp_path_factory):
     BertModel(config).save_pretrained(folder / "body")
     write_tsv(folder / "data/train.tsv", sentences(80, 1))
     write_tsv(folder / "data/dev.tsv", DEV)
+    write_tsv(folder / "data/test.tsv", DEV[20:])
     settings = whole_run(folder / "body", folder / "data", folder)
     settings["teacher"]["finetune"]["epochs"] = settings["train"]["epochs"] = 1
     settings["student"] = {"layers": [1], "vocabulary": "used"}
@@ -70,6 +71,8 @@ def test_the_export_holds_the_used_tokens_alone(run):
     assert manifest.verify(export)["vocabulary"] == {"kept": kept, "total": len(body)}
     assert len(tokenizer) == len(table) == json.loads((export / "config.json").read_text())["vocab_size"] == kept
     assert not set(UNSEEN) & set(tokenizer.get_vocab())
+    beside = manifest.verify(export)["deployment"]
+    assert beside["splits"] == ["dev", "test"] and beside["examples"] == len(DEV) + len(DEV[20:])
     assert f"hold {kept} of the teacher's {len(body)} tokens" in (export / "README.md").read_text()
     plain = AutoModelForSequenceClassification.from_pretrained(export)
     assert results(run[0] / "run")["student"]["parameters"] == plain.num_parameters()
