@@ -17,6 +17,7 @@ LABELS = {
     "distill.steps": "the length of the training",
     "evaluate.results": "the results",
     "export.weights": "the exported weights",
+    "export.files": "the exported files",
     "precision": "the training precision",
 }
 """Input key -> what people call it; a key that is not here is a configuration key and is shown as it is."""

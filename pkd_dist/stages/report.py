@@ -57,6 +57,7 @@ def inputs(context: Context) -> Inputs:
     return {
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.weights": context.output(ExportOutput).weights,
+        "export.files": digest_of(context.output(ExportOutput).files),
         **length_input(context),
     }
 
