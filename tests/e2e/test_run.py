@@ -240,6 +240,17 @@ def test_a_raised_version_runs_the_stage_and_those_after_it_again(finished, tmp_
     assert (tmp_path / "run/previous/1/results_eval.json").is_file()
 
 
+def test_other_formats_make_the_report_again(finished, tmp_path):
+    folder, settings, _ = finished
+    assert "student, ONNX" in (folder / "run/report.html").read_text()
+    shutil.copytree(folder / "run", tmp_path / "run")
+    run = {"run": {"dir": str(tmp_path / "run")}, "export": {"formats": ["safetensors"]}}
+    done = launch("--config", write_config(settings | run, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "report: runs again, because " in done.stdout and "the exported files changed" in done.stdout
+    assert "student, ONNX" not in (tmp_path / "run/report.html").read_text()
+
+
 def as_of_0_1_0(path):
     """Rewrite a marker as version 0.1.0 wrote it: phrases for keys, no versions, no format."""
     marker, phrases = json.loads(path.read_text()), {key: phrase for phrase, key in _PHRASES[path.stem].items()}
