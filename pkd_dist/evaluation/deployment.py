@@ -53,7 +53,7 @@ class ModelRow:
         score: The main metric; None where labels or answers do not define it.
         score_interval_95: Wilson's for an accuracy, else the bootstrap's.
         agreement: With the teacher, see `metrics.agreement`.
-        kept: Its score as a share of the teacher's; None where the teacher has none above 0.
+        kept: Its score as a share of the teacher's; None where the teacher has none above 0, or its own is below 0.
         kept_interval_95: From resamples on which both models are scored (paired bootstrap).
         speed: Of all rows in turn in one session.
     """
@@ -140,7 +140,7 @@ class Deployment:
             return f"what it keeps of the teacher's {metric} cannot be told: {metric} is undefined on {self.on}"
         return (
             f"what it keeps of the teacher's {metric} cannot be told: the teacher scores {self.teacher.score:.3f} on "
-            f"{self.on}"
+            f"{self.on}, and it {row.score:.3f}"
         )
 
     @staticmethod
@@ -259,7 +259,7 @@ def _kept(
     teacher: ModelRow, row: ModelRow, resampled: Mapping[str, np.ndarray]
 ) -> tuple[float | None, Interval | None]:
     """Return the share of the teacher's score that a model keeps, and its interval."""
-    if teacher.score is None or teacher.score <= 0 or row.score is None:
+    if teacher.score is None or teacher.score <= 0 or row.score is None or row.score < 0:
         return None, None
     teachers_R = resampled[teacher.file]
     told = bool((teachers_R > 0).all())

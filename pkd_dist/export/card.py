@@ -49,7 +49,7 @@ Classes, in the order of the logits: {{ facts.classes.names | map("code") | join
 | output of the teacher | label in the data | class |
 | --- | --- | --- |
 {% for row in facts.classes.as_rows() -%}
-| {{ row.output | code }} | {{ row.label | code }} | {{ row.name | code }} |
+| {{ row.output | code | cell }} | {{ row.label | code | cell }} | {{ row.name | code | cell }} |
 {% endfor %}
 {% if facts.classes.positive is not none %}
 
@@ -152,7 +152,9 @@ def _files(source: str) -> str:
 def render(facts: CardFacts, figures: ExportFigures) -> str:
     """Return the model card in Markdown."""
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    templates.filters |= {"code": markdown_code, "files": _files, "text": markdown}
+    templates.filters |= {
+        "code": markdown_code, "files": _files, "text": markdown, "cell": lambda text: text.replace("|", r"\|"),
+    }  # fmt: skip
     int8 = figures["files_on_dev"].get(ONNX_FILES["onnx-int8"])
     return templates.from_string(_TEMPLATE).render(
         facts=facts,

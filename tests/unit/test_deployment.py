@@ -121,16 +121,20 @@ def test_regressions():
 
 
 @pytest.mark.parametrize(
-    ("labels", "teacher", "said"),
+    ("labels", "teacher", "student", "said"),
     [
-        ([0, 1], [1, 0], "the teacher scores -1.000 on dev + test"),
-        ([0, 0], [0, 0], "MCC is undefined on dev + test"),
+        ([0, 1], [1, 0], [0, 1], "the teacher scores -1.000 on dev + test, and it 1.000"),
+        ([0, 1], [0, 1], [1, 0], "the teacher scores 1.000 on dev + test, and it -1.000"),
+        ([0, 0], [0, 0], [0, 0], "MCC is undefined on dev + test"),
     ],
 )
-def test_a_share_of_nothing_cannot_be_told(labels, teacher, said):
-    """A teacher without a score above 0, or labels of one class."""
-    labels_N, logits_NC = np.tile(labels, N // 2), np.tile(np.eye(2)[teacher], (N // 2, 1))
-    made = table(labels_N, {"teacher": logits_NC, "student": np.eye(2)[labels_N]}, "mcc")
+def test_a_share_of_nothing_cannot_be_told(labels, teacher, student, said):
+    """A teacher without a score above 0, a student below 0, or labels of one class."""
+    labels_N = np.tile(labels, N // 2)
+    logits = {
+        name: np.tile(np.eye(2)[says], (N // 2, 1)) for name, says in (("teacher", teacher), ("student", student))
+    }
+    made = table(labels_N, logits, "mcc")
     assert made.best.kept is None and made.best.kept_interval_95 is None
     assert made.headline().endswith(f"what it keeps of the teacher's MCC cannot be told: {said}")
     assert ("undefined" in made.cells()[0]) == ("undefined" in said)
