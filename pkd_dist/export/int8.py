@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 QUANTIZATIONS = ("per token", "per token, 7-bit weights")
 """Ways to quantise to int8."""
@@ -133,9 +133,22 @@ class _Quantizer:
         self._add("MultiHeadAttention", [*parts, bias, mask], [out], _DOMAIN, **attributes)
 
 
+def _store_as_int8(graph: GraphProto, table: TensorProto) -> tuple[str, str]:
+    """Replace a table by int8 rows with a scale each; return the names of rows and scales."""
+    from onnx import numpy_helper
+
+    values_NM = numpy_helper.to_array(table)
+    scale_N1 = np.maximum(np.abs(values_NM).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    rows, scales = f"{table.name}_int8", f"{table.name}_scale"
+    graph.initializer.remove(table)
+    graph.initializer.append(numpy_helper.from_array(np.rint(values_NM / scale_N1).astype(np.int8), rows))
+    graph.initializer.append(numpy_helper.from_array(scale_N1.astype(np.float32), scales))
+    return rows, scales
+
+
 def _round_embedding(model: ModelProto) -> None:
     """Replace the word embedding by int8 rows with a scale each: Gather, Cast, Mul."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
     graph = model.graph
     tables = {i.name: i for i in graph.initializer if len(i.dims) == 2 and i.data_type == TensorProto.FLOAT}
@@ -147,12 +160,7 @@ def _round_embedding(model: ModelProto) -> None:
     table = tables[lookup.input[0]]
     if sum(table.name in node.input for node in graph.node) > 1:
         return
-    table_VH = numpy_helper.to_array(table)
-    scale_V1 = np.maximum(np.abs(table_VH).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
-    rows, scales = f"{table.name}_int8", f"{table.name}_scale"
-    graph.initializer.remove(table)
-    graph.initializer.append(numpy_helper.from_array(np.rint(table_VH / scale_V1).astype(np.int8), rows))
-    graph.initializer.append(numpy_helper.from_array(scale_V1.astype(np.float32), scales))
+    rows, scales = _store_as_int8(graph, table)
     out, ids = lookup.output[0], lookup.input[1]
     place = list(graph.node).index(lookup)
     graph.node.remove(lookup)
@@ -172,17 +180,12 @@ def _round_other_tables(graph: GraphProto) -> None:
 
     ONNX Runtime makes them float32 again when it loads the file, so only the file gets smaller.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
     tables = [i for i in graph.initializer if len(i.dims) == 2 and i.data_type == TensorProto.FLOAT]
     nodes = []
     for table in (table for table in tables if table.dims[0] * table.dims[1] >= _WORTH_ROUNDING and table.dims[1] > 1):
-        values_NM = numpy_helper.to_array(table)
-        scale_N1 = np.maximum(np.abs(values_NM).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
-        rows, scales, wide = f"{table.name}_int8", f"{table.name}_scale", f"{table.name}_float"
-        graph.initializer.remove(table)
-        graph.initializer.append(numpy_helper.from_array(np.rint(values_NM / scale_N1).astype(np.int8), rows))
-        graph.initializer.append(numpy_helper.from_array(scale_N1.astype(np.float32), scales))
+        (rows, scales), wide = _store_as_int8(graph, table), f"{table.name}_float"
         nodes += [
             helper.make_node("Cast", [rows], [wide], to=TensorProto.FLOAT),
             helper.make_node("Mul", [wide, scales], [table.name]),
