@@ -149,6 +149,14 @@ def port(prometheus):
     return urllib.parse.urlsplit(prometheus.active()[0]["scrapeUrl"]).port
 
 
+def discover(process, prometheus):
+    """Pause a run until Prometheus has its target: that takes up to 5 s, in which a short run could end unseen."""
+    until(lambda: list(prometheus.targets.glob("pkd-*.json")), "the target's file")
+    process.send_signal(signal.SIGSTOP)
+    until(prometheus.active, "the target")
+    process.send_signal(signal.SIGCONT)
+
+
 @pytest.fixture(scope="module")
 def run(prometheus, gateway, body, data, tmp_path_factory):
     """Run on two ranks; return the run folder, target files, targets, a scrape during training, and the output."""
@@ -254,6 +262,7 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
     live = f'job="pkd", run="{tmp_path / "run"}"'
 
     start = functools.partial(started, "--config", config, "--stages", "data,teacher,cache,init,distill")
+    until(lambda: not prometheus.active(), "no target of another test")
 
     crashed = f'ALERTS{{alertname="PkdRunCrashed", alertstate="firing", {live}}}'
 
@@ -262,6 +271,7 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
 
     for stop, step, status in ((signal.SIGKILL, 40, -9), (signal.SIGTERM, 120, 75)):
         with start() as [process]:
+            discover(process, prometheus)
             until(lambda step=step: prometheus.query(distilled(step)), f"step {step}")
             until(lambda: not prometheus.query(crashed), "no alert on a live run")
             process.send_signal(stop)
@@ -277,7 +287,9 @@ def test_counters_survive_kill_9_and_a_stop(prometheus, gateway, body, data, tmp
             endpoint.close()
         else:
             assert not list(prometheus.targets.iterdir()), "an orderly end removes the file"
+            until(lambda: not prometheus.active(), "no target")
     with start() as [process]:
+        discover(process, prometheus)
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
     for counter in ("pkd_samples_total", "pkd_tokens_total", "pkd_step_seconds_count", "pkd_data_wait_seconds_total"):
