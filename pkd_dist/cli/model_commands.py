@@ -191,7 +191,8 @@ def predict(
         known = inputs.Form(
             trained.get("pair"), tuple(trained.get("text_columns", ())), task.headerless if task else ()
         )
-        given = inputs.read(texts or (), file, text or (), pair, known)
+        notes: list[str] = []
+        given = inputs.read(texts or (), file, text or (), pair, known, notes)
         predictor = Predictor(model, max_length or trained.get("max_length"))
         if predictor.regression_by_default and not trained:
             print(
@@ -206,6 +207,8 @@ def predict(
             raise UserError(
                 f"{source} has no text; give texts as arguments, in --file, or one per line on standard input"
             )
+        for note in notes:
+            print(f"pkd: {note}", file=sys.stderr)
         if predictor.truncated:
             count = f"{predictor.truncated:,} of {predictor.answered:,} texts"
             print(f"pkd: {count} were truncated to {predictor.max_length} tokens", file=sys.stderr)

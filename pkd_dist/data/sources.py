@@ -135,7 +135,11 @@ def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
     for name in files:
         path = project_path(name)
         if not path.is_file():
-            raise UserError(f"task.unlabeled: no such file: {name}")
+            raise UserError(
+                f"task.unlabeled: {name} is a folder; name the files in it"
+                if path.is_dir()
+                else f"task.unlabeled: no such file: {name}"
+            )
         if not is_table(path) and path.suffix != ".txt":
             raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
         if path.suffix == ".txt" and len(task.text) > 1:

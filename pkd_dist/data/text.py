@@ -281,7 +281,9 @@ class _LabelColumn:
         for number, value in zip(self.numbers, self.values, strict=True):
             if not _has_text(value):
                 where = self.table.at(number)
-                raise UserError(f"{where}: {self.name} is empty; give it a value or remove the {self.table.unit}")
+                raise UserError(
+                    f"{where}: {self.name} is empty, null or NaN; give it a value or remove the {self.table.unit}"
+                )
             _require_unicode(self.table, number, self.name, value)
             yield number, value.strip()
 

@@ -51,7 +51,9 @@ class Form:
             raise UserError(f"{where}: the model takes {takes}, not {given}; give it the form that it was trained on")
 
 
-def read(texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, form: Form) -> Iterator[Example]:
+def read(
+    texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, form: Form, notes: list[str]
+) -> Iterator[Example]:
     """Return the examples of a command line, which are read as they are taken.
 
     Args:
@@ -59,6 +61,7 @@ def read(texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, fo
         file: A table, known by its extension, or a text a line; `-`: standard input.
         columns: The text columns of the table; empty: those of `form`.
         pair: An input is a pair, whatever `form` knows.
+        notes: What a user should know about how the inputs were read is added to it. Complete once all were taken.
 
     Raises:
         UserError: The file cannot be read, or an input is empty or has not the form that the model takes.
@@ -72,12 +75,14 @@ def read(texts: Sequence[str], file: str, columns: Sequence[str], pair: bool, fo
         raise UserError(f"names a column of a table; give one with --file (.{', .'.join(FILE_EXTENSIONS)})", "--text")
     if len(columns) > 2 or (pair and len(columns) == 1):
         raise UserError(f"{len(columns)} column(s); give one for single texts and two for pairs", "--text")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{columns[0]!r} is given twice; a pair needs two columns", "--text")
     if pair or columns:
         form.require(pair or len(columns) == 2, "--text" if columns else "--pair")
     if table:
         _require_readable(file)
-        return _rows(Path(file), tuple(columns) or form.columns, form.headerless)
-    given = ((f"text {i}", text) for i, text in enumerate(texts, start=1)) if texts else lines(file)
+        return _rows(Path(file), tuple(columns) or form.columns, form.headerless, notes)
+    given = ((f"text {i}", text) for i, text in enumerate(texts, start=1)) if texts else lines(file, notes)
     return (_example(place, text, pair or bool(form.pair), form) for place, text in given)
 
 
@@ -88,8 +93,8 @@ def _require_readable(file: str) -> None:
         raise UserError(f"--file: {file} cannot be read ({error.strerror})") from None
 
 
-def lines(file: str) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each non-blank line of a file, or of standard input (`-`).
+def lines(file: str, notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) for each non-blank line of a file, or of standard input (`-`). A note tells how many are blank.
 
     Raises:
         UserError: The file cannot be read, or a line is not UTF-8.
@@ -97,6 +102,7 @@ def lines(file: str) -> Iterator[tuple[str, str]]:
     name = "standard input" if file == "-" else file
     if file != "-":
         _require_readable(file)
+    blank = 0
     with sys.stdin.buffer if file == "-" else open(file, "rb") as source:
         for number, line in enumerate(source, start=1):
             try:
@@ -107,6 +113,10 @@ def lines(file: str) -> Iterator[tuple[str, str]]:
                 ) from None
             if text.strip():
                 yield f"{name}:{number}", text
+            else:
+                blank += 1
+    if blank:
+        notes.append(f"{name}: {blank:,} blank line(s) skipped")
 
 
 def _example(place: str, text: str, pair: bool, form: Form) -> Example:
@@ -133,17 +143,18 @@ def checked(example: Example) -> Example:
     if all(map(is_empty, example.texts)):
         raise UserError(f"{example.place}: the text is empty; every input needs one")
     if any("\ud800" <= character <= "\udfff" for text in example.texts for character in text):
-        raise UserError(f"{example.place}: the text is not UTF-8")
+        raise UserError(f"{example.place}: the text is not UTF-8, or has half of a surrogate pair")
     return example
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _rows(path: Path, columns: tuple[str, ...], headerless: tuple[str, ...]) -> Iterator[Example]:
+def _rows(path: Path, columns: tuple[str, ...], headerless: tuple[str, ...], notes: list[str]) -> Iterator[Example]:
     """Yield the rows of a table: the text columns as training reads them, the others as they are."""
     if not columns:
         raise UserError(f"name the text column of {path}, or give it twice for the two of a pair", "--text")
     table = read_file(path, TableSpec(columns, headerless=headerless, keep_others=True))
     for number, values in table.rows:
         yield checked(Example(table.at(number), tuple(value or "" for value in values), dict(table.others)))
+    notes.extend(f"{path}: {note}" for note in table.notes)

@@ -107,8 +107,12 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
         given = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"the body is not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
+    except ValueError:
+        raise HTTPException(400, "the body has a number with too many digits") from None
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply") from None
     form = _PAIR if pair else _SINGLE
     if not isinstance(given, dict):
         raise HTTPException(422, f'the body must be {form}, or {{"texts": [{form}, ...]}}')

@@ -9,15 +9,25 @@ from conftest import ROOT, bare_ranks, write_config
 from forked import Process
 
 DYING = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 import deepspeed, torch.distributed
 from pkd_dist.cli.launch import leave, train
+from pkd_dist.distributed.processes import Roll
 rank, module, function = sys.argv[1:4]
+seen = pathlib.Path(__file__).with_name("seen")
 if os.environ["RANK"] == rank:
     def die(*_, **__):
-        time.sleep(1.5)  # until the other rank has seen this one
+        while not seen.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     setattr(sys.modules[module], function, die)
+else:
+    call = Roll.call
+    def call_and_tell(roll):
+        call(roll)
+        if not roll.missing():
+            seen.touch()
+    Roll.call = call_and_tell
 leave(train(sys.argv[4:]))
 """
 TRAIN = ROOT / "launcher/train.py"

@@ -42,9 +42,10 @@ def export_all(folder, family):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     before = os.umask(0o022)  # another user reads it in a test
-    made = export_all(tmp_path_factory.mktemp("bert"), "bert")
-    os.umask(before)
-    return made
+    try:
+        return export_all(tmp_path_factory.mktemp("bert"), "bert")
+    finally:
+        os.umask(before)
 
 
 @pytest.fixture

@@ -41,20 +41,20 @@ def test_answers_are_the_models_own(folder):
         ("no tab", True, "text 1: a pair needs two texts separated by one tab, but this line has 1"),
         ("a\tb\tc", True, "but this line has 3"),
         ("\u200b\x00", False, "the text is empty"),
-        ("bad \udcff byte", False, "text 1: the text is not UTF-8"),
+        ("bad \udcff byte", False, "text 1: the text is not UTF-8, or has half of a surrogate pair"),
     ],
 )
 def test_an_invalid_text_is_rejected(text, pair, message):
     with pytest.raises(UserError, match=message):
-        list(read([text], "-", [], pair, Form()))
+        list(read([text], "-", [], pair, Form(), []))
 
 
 def test_one_half_of_a_pair_may_be_empty():
-    assert [example.texts for example in read(["\tb", "a\t"], "-", [], True, Form())] == [("", "b"), ("a", "")]
+    assert [example.texts for example in read(["\tb", "a\t"], "-", [], True, Form(), [])] == [("", "b"), ("a", "")]
 
 
 def test_texts_before_an_invalid_one_are_answered(folder):
-    answers = Predictor(folder)(read(["good", "fine", ""], "-", [], False, Form()), 4)
+    answers = Predictor(folder)(read(["good", "fine", ""], "-", [], False, Form(), []), 4)
     assert [next(answers)["text"] for _ in range(2)] == ["good", "fine"]
     with pytest.raises(UserError, match="text 3: the text is empty"):
         next(answers)
@@ -80,18 +80,24 @@ def test_a_model_of_another_kind_is_rejected(folder, tmp_path, fields, message):
 
 def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_bytes("\ufeffone\r\n\nzwölf\n \t\nlast".encode())
-    assert [text for _, text in lines(str(tmp_path / "texts.txt"))] == ["one", "zwölf", "last"]
+    notes = []
+    assert [text for _, text in lines(str(tmp_path / "texts.txt"), notes)] == ["one", "zwölf", "last"]
+    assert notes == [f"{tmp_path / 'texts.txt'}: 2 blank line(s) skipped"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\nbr\xe9ak\n")))
     with pytest.raises(UserError, match="standard input:2: byte 0xe9 is not valid UTF-8; save the text as UTF-8"):
-        list(lines("-"))
+        list(lines("-", notes))
     with pytest.raises(UserError, match=r"--file: no/such\.txt cannot be read"):
-        list(lines("no/such.txt"))
+        list(lines("no/such.txt", notes))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a film", "--model", "x", "--file", "y"], "--file: give texts or a file, not both"),
+        (
+            ["--model", "{folder}", "--file", "t.csv", "--text", "q", "--text", "q"],
+            "--text: 'q' is given twice; a pair needs",
+        ),
         (["a film"], "--model is missing; give a fine-tuned folder"),
         (["a film", "--model", "no/such/folder/here"], "--model: no such folder"),
         (["a film", "--model", "{folder}", "--max-length", "5000"], "is more than .* can read; give at most"),

@@ -141,7 +141,6 @@ def test_a_full_queue_and_a_failing_batch():
         ({"texts": ["a"], "text": "b"}, False, "and the only key"),
         ({"text": "\u200b\t"}, False, "text is empty"),
         ({"text": "", "text_pair": "b"}, True, (True, [("", "b")])),
-        ({"text": "", "text_pair": " "}, True, "text and text_pair are both empty"),
         ({"text": 1}, False, "text must be a string"),
     ],
 )
@@ -153,3 +152,18 @@ def test_texts_of_a_request(body, pair, texts):
         assert caught.value.status_code == 422 and texts in caught.value.detail
     else:
         assert parse_texts(raw, pair, Limits()) == texts
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"text": ', "the body is not JSON: Expecting value"),
+        (b'{"text": "\xff"}', "the body is not UTF-8 (byte 10)"),
+        (b'{"text": ' + b"[" * 100_000, "the body is nested too deeply"),
+        (b'{"text": ' + b"1" * 5_000 + b"}", "the body has a number with too many digits"),
+    ],
+)
+def test_a_body_that_is_no_json(raw, message):
+    with pytest.raises(HTTPException) as caught:
+        parse_texts(raw, False, Limits())
+    assert caught.value.status_code == 400 and caught.value.detail.startswith(message)

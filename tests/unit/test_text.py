@@ -362,6 +362,7 @@ def test_unlabelled_pairs_and_broken_lines(tmp_path):
     ("name", "content", "task", "message"),
     [
         ("none.txt", None, SST2, r"^task\.unlabeled: no such file: .*none\.txt$"),
+        (".", None, SST2, r"^task\.unlabeled: .* is a folder; name the files in it$"),
         ("more.pdf", "x", SST2, r"^task\.unlabeled: .*more\.pdf is not one of \.txt, \.tsv, \.csv"),
         (
             "more.txt",
