@@ -99,8 +99,14 @@ class Student(Section):
     )
     hidden_size: Count | None = Field(
         None,
-        description="`random` only: width of the student, a multiple of the teacher's head width; the feed-forward width "
-        "scales with it. null: the teacher's. The patience term then uses a learned projection, which is not exported.",
+        description="Width of the student, a multiple of the teacher's head width. null: the teacher's. `teacher_layers` and "
+        "`first_k` keep the hidden dimensions and attention heads with the largest weights. The patience term then uses a learned "
+        "projection, which is not exported.",
+    )
+    intermediate_size: Count | None = Field(
+        None,
+        description="Feed-forward width of the student. null: the teacher's, scaled as the width is. `teacher_layers` and "
+        "`first_k` keep the neurons with the largest weights.",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Hidden and attention dropout during distillation. null: the model's own."
@@ -122,8 +128,9 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _width(self) -> Student:
-        if self.hidden_size is not None and self.init != "random":
-            raise ValueError(f"student.hidden_size is allowed only with student.init random, not {self.init}")
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(self, key) is not None and self.init not in ("teacher_layers", "first_k", "random"):
+                raise ValueError(f"student.{key} is not allowed with a folder, which has its own; remove it")
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,11 @@ _SCORES_ADD_POSITIONS = ("mpnet", "deberta-v2", "modernbert")
 """`model_type`s whose attention scores are more than products of these queries and keys."""
 
 
+def projections(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the names of a layer's projections to queries, keys and values; none if they are not known."""
+    return _PROJECTIONS.get(config.model_type, ())
+
+
 def layer_module(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return an encoder layer, counted from 1.
 

@@ -37,6 +37,7 @@ from pkd_dist.model.encoder import (
 )
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
 from pkd_dist.model.layers import copied_layers
+from pkd_dist.model.narrowing import can_narrow, narrow
 from pkd_dist.model.regression_head import has_trained_head, standardize
 from pkd_dist.model.vocabulary import has_plain_vocabulary
 
@@ -59,8 +60,14 @@ def planned_depth(
         UserError: The student cannot be created, as far as this can be checked in advance.
     """
     if config.init in INIT_METHODS:
-        if config.hidden_size:
-            _with_hidden_size(teacher, config.hidden_size)
+        resized = next((key for key in ("hidden_size", "intermediate_size") if getattr(config, key)), None)
+        if resized and config.init != "random" and not can_narrow(teacher):
+            raise UserError(
+                f"is not possible: only layers of BERT, RoBERTa, ELECTRA and DistilBERT can be narrowed, not of a "
+                f"{teacher.model_type}; use student.init=random",
+                f"student.{resized}",
+            )
+        _with_widths(teacher, config)
         return len(_selected_layers(config, teacher))
     near = difflib.get_close_matches(config.init, INIT_METHODS, n=1)
     if near and not Path(config.init).exists():
@@ -78,8 +85,7 @@ def planned_depth(
 def planned_config(config: StudentConfig, teacher: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration of the student's model, as `create` will make it."""
     shape = teacher if config.init in INIT_METHODS else load_config(locate(config.init, "student.init"), "student.init")
-    shape = _with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape
-    return _with_layers(shape, _selected_layers(config, shape))
+    return _with_layers(_with_widths(shape, config), _selected_layers(config, shape))
 
 
 def require_plain_vocabulary(config: StudentConfig, teacher: PretrainedConfig) -> None:
@@ -135,26 +141,41 @@ def _with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedC
     return config
 
 
-def _with_hidden_size(config: PretrainedConfig, hidden: int) -> PretrainedConfig:
-    """Return a model configuration of another hidden size: the same head size, all else in proportion.
+def _with_widths(config: PretrainedConfig, student: StudentConfig) -> PretrainedConfig:
+    """Return a model configuration with the student's own sizes, or as it is if there are none.
+
+    The size of a head stays. With another hidden size, all else is in proportion.
 
     Raises:
-        UserError: A size would not be an integer.
+        UserError: A size would not be an integer, or `teacher_layers` and `first_k` would have to grow.
     """
+    if student.hidden_size is None and student.intermediate_size is None:
+        return config
     config = copy.deepcopy(config)
+    hidden = student.hidden_size or int(config.hidden_size)
     before, head = int(config.hidden_size), int(config.hidden_size) // int(config.num_attention_heads)
     inner = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # hidden_dim: DistilBERT
-    scaled = getattr(config, inner) * hidden
-    if hidden % head or scaled % before:
+    inner_before = int(getattr(config, inner))
+    scaled = inner_before * hidden
+    if hidden % head or (scaled % before and student.intermediate_size is None):
         raise UserError(
             f"student.hidden_size: {hidden} is not possible: the teacher has a head size of {head}, and a feed-forward size "
-            f"of {getattr(config, inner)} at hidden size {before}; use a multiple of {head} that scales both to integers"
+            f"of {inner_before} at hidden size {before}; use a multiple of {head} that scales both to integers"
+        )
+    wanted = student.intermediate_size or scaled // before
+    for key, value, limit in (("hidden_size", hidden, before), ("intermediate_size", wanted, inner_before)):
+        if student.init != "random" and value > limit:
+            raise UserError(f"{value} is more than the teacher's {limit}, from which it is taken", f"student.{key}")
+    if student.init != "random" and getattr(config, "embedding_size", before) == hidden != before:
+        raise UserError(
+            f"{hidden} is the size of the teacher's embeddings, whose projection the student would lack; use another size",
+            "student.hidden_size",
         )
     for name in ("embedding_size", "pooler_hidden_size"):  # unless they differ from the hidden size
         if getattr(config, name, None) == before:
             setattr(config, name, hidden)
     config.hidden_size, config.num_attention_heads = hidden, hidden // head
-    setattr(config, inner, scaled // before)
+    setattr(config, inner, wanted)
     return config
 
 
@@ -222,13 +243,13 @@ def create(
         torch.manual_seed(seed)
         if config.init == "teacher_layers":
             layers = _selected_layers(config, load_config(teacher))
-            model = take_layers(load_model(teacher), layers)
+            model, widths = _narrowed(take_layers(load_model(teacher), layers), config)
             _set_fields(model.config, labels)  # a given teacher may lack the names
-            return standardize(model, scale), f"teacher layers {list(layers)} (from 0)"
+            return standardize(model, scale), f"teacher layers {list(layers)} (from 0){widths}"
         if config.init == "random":
             shape = load_config(teacher)
             layers = _selected_layers(config, shape)
-            shape = _with_layers(_with_hidden_size(shape, config.hidden_size) if config.hidden_size else shape, layers)
+            shape = _with_layers(_with_widths(shape, config), layers)
             _set_fields(shape, labels)
             model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=False)
             made_of = f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
@@ -237,12 +258,21 @@ def create(
             trained = has_trained_head(load_config(pretrained))
             source = standardize(load_model(pretrained, new_head=True, **labels), scale, trained)
             layers = _selected_layers(config, source.config)
-            return take_layers(source, layers), f"the first {len(layers)} layers of {name_of(pretrained)}"
+            model, widths = _narrowed(take_layers(source, layers), config)
+            return model, f"the first {len(layers)} layers of {name_of(pretrained)}{widths}"
         folder = locate(config.init, "student.init")
         trained = has_trained_head(load_config(folder, "student.init"))
         source = standardize(load_model(folder, "student.init", new_head=True, **labels), scale, trained)
         layers = _selected_layers(config, source.config)
         return take_layers(source, layers) if config.num_layers else source, f"the folder {name_of(config.init)}"
+
+
+def _narrowed(model: PreTrainedModel, config: StudentConfig) -> tuple[PreTrainedModel, str]:
+    """Return the model with the student's sizes, and what people should know of them."""
+    narrower = _with_widths(model.config, config)
+    if narrower is model.config:
+        return model, ""
+    return narrow(model, narrower), f", narrowed from {model.config.hidden_size} to {narrower.hidden_size}"
 
 
 def _set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pkd_dist.cli.main import app
 SHORT = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 32}
 TEXTS = ["a good film", "the plot was very dull and the story empty"]
 CASES = {
-    "roberta": ({"layers": [1, 3]}, "zero1"),
+    "roberta": ({"layers": [1, 3], "hidden_size": 16, "intermediate_size": 24}, "zero1"),
     "distilbert": ({"layers": [1, 3]}, "zero3"),  # on two ranks
     "electra": ({"init": "first_k", "num_layers": 2}, "zero1"),
     "albert": ({"layers": [1, 3]}, "zero1"),

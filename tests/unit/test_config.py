@@ -108,7 +108,10 @@ def test_every_shipped_deepspeed_configuration_loads(path):
             "student.num_layers 2 contradicts student.layers [1]",
         ),
         ("run: {dir: x}\nstudent: {init: random, layers: [1]}\n", "use student.num_layers"),
-        ("run: {dir: x}\nstudent: {hidden_size: 16}\n", "student.hidden_size is allowed only with student.init random"),
+        (
+            "run: {dir: x}\nstudent: {init: my/folder, hidden_size: 16}\n",
+            "student.hidden_size is not allowed with a folder",
+        ),
         ("run: {dir: x}\ntask: {name: custom}\n", "task.name custom needs task.text: [column] or [column_a, column_b]"),
         (
             "run: {dir: x}\ntask: {unlabeled: more.txt}\n",
