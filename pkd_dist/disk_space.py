@@ -17,9 +17,10 @@ from pkd_dist.config.schema import Train
 from pkd_dist.data.batches import steps_per_epoch
 from pkd_dist.errors import UserError
 from pkd_dist.export.build import needed_bytes
-from pkd_dist.files import readable_bytes, size_of
+from pkd_dist.files import existing_parent, readable_bytes, size_of
 from pkd_dist.model import encoder, student
 from pkd_dist.stages.base import Markers
+from pkd_dist.stages.cache import cache_bytes
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import DataOutput, training_set, used_vocabulary
 from pkd_dist.telemetry.log import log
@@ -47,7 +48,7 @@ def require(context: Context, markers: Markers, names: Sequence[str]) -> None:
     needs = [need for need in _needs(context) if need.stage in names and not _is_done(markers, need.stage)]
     disks: dict[int, list[Need]] = {}
     for need in needs:
-        disks.setdefault(_existing(need.folders[0]).stat().st_dev, []).append(need)
+        disks.setdefault(existing_parent(need.folders[0]).stat().st_dev, []).append(need)
     for here in disks.values():
         folder = here[0].folders[0].parent if here[0].stage != "cache" else here[0].folders[0]
         lasting = peak = 0
@@ -55,12 +56,17 @@ def require(context: Context, markers: Markers, names: Sequence[str]) -> None:
             present = sum(map(size_of, need.folders))
             peak = max(peak, lasting + need.lasting + need.temporary - present)
             lasting += max(0, need.lasting - present)
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing_parent(folder)).free
         most = max(here, key=lambda need: need.lasting + need.temporary)
+        remedy = (
+            ", or set cache.mode=recompute"
+            if most.stage == "cache" and context.resolved.config.distill.all_tokens
+            else ""
+        )
         if free < peak:
             raise UserError(
                 f"{folder}: no space left for the run: it needs about {peak:,} bytes, {free:,} are free; free some space and "
-                f"rerun the same command, or choose a folder on another disk (most is for the stage {most.stage})"
+                f"rerun the same command, or choose a folder on another disk{remedy} (most is for the stage {most.stage})"
             )
         if peak > 0:
             log.info("%s: needs about %s of disk, %s are free", folder, readable_bytes(peak), readable_bytes(free))
@@ -71,11 +77,6 @@ def _is_done(markers: Markers, name: str) -> bool:
         marker = markers.read(name)
         return marker is not None and marker.done
     return False
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)
 
 
 def _needs(context: Context) -> Iterator[Need]:
@@ -96,11 +97,8 @@ def _needs(context: Context) -> Iterator[Need]:
         temporary = sum(_training(context, train, "train", *size) for size in sizes)
         folders = [folder for teacher in run.teachers for folder in (teacher.folder, teacher.checkpoints)]
         yield Need("teacher", lasting, temporary, tuple(folders))
-    summary = data.sets[training_set(context)]
     if run.cached:
-        states = summary.tokens if config.distill.all_tokens else summary.examples
-        values = states * len(run.kept_layers) * run.teacher_width + summary.examples * classes
-        yield Need("cache", values * (4 if config.cache.dtype == "float32" else 2), 0, (paths.cache,))
+        yield Need("cache", cache_bytes(context), 0, (paths.cache,))
     used = len(used_vocabulary(context, training_set(context), "dev"))
     weights, trained = encoder.planned_sizes(student.planned_config(config.student, shapes[0]), used)
     yield Need("init", _FLOAT32 * weights, 0, (paths.student_init,))

@@ -190,6 +190,12 @@ def evict(path: Path) -> None:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def existing_parent(path: Path) -> Path:
+    """Return a path if it exists, else the nearest of its parents that does."""
+    path = path.absolute()
+    return path if path.exists() else existing_parent(path.parent)
+
+
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder; 0 if it does not exist."""
     files = path.rglob("*") if path.is_dir() else [path]

@@ -213,6 +213,16 @@ class Cache(Section):
         True,
         description="false: run the teacher in every step instead of caching its outputs (slow, for verification).",
     )
+    mode: Literal["auto", "disk", "recompute"] = Field(
+        "auto",
+        description="Where the states of all tokens come from, if the loss compares them: from `disk`, or from a forward pass of "
+        "the teacher in every step (`recompute`). `auto`: from disk, unless they take more than cache.max_disk_share. Logits and "
+        "[CLS] states are always cached.",
+    )
+    max_disk_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25,
+        description="`auto` only: largest share of the disk (of its whole size) that the states of all tokens may take.",
+    )
 
 
 class Checkpoint(Section):

@@ -51,6 +51,17 @@ def cached_outputs(reader: CacheReader) -> CachedOutputs:
     return CachedOutputs(reader) if reader.all_tokens else CachedClsOutputs(reader)
 
 
+class RecomputedStates:
+    """Reads the teacher's logits from the cache, and computes its hidden states in a forward pass."""
+
+    def __init__(self, reader: CacheReader, teacher: LiveTeacher):
+        self._logits, self._outputs = CachedClsOutputs(reader), live_outputs(teacher)
+
+    def __call__(self, batch: Batch) -> Batch:
+        logits = self._logits(batch).teacher_logits_BC
+        return replace(self._outputs(batch), teacher_logits_BC=logits)
+
+
 def live_outputs(teacher: LiveTeacher) -> AddTeacherOutputs:
     """Return a source that runs the teacher on each batch."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pkd_dist.distillation.cache import DamagedManifestError, Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
 from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, is_denied, make_folder, remove_leftovers
+from pkd_dist.files import digest_of, existing_parent, is_denied, make_folder, readable_bytes, remove_leftovers
 from pkd_dist.lock import Lock
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.regression_head import standardize
@@ -65,6 +66,11 @@ def run(context: Context) -> CacheOutput:
         log.info("cache: not built (%s)", live if not run.config.cache.enabled else "no loss term needs the teacher")
         return CacheOutput(0, 0)
     name = training_set(context)
+    if recomputes(context):
+        log.info(
+            "cache: the states of all tokens would take %s; they are not cached, the teacher computes them in every step "
+            "(cache.mode)", readable_bytes(_bytes(context, len(run.kept_layers), all_tokens=True)),
+        )  # fmt: skip
     spec = CacheSpec(
         folder,
         kept_fingerprint(context),
@@ -73,7 +79,12 @@ def run(context: Context) -> CacheOutput:
         run.config.cache.shard_rows,
     )
     with _sole_builder(context):
-        built = build(spec, lambda layers: live_teacher(context, layers), world, context.telemetry)
+        built = build(
+            spec,
+            lambda layers: live_teacher(context, layers, spec.fingerprint.states == "tokens"),
+            world,
+            context.telemetry,
+        )
     size = world.on_main(lambda: sum(path.stat().st_size for path in folder.glob("*.*s*")))
     return CacheOutput(context.output(DataOutput).sets[name].examples, built, size)
 
@@ -143,30 +154,57 @@ STAGE = Stage("cache", VERSION, CacheOutput, inputs, run, missing, artifacts, ve
 # ------------------------------------------------------------------------------------------- for the stages after it
 
 
+def recomputes(context: Context) -> bool:
+    """Return whether the states of all tokens come from a forward pass in every step; the cache has the logits alone."""
+    run = context.resolved
+    if not (run.cached and run.config.distill.all_tokens and run.kept_layers):
+        return False
+    if run.config.cache.mode == "auto":
+        allowed = run.config.cache.max_disk_share * shutil.disk_usage(existing_parent(run.paths.cache)).total
+        return _bytes(context, len(run.kept_layers), all_tokens=True) > allowed
+    return run.config.cache.mode == "recompute"
+
+
+def cache_bytes(context: Context) -> int:
+    """Return about how large the cache of a run will be."""
+    layers = () if recomputes(context) else context.resolved.kept_layers
+    return _bytes(context, len(layers), context.resolved.config.distill.all_tokens)
+
+
+def _bytes(context: Context, layers: int, all_tokens: bool) -> int:
+    run, data = context.resolved, context.output(DataOutput)
+    summary = data.sets[training_set(context)]
+    states = (summary.tokens if all_tokens else summary.examples) * layers * run.teacher_width
+    values = states + summary.examples * max(1, len(data.class_names))
+    return values * (4 if run.config.cache.dtype == "float32" else 2)
+
+
 def needed_fingerprint(context: Context) -> Fingerprint:
-    """Return the fingerprint of the teacher outputs that this run trains on: only the layers it pairs.
+    """Return the fingerprint of the teacher outputs that this run reads from its cache: only the layers it pairs.
 
     A cache that holds more layers serves it too.
     """
     run, weights, scale = context.resolved, context.output(TeacherOutput).all_weights, scale_input(context)
+    tokens = run.config.distill.all_tokens and not recomputes(context)
     return Fingerprint(
         teacher=digest_of([weights, scale]) if scale else weights,  # standardized outputs are another teacher's
         tokenizer=digests.tokenizer_digest(run.source),
         tokens=context.output(DataOutput).sets[training_set(context)].input_digest,
         max_length=run.config.task.max_length,
-        layers=run.layer_map.teacher_states,
+        layers=() if recomputes(context) else run.layer_map.teacher_states,
         dtype=run.config.cache.dtype,
         precision=run.teacher_precision,
-        states="tokens" if run.config.distill.all_tokens else "cls",
+        states="tokens" if tokens else "cls",
     )
 
 
 def kept_fingerprint(context: Context) -> Fingerprint:
     """Return the fingerprint of the cache that this run keeps: as `needed_fingerprint`, but with all of `cache.layers`."""
-    return replace(needed_fingerprint(context), layers=context.resolved.kept_layers)
+    needed = needed_fingerprint(context)
+    return needed if recomputes(context) else replace(needed, layers=context.resolved.kept_layers)
 
 
-def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
+def live_teacher(context: Context, layers: Sequence[int], all_tokens: bool) -> LiveTeacher:
     """Load the teachers, with the hidden states of `layers` of the first, counted from 1 (0: the embeddings)."""
     run, scale = context.resolved, context.output(DataOutput).scale
     model, *others = (standardize(encoder.load_model(folder), scale) for folder in teacher_folders(context))
@@ -175,7 +213,7 @@ def live_teacher(context: Context, layers: Sequence[int]) -> LiveTeacher:
         layers,
         run.teacher_precision,
         run.config.cache.dtype,
-        run.config.distill.all_tokens,
+        all_tokens,
         context.world.device,
         others,
     )

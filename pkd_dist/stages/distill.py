@@ -15,7 +15,13 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.confidence import confident_rows
-from pkd_dist.distillation.objective import AddTeacherOutputs, DistillationLoss, cached_outputs, live_outputs
+from pkd_dist.distillation.objective import (
+    AddTeacherOutputs,
+    DistillationLoss,
+    RecomputedStates,
+    cached_outputs,
+    live_outputs,
+)
 from pkd_dist.distillation.teacher import DTYPES, require_finite
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import predict_logits
@@ -24,7 +30,7 @@ from pkd_dist.model import student
 from pkd_dist.model.attention import TeacherAttention, teacher_attention
 from pkd_dist.model.encoder import load_model
 from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
-from pkd_dist.stages.cache import live_teacher, needed_fingerprint
+from pkd_dist.stages.cache import live_teacher, needed_fingerprint, recomputes
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
     DataOutput,
@@ -140,7 +146,7 @@ def training_job(context: Context) -> Job:
         losses=DistillationLoss(
             config.distill, run.layer_map, open_class_weights(context), _teacher_attention(context)
         ),
-        teacher_outputs=cached_outputs(reader) if reader else _live_outputs(context),
+        teacher_outputs=_teacher_outputs(context, reader),
         teacher_dev_NC=_teacher_dev(context),
         train=_training_tokens(context, reader),
         dev=open_tokens(context, "dev"),
@@ -170,10 +176,14 @@ def _open_cache(context: Context) -> CacheReader:
     return context.world.together(lambda: CacheReader(folder, fingerprint, shards))
 
 
-def _live_outputs(context: Context) -> AddTeacherOutputs | None:
-    if not context.resolved.needs_teacher:
+def _teacher_outputs(context: Context, reader: CacheReader | None) -> AddTeacherOutputs | None:
+    run = context.resolved
+    if not run.needs_teacher:
         return None
-    return live_outputs(live_teacher(context, needed_fingerprint(context).layers))
+    if reader and not recomputes(context):
+        return cached_outputs(reader)
+    teacher = live_teacher(context, run.layer_map.teacher_states, run.config.distill.all_tokens)
+    return RecomputedStates(reader, teacher) if reader else live_outputs(teacher)
 
 
 def _training_tokens(context: Context, reader: CacheReader | None) -> TokenSet:
@@ -197,7 +207,7 @@ def _teacher_dev(context: Context) -> np.ndarray | None:
     if not run.needs_teacher:
         return None
     context.world.at("distill, the teacher on dev", loop=False)
-    teacher = live_teacher(context, ())
+    teacher = live_teacher(context, (), all_tokens=False)
     logits_NC = predict_logits(
         lambda inputs: teacher.unchecked(inputs)[0], open_tokens(context, "dev"), context.world,
         run.config.evaluate.batch_size, run.tokenizer.pad_token_id,
