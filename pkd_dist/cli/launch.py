@@ -239,6 +239,7 @@ def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | N
         end: (exception) -> the line (None where another rank prints it) and the status.
     """
     try:
+        _require_docstrings()
         with requires_extra("train"):
             work()
     except KeyboardInterrupt:
@@ -251,6 +252,13 @@ def guarded(work: Callable[[], object], end: Callable[[Exception], tuple[str | N
             print(f"pkd: {message}", file=sys.stderr, flush=True)
         return status
     return 0
+
+
+def _require_docstrings() -> None:
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers needs; unset it, or use 1"
+        )
 
 
 def _of_the_system(error: Exception) -> Exception:

@@ -103,6 +103,17 @@ def test_a_variable_that_torch_rejects_is_one_line(config):
     assert done.stderr.startswith("pkd: PyTorch cannot be loaded: The value of TORCH_DISTRIBUTED_DEBUG must be ")
 
 
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_python_without_asserts_and_without_docstrings(calm, config, tmp_path, level):
+    done = launch_afresh("--config", config, PYTHONOPTIMIZE=level)
+    if level == "1":
+        assert done.returncode == 0, done.stderr
+        assert_same(tmp_path / "run", calm)
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("pkd: Python runs without docstrings (-OO or PYTHONOPT")
+        assert done.stderr.count("\n") == 1 and not done.stdout
+
+
 def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(config, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
