@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.common import DOCS, RESULTS, run_program, table, write_page
 from benchmarks.serving.load import load, server
-from benchmarks.serving.measure import accuracies, measure
+from benchmarks.serving.measure import Subject, accuracies, measure
 from benchmarks.watch import cores
 from pkd_dist.data.tokens import open_tokens
 from pkd_dist.evaluation.intervals import wilson_interval
@@ -50,13 +50,15 @@ def main() -> None:
 
 def run(folder: Path, requests: int, load_seconds: float) -> dict[str, Any]:
     """Return all results."""
-    export, dev = folder / "export", folder / "data/dev"
+    export, dev, trimmed = folder / "export", folder / "data/dev", folder / "data/trimmed/dev"
     made, labels_N = manifest.verify(export), np.asarray(open_tokens(dev).labels_N)
     teacher = Path(json.loads((folder / "stages/teacher.json").read_text())["outputs"]["folder"])
     onnx = {f"student, {name}": export / file for name, file in ONNX_FILES.items() if file in made["files"]}
-    paths = {TEACHER: teacher, STUDENT: export} | onnx
-    logits, models = accuracies(paths, export, dev), {}
-    for name, path in paths.items():
+    own = trimmed if trimmed.exists() else dev  # with student.vocabulary `used`, the student has other tokens
+    students = {name: Subject(path, export, own) for name, path in ({STUDENT: export} | onnx).items()}
+    subjects = {TEACHER: Subject(teacher, teacher, dev)} | students
+    logits, models = accuracies(subjects), {}
+    for name, (path, *_) in subjects.items():
         share = float((logits[name].argmax(1) == labels_N).mean())
         models[name] = {
             "accuracy": share, "accuracy_interval_95": list(wilson_interval(share, len(labels_N))),
@@ -64,7 +66,7 @@ def run(folder: Path, requests: int, load_seconds: float) -> dict[str, Any]:
             "bytes": (path / "model.safetensors" if path.is_dir() else path).stat().st_size,
         }  # fmt: skip
     for threads in sorted({1, cores()}):
-        for name, timings in measure(paths, export, dev, threads, requests).items():
+        for name, timings in measure(subjects, threads, requests).items():
             models[name][f"threads_{threads}"] = timings
     return {
         "taken": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +25,24 @@ WARM_UP, TURN = 5, 25
 """Requests of a turn: first those that do not count, because the caches hold another model."""
 
 
+class Subject(NamedTuple):
+    """What is measured: an .onnx file or a Hugging Face folder, its tokenizer, and the examples in its tokens."""
+
+    path: Path
+    tokenizer: Path
+    data: Path
+
+
 class Model:
     """A model in this process: by ONNX Runtime for an .onnx file, by PyTorch for a Hugging Face folder."""
 
-    def __init__(self, path: Path, tokenizer: Path, data: Path, threads: int):
+    def __init__(self, subject: Subject, threads: int):
         torch.set_num_threads(threads)
+        path = subject.path
         self.forward = (
             OnnxModel(path, threads) if path.suffix == ".onnx" else forward_of(load_model(str(path), "model"))
         )
-        self.pad_id, self.dev = load_tokenizer(str(tokenizer)).pad_token_id, open_tokens(data)
+        self.pad_id, self.dev = load_tokenizer(str(subject.tokenizer)).pad_token_id, open_tokens(subject.data)
 
     def logits(self) -> np.ndarray:
         """Return the logits of every example, computed one at a time."""
@@ -66,28 +75,28 @@ def _call(method: str, *arguments: Any) -> Any:
 
 
 @contextmanager
-def workers(models: dict[str, Path], *arguments: Any) -> Iterator[dict[str, Callable[..., Any]]]:
+def workers(models: dict[str, Subject], threads: int) -> Iterator[dict[str, Callable[..., Any]]]:
     """Yield for each model a function (method of `Model`, arguments) -> result, which calls its process."""
     with ExitStack() as stack:
         made = {}
-        for name, path in models.items():
-            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _open, (path, *arguments)))
+        for name, subject in models.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _open, (subject, threads)))
             made[name] = lambda *call, pool=pool: pool.submit(_call, *call).result()
         yield made
 
 
-def accuracies(models: dict[str, Path], tokenizer: Path, data: Path) -> dict[str, np.ndarray]:
+def accuracies(models: dict[str, Subject]) -> dict[str, np.ndarray]:
     """Return the logits of every example."""
-    with workers(models, tokenizer, data, 1) as made:
+    with workers(models, 1) as made:
         return {name: call("logits") for name, call in made.items()}
 
 
-def measure(models: dict[str, Path], tokenizer: Path, data: Path, threads: int, requests: int) -> dict[str, Any]:
-    """Return the latency of each model for the same `requests` sentences of `data`, and its rate by batch size."""
-    length, rng = len(open_tokens(data)), np.random.default_rng(0)
+def measure(models: dict[str, Subject], threads: int, requests: int) -> dict[str, Any]:
+    """Return the latency of each model for the same `requests` examples, and its rate by batch size."""
+    length, rng = len(open_tokens(next(iter(models.values())).data)), np.random.default_rng(0)
     latency: dict[str, list[float]] = {name: [] for name in models}
     rates: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in models}
-    with workers(models, tokenizer, data, threads) as made:
+    with workers(models, threads) as made:
         for _ in range(-(-requests // TURN)):
             rows = rng.integers(length, size=WARM_UP + TURN)
             for name, call in made.items():

@@ -29,7 +29,7 @@ def compare(
 
     Another call with the same output adds its methods and seeds to the table.
 
-    Example: pkd compare --config configs/demo.yaml --output runs/compare --methods finetune,kd,pkd-skip --seeds 1,2,3
+    Example: pkd compare --config configs/movie-reviews.yaml --output runs/compare --methods finetune,kd,pkd-skip --seeds 1,2,3
 
     Example: pkd compare --config my.yaml --output runs/pairs --method "pairs: distill.patience=[1,5]" --jobs 2
     """

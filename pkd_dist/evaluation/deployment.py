@@ -198,7 +198,7 @@ class Deployment:
             return
         where = f"{threads(self.threads).removeprefix(', ')} of {self.processor}" if self.threads else self.processor
         yield (
-            f"Speed: all rows in turn in one session on {where}, PyTorch in float32: single sentences (p50, p99), batches"
+            f"Speed: all rows in turn, 20 sentences each, in one session on {where}, PyTorch in float32: single sentences (p50, p99), batches"
             f"{f' of {self.batch_size}' if self.batch_size else ''} (per second)."
         )
         if self.spread > BUSY_SPREAD:

@@ -103,8 +103,9 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
 
 ## Training
 
-- Data: {{ facts.train.source | files | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of {{ config.train.epochs }} was the best
-  by {{ metric }} on {{ facts.dev.source | files | code }}.
+- Data: {{ facts.train.source | files | code }}, {{ facts.train.examples }} examples. Epoch {{ facts.best_epoch }} of
+  {{ "at most " if config.train.patience_epochs }}{{ config.train.epochs }} was the best by
+  {{ "the divergence from the teacher" if config.evaluate.best_by == "divergence" else metric }} on {{ facts.dev.source | files | code }}.
 - Student: {{ facts.initialized_from | text }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
 - Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states
   {{- ", Gram matrices of its token states" if config.distill.gram }}{{ ", relations of its queries, keys and values" if config.distill.relations }}

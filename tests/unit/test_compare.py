@@ -64,13 +64,17 @@ def test_methods_that_are_rejected(names, own, message):
 )
 def test_a_comparison_that_is_rejected_before_it_starts(tmp_path, more, message):
     output = tmp_path / "out"
-    done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(output), *more])
+    done = CliRunner().invoke(
+        app, ["compare", "--config", "configs/movie-reviews.yaml", "--output", str(output), *more]
+    )
     assert done.exit_code == 2 and message in done.stderr and not output.exists()
 
 
 def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
     (tmp_path / "out").write_text("precious")
-    done = CliRunner().invoke(app, ["compare", "--config", "configs/demo.yaml", "--output", str(tmp_path / "out")])
+    done = CliRunner().invoke(
+        app, ["compare", "--config", "configs/movie-reviews.yaml", "--output", str(tmp_path / "out")]
+    )
     assert done.exit_code == 2 and "out cannot be a folder (File exists)" in done.stderr
     assert (tmp_path / "out").read_text() == "precious"
 
@@ -80,17 +84,22 @@ BASE = ["teacher.finetune.epochs=2", "evaluate.result_dir=elsewhere", "distill.b
 
 def comparison(tmp_path, *overrides, methods="finetune,kd", own=()):
     given = ["task.data=data/movie-reviews", *overrides]
-    return Comparison("configs/demo.yaml", given, parse_methods(methods, own), [1, 2], tmp_path / "2024", "", 1)
+    return Comparison(
+        "configs/movie-reviews.yaml", given, parse_methods(methods, own), [1, 2], tmp_path / "2024", "", 1
+    )
 
 
 def resolved(made):
     """method -> the configuration of its first run."""
-    return {t.method: load("configs/demo.yaml", [*made.given, *as_arguments(t.overrides)]) for t in made.trials[::-1]}
+    return {
+        t.method: load("configs/movie-reviews.yaml", [*made.given, *as_arguments(t.overrides)])
+        for t in made.trials[::-1]
+    }
 
 
 def test_a_run_has_the_comparisons_teacher_and_writes_to_its_own_folder(tmp_path):
     for trial in comparison(tmp_path, *BASE).trials:
-        config = load("configs/demo.yaml", [*BASE, *as_arguments(trial.overrides)])
+        config = load("configs/movie-reviews.yaml", [*BASE, *as_arguments(trial.overrides)])
         assert config.teacher.model == str(tmp_path / "2024/teacher/teacher") and config.teacher.finetune is None
         assert config.run.dir == str(tmp_path / f"2024/{trial.method}/seed-{trial.seed}")
         assert config.evaluate.result_dir is None and config.run.seed == trial.seed
@@ -188,7 +197,7 @@ def test_the_command_of_a_run(launcher, command):
 
 def test_a_launcher_that_is_not_installed_is_refused(tmp_path):
     with pytest.raises(UserError, match="^--launcher: 'nolauncher' is not a program on PATH"):
-        Comparison("configs/demo.yaml", [], {}, [0], tmp_path / "new", "nolauncher -n 2", 1)
+        Comparison("configs/movie-reviews.yaml", [], {}, [0], tmp_path / "new", "nolauncher -n 2", 1)
     assert not (tmp_path / "new").exists()
 
 
