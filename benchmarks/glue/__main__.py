@@ -60,7 +60,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for depth in options.layers for loss in options.losses
     }  # fmt: skip
     output = options.output / name
-    summary = Comparison(config, overrides, methods, data.seeds, output, "", options.jobs).run()
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else data.seeds
+    summary = Comparison(config, overrides, methods, seeds, output, "", options.jobs).run()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
     return {**summary, "speed": speeds(output), "trained_on": device}
 
@@ -118,15 +119,16 @@ def _section(made: dict[str, Any]) -> str:
 
     head, body = rows(made)
     body[0] += ["", ""]
+    first = next(loss for loss in LOSSES for name in made["methods"] if name.rpartition("-")[0] == loss)
     for row, method in zip(body[1:], made["methods"].values(), strict=True):
-        against = method.get(f"minus finetune-{method['layers']}", {}).get("score")
+        against = method.get(f"minus {first}-{method['layers']}", {}).get("score")
         half = against.get("half_interval_95")
         shown = f"{100 * against['mean']:+.2f}" if against else ""
         row.append(shown if half is None else f"{shown} ± {100 * half:.2f}")
         row.append(f"{method['mean']['score'] / made['teacher']['score']:.3f}")
     device = f" Trained on {made['trained_on']}." if made.get("trained_on") else ""
     speeds, columns = made["speed"], ("reasoningTime", "latency_ms_p50", "latency_ms_p99")
-    text = table([*head, "against finetune", "kept"], body)
+    text = table([*head, f"against {first}", "kept"], body)
     text += f"\n*kept*: {made['metric']} divided by the teacher's on {' + '.join(made['pooled'])}.{device}\n"
     text += f"\nSpeed in float32 with {speeds['machine']}, all models on the same inputs in turn:\n\n"
     timed = ([layers, *(f"{found[name]:.4g}" for name in columns)] for layers, found in speeds["layers"].items())
@@ -138,6 +140,8 @@ def main() -> None:
     parser.add_argument("--glue-dir", type=Path, help="holds SST-2/ and RTE/ in GLUE's format")
     parser.add_argument("--only", default=",".join(DATA), help="data sets, in this order")
     parser.add_argument("--losses", default=",".join(LOSSES), help="methods; the others are compared with the first")
+    parser.add_argument("--seeds", help="seeds of the runs (default: those of each data set)")
+    parser.add_argument("--tag", help="keep the results apart from those with another teacher, as DATA-TAG")
     parser.add_argument("--layers", default="2,3,1", help="layers of the students")
     parser.add_argument("--output", type=Path, default=Path("runs/glue-bench"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -152,7 +156,7 @@ def main() -> None:
 
     def work() -> None:
         for name in [] if options.report else only:
-            collect(name, run(name, options))
+            collect(f"{name}-{options.tag}" if options.tag else name, run(name, options))
         write_report()
 
     run_program(work)

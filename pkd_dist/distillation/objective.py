@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pkd_dist.config.distill import Distill
-from pkd_dist.data.batches import Batch
+from pkd_dist.data.batches import Batch, pinned
 from pkd_dist.distillation.cache import CacheReader
 from pkd_dist.distillation.losses import attention_loss, gram_loss, hard_loss, patience_loss, relation_loss, soft_loss
 from pkd_dist.distillation.teacher import LiveTeacher
@@ -55,11 +55,11 @@ class RecomputedStates:
     """Reads the teacher's logits from the cache, and computes its hidden states in a forward pass."""
 
     def __init__(self, reader: CacheReader, teacher: LiveTeacher):
-        self._logits, self._outputs = CachedClsOutputs(reader), live_outputs(teacher)
+        self._reader, self._outputs, self._device = reader, live_outputs(teacher), teacher.device
 
     def __call__(self, batch: Batch) -> Batch:
-        logits = self._logits(batch).teacher_logits_BC
-        return replace(self._outputs(batch), teacher_logits_BC=logits)
+        logits, _ = self._reader.rows_of(np.asarray(batch.ids_B), 0)
+        return replace(self._outputs(batch), teacher_logits_BC=pinned(logits, self._device))
 
 
 def live_outputs(teacher: LiveTeacher) -> AddTeacherOutputs:
