@@ -95,6 +95,14 @@ def move(source: Path, target: Path) -> None:
         sync(source.parent)
 
 
+def first_free(path: Path) -> Path:
+    """Return the first of PATH.1, PATH.2, ... that does not exist."""
+    number = 1
+    while os.path.lexists(found := path.with_name(f"{path.name}.{number}")):
+        number += 1
+    return found
+
+
 def write_atomically(path: Path, write: Callable[[Path], object], needed_bytes: int = 0) -> None:
     """Call `write` with a temporary path; see `written_atomically`."""
     with written_atomically(path, needed_bytes) as temporary:

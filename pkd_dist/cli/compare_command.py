@@ -16,7 +16,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder of all runs and of the table.")],
     overrides: Overrides = None,
     methods: Annotated[
-        str, typer.Option(help="Among finetune, kd, pkd-skip, pkd-last, random, first-k, tokens, seed.")
+        str, typer.Option(help="Among finetune, kd, pkd-skip, pkd-last, random, first-k, tokens, seed, strong.")
     ] = "finetune,kd,pkd-skip,pkd-last",
     method: Annotated[
         list[str] | None, typer.Option(help='Your own: "NAME: section.key=value ...". May be repeated.')

@@ -165,14 +165,15 @@ def predict(
 ) -> None:
     """Classify texts with any fine-tuned folder: one JSON object a line, with label names and probabilities.
 
-    The other columns of a table are kept; one that has the name of a key of the answer, such as label, becomes input_label.
+    The other columns of a table are kept; one that has the name of a key of the answer, such as label, becomes input_label. Values that
+    JSON does not have, such as dates, become text, infinity and NaN become null.
     A text that is longer than the model reads is truncated, and its answer says so.
 
     Example: pkd predict --model runs/demo/export "A thoroughly engaging film."
 
     Example: pkd predict --model runs/demo/export --file reviews.csv --text review > predictions.jsonl
 
-    Example: cut -f1 reviews.tsv | pkd predict --model runs/demo/export > predictions.jsonl
+    Example: tail -n +2 reviews.tsv | cut -f1 | pkd predict --model runs/demo/export > predictions.jsonl
     """
 
     def work() -> None:
@@ -200,8 +201,13 @@ def predict(
                 file=sys.stderr,
             )
         typed = not texts and file == "-" and sys.stdin.isatty()
-        for answer in predictor(given, 1 if typed else batch_size):
-            print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)
+        try:
+            for answer in predictor(given, 1 if typed else batch_size):
+                print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)
+        except UserError as error:
+            if predictor.answered and not typed:
+                raise UserError(f"{error}; the {predictor.answered:,} input(s) before it are answered") from None
+            raise
         if not predictor.answered:
             source = "standard input" if file == "-" else file
             raise UserError(

@@ -69,7 +69,7 @@ def export(
 
     Example: pkd export verify runs/demo/export
 
-    Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00000532 --output student
+    Example: pkd export --from-checkpoint runs/demo/checkpoints/step-00001719 --output student
     """
     given = overrides or []
     options = {

@@ -26,6 +26,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _no_nul(cls, value: object) -> object:
+        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+            raise ValueError("a NUL character is not allowed in a path or a name")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _no_booleans_as_numbers(cls, value: object, info: ValidationInfo) -> object:
         assert info.field_name
         booleans = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))

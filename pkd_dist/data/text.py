@@ -34,6 +34,8 @@ _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
 _WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+_PLAIN_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""Of what `float` reads, neither `1_000` nor digits of other scripts."""
 _NUMBERED = re.compile(r"(.*[^\W\d]\W*)([0-9]{1,9})", re.DOTALL)
 
 
@@ -346,7 +348,7 @@ def _numbers(labels: _LabelColumn, task: Task) -> np.ndarray:
     for i, (number, value) in enumerate(labels):
         where = labels.table.at(number)
         try:
-            out[i] = float(value)
+            out[i] = float(value) if _PLAIN_NUMBER.fullmatch(value) else np.nan
         except ValueError:
             out[i] = np.nan
         if not np.isfinite(out[i]):

@@ -5,6 +5,7 @@ texts, lines or rows -> checked examples, each with its place for messages and t
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,11 @@ def read(
     if table:
         _require_readable(file)
         return _rows(Path(file), tuple(columns) or form.columns, form.headerless, notes)
-    given = ((f"text {i}", text) for i, text in enumerate(texts, start=1)) if texts else lines(file, notes)
+    given = (
+        ((f"text {i}", text) for i, text in enumerate(texts, start=1))
+        if texts
+        else _no_header(lines(file, notes), form)
+    )
     return (_example(place, text, pair or bool(form.pair), form) for place, text in given)
 
 
@@ -119,12 +124,27 @@ def lines(file: str, notes: list[str]) -> Iterator[tuple[str, str]]:
         notes.append(f"{name}: {blank:,} blank line(s) skipped")
 
 
+def _no_header(given: Iterator[tuple[str, str]], form: Form) -> Iterator[tuple[str, str]]:
+    """Yield lines.
+
+    Raises:
+        UserError: The first one names the text columns, as the header of a table does.
+    """
+    for number, (place, text) in enumerate(given):
+        names = {name.strip(' "') for name in re.split("[\t,;]", text)}
+        if not number and form.columns and names.issuperset(form.columns):
+            raise UserError(
+                f"{place}: {text!r} is the header of a table; give the table with --file, or its text without the header"
+            )
+        yield place, text
+
+
 def _example(place: str, text: str, pair: bool, form: Form) -> Example:
     halves = tuple(text.split("\t")) if pair else (text,)
     if pair and len(halves) != 2:
         raise UserError(
-            f"{place}: a pair needs two texts separated by one tab, but this line has {len(halves)}; or give a table of pairs, "
-            "--file PAIRS.csv"
+            f"{place}: a pair needs two texts separated by one tab (in a shell, $'one\ttwo'), but this has {len(halves)}; or give a "
+            "table of pairs, --file PAIRS.csv"
         )
     if form.pair is False and "\t" in text:
         raise UserError(

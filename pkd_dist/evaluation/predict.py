@@ -104,8 +104,9 @@ def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 def _kept(columns: Mapping[str, object]) -> dict[str, object]:
     """Return the other columns of a row as JSON can hold them, under names that no answer has."""
     kept: dict[str, object] = {}
-    for name, value in columns.items():
-        while name in OWN_KEYS or name in kept:
+    for column, value in columns.items():
+        name = column
+        while name in OWN_KEYS or (name != column and name in columns):
             name = f"input_{name}"
         kept[name] = _as_json(value)
     return kept
@@ -118,4 +119,6 @@ def _as_json(value: object) -> object:
         return [_as_json(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)

@@ -129,7 +129,9 @@ def _require_checkpoint(path: Path, output: Path) -> Path:
     if not output.absolute().parent.is_dir():
         raise UserError(f"no such folder: {output.absolute().parent}", "--output")
     if not (path / checkpoint.COMMIT).is_file():
-        raise UserError(f"{path} is not a committed checkpoint; expected RUN/checkpoints/step-N", "--from-checkpoint")
+        there = ", ".join(each.name for each in checkpoint.committed(path.parent)) if path.parent.is_dir() else ""
+        remedy = f"; {path.parent} has {there}" if there else "; expected RUN/checkpoints/step-N"
+        raise UserError(f"{path} is not a committed checkpoint{remedy}", "--from-checkpoint")
     problem, _ = checkpoint.damage(path)
     if problem:
         raise UserError(f"{problem}; choose another checkpoint", "--from-checkpoint")

@@ -183,13 +183,20 @@ def _file_on_dev(name: str, file: FileFigures, results: Results, teacher: ModelR
 
 
 def find(folder: str) -> ExportManifest:
-    """Return the manifest of a model folder; an empty one if the folder is no export.
+    """Return the manifest of a model folder whose weights, configuration and tokenizer are as written; an empty one if it is
+    no export.
 
     Raises:
-        UserError: The manifest was altered.
+        UserError: One of these files is missing or was altered, or the manifest was.
     """
-    path = Path(folder) / MANIFEST
-    return read(path.parent) if path.is_file() else {}
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        return {}
+    content = read(path)
+    used = {name: digest for name, digest in content["files"].items() if "/" not in name and name != "README.md"}
+    if problem := changed_file(path, used):
+        raise UserError(f"{problem}{_REMEDY}")
+    return content
 
 
 def verify(folder: Path) -> ExportManifest:

@@ -104,7 +104,7 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
         HTTPException: 400 not JSON in UTF-8; 413 too much text; 422 not the expected form.
     """
     try:
-        given = json.loads(body.decode("utf-8"))
+        given = json.loads(body.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -123,6 +123,13 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
     if len(rows) > limits.texts:
         raise HTTPException(413, f"{len(rows)} texts; at most {limits.texts} are allowed in a request")
     return single, [_checked(row, pair, form, limits) for row in rows]
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise HTTPException(422, "an object has a key twice")
+    return record
 
 
 def _checked(row: object, pair: bool, form: str, limits: Limits) -> Texts:

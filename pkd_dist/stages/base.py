@@ -34,6 +34,7 @@ from pkd_dist.files import (
     checksums,
     digest_of,
     evict,
+    first_free,
     make_folder,
     move,
     read_object,
@@ -65,7 +66,7 @@ class Artifacts:
         kept: moved to RUN/previous/N before the stage reruns.
         temporary: removed once the stage is done.
         unverified: of `kept`, what the marker holds no checksums of: the stage verifies it, or nothing is made of it.
-        records: of `kept`, files that cannot be made again. One that was altered moves to RUN/previous/N.
+        records: of `kept`, files that cannot be made again. One that was altered is renamed NAME.altered.
         resumable: where part of the outcome is missing, the stage keeps the rest and makes that part again.
         fingerprinted: what it made says itself which inputs it belongs to.
     """
@@ -302,9 +303,10 @@ class Markers:
         return found[0][1] if found else None
 
     def settle(self, stage: Stage[Output], context: Context) -> None:
-        """Give a stage that is found done the checksums it lacks, and set altered records aside.
+        """Give a stage that is found done the checksums it lacks, and set altered records aside, as NAME.altered.
 
-        They stay lost; the stage names them at this and every later start, when it is republished.
+        They stay lost; the stage names them at this and every later start, when it is republished. They are not moved to
+        RUN/previous, which people remove.
         """
         self._tidy(stage, context)
         marker, artifacts = self._require(stage.name), stage.artifacts(context)
@@ -313,7 +315,8 @@ class Markers:
             return
         lost = [path for path, _ in altered(artifacts.records, marker.files)]
         if lost:
-            self._set_aside(stage.name, tuple(lost))
+            for path in (path for path in lost if path.exists()):
+                move(path, first_free(path.with_name(f"{path.name}.altered")))
             left = {key: digest for key, digest in marker.files.items() if key not in {path.name for path in lost}}
             self._write(stage.name, dataclasses.replace(marker, files=left))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pkd_dist.stages.base import previous_folder
 from pkd_dist.stages.context import Context
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.log import log
@@ -31,12 +30,12 @@ def republish_training(
     found = list(records.read_complete(lines))
     lost = len({entry["step"] for entry in history} - {line["step"] for line in found if "split" in line})
     if lost:
-        earlier = previous_folder(context.resolved.paths.run).glob(f"*/{lines.name}")
-        aside = max(earlier, key=lambda path: int(path.parent.name), default=None)
+        altered = max(lines.parent.glob(f"{lines.name}.altered.*"), key=lambda path: path.stat().st_mtime, default=None)
         log.warning(
-            "%s: lacks %d of the %d evaluations of its training: it was altered, cut or deleted and cannot be made again; the "
-            "model is not affected, but a report made now is incomplete; %s", lines, lost, len(history),
-            f"what was found is kept as {aside}" if aside else "restore the file if there is a copy",
+            "%s: %s, and cannot be made again; the model is not affected, but a report made now is incomplete; restore the file "
+            "if there is a copy", lines,
+            f"lacks {lost} of the {len(history)} evaluations of its training" if lines.exists() or altered is None
+            else f"was altered or cut after its training: {altered} is what was found, and which of its lines are true is unknown",
         )  # fmt: skip
     metrics.show_past(stage, found)
     if commits := checkpoint.committed(checkpoints):

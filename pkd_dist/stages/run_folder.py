@@ -14,13 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from pkd_dist import __version__
+from pkd_dist import __version__, lock
 from pkd_dist.distributed.world import World
 from pkd_dist.environment import Environment
 from pkd_dist.errors import UserError
-from pkd_dist.files import is_full, make_folder, move, remove, remove_leftovers, write_atomically
-from pkd_dist.lock import Lock
-from pkd_dist.stages.base import Artifacts
+from pkd_dist.files import first_free, is_full, make_folder, move, remove, remove_leftovers, write_atomically
+from pkd_dist.stages.base import NAMES, Artifacts
 from pkd_dist.stages.context import Resolved
 from pkd_dist.telemetry.log import log, to_file
 
@@ -39,15 +38,16 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         UserError: another job uses the folder, or it cannot be written.
     """
     folder = run.paths.run
-    lock = Lock(folder)
+    held = lock.Lock(folder)
 
     def prepare() -> None:
         if fresh and folder.exists():
-            Lock(folder).acquire(tick=world.beat).release()  # not while another job uses it
+            lock.Lock(folder).acquire(tick=world.beat).release()  # not while another job uses it
             log.info("--fresh: the earlier run is kept in %s", move_aside(folder))
         with _writable("run.dir", folder):
             make_folder(folder)
-            lock.acquire(tick=world.beat)
+            _set_aside_other_kinds(folder)
+            held.acquire(tick=world.beat)
             _remove_leftovers(folder, list(artifacts))
             make_folder(folder / "stages")
         for key, other in _other_folders(run).items():
@@ -64,7 +64,17 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         to_file(folder / "logs", world.rank)
         yield
     finally:
-        lock.release()
+        held.release()
+
+
+def _set_aside_other_kinds(folder: Path) -> None:
+    """Rename what is a file where a run has a folder, and the other way round."""
+    files = [folder / "config.yaml", folder / lock.NAME, *(folder / "stages" / f"{name}.json" for name in NAMES)]
+    folders = [folder / name for name in ("stages", "logs", "counters", "cache", "predictions")]
+    for path in [*(path for path in folders if path.is_file()), *(path for path in files if path.is_dir())]:
+        target = first_free(path)
+        move(path, target)
+        log.info("%s: is not a %s; it is kept as %s", path, "folder" if path in folders else "file", target)
 
 
 def _other_folders(run: Resolved) -> dict[str, Path]:
@@ -123,9 +133,7 @@ def move_aside(folder: Path) -> Path | None:
     folder = folder.resolve()
     if not folder.exists():
         return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
+    target = first_free(folder)
     move(folder, target)
     return target
 

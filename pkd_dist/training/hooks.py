@@ -215,10 +215,12 @@ class EvaluationHook(Hook):
     @staticmethod
     def _predict(trainer: Trainer) -> np.ndarray:
         job, engine = trainer.job, trainer.engine
+        # 16-bit numbers have ties that change the ranks of a regression's predictions: no autocast.
+        forward = job.module if job.task.regression else engine
         try:
             with evaluating(job.module):
                 return predict_logits(
-                    lambda inputs: engine(inputs)[0], job.dev, trainer.world, job.evaluate.batch_size, job.pad_id
+                    lambda inputs: forward(inputs)[0], job.dev, trainer.world, job.evaluate.batch_size, job.pad_id
                 )
         except Preempted as stop:
             trainer.stop(stop.signal)

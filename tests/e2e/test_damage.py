@@ -5,13 +5,13 @@ A sample of `benchmarks/faults/matrix.py`, which damages every file of a finishe
 
 import json
 import os
-import re
 import shutil
 
 import pytest
-from conftest import ForkedStart, launch, python
+from conftest import ForkedStart, launch, pkd, python
 
 from benchmarks.faults.matrix import Case, Matrix, damage
+from pkd_dist.files import sha256
 from pkd_dist.stages.base import NAMES
 
 
@@ -95,12 +95,31 @@ def test_altered_records_are_named_and_missing_in_the_report(copy, way):
     (run / "report.html").unlink()
     done = launch(*arguments)
     assert done.returncode == 0 and not done.stderr.count("Traceback"), done.stderr
-    named = re.findall(
-        r"metrics\.jsonl: lacks (\d+) of the (\d+) evaluations .* cannot be made again", done.stdout + done.stderr
-    )
-    assert len(named) == 1 and named[0][0] == named[0][1]
+    aside = run / "metrics.jsonl.altered.1"
+    problem = f"was altered or cut after its training: {aside} is" if way == "flip" else "lacks 3 of the 3 evaluations"
+    assert done.stdout.count(f"metrics.jsonl: {problem}") == 1 and "cannot be made again" in done.stdout, done.stdout
+    assert pkd("runs", "clean", run).returncode == 0 and aside.exists() == (way == "flip")
     assert "metrics.jsonl has 0 of 39 records of steps" in (run / "report.html").read_text()
-    assert (run / "previous/1/metrics.jsonl").exists() == (way != "delete")
+
+
+@pytest.mark.parametrize("name", ["logs", "cache", "stages", "config.yaml", "run.lock", "stages/cache.json"])
+def test_a_file_for_a_folder_and_a_folder_for_a_file(matrix, copy, name):
+    run, arguments = copy
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("not a folder")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    done = launch(*arguments)
+    if name == "stages":  # what the run made is in the way, and nothing says that it made it
+        assert done.returncode == 2 and "exists, but this run did not make it" in done.stderr, done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert sha256(run / "export/model.safetensors") == matrix.weights
+    kind = "folder" if name in ("logs", "cache", "stages") else "file"
+    assert f"{path}: is not a {kind}; it is kept as {path}.1\n" in done.stdout
 
 
 UNPRIVILEGED = """

@@ -15,6 +15,7 @@ from benchmarks.faults.tiny import GOOD
 from pkd_dist.evaluation.inputs import Example
 from pkd_dist.evaluation.predict import Predictor
 from pkd_dist.model.encoder import load_model, load_tokenizer, save_model
+from pkd_dist.telemetry.records import read
 
 LETTERS = "abcdefghijkl"
 
@@ -152,6 +153,10 @@ def test_a_regression_learns_in_any_unit_and_answers_in_it(settings, tmp_path):
         done = trained(settings, folder, data=data, kind="regression")
         assert "targets are learned as (target - " in done.stdout
         found[unit] = results(folder / "run")
+        dev = [line["main_metric"] for line in read(folder / "run/metrics.jsonl") if "split" in line]
+        assert max(dev) == pytest.approx(found[unit]["main_metric"], abs=1e-3), (
+            "the best epoch is chosen in float32, too"
+        )
     assert found[1.0]["pearson"] > 0.8
     for side in ("teacher", "student"):
         assert found[1.0][side]["pearson"] == pytest.approx(found[100.0][side]["pearson"], abs=0.02)

@@ -134,6 +134,11 @@ def test_every_shipped_deepspeed_configuration_loads(path):
         ("- run\n", "run.yaml: must contain sections such as `run:` and `task:`, not a list"),
         ("", "run.yaml: run.dir: is missing; it needs a value (run folder, for everything that a run writes)"),
         ("run: {dir: null}\n", "run.yaml:1: run.dir: is empty; it needs a value (run folder"),
+        ('run: {dir: "a\\0b"}\n', "run.yaml:1: run.dir: a NUL character is not allowed in a path or a name"),
+        (
+            'run: {dir: x}\nteacher: {model: ["a", "a\\0b"]}\n',
+            "run.yaml:2: teacher.model: a NUL character is not allowed",
+        ),
         ("run: {dir: ''}\n", "run.yaml:1: run.dir: is empty; it needs a value (run folder"),
         ("run: {dir: x}\ndistill: {foo: 1}\n", "distill.foo: unknown key; the keys of distill are preset, alpha, beta"),
         ("run: {dir: x}\ntrain: {lr: 1}\n", "train.lr: unknown key; did you mean train.learning_rate?"),

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 
 import pyarrow
@@ -13,6 +14,7 @@ from exports import export, pair_subject, subject
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
+from pkd_dist.export import manifest
 
 LONG = " ".join(["good film plot"] * 70)
 """210 tokens, more than 128."""
@@ -52,6 +54,9 @@ def test_an_export_is_read_at_the_length_it_was_trained_with(single, tmp_path):
     settings = json.loads((older / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 256
     (older / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
+    about = manifest.read(older)
+    (older / "manifest.json").unlink()
+    manifest.write(older, {key: about[key] for key in about.keys() - {"format_version", "files", "digest"}})
     for folder in (single, older):
         [answer] = answers("--model", folder, LONG + " bad dull")
         assert answer["probabilities"] == pytest.approx(wanted, abs=1e-6) and "truncated" not in answer
@@ -115,6 +120,13 @@ def test_a_table_is_read_by_its_columns(pairs, kind, tmp_path):
         assert set(answer["probabilities"]) == {"other", "same"}
 
 
+def test_names_of_kept_columns_do_not_depend_on_their_order(single, tmp_path):
+    rows = [{"sentence": "a", "label": "L", "input_label": "I"}, {"sentence": "b", "input_label": "I", "label": "L"}]
+    made = answers("--model", single, "--file", write_table(tmp_path / "r.jsonl", rows))
+    for answer in made:
+        assert (answer["input_label"], answer["input_input_label"]) == ("I", "L")
+
+
 def test_columns_of_other_names(single, pairs, tmp_path):
     rows = [{"text": "x", "review": "good film", "more": [1, None], "score": float("nan")}]
     [answer] = answers("--model", single, "--file", write_table(tmp_path / "r.jsonl", rows), "--text", "review")
@@ -128,9 +140,15 @@ def test_columns_of_other_names(single, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("pairs", ["one text", "another"], "text 1: a pair needs two texts separated by one tab, but this line has 1"),
+        (
+            "pairs",
+            ["one text", "another"],
+            "text 1: a pair needs two texts separated by one tab (in a shell, $'one\ttwo'), but this has 1",
+        ),
         ("pairs", ["--file", "{}/p.csv", "--text", "a"], "--text: the model takes pairs of texts, not single texts"),
-        ("pairs", ["--file", "{}/p.txt"], "p.txt:1: a pair needs two texts"),
+        ("pairs", ["--file", "{}/p.txt"], "p.txt:1: 'a,b,label' is the header of a table; give the table with --file"),
+        ("single", ["--file", "{}/s.txt"], "s.txt:1: 'sentence' is the header of a table; give the table with --file"),
+        ("single", ["--file", "{}/late.txt"], "late.txt:3: has a tab, as a pair or a row of a table"),
         ("pairs", ["--file", "{}/other.csv"], "other.csv:1: has no column 'a'; the header names 'x', 'y'"),
         ("pairs", ["--file", "{}/short.csv"], "short.csv:3: has 2 field(s) where the header names 3"),
         ("single", ["--pair", "a\tb"], "--pair: the model takes single texts, not pairs of texts"),
@@ -150,9 +168,17 @@ def test_inputs_of_another_form_are_rejected(single, pairs, model, arguments, me
     (tmp_path / "other.csv").write_text("x,y\ngood,bad\n")
     (tmp_path / "short.csv").write_text("a,b,label\ngood,bad,other\ngood,bad\n")
     (tmp_path / "p.txt").write_text("a,b,label\ngood,bad,other\n")
+    (tmp_path / "s.txt").write_text("sentence\ngood\n")
+    (tmp_path / "late.txt").write_text("good\nsentence\na\tb\n")
     folder = {"single": single, "pairs": pairs, "teacher": single.parent / "model"}[model]
     done = pkd("predict", "--model", folder, *(a.replace("{}", str(tmp_path)) for a in arguments), status=2)
     assert message in done.stderr and done.stderr.count("\n") == 1
+    answered = re.search(r"; the (\d+) input\(s\) before it are answered\n", done.stderr)
+    assert (
+        done.stdout.count("\n")
+        == (int(answered[1]) if answered else 0)
+        == {"late.txt:3": 2, "short.csv:3": 1}.get(message.partition(": ")[0], 0)
+    )
 
 
 def test_evaluate_rejects_a_task_of_another_form(pairs, tmp_path):
@@ -165,3 +191,14 @@ def test_an_altered_manifest_is_rejected(single, tmp_path):
     content = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(content.replace('"max_length": 256', '"max_length": 128'))
     assert "manifest.json: was altered" in pkd("predict", "--model", folder, "fine", status=2).stderr
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_an_altered_export_gives_no_answer(single, name, tmp_path):
+    folder = shutil.copytree(single, tmp_path / "altered")
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    for command in (["predict", "fine"], ["evaluate", "--task", "sst2"]):
+        done = pkd(command[0], "--model", folder, *command[1:], status=2)
+        assert done.stderr.endswith(f"pkd: {folder / name} was altered; export it again\n") and not done.stdout

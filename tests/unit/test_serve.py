@@ -142,10 +142,11 @@ def test_a_full_queue_and_a_failing_batch():
         ({"text": "\u200b\t"}, False, "text is empty"),
         ({"text": "", "text_pair": "b"}, True, (True, [("", "b")])),
         ({"text": 1}, False, "text must be a string"),
+        ('{"text": "a", "text": "b"}', False, "an object has a key twice"),
     ],
 )
 def test_texts_of_a_request(body, pair, texts):
-    raw = json.dumps(body).encode()
+    raw = (body if isinstance(body, str) else json.dumps(body)).encode()
     if isinstance(texts, str):
         with pytest.raises(HTTPException) as caught:
             parse_texts(raw, pair, Limits())

@@ -243,7 +243,7 @@ def test_altered_records_are_set_aside_and_do_not_rerun_the_stage(markers, made,
     markers.settle(of, context())
     markers.settle(of, context())
     assert not lines.exists() and "lines" not in markers.read("data").files
-    assert content is None or (tmp_path / "previous/1/lines").read_text() == content
+    assert content is None or (tmp_path / "lines.altered.1").read_text() == content
     assert markers.state(of, context()) == (State.DONE, "")
 
 

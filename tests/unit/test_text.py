@@ -168,8 +168,9 @@ def test_regression_labels_are_numbers(tmp_path):
     put(tmp_path, "train.tsv", "sentence1\tsentence2\tscore\na\tb\t4.5\nc\td\t0\n")
     split = read(str(tmp_path), "train", GLUE["stsb"])
     assert split.labels_N.dtype == np.float32 and split.labels_N.tolist() == [4.5, 0.0]
-    put(tmp_path, "dev.tsv", "sentence1\tsentence2\tscore\na\tb\tx\n")
-    assert "dev.tsv:2: score 'x' is not a number" in error_of(tmp_path, GLUE["stsb"], "dev")
+    for odd in ("x", "1_0", "٣", "0x1", "1e", "."):
+        put(tmp_path, "dev.tsv", f"sentence1\tsentence2\tscore\na\tb\t{odd}\n")
+        assert f"dev.tsv:2: score {odd!r} is not a number" in error_of(tmp_path, GLUE["stsb"], "dev")
 
 
 @pytest.mark.parametrize(
