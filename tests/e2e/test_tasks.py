@@ -31,7 +31,7 @@ def finished(settings, tmp_path, **task):
 
 
 def answers(run, texts, pair=False):
-    return list(Predictor(str(run / "export"))(read(texts, "-", [], pair, Form()), 2))
+    return list(Predictor(str(run / "export"))(read(texts, "-", [], pair, Form(), []), 2))
 
 
 def logits_of(run, *columns):

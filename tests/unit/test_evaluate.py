@@ -197,11 +197,11 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
         return run
 
     names = ("teacher", "student", "third")
-    inputs = TimedInputs.choose(tokens, PAD, torch.device("cpu"), Evaluate(batch_size=8, latency_samples=10))
+    inputs = TimedInputs.choose(tokens, PAD, torch.device("cpu"), Evaluate(batch_size=8, latency_samples=30))
     found = measure_speed({name: model(name) for name in names}, inputs, repeats=2)
     assert list(found) == list(names)
     for timing in found.values():
-        assert timing.latencies_ms_R.shape == (10,) and len(timing.rates) == 2
+        assert timing.latencies_ms_R.shape == (30,) and len(timing.rates) == 2
         figures = timing.figures
         assert figures.keys() == Speed.__annotations__.keys()
         assert (
@@ -209,10 +209,12 @@ def test_models_are_timed_in_turn_on_the_same_inputs(tokens):
         )
         assert 0 < figures["latency_ms_p50"] <= figures["latency_ms_p99"] and figures["reasoningTime"] > 0
     batches = EXAMPLES // 8  # the full ones
-    timed = seen[-3 * (10 + 2 * batches) :]
+    timed = seen[-3 * (30 + 2 * batches) :]
     assert len(seen) == len(timed) + 3 * 6, "warm-up: 5 sentences and a batch of each"
-    assert [name for name, _ in timed] == list(names) * (10 + 2 * batches), "in turn"
-    assert all(len({ids for _, ids in timed[i : i + 3]}) == 1 for i in range(0, len(timed), 3)), "on the same inputs"
+    turns = [*(name for block in (20, 10) for name in names for _ in range(block)), *(list(names) * 2 * batches)]
+    assert [name for name, _ in timed] == turns
+    first, *others = ([ids for name, ids in timed if name == each] for each in names)
+    assert all(ids == first for ids in others), "the same inputs"
 
 
 def test_the_threads_are_those_that_the_user_allows(monkeypatch):

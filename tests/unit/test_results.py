@@ -100,7 +100,7 @@ def test_the_model_card(results, tmp_path):
         f"`onnx/model.int8.onnx`, the file to deploy: {table.headline()}.",
         *(f"| {' | '.join(row)} |\n" for row in (table.head(), *table.cells())),
         "on 1 thread of a processor",
-        "by F1 on `dev.tsv`",
+        "was the best by\n  F1 on `dev.tsv`",
         "- Data: `train.tsv + more.csv`, 60 examples.",
         f"Distilled from `{tmp_path.name}` with",
         "the student retains 75.0% of the teacher's score",
