@@ -24,6 +24,7 @@ def teacher(request, tmp_path):
     """A family and a classifier of 4 layers: 32 wide, 4 heads, 64 neurons; no two weights are equal."""
     folder = make_folder(tmp_path / request.param, request.param, classifier=True)
     model = load_model(folder)
+    torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
