@@ -66,7 +66,7 @@ def test_what_is_kept_has_the_largest_weights(teacher):
         base, _, kind = name.rpartition(".")
         if value.ndim == 1 and value.size == 32 and base not in inner:
             hidden.append(value**2)
-        elif value.ndim == 2 and "classifier.weight" not in name.removeprefix("pre_"):
+        elif value.ndim == 2 and name != "classifier.weight":
             axes = [1] if base in inner or "embeddings" in base else [0]
             axes = [0, 1] if "pooler" in base or "pre_classifier" in base else axes
             hidden += [(value**2).sum(1 - axis) for axis in axes]
