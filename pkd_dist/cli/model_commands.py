@@ -183,6 +183,8 @@ def predict(
         from pkd_dist.export import manifest
         from pkd_dist.model import encoder
 
+        if sys.__stdout__ is None:
+            raise UserError("standard output is closed, and the answers are written there; redirect it to a file")
         if not model:
             raise UserError("--model is missing; give a fine-tuned folder, such as RUN/export")
         if texts and file != "-":

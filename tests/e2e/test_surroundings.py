@@ -173,6 +173,9 @@ def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
     assert "distill: stopped by SIGTERM; a checkpoint of step " in log
 
 
+CLOSED = "standard output is closed, and the answers are written there; redirect it to a file"
+
+
 @pytest.mark.parametrize(
     ("arguments", "way", "status", "said"),
     [
@@ -180,6 +183,7 @@ def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
         ("--help", "full", 2, "pkd: standard output cannot be written (No space left on device)\n"),
         ("prepare --task sst2 --data data/movie-reviews", "nobody reads", 0, ""),
         ("prepare --task sst2 --data data/movie-reviews", "closed", 0, ""),
+        ("predict good", "closed", 2, f"pkd: {CLOSED}\n"),
     ],
 )
 def test_a_command_whose_output_cannot_be_written(arguments, way, status, said):
