@@ -143,7 +143,7 @@ def _example(place: str, text: str, pair: bool, form: Form) -> Example:
     halves = tuple(text.split("\t")) if pair else (text,)
     if pair and len(halves) != 2:
         raise UserError(
-            f"{place}: a pair needs two texts separated by one tab (in a shell, $'one\ttwo'), but this has {len(halves)}; or give a "
+            f"{place}: a pair needs two texts separated by one tab (in a shell, $'one\\ttwo'), but this has {len(halves)}; or give a "
             "table of pairs, --file PAIRS.csv"
         )
     if form.pair is False and "\t" in text:

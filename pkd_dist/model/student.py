@@ -272,7 +272,8 @@ def _narrowed(model: PreTrainedModel, config: StudentConfig) -> tuple[PreTrained
     narrower = _with_widths(model.config, config)
     if narrower is model.config:
         return model, ""
-    return narrow(model, narrower), f", narrowed from {model.config.hidden_size} to {narrower.hidden_size}"
+    inner = getattr(narrower, "hidden_dim", None) or narrower.intermediate_size  # hidden_dim: DistilBERT
+    return narrow(model, narrower), f", narrowed to {narrower.hidden_size} (feed-forward {inner})"
 
 
 def _set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def largest(points, count):
 def test_what_is_kept_has_the_largest_weights(teacher):
     family, folder, before = teacher
     student, what = create(Student(layers=[1, 3], hidden_size=16, intermediate_size=24), folder, folder, LABELS, 1)
-    assert what == "teacher layers [1, 3] (from 0), narrowed from 32 to 16"
+    assert what == "teacher layers [1, 3] (from 0), narrowed to 16 (feed-forward 24)"
     prefix, projections, out, up, down = LAYER[family]
     copied = {}
     for name, value in before.items():

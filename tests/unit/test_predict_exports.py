@@ -143,7 +143,7 @@ def test_columns_of_other_names(single, pairs, tmp_path):
         (
             "pairs",
             ["one text", "another"],
-            "text 1: a pair needs two texts separated by one tab (in a shell, $'one\ttwo'), but this has 1",
+            "text 1: a pair needs two texts separated by one tab (in a shell, $'one\\ttwo'), but this has 1",
         ),
         ("pairs", ["--file", "{}/p.csv", "--text", "a"], "--text: the model takes pairs of texts, not single texts"),
         ("pairs", ["--file", "{}/p.txt"], "p.txt:1: 'a,b,label' is the header of a table; give the table with --file"),
