@@ -121,7 +121,7 @@ def _section(made: dict[str, Any]) -> str:
     body[0] += ["", ""]
     first = next(loss for loss in LOSSES for name in made["methods"] if name.rpartition("-")[0] == loss)
     for row, method in zip(body[1:], made["methods"].values(), strict=True):
-        against = method.get(f"minus {first}-{method['layers']}", {}).get("score")
+        against = method.get(f"minus {first}-{method['layers']}", {}).get("score", {})
         half = against.get("half_interval_95")
         shown = f"{100 * against['mean']:+.2f}" if against else ""
         row.append(shown if half is None else f"{shown} ± {100 * half:.2f}")
