@@ -65,7 +65,8 @@ def test_two_ranks_of_srun_train_as_one_rank_does(cluster, config, tmp_path, und
     assert two == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, data, tmp_path, undisturbed):
+@pytest.mark.parametrize("signal", ["USR1", "HUP"])
+def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, data, tmp_path, undisturbed, signal):
     checkout = tmp_path / "checkout"
     for name in PROJECT:
         shutil.copytree(ROOT / name, checkout / name)
@@ -77,10 +78,10 @@ def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, 
     log = folder / f"logs/{job}.log"
     until((run / "metrics.jsonl").exists, "the first step")
     until(lambda: len(losses(run)) >= 3, "the third step")
-    cluster("scancel", "--signal=USR1", "--batch", job)
+    cluster("scancel", f"--signal={signal}", "--batch", job)
     until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
     stopped = log.read_text()
-    assert "SIGUSR1: the ranks commit a checkpoint and stop" in stopped
+    assert f"SIG{signal}: the ranks commit a checkpoint and stop" in stopped
     assert "stopped with status 75: requeued, restart 1 of 50" in stopped
     assert (folder / f"logs/{job}-0.status").read_text() == "75\n"
     until(lambda: ended(cluster, job), "the end of the requeued job")
