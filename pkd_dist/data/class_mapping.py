@@ -135,6 +135,15 @@ def require_supported_outputs(problem_type: str | None, outputs: int, name: str,
     )
 
 
+def require_distinct_names(names: Sequence[str], model: str, key: str | None) -> None:
+    """Raise UserError if a model calls two of its outputs the same."""
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"{model} calls two of its outputs {double!r} (id2label in its config.json); give each a name of its own",
+            key,
+        )
+
+
 def is_regression_by_default(config: PretrainedConfig) -> bool:
     """Return whether a model is a regression because it has one output, though nothing says so."""
     return getattr(config, "problem_type", None) is None and len(output_names(config)) == 1
@@ -150,8 +159,10 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The kind or the number of its outputs differs.
     """
-    kind, outputs = getattr(config, "problem_type", None), len(output_names(config))
+    kind, names = getattr(config, "problem_type", None), output_names(config)
+    outputs = len(names)
     require_supported_outputs(kind, outputs, name, key)
+    require_distinct_names(names, name, key)
     if task.regression and outputs != 1:
         raise UserError(f"{name} has {outputs} outputs, but a regression needs 1; {_remedy(key)}", key)
     if not task.regression and outputs == 1:

@@ -10,7 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from pkd_dist.data.class_mapping import is_regression_by_default, output_names, require_supported_outputs
+from pkd_dist.data.class_mapping import (
+    is_regression_by_default,
+    output_names,
+    require_distinct_names,
+    require_supported_outputs,
+)
 from pkd_dist.data.tokens import encode
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer
@@ -45,6 +50,7 @@ class Predictor:
         config = encoder.load_config(folder, "--model")
         kind, self._names = getattr(config, "problem_type", None), dict(enumerate(output_names(config)))
         require_supported_outputs(kind, len(self._names), model, "--model")
+        require_distinct_names(list(self._names.values()), model, "--model")
         self.regression_by_default = is_regression_by_default(config)
         classifier = encoder.load_model(folder, "--model")
         self._tokenizer = encoder.load_tokenizer(folder, "--model")

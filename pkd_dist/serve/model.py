@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pkd_dist.data.class_mapping import require_supported_outputs
+from pkd_dist.data.class_mapping import require_distinct_names, require_supported_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import Answer, answer
 from pkd_dist.export import manifest
@@ -68,4 +68,5 @@ def _class_names(folder: Path) -> dict[int, str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = {int(number): name for number, name in config.get("id2label", _OMITTED_NAMES).items()}
     require_supported_outputs(config.get("problem_type"), len(names), str(folder), None)
+    require_distinct_names(list(names.values()), str(folder), None)
     return names

@@ -262,6 +262,11 @@ TEACHERS = {
         [AS_IT_IS],
         r"its classes are cat, dog, those of sst2 are negative, positive; map them with task\.class_names, or give a model",
     ),
+    "one name for two classes": (
+        lambda f: relabel(f, "yes", "yes"),
+        [AS_IT_IS],
+        r"{at} calls two of its outputs 'yes' \(id2label in its config\.json\); give each a name of its own$",
+    ),
     "several classes for a text": (
         lambda f: relabel(f, "no", "yes", problem_type="multi_label_classification"),
         [AS_IT_IS],

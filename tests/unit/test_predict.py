@@ -67,6 +67,10 @@ def test_texts_before_an_invalid_one_are_answered(folder):
         ({"problem_type": "regression"}, "is a regression with 2 outputs"),
         ({"architectures": ["BertForTokenClassification"]}, "is a model for token classification"),
         ({"architectures": ["BertModel"]}, "is not fine-tuned"),
+        (
+            {"id2label": {"0": "x", "1": "x"}},
+            "calls two of its outputs 'x' (id2label in its config.json); give each a name",
+        ),
     ],
 )
 def test_a_model_of_another_kind_is_rejected(folder, tmp_path, fields, message):
