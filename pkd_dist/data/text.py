@@ -347,10 +347,7 @@ def _numbers(labels: _LabelColumn, task: Task) -> np.ndarray:
     low, high = task.value_range or (-np.inf, np.inf)
     for i, (number, value) in enumerate(labels):
         where = labels.table.at(number)
-        try:
-            out[i] = float(value) if _PLAIN_NUMBER.fullmatch(value) else np.nan
-        except ValueError:
-            out[i] = np.nan
+        out[i] = float(value) if _PLAIN_NUMBER.fullmatch(value) else np.nan
         if not np.isfinite(out[i]):
             raise UserError(f"{where}: {task.label} {value!r} is not a number; a regression needs one")
         if not low <= out[i] <= high:

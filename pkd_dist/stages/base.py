@@ -66,7 +66,7 @@ class Artifacts:
         kept: moved to RUN/previous/N before the stage reruns.
         temporary: removed once the stage is done.
         unverified: of `kept`, what the marker holds no checksums of: the stage verifies it, or nothing is made of it.
-        records: of `kept`, files that cannot be made again. One that was altered is renamed NAME.altered.
+        records: of `kept`, files that cannot be made again. One that was altered is renamed NAME.altered.N.
         resumable: where part of the outcome is missing, the stage keeps the rest and makes that part again.
         fingerprinted: what it made says itself which inputs it belongs to.
     """
@@ -303,7 +303,7 @@ class Markers:
         return found[0][1] if found else None
 
     def settle(self, stage: Stage[Output], context: Context) -> None:
-        """Give a stage that is found done the checksums it lacks, and set altered records aside, as NAME.altered.
+        """Give a stage that is found done the checksums it lacks, and set altered records aside, as NAME.altered.N.
 
         They stay lost; the stage names them at this and every later start, when it is republished. They are not moved to
         RUN/previous, which people remove.
