@@ -293,6 +293,15 @@ def remove_leftovers(folder: Path) -> None:
         remove(leftover)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder if it exists. At no moment, a power loss included, does it lack a part: its name goes first."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.tmp")
+        remove(hidden)
+        move(folder, hidden)
+        remove(hidden)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -33,13 +33,13 @@ from pkd_dist.files import (
     altered,
     checksums,
     digest_of,
+    discard,
     evict,
     first_free,
     make_folder,
     move,
     read_object,
     readable_bytes,
-    remove,
     size_of,
     write_json,
 )
@@ -386,7 +386,7 @@ class Markers:
     def _tidy(self, stage: Stage[Output], context: Context) -> None:
         """Remove the temporary files of a stage that is done; a kill may have left some."""
         for path in stage.artifacts(context).temporary:
-            remove(path)
+            discard(path)
 
     def _require(self, name: str) -> Marker:
         marker = self.read(name)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
 from pkd_dist.files import (
+    discard,
     make_folder,
     remove,
     remove_leftovers,
@@ -203,12 +204,12 @@ def _earlier(final: Path) -> Path:
 def _move_into_place(temporary: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name. At any moment an intact one of the same step stays committed."""
     if (final / COMMIT).exists():
-        _discard(_earlier(final))
+        discard(_earlier(final))
         os.replace(final, _earlier(final))
     remove(final)
     os.replace(temporary, final)
     sync(final.parent)
-    _discard(_earlier(final))
+    discard(_earlier(final))
 
 
 def committed(folder: Path) -> list[Path]:
@@ -223,7 +224,7 @@ def _retain(folder: Path, keep: int, branch_step: int | None) -> None:
     checkpoints = committed(folder)
     for old in checkpoints[:-keep]:
         if branch_step is None or old.name != step_name(branch_step):
-            _discard(old)
+            discard(old)
     retain_best(folder)
     for leftover in folder.glob("step-*"):
         if leftover not in checkpoints:
@@ -245,14 +246,6 @@ def _best_of(checkpoint: Path) -> str | None:
         return str(read_state(checkpoint)["best_file"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint, its marker first: a half-removed folder must not look committed, after a power loss either."""
-    if path.exists():
-        (path / COMMIT).unlink(missing_ok=True)
-        sync(path)
-        remove(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -18,7 +18,7 @@ from typing import NoReturn
 from pkd_dist.data.batches import steps_per_epoch
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import Preempted
-from pkd_dist.files import remove
+from pkd_dist.files import discard
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -55,7 +55,7 @@ def train(open_job: Callable[[], Job], world: World, telemetry: Telemetry) -> Pr
     if problem is None:
         return progress
     log.warning("%s: %s, and no later epoch is better; training again from the start", job.name, problem)
-    world.on_main(lambda: remove(folder))
+    world.on_main(lambda: discard(folder))
     return open_trainer(open_job(), world, telemetry).run()
 
 

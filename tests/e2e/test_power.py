@@ -12,18 +12,22 @@ def recording(tmp_path_factory):
     return Recording(tmp_path_factory.mktemp("power") / "work", python)
 
 
-def test_no_marker_outlives_what_it_vouches_for(recording):
+@pytest.fixture(scope="module")
+def pruning(recording):
+    """The moments at which the checkpoints are being removed."""
+    found = [number for number, cut in enumerate(recording.cuts) if "run/.checkpoints.tmp" in cut.seen]
+    assert len(found) > 5
+    return found
+
+
+def test_no_marker_outlives_what_it_vouches_for(recording, pruning):
     assert len(recording.cuts) > 300
-    for number in range(0, len(recording.cuts), 29):
+    for number in sorted({*range(0, len(recording.cuts), 29), *pruning}):
         for variant in VARIANTS:
             assert not recording.outlived(number, variant), (recording.cuts[number].event, variant)
 
 
-def test_a_run_cut_off_while_it_prunes_its_checkpoints_ends_with_the_same_bytes(recording):
-    [first, *_] = [
-        number
-        for number, cut in enumerate(recording.cuts)
-        if "run/stages/export.json" in cut.seen and "run/checkpoints" not in cut.seen
-    ]
-    row = recording.replay(first - 5, "forgotten")
+@pytest.mark.parametrize("variant", ["forgotten", "empty"])
+def test_a_run_cut_off_while_it_prunes_its_checkpoints_ends_with_the_same_bytes(recording, pruning, variant):
+    row = recording.replay(pruning[len(pruning) // 2], variant)
     assert row.good, row
