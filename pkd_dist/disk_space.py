@@ -22,7 +22,7 @@ from pkd_dist.model import encoder, student
 from pkd_dist.stages.base import Markers
 from pkd_dist.stages.cache import cache_bytes
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, training_set, used_vocabulary
+from pkd_dist.stages.data import DataOutput, student_vocabulary, teacher_vocabulary, training_set
 from pkd_dist.telemetry.log import log
 
 _FLOAT32, _TRAINED_COPIES, _BEST_FILES = 4, 3, 2
@@ -88,7 +88,7 @@ def _needs(context: Context) -> Iterator[Need]:
     for shape in shapes:
         shape.num_labels = classes
     if settings := config.teacher.finetune:
-        used = len(used_vocabulary(context, "train", "dev"))
+        used = len(teacher_vocabulary(context))
         train = config.train.model_copy(
             update={"epochs": settings.epochs, "batch_size": settings.batch_size, "schedule": "linear"}
         )
@@ -99,7 +99,7 @@ def _needs(context: Context) -> Iterator[Need]:
         yield Need("teacher", lasting, temporary, tuple(folders))
     if run.cached:
         yield Need("cache", cache_bytes(context), 0, (paths.cache,))
-    used = len(used_vocabulary(context, training_set(context), "dev"))
+    used = len(student_vocabulary(context))
     weights, trained = encoder.planned_sizes(student.planned_config(config.student, shapes[0]), used)
     yield Need("init", _FLOAT32 * weights, 0, (paths.student_init,))
     distill = _training(context, config.train, training_set(context), weights, trained)

@@ -17,8 +17,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kd+text": {"distill.beta": 0.0, "task.augment.copies": 2},
     "pkd+text": {"distill.patience": "skip", "task.augment.copies": 2},
     "strong": {"distill.preset": "strong"},
-}
-"""`+text`: three times the text; only the teacher labels the augmented copies. `strong` sets its own epochs."""
+    "strong-neighbours": {"distill.preset": "strong", "task.augment.neighbours": 0.0},
+    "strong-copies": {"distill.alpha": 0.9, "distill.beta": 0.0, "train.epochs": 42},
+    "strong+state": {"distill.preset": "strong", "distill.beta": 10.0, "distill.pair_last_layer": True, "distill.normalize": False},
+    "strong+epochs": {"distill.preset": "strong", "train.epochs": 4},
+    "strong+rate": {"distill.preset": "strong", "train.learning_rate": 3.0e-4},
+}  # fmt: skip
+"""`+text`: three times the text; only the teacher labels the augmented copies. `strong` sets its own epochs. What follows it has one
+part of it removed (`strong-copies`: as many steps on the training text alone, where there are 20 copies) or added."""
 COPIED = {1: [5], 2: [2, 5], 3: [1, 3, 5]}
 
 

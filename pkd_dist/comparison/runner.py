@@ -42,7 +42,7 @@ from pkd_dist.files import digest_of, read_object, sha256, write_atomically, wri
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.families import num_layers
 from pkd_dist.model.layers import LayerMap, layer_map
-from pkd_dist.model.student import planned_depth
+from pkd_dist.model.student import planned_depth, tokenizer_of
 from pkd_dist.stages.context import teacher_name
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
@@ -134,7 +134,8 @@ class Comparison:
         return load(self.config_file, [*self.given, *as_arguments({"run.dir": str(self.output), **overrides})])
 
     def _depth(self, config: Config) -> int:
-        return planned_depth(config.student, self.teacher, self.tokenizer, config.task.max_length)
+        own = tokenizer_of(config.student, self.tokenizer)
+        return planned_depth(config.student, self.teacher, own, config.student.max_length or config.task.max_length)
 
     def _complete(self, method: Overrides) -> Overrides:
         """Add what a method's starting weights need.

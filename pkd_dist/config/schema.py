@@ -85,7 +85,7 @@ class Student(Section):
         "teacher_layers",
         description="`teacher_layers`: selected layers of the fine-tuned teacher. `first_k`: the first layers of the "
         "teacher's model before fine-tuning, with a new classifier. `random`: random weights. Otherwise a Hugging Face "
-        "folder; if its width differs from the teacher's, the patience term uses a learned projection.",
+        "folder, whose tokenizer may differ from the teacher's; if its width differs, the patience term uses a learned projection.",
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
@@ -108,12 +108,16 @@ class Student(Section):
         description="Feed-forward width of the student. null: the teacher's, scaled as the width is. `teacher_layers` and "
         "`first_k` keep the neurons with the largest weights.",
     )
+    max_length: Annotated[int, Field(ge=4, le=8192)] | None = Field(
+        None,
+        description="Maximum input length of the student in its own tokens. Longer inputs are truncated. null: task.max_length.",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Hidden and attention dropout during distillation. null: the model's own."
     )
     vocabulary: Literal["all", "used"] = Field(
         "all",
-        description="Tokens that the finished student knows. `all`: the teacher's. `used`: those that occur in the training "
+        description="Tokens that the finished student knows. `all`: all of its tokenizer. `used`: those that occur in the training "
         "split or in task.unlabeled (copies of task.augment do not count), special tokens, and every single character, which "
         "spell all other words. Its tokenizer and word embedding hold no others, and it is evaluated and exported with them. "
         "For WordPiece, BPE and Unigram.",

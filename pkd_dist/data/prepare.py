@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,8 +100,21 @@ def prepare(
         more = list(_unlabelled_splits(config, task, splits, tokenizer, read_embeddings))
         augmented = len(more[-1]) if config.augment else 0
         splits[DISTILL] = dataclasses.replace(_concatenate([splits["train"], *more]), augmented=augmented)
-    return splits, {
-        name: _tokenize(split, tokenizer, config.max_length, folder / name, check) for name, split in splits.items()
+    return splits, write_tokens(splits, tokenizer, config.max_length, folder, check)
+
+
+def write_tokens(
+    splits: Mapping[str, Split],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    folder: Path,
+    check: Callable[[], None],
+    mask_token: str | None = None,
+) -> dict[str, TokenSetSummary]:
+    """Tokenize splits, each into FOLDER/NAME, and return their summaries; `mask_token`: see `tokens.tokenize`."""
+    return {
+        name: _tokenize(split, tokenizer, max_length, folder / name, check, mask_token)
+        for name, split in splits.items()
     }
 
 
@@ -138,9 +151,14 @@ def _concatenate(splits: Sequence[Split]) -> Split:
 
 
 def _tokenize(
-    split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path, check: Callable[[], None]
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    folder: Path,
+    check: Callable[[], None],
+    mask_token: str | None,
 ) -> TokenSetSummary:
-    token_set = tokens.tokenize(split, tokenizer, max_length, folder, check)
+    token_set = tokens.tokenize(split, tokenizer, max_length, folder, check, mask_token)
     labelled_N = is_labelled(split.labels_N)
     per_class = None
     if split.classes:

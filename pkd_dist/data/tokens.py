@@ -93,6 +93,7 @@ def tokenize(
     max_length: int,
     folder: Path,
     check: Callable[[], None] = lambda: None,
+    mask_token: str | None = None,
 ) -> TokenSet:
     """Tokenize a split into `folder` and open the result.
 
@@ -102,6 +103,7 @@ def tokenize(
         max_length: in tokens, including special tokens; longer examples are truncated.
         folder: created if missing.
         check: called between chunks; an exception it raises stops the work.
+        mask_token: the mask token in these texts, where it is another tokenizer's.
     """
     make_folder(folder)
     dtypes: dict[str, type] = {"input_ids": np.int32}
@@ -114,7 +116,12 @@ def tokenize(
         for start in range(0, len(split), _CHUNK_EXAMPLES):
             check()
             rows = slice(start, start + _CHUNK_EXAMPLES)
-            encoded, long = encode(tokenizer, [column[rows] for column in split.texts], len(dtypes), max_length)
+            columns = [column[rows] for column in split.texts]
+            if mask_token:
+                columns = [
+                    [text.replace(mask_token, tokenizer.mask_token or "") for text in column] for column in columns
+                ]
+            encoded, long = encode(tokenizer, columns, len(dtypes), max_length)
             arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):
                 append(array)

@@ -37,11 +37,11 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
 {% if figures.vocabulary is defined %}
-The tokenizer and the word embedding hold {{ "{:,}".format(figures.vocabulary.kept) }} of the teacher's {{ "{:,}".format(figures.vocabulary.total) }} tokens, those of the training text{{ " that occur at least %d times" % config.student.min_count if config.student.min_count > 1 }} and
+The tokenizer and the word embedding hold {{ "{:,}".format(figures.vocabulary.kept) }} of {{ "{:,}".format(figures.vocabulary.total) }} tokens, those of the training text{{ " that occur at least %d times" % config.student.min_count if config.student.min_count > 1 }} and
 every single character, which spell all other words. The student is scored with them.
 
 {% endif %}
-Training truncated inputs to {{ config.task.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
+Training truncated inputs to {{ facts.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
 is that length.
 {% if facts.classes %}
 Classes, in the order of the logits: {{ facts.classes.names | map("code") | join(", ") }}.
@@ -132,6 +132,7 @@ class CardFacts:
         main_metric: key of the metric that selected the best epoch.
         classes: what the outputs mean; None for a regression.
         initialized_from: one line on the student's initial weights.
+        max_length: of the student's inputs, in tokens.
     """
 
     config: Config
@@ -143,6 +144,7 @@ class CardFacts:
     dev: TokenSetSummary
     best_epoch: int
     initialized_from: str
+    max_length: int
 
 
 def _files(source: str) -> str:

@@ -40,16 +40,22 @@ def usual_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def require_compatible(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str, key: str
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+    key: str,
+    length_key: str = "task.max_length",
 ) -> None:
     """Check that a model can be distilled and can read the tokenizer's output.
 
     Args:
         config: Of the model.
-        tokenizer: Of the run (the teacher's).
-        max_length: Of the run's inputs, in tokens.
+        tokenizer: That it is to read with.
+        max_length: Of its inputs, in tokens.
         name: What the user calls the model.
         key: The setting that names it.
+        length_key: The setting of `max_length`.
 
     Raises:
         UserError: The model is not an encoder whose first token represents the text, or it does not match the tokenizer
@@ -71,9 +77,7 @@ def require_compatible(
         raise UserError(
             f"{key}: {name} is a {family}, whose layers do not return one hidden state for each token; {known}"
         )
-    longest = longest_input(config)
-    if longest and max_length > longest:
-        raise UserError(f"{max_length} is more than {name} can read; give at most {longest}", "task.max_length")
+    require_length(config, max_length, name, length_key)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token; set its pad_token")
     if tokenizer.cls_token_id is None or tokenizer(PROBES[0][0])["input_ids"][0] != tokenizer.cls_token_id:
@@ -92,20 +96,18 @@ def require_compatible(
         )
 
 
-def require_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
-    """Check that the student folder `name`, with the tokenizer `other`, reads the tokens of the run's tokenizer.
+def require_length(config: PretrainedConfig, max_length: int, name: str, key: str) -> None:
+    """Raise UserError if inputs of `max_length` tokens are longer than a model can read."""
+    longest = longest_input(config)
+    if longest and max_length > longest:
+        raise UserError(f"{max_length} is more than {name} can read; give at most {longest}", key)
 
-    Raises:
-        UserError: Its tokenizer has another vocabulary or splits text differently.
-    """
+
+def token_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """Return how the tokens of another tokenizer differ from those of the teacher's; None if they are the same."""
     if tokenizer.get_vocab() != other.get_vocab():
-        raise UserError(
-            f"student.init: the vocabulary of {name} ({len(other)} tokens) differs from the teacher's ({len(tokenizer)} tokens); "
-            "both must read the same tokens"
-        )
+        return f"another vocabulary, {len(other):,} tokens instead of {len(tokenizer):,}"
     for probe in PROBES:
         if tokenizer(*probe)["input_ids"] != other(*probe)["input_ids"]:
-            raise UserError(
-                f"student.init: the tokenizer of {name} splits {' + '.join(map(repr, probe))} differently from the teacher's; "
-                "both must read the same tokens"
-            )
+            return f"{' + '.join(map(repr, probe))} is split differently"
+    return None

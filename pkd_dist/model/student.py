@@ -25,7 +25,7 @@ from transformers import (
 from pkd_dist.config.schema import Student as StudentConfig
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.errors import UserError
-from pkd_dist.model.compatibility import require_compatible, require_same_tokens
+from pkd_dist.model.compatibility import require_compatible, require_length, token_difference
 from pkd_dist.model.encoder import (
     Encoder,
     load_config,
@@ -45,6 +45,14 @@ INIT_METHODS = ("teacher_layers", "first_k", "random")
 """Values of `student.init` that are not a folder."""
 
 
+def tokenizer_of(config: StudentConfig, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the student reads with: the teacher's, unless `student.init` is a folder with other tokens."""
+    if config.init in INIT_METHODS:
+        return teacher
+    own = load_tokenizer(_located(config), "student.init")
+    return own if token_difference(teacher, own) else teacher
+
+
 def planned_depth(
     config: StudentConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> int:
@@ -53,8 +61,8 @@ def planned_depth(
     Args:
         config: The `student` section of the run.
         teacher: Configuration of the teacher's model.
-        tokenizer: Of the run (the teacher's).
-        max_length: Of the run's inputs, in tokens.
+        tokenizer: The student's.
+        max_length: Of the student's inputs, in tokens.
 
     Raises:
         UserError: The student cannot be created, as far as this can be checked in advance.
@@ -67,19 +75,22 @@ def planned_depth(
                 f"{teacher.model_type}; use student.init=random",
                 f"student.{resized}",
             )
-        _with_widths(teacher, config)
+        require_length(_with_widths(teacher, config), max_length, "the student", "student.max_length")
         return len(_selected_layers(config, teacher))
+    own = load_config(_located(config), "student.init")
+    require_compatible(own, tokenizer, max_length, config.init, "student.init", "student.max_length")
+    return len(_selected_layers(config, own))
+
+
+def _located(config: StudentConfig) -> str:
+    """Return the folder or hub name of a `student.init` that is no method."""
     near = difflib.get_close_matches(config.init, INIT_METHODS, n=1)
     if near and not Path(config.init).exists():
         raise UserError(
             f"student.init: {config.init!r} is neither a folder nor one of {', '.join(INIT_METHODS)}; "
             f"did you mean {near[0]}?"
         )
-    folder = locate(config.init, "student.init")
-    own = load_config(folder, "student.init")
-    require_same_tokens(tokenizer, load_tokenizer(folder, "student.init"), config.init)
-    require_compatible(own, tokenizer, max_length, config.init, "student.init")
-    return len(_selected_layers(config, own))
+    return locate(config.init, "student.init")
 
 
 def planned_config(config: StudentConfig, teacher: PretrainedConfig) -> PretrainedConfig:

@@ -70,12 +70,22 @@ def _on_classes(run: Run) -> Iterator[str]:
 
 
 def _on_data(run: Run) -> Iterator[str]:
-    for name, data in run.data.items():
-        if data.truncated:
-            yield (
-                f"{data.truncated:,} of {data.examples:,} {name} examples ({data.truncated / data.examples:.1%}) were "
-                f"truncated to {run.config.task.max_length} tokens; increase task.max_length to keep their full text."
-            )
+    length = run.config.task.max_length
+    for sets, key, limit, whose in (
+        (run.data, "task.max_length", length, "tokens"),
+        (
+            run.student_data or {},
+            "student.max_length",
+            run.config.student.max_length or length,
+            "of the student's tokens",
+        ),
+    ):
+        for name, data in sets.items():
+            if data.truncated:
+                yield (
+                    f"{data.truncated:,} of {data.examples:,} {name} examples ({data.truncated / data.examples:.1%}) were "
+                    f"truncated to {limit} {whose}; increase {key} to keep their full text."
+                )
     for name, data in run.data.items():
         for note in data.notes:
             yield f"{name.capitalize().replace('_', ' ')} data: {note}."

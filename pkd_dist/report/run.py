@@ -173,6 +173,7 @@ class Run:
         classes: values of the label column in class order; empty for a regression.
         class_names: display names of the classes.
         data: token sets by name; has `train` and `dev`.
+        student_data: the same in the student's tokens; None: it reads as its teacher does.
         teacher_history: evaluations during fine-tuning; empty if the teacher was given.
         initialized_from: description of the weights the student starts from.
         steps: logged steps of the distillation.
@@ -188,6 +189,7 @@ class Run:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     data: Mapping[str, TokenSetSummary]
+    student_data: Mapping[str, TokenSetSummary] | None
     teacher_history: tuple[EpochScore, ...]
     initialized_from: str
     distillation: Distillation

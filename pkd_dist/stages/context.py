@@ -26,7 +26,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.model import encoder, layers, student
 from pkd_dist.model.attention import require_comparable
-from pkd_dist.model.compatibility import require_compatible
+from pkd_dist.model.compatibility import require_compatible, token_difference
 from pkd_dist.model.ensemble import require_same_tokenizer
 from pkd_dist.model.families import num_layers
 from pkd_dist.model.layers import LayerMap
@@ -135,7 +135,8 @@ class Resolved:
     Attributes:
         deepspeed: the DeepSpeed JSON's content.
         teachers: the first one is that whose hidden states and layers the student gets.
-        tokenizer: the teachers', which the student shares.
+        tokenizer: the teachers'.
+        student_tokenizer: the student's; the same object, unless it reads other tokens.
         class_order: label values in the order of a given teacher's outputs; None: the data decides.
         layer_map: the layers of student and teacher that the loss compares.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
@@ -149,6 +150,7 @@ class Resolved:
     task: Task
     teachers: tuple[Teacher, ...]
     tokenizer: PreTrainedTokenizerBase
+    student_tokenizer: PreTrainedTokenizerBase
     class_order: tuple[str, ...] | None
     teacher_layers: int
     student_layers: int
@@ -182,6 +184,16 @@ class Resolved:
     def finetunes(self) -> bool:
         """Whether the teacher is fine-tuned in this run, not given."""
         return self.config.teacher.finetune is not None
+
+    @property
+    def student_length(self) -> int:
+        """Maximum input length of the student, in its tokens."""
+        return self.config.student.max_length or self.config.task.max_length
+
+    @property
+    def reads_alike(self) -> bool:
+        """Whether the student reads the same tokens of a text as its teacher."""
+        return self.student_tokenizer is self.tokenizer and self.student_length == self.config.task.max_length
 
     @property
     def pairs_are_rounded(self) -> bool:
@@ -272,10 +284,13 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             require_same_tokenizer((teachers[0].model, tokenizer), (teacher.model, own), "teacher.model")
     order = _class_order(config, task, teachers, tokenizer)
     depth = num_layers(source_config)
-    student_depth = student.planned_depth(config.student, source_config, tokenizer, config.task.max_length)
+    student_tokenizer = student.tokenizer_of(config.student, tokenizer)
+    student_length = config.student.max_length or config.task.max_length
+    student_depth = student.planned_depth(config.student, source_config, student_tokenizer, student_length)
     if config.student.vocabulary == "used":
-        trimming.require_trimmable(tokenizer)
+        trimming.require_trimmable(student_tokenizer)
         student.require_plain_vocabulary(config.student, source_config)
+    _require_equal_tokens(config, tokenizer, student_tokenizer)
     layer_map = layers.layer_map(config.distill, depth, student_depth)
     if layer_map.attention:
         shape = student.planned_config(config.student, source_config)
@@ -287,6 +302,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         task=task,
         teachers=teachers,
         tokenizer=tokenizer,
+        student_tokenizer=student_tokenizer,
         class_order=order,
         teacher_layers=depth,
         student_layers=student_depth,
@@ -302,6 +318,29 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             "use metric", "evaluate.best_by",
         )  # fmt: skip
     return resolved
+
+
+def _require_equal_tokens(config: Config, teacher: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
+    """Refuse what compares the models token by token where the student reads other tokens than its teacher."""
+    distill, lengths = config.distill, (config.task.max_length, config.student.max_length or config.task.max_length)
+    if own is not teacher:
+        how = str(token_difference(teacher, own))
+    elif lengths[0] != lengths[1]:
+        how = f"at most {lengths[1]} in a text instead of {lengths[0]}"
+    else:
+        return
+    live = not config.cache.enabled and (distill.alpha > 0 or distill.compares_states)
+    for key, needs, remedy in (
+        ("distill.states", distill.beta > 0 and distill.states == "tokens", "use cls"),
+        ("distill.gram", distill.gram > 0, "set it to 0"),
+        ("distill.relations", distill.relations > 0, "set it to 0"),
+        ("distill.attention", distill.attention > 0, "set it to 0"),
+        ("cache.enabled", live, "set it to true"),
+    ):
+        if needs:
+            raise UserError(
+                f"needs the same tokens in both models, but the student reads its own ({how}); {remedy}", key
+            )
 
 
 def _teachers(config: Config) -> tuple[Teacher, ...]:

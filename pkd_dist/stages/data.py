@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pkd_dist.data import class_mapping, sources, tokens, trimming
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.examples import Split
-from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
+from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare, write_tokens
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
@@ -27,13 +28,16 @@ from pkd_dist.telemetry.log import log
 SAMPLE, SAMPLE_TEXTS = "sample.json", 8
 """A few texts of dev, with which the export proves its tokenizer."""
 
+STUDENT = "student"
+"""Folder of all token sets in the student's tokens, where it reads others than its teacher."""
+
 TRIMMED = "trimmed"
-"""Folder of the student's tokenizer, where it holds fewer tokens than the teacher's, and of the scored splits in its tokens."""
+"""Folder of the finished student's tokenizer, where `student.vocabulary` cuts it, and of the scored splits in its tokens."""
 
 
 @dataclass(frozen=True)
 class KeptVocabulary:
-    """The tokens that the finished student knows, of the teacher's `total`; the digest is that of their ids."""
+    """The tokens that the finished student knows, of its tokenizer's `total`; the digest is that of their ids."""
 
     kept: int
     total: int
@@ -48,8 +52,9 @@ class DataOutput:
         classes: label values in the order of the logits; empty for a regression.
         class_names: their names, in the same order.
         scale: of a regression's training targets; None: targets are learned as they are.
-        vocabulary: None: the finished student knows all of the teacher's tokens.
+        vocabulary: None: the finished student knows all tokens that it was trained with.
         sets: token set -> what is in it: the splits, and `distill` where there is extra text.
+        student_sets: the same in the student's tokens; None: it reads as its teacher does.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +62,12 @@ class DataOutput:
     sets: dict[str, TokenSetSummary]
     scale: TargetScale | None = None
     vocabulary: KeptVocabulary | None = None
+    student_sets: dict[str, TokenSetSummary] | None = None
+
+    @property
+    def for_student(self) -> dict[str, TokenSetSummary]:
+        """The token sets as the student reads them."""
+        return self.student_sets or self.sets
 
     @property
     def scored(self) -> list[str]:
@@ -97,8 +108,17 @@ def inputs(context: Context) -> Inputs:
         **{f"task.unlabeled:{path}": sha256(path) for path in sources.unlabeled_paths(task.unlabeled, run.task)},
         **{f"task.{key}": value for key, value in settings.items()},
         "teacher.tokenizer": digests.tokenizer_digest(run.source),
-        **{f"student.{key}": getattr(run.config.student, key) for key in ("vocabulary", "min_count")},
+        **{f"student.{key}": getattr(run.config.student, key) for key in ("vocabulary", "min_count", "max_length")},
+        **_own_tokenizer(context),
     }
+
+
+def _own_tokenizer(context: Context) -> Inputs:
+    """Return the student's tokenizer as an input, unless it is the teacher's."""
+    run = context.resolved
+    if run.student_tokenizer is run.tokenizer:
+        return {}
+    return {"student.tokenizer": digests.tokenizer_digest(encoder.locate(run.config.student.init, "student.init"))}
 
 
 def run(context: Context) -> DataOutput:
@@ -130,6 +150,7 @@ def _prepare(context: Context) -> DataOutput:
             f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
         )
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
+    own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
         scale = TargetScale.of(np.asarray(train.labels_N))
@@ -138,31 +159,43 @@ def _prepare(context: Context) -> DataOutput:
             scale.mean,
             scale.std,
         )
-        return DataOutput((), (), summaries, scale, kept)
-    output = DataOutput(tuple(train.classes), tuple(names), summaries, vocabulary=kept)
+        return DataOutput((), (), summaries, scale, kept, own)
+    output = DataOutput(tuple(train.classes), tuple(names), summaries, vocabulary=kept, student_sets=own)
     log.info("data: %s", _classes(run, output).sentence())
     return output
 
 
+def _write_student_tokens(context: Context, splits: dict[str, Split]) -> dict[str, TokenSetSummary]:
+    run = context.resolved
+    log.info(
+        "data: the student reads its own tokens, of %s at most %d in a text (the teacher: of %s at most %d)",
+        f"{len(run.student_tokenizer):,}", run.student_length, f"{len(run.tokenizer):,}", run.config.task.max_length,
+    )  # fmt: skip
+    return write_tokens(
+        splits, run.student_tokenizer, run.student_length, run.paths.data / STUDENT,
+        lambda: context.world.interrupt("data"), run.tokenizer.mask_token,
+    )  # fmt: skip
+
+
 def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:
     """Cut the tokenizer to the tokens of the training text, and write the scored splits in its tokens."""
-    run, folder = context.resolved, context.resolved.paths.data
+    run, folder, read = context.resolved, context.resolved.paths.data, _student_folder(context)
     name = DISTILL if DISTILL in splits else "train"
-    plain = tokens.open_tokens(folder / name)
+    plain = tokens.open_tokens(read / name)
     plain_T = plain.input_ids_T[: plain.offsets_N1[len(plain) - splits[name].augmented]]
     shape = student.planned_config(run.config.student, run.source_config)
     counts_V = trimming.count_tokens([plain_T], int(shape.vocab_size))
     min_count = run.config.student.min_count
-    kept_K = trimming.kept_ids(run.tokenizer, counts_V, min_count, vocabulary.required_ids(shape))
+    kept_K = trimming.kept_ids(run.student_tokenizer, counts_V, min_count, vocabulary.required_ids(shape))
     make_folder(folder / TRIMMED)
-    tokenizer = trimming.trim(run.tokenizer, kept_K, folder / TRIMMED)
+    tokenizer = trimming.trim(run.student_tokenizer, kept_K, folder / TRIMMED)
     for scored in [each for each in splits if each not in ("train", DISTILL)]:
         made = tokens.tokenize(
-            splits[scored], tokenizer, run.config.task.max_length, folder / TRIMMED / scored,
+            splits[scored], tokenizer, run.student_length, folder / TRIMMED / scored,
             lambda: context.world.interrupt("data"),
         )  # fmt: skip
-        trimming.require_exact(tokens.open_tokens(folder / scored), made, kept_K, run.tokenizer.unk_token_id)
-    kept = KeptVocabulary(len(kept_K), len(run.tokenizer), digest_of(kept_K.tolist()))
+        trimming.require_exact(tokens.open_tokens(read / scored), made, kept_K, run.student_tokenizer.unk_token_id)
+    kept = KeptVocabulary(len(kept_K), len(run.student_tokenizer), digest_of(kept_K.tolist()))
     log.info(
         "data: the finished student keeps %s of %s tokens, and %.1f of %.1f MB (float32)",
         f"{kept.kept:,}", f"{kept.total:,}", *(4e-6 * count for count in encoder.planned_sizes(shape, kept.kept)[::-1]),
@@ -172,6 +205,7 @@ def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:
 
 def missing(context: Context, output: DataOutput) -> str | None:
     folders = [context.resolved.paths.data / name for name in output.sets]
+    folders += [context.resolved.paths.data / STUDENT / name for name in output.student_sets or ()]
     folders += [context.resolved.paths.data / TRIMMED / name for name in output.scored if output.vocabulary]
     return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
 
@@ -218,15 +252,25 @@ def scale_input(context: Context) -> Inputs:
     return {"data.scale": [scale.mean, scale.std]} if scale else {}
 
 
-def open_training_tokens(context: Context, name: str) -> TokenSet:
-    """Open a token set to train on: targets of a regression are standardized."""
-    scale, found = context.output(DataOutput).scale, open_tokens(context, name)
+def with_learned_targets(context: Context, found: TokenSet) -> TokenSet:
+    """Return a token set to train on: targets of a regression are standardized."""
+    scale = context.output(DataOutput).scale
     return scale.standardized(found) if scale else found
 
 
 def open_tokens(context: Context, name: str) -> TokenSet:
-    """Open one of the token sets."""
+    """Open one of the token sets, in the teacher's tokens."""
     return tokens.open_tokens(context.resolved.paths.data / name)
+
+
+def open_student_tokens(context: Context, name: str) -> TokenSet:
+    """Open one of the token sets, as the student reads it in training."""
+    return tokens.open_tokens(_student_folder(context) / name)
+
+
+def _student_folder(context: Context) -> Path:
+    data = context.resolved.paths.data
+    return data if context.resolved.reads_alike else data / STUDENT
 
 
 @dataclass(frozen=True)
@@ -234,7 +278,7 @@ class StudentTexts:
     """How the finished student reads text.
 
     Attributes:
-        kept_K: ids that its tokens have in the teacher's tokenizer; None: the student reads as the teacher does.
+        kept_K: ids that its tokens had in training; None: they are the same.
         splits: scored split -> examples in its tokens.
     """
 
@@ -247,16 +291,19 @@ def student_texts(context: Context) -> StudentTexts:
     """Open the scored splits as the finished student reads them."""
     run, output = context.resolved, context.output(DataOutput)
     if output.vocabulary is None:
-        return StudentTexts(run.tokenizer, None, {split: open_tokens(context, split) for split in output.scored})
+        read = {split: open_student_tokens(context, split) for split in output.scored}
+        return StudentTexts(run.student_tokenizer, None, read)
     folder = run.paths.data / TRIMMED
     splits = {split: tokens.open_tokens(folder / split) for split in output.scored}
     return StudentTexts(encoder.load_tokenizer(str(folder), "student.vocabulary"), trimming.read_kept(folder), splits)
 
 
-def vocabulary_input(context: Context) -> Inputs:
-    """Return the tokens that the finished student knows as an input of a stage that runs it, unless they are all."""
-    kept = context.output(DataOutput).vocabulary
-    return {"data.vocabulary": kept.digest} if kept else {}
+def student_reading_input(context: Context) -> Inputs:
+    """Return what the finished student reads as inputs of a stage that runs it, unless it reads as its teacher does."""
+    data = context.output(DataOutput)
+    found: Inputs = {"data.vocabulary": data.vocabulary.digest} if data.vocabulary else {}
+    own = data.student_sets or {}
+    return found | {f"data.{split}.student": own[split].digest for split in data.scored if own}
 
 
 def training_set(context: Context) -> str:
@@ -273,8 +320,16 @@ def open_class_weights(context: Context) -> torch.Tensor | None:
     return None if weights_C is None else torch.from_numpy(weights_C).to(context.world.device)
 
 
-def used_vocabulary(context: Context, *sets: str) -> np.ndarray:
-    """Return the token ids that occur in token sets, ascending."""
-    arrays = [open_tokens(context, name).input_ids_T for name in sets]
+def teacher_vocabulary(context: Context) -> np.ndarray:
+    """Return the token ids that occur while a teacher is fine-tuned, ascending."""
     run = context.resolved
+    arrays = [open_tokens(context, name).input_ids_T for name in ("train", "dev")]
     return vocabulary.used_vocabulary(arrays, int(run.source_config.vocab_size), run.tokenizer.pad_token_id)
+
+
+def student_vocabulary(context: Context) -> np.ndarray:
+    """Return the token ids that occur while the student is trained, ascending."""
+    run = context.resolved
+    arrays = [open_student_tokens(context, name).input_ids_T for name in (training_set(context), "dev")]
+    shape = student.planned_config(run.config.student, run.source_config)
+    return vocabulary.used_vocabulary(arrays, int(shape.vocab_size), run.student_tokenizer.pad_token_id)

@@ -35,13 +35,14 @@ from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
     DataOutput,
     open_class_weights,
+    open_student_tokens,
     open_tokens,
-    open_training_tokens,
     positive_input,
     scale_input,
     scored_task,
+    student_vocabulary,
     training_set,
-    used_vocabulary,
+    with_learned_targets,
 )
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.progress import EpochScores, republish_training
@@ -97,8 +98,8 @@ def inputs(context: Context) -> Inputs:
         "cache.enabled": config.cache.enabled,
         "init.weights": context.output(InitOutput).weights,
         "cache.fingerprint": needed_fingerprint(context).digest,
-        "data.training": data.sets[training_set(context)].digest,
-        "data.dev": data.sets["dev"].digest,
+        "data.training": data.for_student[training_set(context)].digest,
+        "data.dev": data.for_student["dev"].digest,
         **({"task.augment.min_confidence": augment.min_confidence} if augment else {}),
     }
 
@@ -136,7 +137,7 @@ def training_job(context: Context) -> Job:
         config.distill.projection if run.layer_map.pairs and config.distill.beta else "never",
         run.teacher_width,
         config.run.seed,
-        used_vocabulary(context, training_set(context), "dev"),
+        student_vocabulary(context),
         config.distill.compares_tokens,
     )
     reader = _open_cache(context) if run.cached else None
@@ -149,9 +150,9 @@ def training_job(context: Context) -> Job:
         teacher_outputs=_teacher_outputs(context, reader),
         teacher_dev_NC=_teacher_dev(context),
         train=_training_tokens(context, reader),
-        dev=open_tokens(context, "dev"),
+        dev=open_student_tokens(context, "dev"),
         task=scored_task(context),
-        pad_id=run.tokenizer.pad_token_id,
+        pad_id=run.student_tokenizer.pad_token_id,
         seed=config.run.seed,
         settings=config.train,
         evaluate=config.evaluate,
@@ -188,7 +189,8 @@ def _teacher_outputs(context: Context, reader: CacheReader | None) -> AddTeacher
 
 def _training_tokens(context: Context, reader: CacheReader | None) -> TokenSet:
     """Open the training set, without the unlabeled texts that the teacher is not sure of; collective."""
-    augment, tokens = context.resolved.config.task.augment, open_training_tokens(context, training_set(context))
+    augment = context.resolved.config.task.augment
+    tokens = with_learned_targets(context, open_student_tokens(context, training_set(context)))
     if reader is None or augment is None or not augment.min_confidence:
         return tokens
     minimum = augment.min_confidence

@@ -24,8 +24,8 @@ from pkd_dist.stages.data import (
     open_tokens,
     positive_input,
     scored_task,
+    student_reading_input,
     student_texts,
-    vocabulary_input,
 )
 from pkd_dist.stages.distill import DistillOutput, best_weights, require_weights
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folders
@@ -59,7 +59,7 @@ def inputs(context: Context) -> Inputs:
         "task.metric": run.task.metric,
         **positive_input(context),
         "evaluate.result_dir": run.config.evaluate.result_dir,
-        **vocabulary_input(context),
+        **student_reading_input(context),
     }
 
 

@@ -21,8 +21,8 @@ from pkd_dist.stages.data import (
     classes_of,
     open_tokens,
     scored_task,
+    student_reading_input,
     student_texts,
-    vocabulary_input,
 )
 from pkd_dist.stages.distill import DistillOutput, length_input, require_weights
 from pkd_dist.stages.evaluate import EvaluateOutput, best_student
@@ -56,7 +56,7 @@ def inputs(context: Context) -> Inputs:
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.formats": context.resolved.config.export.formats,
         **length_input(context),
-        **vocabulary_input(context),
+        **student_reading_input(context),
     }
 
 
@@ -91,7 +91,7 @@ def _subject(context: Context) -> build.Subject:
         labels=list(context.output(DataOutput).class_names),
         dev=texts.splits["dev"],
         texts=tuple(sample["texts"]),
-        max_length=run.config.task.max_length,
+        max_length=run.student_length,
         evaluate=run.config.evaluate,
         reference=_reference(context, texts),
         kept=(kept.kept, kept.total) if kept else None,
@@ -117,6 +117,7 @@ def _facts(context: Context) -> card.CardFacts:
         dev=data.sets["dev"],
         best_epoch=context.output(DistillOutput).best_epoch,
         initialized_from=context.output(InitOutput).made_of,
+        max_length=run.student_length,
         environment=environment(run, context.world),
     )
 

@@ -71,7 +71,7 @@ def _create(context: Context) -> InitOutput:
         context.output(DataOutput).scale,
     )
     with folder_written_atomically(folder) as temporary:
-        encoder.save_model(model, run.tokenizer, temporary, run.config.task.max_length)
+        encoder.save_model(model, run.student_tokenizer, temporary, run.student_length)
     log.info("init: a %d-layer student from %s", families.num_layers(model.config), made_of)
     if run.pairs_are_rounded:
         log.info(

@@ -4,6 +4,7 @@ LABELS = {
     "teacher.model.weights": "the weights of teacher.model",
     "teacher.tokenizer": "the teacher's tokenizer",
     "teacher.weights": "the teacher",
+    "student.tokenizer": "the student's tokenizer",
     "student.init.weights": "the weights of student.init",
     "data.class_names": "the class names",
     "data.training": "the training data",
@@ -28,6 +29,6 @@ def label(key: str) -> str:
     if key.startswith("version."):
         return f"the code of the stage {key.removeprefix('version.')}"
     if key.startswith("data.") and key not in LABELS:
-        return f"the {key.removeprefix('data.')} data"
+        return f"the {key.removeprefix('data.').replace('.', ' ')} data"
     source, _, file = key.partition(":")
     return f"{source} {file}" if file else LABELS.get(key, key)

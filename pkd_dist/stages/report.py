@@ -163,6 +163,7 @@ def view(
         classes=outputs.data.classes,
         class_names=outputs.data.class_names,
         data=outputs.data.sets,
+        student_data=outputs.data.student_sets,
         teacher_history=_history(outputs.teacher.history),
         initialized_from=outputs.init.made_of,
         distillation=_distillation(outputs.distill, [line for line in lines if "split" in line]),

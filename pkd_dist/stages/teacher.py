@@ -18,11 +18,11 @@ from pkd_dist.stages.data import (
     DataOutput,
     open_class_weights,
     open_tokens,
-    open_training_tokens,
     positive_input,
     scale_input,
     scored_task,
-    used_vocabulary,
+    teacher_vocabulary,
+    with_learned_targets,
 )
 from pkd_dist.stages.progress import EpochScores, republish_training
 from pkd_dist.telemetry import trackers
@@ -99,11 +99,11 @@ def _finetune(context: Context, teacher: Teacher) -> None:
         tokenizer=run.tokenizer,
         labels=context.output(DataOutput).model_fields(run.task),
         task=scored_task(context),
-        train=open_training_tokens(context, "train"),
+        train=with_learned_targets(context, open_tokens(context, "train")),
         dev=open_tokens(context, "dev"),
         class_weights_C=open_class_weights(context),
         scale=context.output(DataOutput).scale,
-        used_V=used_vocabulary(context, "train", "dev"),
+        used_V=teacher_vocabulary(context),
         deepspeed=run.deepspeed,
         output=teacher.folder,
         fingerprint=context.fingerprint,

@@ -73,7 +73,7 @@ def test_the_export_holds_the_used_tokens_alone(run):
     assert not set(UNSEEN) & set(tokenizer.get_vocab())
     beside = manifest.verify(export)["deployment"]
     assert beside["splits"] == ["dev", "test"] and beside["examples"] == len(DEV) + len(DEV[20:])
-    assert f"hold {kept} of the teacher's {len(body)} tokens" in (export / "README.md").read_text()
+    assert f"hold {kept} of {len(body)} tokens" in (export / "README.md").read_text()
     plain = AutoModelForSequenceClassification.from_pretrained(export)
     assert results(run[0] / "run")["student"]["parameters"] == plain.num_parameters()
 
