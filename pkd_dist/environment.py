@@ -16,6 +16,7 @@ class Environment:
         device: `cpu` or `cuda`.
         precision, teacher_precision: of the training and of the teacher's pass.
         deepspeed: the DeepSpeed JSON.
+        teacher_layers: None where the teacher is a file of answers.
         copied_layers: teacher layers, from 0, that the student starts from; None if it starts otherwise.
         patience_pairs: (student layer, teacher layer), from 1; 0 is the embeddings.
         beta_mean, beta_sum: `distill.beta` as it is with either `pt_reduction`.
@@ -29,7 +30,7 @@ class Environment:
     precision: str
     teacher_precision: str
     deepspeed: dict[str, object]
-    teacher_layers: int
+    teacher_layers: int | None
     student_layers: int
     copied_layers: list[int] | None
     patience_pairs: list[list[int]]

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from pkd_dist.cli import (
+    answers_command,
     compare_command,
     config_commands,
     data_commands,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "init-student": model_commands.init_student,
     "distill": stage_command("distill", "distill", "Distil a run's student, and what it needs first."),
     "evaluate": model_commands.evaluate,
+    "answers": answers_command.answers,
     "export": run_commands.export,
     "report": stage_command("report", "report", "Write a run's report, and what it needs first."),
     "predict": model_commands.predict,

@@ -136,7 +136,8 @@ def _trained(markers: Markers) -> ExportManifest | None:
     settings = {key.removeprefix("task."): value for key, value in marker.inputs.items()}
     known = {key: value for key, value in settings.items() if key in schema.Task.model_fields}
     task = schema.Task.model_validate(known)
-    return manifest.of_task(tasks.resolve(task), task.max_length)
+    own_length = marker.inputs.get("student.max_length")
+    return manifest.of_task(tasks.resolve(task), own_length if isinstance(own_length, int) else task.max_length)
 
 
 def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:

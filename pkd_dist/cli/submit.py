@@ -26,7 +26,7 @@ from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.paths import packaged_path, project_path
 from pkd_dist.config.schema import Config
-from pkd_dist.data import sources, tasks
+from pkd_dist.data import answers, sources, tasks
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
@@ -187,6 +187,8 @@ def _snapshot(config: Config, folder: Path) -> None:
     if not config.task.data.startswith("hub:"):  # may be part of the project, but is not copied
         resolved["task"]["data"] = str(project_path(config.task.data).absolute())
     resolved["task"]["unlabeled"] = [str(project_path(name).absolute()) for name in config.task.unlabeled]
+    if config.teacher.answers:
+        resolved["teacher"]["answers"] = [str(Path(name).absolute()) for name in config.teacher.answers]
     (folder / "run.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "logs").mkdir()
 
@@ -198,6 +200,7 @@ def _checked_config(options: argparse.Namespace) -> Config:
     task = tasks.resolve(config.task)
     sources.require(config.task.data, "train", task)
     sources.unlabeled_paths(config.task.unlabeled, task)
+    answers.paths_of(config.teacher.answers or ())
     return config
 
 

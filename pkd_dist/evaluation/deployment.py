@@ -21,7 +21,7 @@ from pkd_dist.evaluation.metrics import agreement, score, undefined
 from pkd_dist.evaluation.results import BUSY_SPREAD, Speed, threads
 from pkd_dist.metric_names import MAIN_METRIC, METRICS
 
-TEACHER, TEACHER_TITLE = "teacher", "teacher, PyTorch"
+TEACHER, TEACHER_TITLE, ANSWERS_TITLE = "teacher", "teacher, PyTorch", "teacher, answers"
 _WIDTH = 110
 
 
@@ -32,16 +32,17 @@ class Measured:
     Attributes:
         file: Path within the export; `TEACHER` for the teacher.
         title: What tables call it.
+        parameters, bytes, speed: None of a teacher that is a file of answers.
         bytes: Size on disk; of the teacher that of its weights in float32, as PyTorch runs it.
         logits_NC: On the examples of all splits, in their order.
     """
 
     file: str
     title: str
-    parameters: int
-    bytes: int
+    parameters: int | None
+    bytes: int | None
     logits_NC: np.ndarray
-    speed: Speed
+    speed: Speed | None
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class ModelRow:
 
     file: str
     title: str
-    parameters: int
-    bytes: int
+    parameters: int | None
+    bytes: int | None
     score: float | None
     score_interval_95: Interval | None
     agreement: float | None
@@ -114,9 +115,9 @@ class Deployment:
     def threads(self) -> int:
         return next((row.speed["threads"] for row in self.rows if row.speed), 0)
 
-    def smaller(self, row: ModelRow) -> float:
-        """Return how many times smaller a file is than the teacher."""
-        return self.teacher.bytes / row.bytes
+    def smaller(self, row: ModelRow) -> float | None:
+        """Return how many times smaller a file is than the teacher; None where the teacher is a file of answers."""
+        return self.teacher.bytes / row.bytes if self.teacher.bytes and row.bytes else None
 
     def faster(self, row: ModelRow) -> float | None:
         """Return how many times faster one sentence is answered than by the teacher (p50); None: not measured."""
@@ -126,8 +127,10 @@ class Deployment:
 
     def headline(self) -> str:
         """Say in one line what the file to deploy is worth beside the teacher."""
-        faster = self.faster(self.best)
-        said = [_ratio(self.smaller(self.best), "smaller", "larger", "as large as the teacher")]
+        smaller, faster = self.smaller(self.best), self.faster(self.best)
+        said = []
+        if smaller is not None:
+            said.append(_ratio(smaller, "smaller", "larger", "as large as the teacher"))
         if faster is not None:
             said.append(_ratio(faster, "faster at batch 1", "slower at batch 1", "as fast at batch 1"))
         return ", ".join([*said, self._kept(self.best)])
@@ -174,7 +177,11 @@ class Deployment:
         if speed is not None:
             latencies = (f"{speed['latency_ms_p50']:.2f}", f"{speed['latency_ms_p99']:.2f}")
             speeds = (*latencies, f"{speed['reasoningTime']:,.0f}")
-        return f"{row.parameters:,}", f"{row.bytes / 1e6:.1f}", self.score(row), agreement, *speeds
+        size = (
+            "–" if row.parameters is None else f"{row.parameters:,}",
+            "–" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
+        )
+        return *size, self.score(row), agreement, *speeds
 
     def note(self) -> str:
         """Say what was measured, on what."""
@@ -191,7 +198,9 @@ class Deployment:
             yield "Agreement: correlation with the teacher's predictions."
         else:
             yield "Agreement: share of these examples on which the class is the teacher's."
-        yield "MB: 10^6 bytes on disk; of the teacher, its weights in float32."
+        yield "MB: 10^6 bytes on disk" + (
+            "." if self.teacher.bytes is None else "; of the teacher, its weights in float32."
+        )
 
     def _on_speed(self) -> Iterator[str]:
         if not any(row.speed for row in self.rows):

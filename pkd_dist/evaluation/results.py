@@ -68,13 +68,14 @@ class ModelResults(Scores, Size, Speed):
 class Compression(TypedDict):
     """Ratios of student and teacher.
 
-    `parameters`, `size` and `throughput` say how many times smaller or faster the student is, `retention` is its main
-    metric over the teacher's (None where the teacher has none above 0), `agreement` see `metrics.agreement`.
+    `parameters`, `size` and `throughput` say how many times smaller or faster the student is (None where the teacher is a file
+    of answers), `retention` is its main metric over the teacher's (None where the teacher has none above 0), `agreement` see
+    `metrics.agreement`.
     """
 
-    parameters: float
-    size: float
-    throughput: float
+    parameters: float | None
+    size: float | None
+    throughput: float | None
     retention: float | None
     agreement: float
 
@@ -96,7 +97,7 @@ class Ensemble(TypedDict):
 
 
 class Results(TypedDict):
-    """results_eval.json. The student's metrics, modelSize, samples_per_second and reasoningTime (the same number) are repeated
+    """results_eval.json. A teacher that is a file of answers has scores alone. The student's metrics, modelSize, samples_per_second and reasoningTime (the same number) are repeated
     at the top level.
 
     `classes` has one entry for each output, in order: `output` (the teacher's name of it), `label` (the value in the data)
@@ -141,15 +142,17 @@ def combine(
     """Put results_eval.json together.
 
     Args:
-        models: Side -> what was found of it beside its scores: parameters, modelSize, speed.
+        models: Side -> what was found of it beside its scores: parameters, modelSize, speed; without a teacher that is a file of
+            answers.
         splits: The other labeled splits.
     """
-    teacher = cast(ModelResults, {**dev["teacher"], **models["teacher"]})
+    teacher = cast(ModelResults, {**dev["teacher"], **models.get("teacher", {})})
     student = cast(ModelResults, {**dev["student"], **models["student"]})
+    is_model = "teacher" in models
     compression: Compression = {
-        "parameters": teacher["parameters"] / student["parameters"],
-        "size": teacher["modelSize"] / student["modelSize"],
-        "throughput": student["reasoningTime"] / teacher["reasoningTime"],
+        "parameters": teacher["parameters"] / student["parameters"] if is_model else None,
+        "size": teacher["modelSize"] / student["modelSize"] if is_model else None,
+        "throughput": student["reasoningTime"] / teacher["reasoningTime"] if is_model else None,
         "retention": _retention(teacher, student),
         "agreement": dev["agreement"],
     }

@@ -22,7 +22,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.compare import Side, size_figures
-from pkd_dist.evaluation.deployment import TEACHER, TEACHER_TITLE, Deployment, Measured, beside_teacher
+from pkd_dist.evaluation.deployment import ANSWERS_TITLE, TEACHER, TEACHER_TITLE, Deployment, Measured, beside_teacher
 from pkd_dist.evaluation.metrics import agreement, score
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import Speed
@@ -58,7 +58,7 @@ class Reference:
         answers: Split -> what teacher and student answered, in the order of the token set.
     """
 
-    teacher: Side
+    teacher: Side | None
     test: TokenSet | None
     answers: Mapping[str, Predictions]
 
@@ -278,7 +278,7 @@ class _Builder:
         inputs = TimedInputs.choose(subject.dev, subject.pad_id, cpu, settings)
         models: dict[str, PreTrainedModel] = {}
         own_inputs: dict[str, TimedInputs] = {}
-        if reference is not None:
+        if reference is not None and reference.teacher is not None:
             models[TEACHER], dev = reference.teacher.model, reference.teacher.splits["dev"]
             own_inputs[TEACHER] = TimedInputs.choose(
                 dev, reference.teacher.pad_id, cpu, settings, ordered_as=subject.dev
@@ -300,13 +300,21 @@ class _Builder:
         """Set the files beside the teacher, on dev and on test where it has labels."""
         subject, answers = self.subject, reference.answers
         splits = ["dev", *(["test"] if reference.test is not None else [])]
-        size, parameters = size_figures(reference.teacher.model), parameter_count(subject.student)
+        parameters = parameter_count(subject.student)
         logits_NC = np.concatenate([answers[split].logits[TEACHER] for split in splits])
-        models = [
-            Measured(
-                TEACHER, TEACHER_TITLE, size["parameters"], round(size["modelSize"] * 1e6), logits_NC, speeds[TEACHER]
-            )
-        ]
+        models = [Measured(TEACHER, ANSWERS_TITLE, None, None, logits_NC, None)]
+        if reference.teacher is not None:
+            size = size_figures(reference.teacher.model)
+            models = [
+                Measured(
+                    TEACHER,
+                    TEACHER_TITLE,
+                    size["parameters"],
+                    round(size["modelSize"] * 1e6),
+                    logits_NC,
+                    speeds[TEACHER],
+                )
+            ]
         for name in (name for name in TITLES if name in files):
             logits_NC = self._answers(name, reference)
             models.append(Measured(name, TITLES[name], parameters, files[name]["bytes"], logits_NC, speeds[name]))
@@ -382,7 +390,8 @@ def export(
             "measured_on": {**machine(), "threads": speeds[WEIGHTS_FILE]["threads"]},
         }
         if subject.reference is not None:
-            figures["teacher"] = speeds[TEACHER]
+            if TEACHER in speeds:
+                figures["teacher"] = speeds[TEACHER]
             figures["deployment"] = asdict(builder.beside(subject.reference, figures["files_on_dev"], speeds))
         if subject.kept is not None:
             figures["vocabulary"] = {"kept": subject.kept[0], "total": subject.kept[1]}

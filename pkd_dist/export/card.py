@@ -79,8 +79,12 @@ Teacher and student in PyTorch on {{ results.split }} ({{ results.n }} examples)
 | {{ label }} | {{ teacher }} | {{ student }} |
 {% endfor %}
 
+{% if results.compression.parameters %}
 The student has {{ "%.2f" | format(results.compression.parameters) }} times fewer parameters; {{ retention }};
 {{ agreement }}.
+{% else %}
+The teacher is a file of answers; {{ retention }}; {{ agreement }}.
+{% endif %}
 
 ## Files
 
@@ -163,7 +167,7 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         facts=facts,
         environment=facts.environment,
         config=facts.config,
-        teacher=" + ".join(map(name_of, facts.config.teacher.models)),
+        teacher=" + ".join(map(name_of, facts.config.teacher.names)),
         results=facts.results,
         table=deployment_of(figures, facts.results, facts.main_metric),
         rows=score_rows(facts.results),

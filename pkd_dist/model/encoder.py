@@ -115,8 +115,8 @@ def locate(model: str, key: str = "teacher.model") -> str:
 
 
 def name_of(model: str) -> str:
-    """Return what a model is called where this machine's folders mean nothing: a folder's own name, or the hub's."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+    """Return what a model is called where this machine's folders mean nothing: a folder's or file's own name, or the hub's."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
 
 
 def _require_hub(model: str, key: str) -> None:

@@ -122,7 +122,7 @@ def _on_training(run: Run) -> Iterator[str]:
         )
     pairs = run.environment.patience_pairs
     depth, student_depth = run.environment.teacher_layers, run.environment.student_layers
-    if run.config.distill.patience == "skip" and pairs and depth % student_depth:
+    if run.config.distill.patience == "skip" and pairs and depth and depth % student_depth:
         yield (
             f"The teacher's {depth} layers are not divisible by the student's {student_depth}, so the patience map was "
             f"rounded (teacher layers {', '.join(str(teacher) for _, teacher in pairs)})."
@@ -153,7 +153,9 @@ def _noise(run: Run) -> float:
 
 def _on_speed(run: Run) -> Iterator[str]:
     spreads = [
-        (max(model.rates) - min(model.rates)) / model.sentences_per_second for model in run.results.models.values()
+        (max(model.rates) - min(model.rates)) / model.sentences_per_second
+        for model in run.results.models.values()
+        if model.sentences_per_second
     ]
     spread = max(*spreads, run.deployment.spread)
     if spread > BUSY_SPREAD:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,18 @@ def _table(run: Run) -> list[tuple[str, str, str]]:
     ):
         if both[0] is not None and both[1] is not None:
             rows.append((name, f"{both[0]:.3f}", f"{both[1]:.3f}"))
-    return [*rows, ("parameters", f"{run.results.teacher.parameters:,}", f"{run.results.student.parameters:,}")]
+    shown = ["–" if model.parameters is None else f"{model.parameters:,}" for model in run.results.models.values()]
+    return [*rows, ("parameters", shown[0], shown[1])]
 
 
 def _latencies(run: Run) -> list[tuple[str, list[str]]]:
     """Return rows (statistic, [teacher, student] in ms)."""
     latencies = [run.results.models[side].latencies_ms for side in SIDES]
-    rows = [("mean", [f"{np.mean(values):.2f}" for values in latencies])]
-    return rows + [(f"p{p}", [f"{np.percentile(values, p):.2f}" for values in latencies]) for p in (50, 90, 95, 99)]
+    statistics = {"mean": np.mean} | {f"p{p}": partial(np.percentile, q=p) for p in (50, 90, 95, 99)}
+    return [
+        (name, [f"{statistic(values):.2f}" if values else "–" for values in latencies])
+        for name, statistic in statistics.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Scores on dev, size and speed of a model.
+    """Scores on dev, size and speed of a model. A teacher that is a file of answers has scores alone.
 
     Attributes:
         rates: sentences per second of each pass; `sentences_per_second` is their median.
@@ -91,8 +91,8 @@ class ModelResult:
     """
 
     scores: Scores
-    parameters: int
-    sentences_per_second: float
+    parameters: int | None
+    sentences_per_second: float | None
     rates: tuple[float, ...]
     latencies_ms: tuple[float, ...]
     threads: int
@@ -113,8 +113,8 @@ class SplitResult:
 class Compression:
     """Teacher over student (`parameters`), or student over teacher (`throughput`, `retention` of the main metric, if any)."""
 
-    parameters: float
-    throughput: float
+    parameters: float | None
+    throughput: float | None
     retention: float | None
     agreement: float
 

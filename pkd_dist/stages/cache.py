@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pkd_dist.distillation import cache
 from pkd_dist.distillation.cache import DamagedManifestError, Fingerprint
 from pkd_dist.distillation.cache_builder import CacheSpec, build
-from pkd_dist.distillation.teacher import LiveTeacher
+from pkd_dist.distillation.teacher import GivenAnswers, LiveTeacher
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, existing_parent, is_denied, make_folder, readable_bytes, remove_leftovers
 from pkd_dist.lock import Lock
@@ -19,7 +21,7 @@ from pkd_dist.model import digests, encoder
 from pkd_dist.model.regression_head import standardize
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
-from pkd_dist.stages.data import DataOutput, open_tokens, scale_input, training_set
+from pkd_dist.stages.data import DataOutput, open_answers, open_tokens, scale_input, training_set
 from pkd_dist.stages.teacher import TeacherOutput, teacher_folders
 from pkd_dist.telemetry.log import log
 
@@ -81,7 +83,11 @@ def run(context: Context) -> CacheOutput:
     with _sole_builder(context):
         built = build(
             spec,
-            lambda layers: live_teacher(context, layers, spec.fingerprint.states == "tokens"),
+            lambda layers: (
+                _given_answers(context, name)
+                if run.has_answers
+                else live_teacher(context, layers, spec.fingerprint.states == "tokens")
+            ),
             world,
             context.telemetry,
         )
@@ -202,6 +208,17 @@ def kept_fingerprint(context: Context) -> Fingerprint:
     """Return the fingerprint of the cache that this run keeps: as `needed_fingerprint`, but with all of `cache.layers`."""
     needed = needed_fingerprint(context)
     return needed if recomputes(context) else replace(needed, layers=context.resolved.kept_layers)
+
+
+def _given_answers(context: Context, name: str) -> GivenAnswers:
+    run = context.resolved
+    return GivenAnswers(learned_answers(context, name), run.config.cache.dtype, run.teacher_width)
+
+
+def learned_answers(context: Context, name: str) -> np.ndarray:
+    """Return the teacher's given answers to a token set as the student learns them, (N, C) float32."""
+    scale, logits_NC = context.output(DataOutput).scale, open_answers(context)[name]
+    return scale.standardize(logits_NC) if scale else logits_NC
 
 
 def live_teacher(context: Context, layers: Sequence[int], all_tokens: bool) -> LiveTeacher:

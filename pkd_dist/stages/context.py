@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.schema import Config
-from pkd_dist.data import class_mapping, sources, tasks, trimming
+from pkd_dist.data import answers, class_mapping, sources, tasks, trimming
 from pkd_dist.data.tasks import Task
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
@@ -134,7 +134,8 @@ class Resolved:
 
     Attributes:
         deepspeed: the DeepSpeed JSON's content.
-        teachers: the first one is that whose hidden states and layers the student gets.
+        teachers: the first one is that whose hidden states and layers the student gets. With `teacher.answers` it stands for the
+            student's own model, whose tokenizer and shape the run has.
         tokenizer: the teachers'.
         student_tokenizer: the student's; the same object, unless it reads other tokens.
         class_order: label values in the order of a given teacher's outputs; None: the data decides.
@@ -169,6 +170,11 @@ class Resolved:
     def source_config(self) -> PretrainedConfig:
         """Configuration of that model."""
         return self.teachers[0].source_config
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the teacher is a file of answers, not a model; `source` is then that of the student."""
+        return self.config.teacher.answers is not None
 
     @property
     def needs_teacher(self) -> bool:
@@ -278,6 +284,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     for split in ("train", "dev"):
         sources.require(config.task.data, split, task)
     sources.unlabeled_paths(config.task.unlabeled, task)
+    answers.paths_of(config.teacher.answers or ())
     for teacher in teachers[1:]:
         if teacher.source != teachers[0].source:
             own = encoder.load_tokenizer(teacher.source)
@@ -308,7 +315,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         student_layers=student_depth,
         layer_map=layer_map,
         copied_layers=student.copied_teacher_layers(config.student, source_config),
-        kept_layers=layers.kept_layers(config.cache, layer_map.teacher_states, depth),
+        kept_layers=() if config.teacher.answers else layers.kept_layers(config.cache, layer_map.teacher_states, depth),
         precision=resolve_precision(deepspeed, device)[1],
         teacher_precision=resolve_teacher_precision(config.cache.precision, device),
     )
@@ -344,14 +351,15 @@ def _require_equal_tokens(config: Config, teacher: PreTrainedTokenizerBase, own:
 
 
 def _teachers(config: Config) -> tuple[Teacher, ...]:
-    models, settings = config.teacher.models, config.teacher.finetune
+    models, settings = config.teacher.models or (config.student.init,), config.teacher.finetune
+    key = "student.init" if config.teacher.answers else "teacher.model"
     seeds = (settings and settings.seeds) or [config.run.seed]
     pairs = [(model, seed) for model in models for seed in seeds]
     found = []
     for number, (model, seed) in enumerate(pairs, start=1):
-        source = encoder.locate(model)
+        source = encoder.locate(model, key)
         found.append(
-            Teacher(teacher_name(number), model, source, encoder.load_config(source), seed, Path(config.run.dir))
+            Teacher(teacher_name(number), model, source, encoder.load_config(source, key), seed, Path(config.run.dir))
         )
     return tuple(found)
 
@@ -360,10 +368,10 @@ def _class_order(
     config: Config, task: Task, teachers: Sequence[Teacher], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, ...] | None:
     """Check that the teachers can be used, and return the label values in the order of their outputs; None: the data decides."""
-    key, orders = "teacher.model", []
+    key, orders = "student.init" if config.teacher.answers else "teacher.model", []
     for teacher in teachers:
         require_compatible(teacher.source_config, tokenizer, config.task.max_length, teacher.model, key)
-        if config.teacher.finetune is not None:
+        if config.teacher.finetune is not None or config.teacher.answers:
             orders.append(task.classes)
             continue
         encoder.require_classifier(teacher.source, teacher.model, key)

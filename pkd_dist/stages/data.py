@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pkd_dist.data import class_mapping, sources, tokens, trimming
+from pkd_dist.data import answers, class_mapping, sources, tokens, trimming
 from pkd_dist.data.class_weights import class_weights
-from pkd_dist.data.examples import Split
+from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare, write_tokens
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
-from pkd_dist.files import digest_of, make_folder, sha256, write_json
+from pkd_dist.files import changed_file, digest_of, make_folder, sha256, write_json
 from pkd_dist.model import digests, encoder, student, vocabulary
 from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
@@ -55,6 +56,7 @@ class DataOutput:
         vocabulary: None: the finished student knows all tokens that it was trained with.
         sets: token set -> what is in it: the splits, and `distill` where there is extra text.
         student_sets: the same in the student's tokens; None: it reads as its teacher does.
+        answers: digest of the teacher's answers, in RUN/data, where it is a file of answers.
     """
 
     classes: tuple[str, ...]
@@ -63,6 +65,7 @@ class DataOutput:
     scale: TargetScale | None = None
     vocabulary: KeptVocabulary | None = None
     student_sets: dict[str, TokenSetSummary] | None = None
+    answers: str | None = None
 
     @property
     def for_student(self) -> dict[str, TokenSetSummary]:
@@ -110,7 +113,17 @@ def inputs(context: Context) -> Inputs:
         "teacher.tokenizer": digests.tokenizer_digest(run.source),
         **{f"student.{key}": getattr(run.config.student, key) for key in ("vocabulary", "min_count", "max_length")},
         **_own_tokenizer(context),
+        **_answer_files(context),
     }
+
+
+def _answer_files(context: Context) -> Inputs:
+    """Return the files of the teacher's answers as inputs, if there are any."""
+    teacher = context.resolved.config.teacher
+    if not teacher.answers:
+        return {}
+    files = {f"teacher.answers:{path}": sha256(path) for path in answers.paths_of(teacher.answers)}
+    return {**files, "teacher.answers_are": teacher.answers_are}
 
 
 def _own_tokenizer(context: Context) -> Inputs:
@@ -132,9 +145,18 @@ def _prepare(context: Context) -> DataOutput:
         task, run.task, run.class_order, run.tokenizer, folder, lambda: context.world.interrupt("data"),
         lambda: read_word_embeddings(run.source),
     )  # fmt: skip
+    if run.has_answers:
+        for name in [
+            name for name, split in splits.items() if name.startswith("test") and not is_labelled(split.labels_N).all()
+        ]:
+            log.info(
+                "data: %s has no labels and is left out: only a teacher's model could answer it",
+                splits.pop(name).source,
+            )
+            del summaries[name]
     train = splits["train"]
     names = run.task.names_of(train.classes)
-    if not run.finetunes:
+    if not (run.finetunes or run.has_answers):
         for teacher in run.teachers:
             class_mapping.require_outputs_for_split(
                 run.task, teacher.source_config, train, teacher.model, "teacher.model"
@@ -150,6 +172,7 @@ def _prepare(context: Context) -> DataOutput:
             f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
         )
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
+    answered = _answers(context, splits, names) if run.has_answers else None
     own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
@@ -159,10 +182,28 @@ def _prepare(context: Context) -> DataOutput:
             scale.mean,
             scale.std,
         )
-        return DataOutput((), (), summaries, scale, kept, own)
-    output = DataOutput(tuple(train.classes), tuple(names), summaries, vocabulary=kept, student_sets=own)
+        return DataOutput((), (), summaries, scale, kept, own, answered)
+    output = DataOutput(
+        tuple(train.classes), tuple(names), summaries, vocabulary=kept, student_sets=own, answers=answered
+    )
     log.info("data: %s", _classes(run, output).sentence())
     return output
+
+
+def _answers(context: Context, splits: dict[str, Split], names: Sequence[str]) -> str:
+    """Write the teacher's answers to all splits, in their order, and return their digest."""
+    run, path = context.resolved, context.resolved.paths.data / answers.FILE
+    teacher = run.config.teacher
+    found, notes = answers.read(teacher.answers or (), teacher.answers_are, run.task, splits, names)
+    answers.write(path, found)
+    log.info(
+        "data: the teacher's answers to %s are from %s (%s); they hold no hidden states, so there is no patience term",
+        ", ".join(f"{len(logits):,} {name}" for name, logits in found.items()), ", ".join(teacher.names),
+        teacher.answers_are.replace("_", "-"),
+    )  # fmt: skip
+    for note in notes:
+        log.info("data: %s", note)
+    return sha256(path)
 
 
 def _write_student_tokens(context: Context, splits: dict[str, Split]) -> dict[str, TokenSetSummary]:
@@ -207,6 +248,8 @@ def missing(context: Context, output: DataOutput) -> str | None:
     folders = [context.resolved.paths.data / name for name in output.sets]
     folders += [context.resolved.paths.data / STUDENT / name for name in output.student_sets or ()]
     folders += [context.resolved.paths.data / TRIMMED / name for name in output.scored if output.vocabulary]
+    if output.answers and (altered := changed_file(context.resolved.paths.data, {answers.FILE: output.answers})):
+        return altered
     return next((problem for folder in folders if (problem := tokens.problem(folder))), None)
 
 
@@ -227,7 +270,7 @@ def classes_of(context: Context) -> class_mapping.ClassMapping | None:
 
 
 def _classes(run: Resolved, output: DataOutput) -> class_mapping.ClassMapping:
-    outputs = None if run.finetunes else class_mapping.output_names(run.source_config)
+    outputs = None if run.finetunes or run.has_answers else class_mapping.output_names(run.source_config)
     return class_mapping.match(run.task, output.classes, output.sets["train"].per_class, outputs)
 
 
@@ -256,6 +299,11 @@ def with_learned_targets(context: Context, found: TokenSet) -> TokenSet:
     """Return a token set to train on: targets of a regression are standardized."""
     scale = context.output(DataOutput).scale
     return scale.standardized(found) if scale else found
+
+
+def open_answers(context: Context) -> dict[str, np.ndarray]:
+    """Open the teacher's answers: token set -> logits (N, C) float32; those to a regression are in its own unit."""
+    return answers.load(context.resolved.paths.data / answers.FILE)
 
 
 def open_tokens(context: Context, name: str) -> TokenSet:

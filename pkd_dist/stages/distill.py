@@ -30,7 +30,7 @@ from pkd_dist.model import student
 from pkd_dist.model.attention import TeacherAttention, teacher_attention
 from pkd_dist.model.encoder import load_model
 from pkd_dist.stages.base import Artifacts, Inputs, Markers, SpoiledError, Stage, absent
-from pkd_dist.stages.cache import live_teacher, needed_fingerprint, recomputes
+from pkd_dist.stages.cache import learned_answers, live_teacher, needed_fingerprint, recomputes
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
     DataOutput,
@@ -208,6 +208,8 @@ def _teacher_dev(context: Context) -> np.ndarray | None:
     run = context.resolved
     if not run.needs_teacher:
         return None
+    if run.has_answers:
+        return torch.from_numpy(learned_answers(context, "dev")).to(DTYPES[run.config.cache.dtype]).float().numpy()
     context.world.at("distill, the teacher on dev", loop=False)
     teacher = live_teacher(context, (), all_tokens=False)
     logits_NC = predict_logits(

@@ -21,6 +21,7 @@ from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
     DataOutput,
     classes_of,
+    open_answers,
     open_tokens,
     positive_input,
     scored_task,
@@ -66,14 +67,21 @@ def inputs(context: Context) -> Inputs:
 def run(context: Context) -> EvaluateOutput:
     splits = {split: open_tokens(context, split) for split in context.output(DataOutput).scored}
     run, task, classes, texts = context.resolved, scored_task(context), classes_of(context), student_texts(context)
-    teacher, *others = (
+    teachers = [
         Side(encoder.load_model(folder), splits, run.tokenizer.pad_token_id) for folder in teacher_folders(context)
-    )
+    ]
     student = Side(best_student(context), texts.splits, texts.tokenizer.pad_token_id)
+    sides = dict(zip(("teacher",), teachers, strict=False)) | {"student": student}
+    answers = open_answers(context) if run.has_answers else {}
     compared = compare_models(
-        {"teacher": teacher, "student": student}, task, run.config.evaluate, context.world, others
+        sides,
+        task,
+        run.config.evaluate,
+        context.world,
+        teachers[1:],
+        {split: answers[split] for split in splits if answers},
     )
-    if others:
+    if teachers[1:]:
         log.info("evaluate: %s", _ensemble_line(compared.results))
     if classes:
         compared.results.update(class_facts(classes))

@@ -101,8 +101,9 @@ def _subject(context: Context) -> build.Subject:
 def _reference(context: Context, texts: StudentTexts) -> build.Reference:
     answers = predictions.read(context.resolved.paths.predictions)
     test = texts.splits["test"] if "test" in answers and answers["test"].labelled else None
-    pad_id = context.resolved.tokenizer.pad_token_id
-    teacher = Side(encoder.load_model(teacher_folder(context)), {"dev": open_tokens(context, "dev")}, pad_id)
+    pad_id, teacher = context.resolved.tokenizer.pad_token_id, None
+    if not context.resolved.has_answers:
+        teacher = Side(encoder.load_model(teacher_folder(context)), {"dev": open_tokens(context, "dev")}, pad_id)
     return build.Reference(teacher, test, answers)
 
 

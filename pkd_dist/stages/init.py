@@ -64,7 +64,7 @@ def _create(context: Context) -> InitOutput:
     run, folder = context.resolved, context.resolved.paths.student_init
     model, made_of = student.create(
         run.config.student,
-        teacher_folder(context),
+        run.source if run.has_answers else teacher_folder(context),
         run.source,
         context.output(DataOutput).model_fields(run.task),
         run.config.run.seed,

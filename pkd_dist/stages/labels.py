@@ -4,6 +4,7 @@ LABELS = {
     "teacher.model.weights": "the weights of teacher.model",
     "teacher.tokenizer": "the teacher's tokenizer",
     "teacher.weights": "the teacher",
+    "teacher.answers": "the teacher's answers",
     "student.tokenizer": "the student's tokenizer",
     "student.init.weights": "the weights of student.init",
     "data.class_names": "the class names",

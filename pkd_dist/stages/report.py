@@ -220,13 +220,13 @@ def _scores(content: Scores) -> shown.Scores:
     )
 
 
-def _model_result(content: ModelResults, rates: list[float], latencies_ms: list[float]) -> shown.ModelResult:
+def _model_result(content: ModelResults, output: EvaluateOutput, side: str) -> shown.ModelResult:
     return shown.ModelResult(
         scores=_scores(content),
-        parameters=content["parameters"],
-        sentences_per_second=content["reasoningTime"],
-        rates=tuple(rates),
-        latencies_ms=tuple(latencies_ms),
+        parameters=content.get("parameters"),
+        sentences_per_second=content.get("reasoningTime"),
+        rates=tuple(output.rates.get(side, ())),
+        latencies_ms=tuple(output.latencies_ms.get(side, ())),
         threads=content.get("threads", 0),
     )
 
@@ -238,8 +238,8 @@ def _results(output: EvaluateOutput) -> shown.Results:
         split=content["split"],
         examples=content["n"],
         models={
-            "teacher": _model_result(content["teacher"], output.rates["teacher"], output.latencies_ms["teacher"]),
-            "student": _model_result(content["student"], output.rates["student"], output.latencies_ms["student"]),
+            "teacher": _model_result(content["teacher"], output, "teacher"),
+            "student": _model_result(content["student"], output, "student"),
         },
         splits=tuple(
             shown.SplitResult(name, both["n"], _scores(both["teacher"]), _scores(both["student"]), both["agreement"])

@@ -152,7 +152,7 @@ def environment(run: Resolved, world: World) -> Environment:
         precision=run.precision,
         teacher_precision=run.teacher_precision,
         deepspeed=run.deepspeed,
-        teacher_layers=run.teacher_layers,
+        teacher_layers=None if run.has_answers else run.teacher_layers,
         student_layers=run.student_layers,
         copied_layers=None if run.copied_layers is None else list(run.copied_layers),
         patience_pairs=[list(pair) for pair in run.layer_map.pairs],

@@ -58,6 +58,8 @@ VERSION = 1
 
 def inputs(context: Context) -> Inputs:
     run, data = context.resolved, context.output(DataOutput)
+    if data.answers:
+        return {"teacher.answers": data.answers}
     models = [digests.weights_digest(source) for source in dict.fromkeys(teacher.source for teacher in run.teachers)]
     found: Inputs = {
         "teacher.model.weights": models[0] if len(models) == 1 else models,
@@ -74,6 +76,8 @@ def inputs(context: Context) -> Inputs:
 
 def run(context: Context) -> TeacherOutput:
     run, world = context.resolved, context.world
+    if run.has_answers:
+        return TeacherOutput(str(context.output(DataOutput).answers), "")
     if not run.finetunes:
         return world.on_main(lambda: _given(context))
     for teacher in run.teachers:
@@ -187,8 +191,10 @@ STAGE = Stage(
 
 
 def teacher_folders(context: Context) -> list[str]:
-    """Return where each teacher loads from; a run folder may have been moved since the marker was written."""
+    """Return where each teacher loads from; a run folder may have been moved since the marker was written. None for answers."""
     run = context.resolved
+    if run.has_answers:
+        return []
     return [str(teacher.folder) if run.finetunes else teacher.source for teacher in run.teachers]
 
 

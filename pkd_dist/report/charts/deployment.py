@@ -25,7 +25,7 @@ _LETTER, _LINE = 0.075, 0.16
 def tradeoffs(table: Deployment) -> Iterator[Plot]:
     """Draw the score against size and latency; nothing for what was not measured."""
     scored = [row for row in table.rows if row.score is not None]
-    yield from _tradeoff(table, "size", "MB", [(row, row.bytes / 1e6) for row in scored])
+    yield from _tradeoff(table, "size", "MB", [(row, row.bytes / 1e6) for row in scored if row.bytes])
     timed = [(row, row.speed["latency_ms_p50"]) for row in scored if row.speed is not None]
     yield from _tradeoff(table, "latency", "ms at batch 1, p50", timed)
 

@@ -21,7 +21,7 @@ _PERCENTILES = (50, 95, 99)
 
 def latency(run: Run) -> Plot:
     """Draw the cumulative distribution of the latency of single-sentence requests."""
-    latencies = {side: run.results.models[side].latencies_ms for side in SIDES}
+    latencies = {side: values for side in SIDES if (values := run.results.models[side].latencies_ms)}
     marks = {side: np.percentile(values, _PERCENTILES) for side, values in latencies.items()}
     shares = np.linspace(0, 1, 401)
     lines = {side: np.percentile(values, 100 * shares) for side, values in latencies.items()}
@@ -57,13 +57,13 @@ def latency(run: Run) -> Plot:
 
 def throughput(run: Run) -> Plot:
     """Draw the sentences per second of both models."""
-    rates = {side: run.results.models[side].sentences_per_second for side in SIDES}
-    passes = {side: run.results.models[side].rates for side in SIDES}
+    rates = {side: rate for side in SIDES if (rate := run.results.models[side].sentences_per_second)}
+    passes = {side: run.results.models[side].rates for side in rates}
     note = (
         f"sentences per second in batches of {run.config.evaluate.batch_size}, higher is better; rings: single passes"
         f"{threads(run.results.student.threads)}"
     )
-    return bars("Throughput", note, rates, SIDES, "{:,.0f}".format, passes)
+    return bars("Throughput", note, rates, list(rates), "{:,.0f}".format, passes)
 
 
 def matrices(run: Run) -> Iterator[Plot]:

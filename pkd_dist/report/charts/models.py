@@ -13,11 +13,13 @@ _BOX_WIDTH = 1.3
 _LEFT = {"teacher": 0.0, "student": 2.1}
 
 
-def layers(run: Run) -> Plot:
-    """Draw both models. Layer 0 is the embeddings, the layer after the last one the classifier."""
+def layers(run: Run) -> Plot | None:
+    """Draw both models; None where the teacher is none. Layer 0 is the embeddings, the layer after the last the classifier."""
+    if run.environment.teacher_layers is None:
+        return None
     depth = {"teacher": run.environment.teacher_layers, "student": run.environment.student_layers}
     copied = [layer + 1 for layer in run.environment.copied_layers or ()]
-    pairs = _compared(run)
+    pairs = _compared(run, run.environment.teacher_layers)
     used = {teacher for _, teacher in pairs} | set(copied)
     top = max(depth.values()) + 1.0
     spacing = {"teacher": 1.0, "student": max(1.0, depth["teacher"] / depth["student"])}
@@ -48,10 +50,10 @@ def layers(run: Run) -> Plot:
     return plot("Layers", note, "Layers: " + ", ".join(links), draw, 1.2 + 0.24 * max(depth.values()))
 
 
-def _compared(run: Run) -> dict[tuple[int, int], list[str]]:
+def _compared(run: Run, depth: int) -> dict[tuple[int, int], list[str]]:
     """Return the loss terms that compare each pair of (student layer, teacher layer)."""
     distill, environment = run.config.distill, run.environment
-    attention = attention_pairs(distill, environment.teacher_layers, environment.student_layers)
+    attention = attention_pairs(distill, depth, environment.student_layers)
     by_term = {
         "pt": environment.patience_pairs, "gram": environment.patience_pairs, "rel": attention[-1:], "att": attention,
     }  # fmt: skip

@@ -1,0 +1,293 @@
+"""The teacher's answers from files: read, checked, and matched with the examples of a task.
+
+    teacher.answers: tables of class columns -> checked rows -> logits by example -> RUN/data/answers.safetensors
+
+A row belongs to the example that its column `id` names; without one, to the example with its text; with neither, the rows of
+the file SPLIT.* are in the order of that split. Column names and kinds of values: docs/data.md.
+
+Shapes: N examples, C classes (1 for a regression).
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from pkd_dist.data.examples import Split, example_ids
+from pkd_dist.data.rows import is_table, read_file
+from pkd_dist.data.tables import Table, TableSpec
+from pkd_dist.data.tasks import Task
+from pkd_dist.errors import UserError
+from pkd_dist.files import write_atomically
+
+FILE = "answers.safetensors"
+KEY = "teacher.answers"
+ID, PREDICTION = "id", "prediction"
+"""The columns of the example id, and of a regression's value."""
+LEAST = 1e-6
+"""A probability that is smaller counts as this much, so that its logarithm is finite."""
+_CERTAIN = 0.999
+"""Probability of a class that is given as a label."""
+_SUM_TOLERANCE = 1e-3
+
+
+def paths_of(files: Sequence[str]) -> list[Path]:
+    """Return the paths of the files. Raise UserError if one is missing or no table."""
+    for name in files:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(
+                f"no such file: {name}" if not path.exists() else f"{name} is a folder; name its files", KEY
+            )
+        if not is_table(path):
+            raise UserError(f"{name} is not a table: .csv, .tsv, .jsonl, .json, or .parquet", KEY)
+    return [Path(name) for name in files]
+
+
+def read(
+    files: Sequence[str], kind: str, task: Task, splits: Mapping[str, Split], names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read the answers to all examples of some splits.
+
+    Args:
+        files: `teacher.answers`.
+        kind: `teacher.answers_are`.
+        splits: split -> its examples; all must be answered.
+        names: class names in the order of the logits; empty for a regression.
+
+    Returns:
+        Split -> logits (N, C) float32, and notes for people.
+
+    Raises:
+        UserError: a row is invalid, or not every example has one answer.
+    """
+    classes = next(iter(splits.values())).classes
+    columns = _Columns(kind, task, dict(zip(names, classes, strict=True)) if names else {})
+    found: dict[str, dict[int, tuple[np.ndarray, str]]] = {}
+    for path in paths_of(files):
+        own = found.setdefault(_split_of(path, splits), {})
+        for example, logits_C, place in _rows(path, columns, splits):
+            if example in own:
+                raise UserError(f"{place}: answers the same example as {own[example][1]}; keep one")
+            own[example] = logits_C, place
+    answers = {name: _matched(name, split, found, files) for name, split in splits.items()}
+    known = set[int]().union(*(split.ids_N.tolist() for split in splits.values()))
+    extra = len(set[int]().union(*found.values()) - known)
+    return answers, [
+        *columns.notes(),
+        *([f"{extra:,} answers belong to no example; they are ignored"] if extra else []),
+    ]
+
+
+def _split_of(path: Path, splits: Collection[str]) -> str:
+    """Return the split that a file is named after; empty: none."""
+    stem = path.name.partition(".")[0]
+    return stem if stem in splits else ""
+
+
+def _matched(
+    name: str, split: Split, found: Mapping[str, Mapping[int, tuple[np.ndarray, str]]], files: Sequence[str]
+) -> np.ndarray:
+    """Return the answers to a split, (N, C) float32: those of a file of its name before any other, as two may differ."""
+    by_preference = {example: answer for own in found.values() for example, answer in own.items()} | dict(
+        found.get(name, {})
+    )
+    missing = [row for row, example in enumerate(split.ids_N.tolist()) if example not in by_preference]
+    if missing:
+        text = reprlib.repr(" + ".join(column[missing[0]] for column in split.texts))
+        raise UserError(
+            f"{', '.join(files)}: no answer to {len(missing):,} of {len(split):,} examples of {name}; the first is {text} "
+            f"({split.source}, example {missing[0] + 1}); every example needs one", KEY,
+        )  # fmt: skip
+    return np.stack([by_preference[example][0] for example in split.ids_N.tolist()]).astype(np.float32)
+
+
+def _rows(path: Path, columns: _Columns, splits: Mapping[str, Split]) -> list[tuple[int, np.ndarray, str]]:
+    """Return (example id, logits (C,), place) of each row of a file."""
+    table = read_file(path, TableSpec((), keep_others=True))
+    ids, logits, places = array("q"), list[np.ndarray](), list[str]()
+    texts: list[list[str]] = [[] for _ in columns.task.text]
+    by_id = by_text = False
+    for number, _ in table.rows:
+        record, place = table.others, table.at(number)
+        if not logits:
+            by_id, by_text = ID in record, all(name in record for name in columns.task.text)
+            columns.require(record, f"{path}:1" if table.unit == "line" else str(path))
+        logits.append(columns.logits_of(record, place))
+        places.append(place)
+        if by_id:
+            ids.append(_id_of(record, place))
+        elif by_text:
+            for column, name in zip(texts, columns.task.text, strict=True):
+                column.append("" if record.get(name) is None else str(record[name]))
+    if not logits:
+        raise UserError(f"{path}: has no answers")
+    if by_text and not by_id:
+        ids = array("q", example_ids(texts).tolist())
+    if not (by_id or by_text):
+        ids = _in_order(path, table, len(logits), splits)
+    return list(zip(ids, logits, places, strict=True))
+
+
+def _in_order(path: Path, table: Table, rows: int, splits: Mapping[str, Split]) -> array[int]:
+    """Return the ids of the split that a file is named after."""
+    split = _split_of(path, splits)
+    if not split:
+        raise UserError(
+            f"{path}: has neither a column {ID!r} nor the text, so its name must be that of the split whose order it has: "
+            f"{', '.join(f'{name}.csv' for name in splits)}"
+        )
+    if rows != len(splits[split]):
+        raise UserError(f"{path}: has {rows:,} answers, {splits[split].source} has {len(splits[split]):,} examples")
+    return array("q", splits[split].ids_N.tolist())
+
+
+def _id_of(record: Mapping[str, object], place: str) -> int:
+    try:
+        found = int(str(record[ID]))
+    except (ValueError, KeyError):
+        raise UserError(f"{place}: {ID} {reprlib.repr(record.get(ID))} is not an example id, a whole number") from None
+    if not -(2**63) <= found < 2**63:
+        raise UserError(f"{place}: {ID} {found} has more than 64 bits")
+    return found
+
+
+@dataclass
+class _Columns:
+    """The columns of answers, and how their values become logits.
+
+    Attributes:
+        values: class name -> label value, in the order of the logits; empty for a regression.
+    """
+
+    kind: str
+    task: Task
+    values: Mapping[str, str]
+    spread: int = 0
+    rescaled: int = 0
+
+    def require(self, record: Mapping[str, object], where: str) -> None:
+        """Find the columns in the first row of a file."""
+        if not self.values or self.kind == "labels":
+            wanted = self.task.label if self.values else PREDICTION
+            if wanted not in record:
+                raise UserError(f"{where}: has no column {wanted!r}; it has {_listed(record)}")
+            return
+        missing = [name for name, column in zip(self.values, self._of(record), strict=True) if column is None]
+        if missing and (self.kind != "log_probabilities" or len(missing) == len(self.values)):
+            raise UserError(
+                f"{where}: has no column {missing[0]!r}, a class of {self.task.name}; it has {_listed(record)}; name the columns "
+                f"as the classes: {', '.join(self.values)}"
+            )
+
+    def logits_of(self, record: Mapping[str, object], place: str) -> np.ndarray:
+        """Return a row's logits, (C,) float64."""
+        if not self.values:
+            return np.array([_number(record.get(PREDICTION), PREDICTION, place)])
+        if self.kind == "labels":
+            return np.log(self._label(record, place))
+        given = [
+            None if column is None or record[column] in (None, "") else _number(record[column], column, place)
+            for column in self._of(record)
+        ]
+        if self.kind == "log_probabilities":
+            return self._from_log(given, place)
+        if None in given:
+            raise UserError(f"{place}: {list(self.values)[given.index(None)]} is empty; every class needs a number")
+        values_C = np.array(given, np.float64)
+        if self.kind == "logits":
+            return values_C
+        if (values_C < 0).any() or (values_C > 1).any():
+            raise UserError(
+                f"{place}: {_shown(values_C)} are not probabilities, which are from 0 to 1; for other numbers set "
+                f"{KEY}_are to logits or log_probabilities"
+            )
+        if abs(values_C.sum() - 1) > _SUM_TOLERANCE:
+            raise UserError(f"{place}: the probabilities {_shown(values_C)} sum to {values_C.sum():.4g}, not to 1")
+        return np.log(np.maximum(values_C, LEAST))
+
+    def _of(self, record: Mapping[str, object]) -> list[str | None]:
+        """Return the column of each class in a row; None where a JSON object lacks it."""
+        return [next((key for key in pair if key in record), None) for pair in self.values.items()]
+
+    def _from_log(self, given: Sequence[float | None], place: str) -> np.ndarray:
+        if all(value is None for value in given):
+            raise UserError(f"{place}: has no log-probability of any class: {', '.join(self.values)}")
+        if any(value is not None and value > 1e-9 for value in given):
+            raise UserError(
+                f"{place}: {max(v for v in given if v is not None):g} is not a log-probability, which is at most 0"
+            )
+        known_C = np.array([0.0 if value is None else math.exp(value) for value in given])
+        unknown_C = np.array([value is None for value in given])
+        if known_C.sum() > 1 + _SUM_TOLERANCE:
+            raise UserError(
+                f"{place}: the probabilities of these log-probabilities sum to {known_C.sum():.4g}, more than 1"
+            )
+        rest = max(0.0, 1 - known_C.sum())
+        if unknown_C.any():
+            self.spread += 1
+            known_C[unknown_C] = rest / unknown_C.sum()
+        elif rest > _SUM_TOLERANCE:
+            self.rescaled += 1
+        known_C = np.maximum(known_C, LEAST)
+        return np.log(known_C / known_C.sum())
+
+    def _label(self, record: Mapping[str, object], place: str) -> np.ndarray:
+        given = record.get(self.task.label)
+        text = "" if given is None else str(given).strip()
+        for index, pair in enumerate(self.values.items()):
+            if text in pair:
+                share_C = np.full(len(self.values), (1 - _CERTAIN) / max(1, len(self.values) - 1))
+                share_C[index] = _CERTAIN
+                return share_C
+        raise UserError(f"{place}: {self.task.label} {text!r} is not a class; allowed: {', '.join(self.values)}")
+
+    def notes(self) -> list[str]:
+        """Return what people should know of the answers that were read."""
+        found = []
+        if self.spread:
+            found.append(
+                f"{self.spread:,} answers lack classes; what their log-probabilities leave of 1 is spread evenly over those"
+            )
+        if self.rescaled:
+            found.append(f"the probabilities of {self.rescaled:,} answers sum to less than 1; they were scaled to 1")
+        if self.kind == "labels":
+            found.append(f"the class of an answer counts as a probability of {_CERTAIN}")
+        return found
+
+
+def _number(value: object, column: str, place: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: {column} {reprlib.repr(value)} is not a number") from None
+    if not math.isfinite(found):
+        raise UserError(f"{place}: {column} is {found}, not a finite number")
+    return found
+
+
+def _listed(record: Mapping[str, object]) -> str:
+    return ", ".join(map(repr, [*record][:10])) + (", ..." if len(record) > 10 else "")
+
+
+def _shown(values_C: np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in values_C[:6]) + (", ..." if len(values_C) > 6 else "")
+
+
+def write(path: Path, answers: Mapping[str, np.ndarray]) -> None:
+    write_atomically(path, partial(save_file, dict(answers)), sum(each.nbytes for each in answers.values()))
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Return what `write` wrote."""
+    return load_file(path)
