@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from pkd_dist.cli.options import run_command
+from pkd_dist.errors import UserError
 
 
 def answers(
@@ -30,12 +31,26 @@ def answers(
     """
 
     def work() -> None:
-        from pkd_dist.stages.answers_table import write_table
+        from pkd_dist.config.load import load
+        from pkd_dist.data.answers import PREDICTION
+        from pkd_dist.data.target_scale import TargetScale
+        from pkd_dist.distillation.answers_table import write_table
+        from pkd_dist.evaluation import predictions
+        from pkd_dist.stages.base import Markers
+        from pkd_dist.stages.translation import translate
 
-        rows, columns = write_table(run, output, probabilities)
-        kind = "probabilities" if probabilities else "logits"
-        print(
-            f"{output}: {rows:,} answers, {', '.join(columns)}; use: teacher.answers=[{output}] teacher.answers_are={kind}"
-        )
+        marker = Markers(run, translate).read("data") if (run / "config.yaml").is_file() else None
+        if marker is None or not marker.outputs:
+            raise UserError(f"{run}: is not the folder of a run; give one, such as runs/demo")
+        names = list(map(str, cast(list[str], marker.outputs["class_names"])))
+        scale = cast(dict[str, float] | None, marker.outputs.get("scale"))
+        cached = load(str(run / "config.yaml")).cache.dir
+        count = write_table(
+            output, Path(cached) if cached else run / "cache", run / predictions.FILE, names,
+            TargetScale(**scale) if scale else None, probabilities,
+        )  # fmt: skip
+        kind = "probabilities" if probabilities or not names else "logits"
+        columns = ", ".join(names or [PREDICTION])
+        print(f"{output}: {count:,} answers, {columns}; use: teacher.answers=[{output}] teacher.answers_are={kind}")
 
     run_command(work)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pkd_dist.config.load import load
 from pkd_dist.data.answers import ID, PREDICTION
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.distillation import cache
@@ -17,52 +16,52 @@ from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.metrics import log_softmax
 from pkd_dist.files import write_atomically
-from pkd_dist.stages.base import Markers
-from pkd_dist.stages.translation import translate
 
-_KINDS = (".csv", ".jsonl", ".parquet")
+KINDS = (".csv", ".jsonl", ".parquet")
 
 
-def write_table(run: Path, output: Path, probabilities: bool) -> tuple[int, Sequence[str]]:
-    """Write one row for each example that the teacher of a run answered, and return their number and the columns.
+def write_table(
+    output: Path, cached: Path, evaluated: Path, names: Sequence[str], scale: TargetScale | None, probabilities: bool
+) -> int:
+    """Write one row for each example that a teacher answered, and return their number.
+
+    Args:
+        output: `.csv`, `.jsonl` or `.parquet`; must not exist.
+        cached: folder of the cache.
+        evaluated: RUN/answers.safetensors.
+        names: class names in the order of the logits; empty for a regression.
+        scale: of a regression's targets.
+        probabilities: write these instead of logits.
 
     Raises:
-        UserError: the run has no cache or was not evaluated, or the file exists or is of another kind.
+        UserError: there are no complete answers, or the table cannot be written.
     """
-    if output.suffix not in _KINDS:
-        raise UserError(f"{output} is not one of {', '.join(_KINDS)}", "--output")
+    if output.suffix not in KINDS:
+        raise UserError(f"{output} is not one of {', '.join(KINDS)}", "--output")
     if output.exists():
         raise UserError(f"{output} exists; remove it, or give another name", "--output")
-    marker = Markers(run, translate).read("data") if (run / "config.yaml").is_file() else None
-    if marker is None or not marker.outputs:
-        raise UserError(f"{run}: is not the folder of a run; give one, such as runs/demo")
-    names, scale = list(map(str, marker.outputs["class_names"])), marker.outputs.get("scale")  # type: ignore[call-overload]
     if ID in names:
-        raise UserError(f"{run}: has a class {ID!r}, the name of the column of ids; rename it with task.class_names")
+        raise UserError(f"{ID!r} is a class and the name of the column of ids; rename the class with task.class_names")
     if probabilities and not names:
         raise UserError("a regression has values, not probabilities; leave it out", "--probabilities")
     found: dict[int, list[float]] = {}
-    for ids_N, values_NC in _answers(run, TargetScale(**scale) if scale else None):  # type: ignore[arg-type]
+    for ids_N, values_NC in _answers(cached, evaluated, scale):
         values_NC = np.exp(log_softmax(values_NC)) if probabilities else values_NC
         for example, values in zip(ids_N.tolist(), values_NC.tolist(), strict=True):
             found.setdefault(example, values)  # the same text in two splits
-    columns = names or [PREDICTION]
-    write_atomically(output, lambda tmp: _write(tmp, output.suffix, [ID, *columns], found))
-    return len(found), columns
+    write_atomically(output, lambda tmp: _write(tmp, output.suffix, [ID, *(names or [PREDICTION])], found))
+    return len(found)
 
 
-def _answers(run: Path, scale: TargetScale | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _answers(cached: Path, evaluated: Path, scale: TargetScale | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield example ids (N,) and logits (N, C) float64, of a regression values in its own unit."""
-    config = load(str(run / "config.yaml"))
-    folder = Path(config.cache.dir) if config.cache.dir else run / "cache"
-    manifest = cache.read_manifest(folder)
+    manifest = cache.read_manifest(cached)
     if manifest is None:
-        raise UserError(f"{folder}: has no complete cache of the teacher's answers; rerun the run's command")
-    reader = cache.CacheReader(folder, manifest.fingerprint, range(len(manifest.shards)))
-    for ids_N, logits in reader.logits():
+        raise UserError(f"{cached}: has no complete cache of the teacher's answers; rerun the run's command")
+    for ids_N, logits in cache.CacheReader(cached, manifest.fingerprint, range(len(manifest.shards))).logits():
         values_NC = logits.double().numpy()
         yield ids_N, values_NC if scale is None else values_NC * scale.std + scale.mean
-    for answered in predictions.read(run / predictions.FILE).values():
+    for answered in predictions.read(evaluated).values():
         yield answered.ids_N, answered.logits["teacher"].astype(np.float64)
 
 
