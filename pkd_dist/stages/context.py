@@ -263,8 +263,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         )
     teachers = _teachers(config)
     source_config, tokenizer = teachers[0].source_config, encoder.load_tokenizer(teachers[0].source)
-    for split in ("train", "dev"):
-        sources.require(config.task.data, split, task)
+    _require_data(config, task)
     sources.unlabeled_paths(config.task.unlabeled, task)
     for teacher in teachers[1:]:
         if teacher.source != teachers[0].source:
@@ -302,6 +301,13 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             "use metric", "evaluate.best_by",
         )  # fmt: skip
     return resolved
+
+
+def _require_data(config: Config, task: Task) -> None:
+    for split in ("train", "dev"):
+        place = sources.require(config.task.data, split, task).place
+        if isinstance(place, Path) and paths_of(config).data.resolve() in place.resolve().parents:
+            raise UserError(f"{config.task.data} is in run.dir; choose another run.dir for this run", "task.data")
 
 
 def _teachers(config: Config) -> tuple[Teacher, ...]:

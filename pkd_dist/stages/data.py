@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pkd_dist.data import class_mapping, sources, tokens, trimming
+from pkd_dist.config.task import FileSplit
+from pkd_dist.data import class_mapping, sources, text, tokens, trimming
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.examples import Split
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare
@@ -81,10 +83,12 @@ VERSION = 1
 def inputs(context: Context) -> Inputs:
     run, task = context.resolved, context.resolved.config.task
     files = sources.digests(task.data, sources.available(task.data, run.task), run.task)
-    settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights", "positive"})
+    settings = task.model_dump(mode="json", exclude={"data", "split", "metric", "class_weights", "positive"})
     if task.class_names:
         settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
     found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
+    if sources.is_file(task.data):
+        found |= {f"task.split.{key}": value for key, value in (task.split or FileSplit()).model_dump().items()}
     if task.augment:
         settings["augment"] = task.augment.model_dump(
             exclude={"neighbours", "min_confidence"}
@@ -101,6 +105,20 @@ def inputs(context: Context) -> Inputs:
     }
 
 
+def require_usable(context: Context, is_done: Callable[[], bool]) -> None:
+    """Read data whose splits this run makes itself, unless the stage is done: what cannot be split ends here.
+
+    Called before anything is written.
+
+    Raises:
+        UserError: as the stage.
+    """
+    task = context.resolved.config.task
+    if (sources.is_file(task.data) or task.duplicates != "keep") and not is_done():
+        stop = lambda: context.world.interrupt("data")  # noqa: E731
+        _require_trainable(context, text.read_all(task.data, context.resolved.task, context.resolved.class_order, stop))
+
+
 def run(context: Context) -> DataOutput:
     return context.world.on_main(lambda: _prepare(context))
 
@@ -114,21 +132,12 @@ def _prepare(context: Context) -> DataOutput:
     )  # fmt: skip
     train = splits["train"]
     names = run.task.names_of(train.classes)
-    if not run.finetunes:
-        for teacher in run.teachers:
-            class_mapping.require_outputs_for_split(
-                run.task, teacher.source_config, train, teacher.model, "teacher.model"
-            )
-        if run.class_order is None and names:
-            log.warning(
-                "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
-                " and ".join(run.config.teacher.models), ", ".join(names),
-            )  # fmt: skip
-    class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
-    if len(train) < context.world.size:
-        raise UserError(
-            f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
-        )
+    _require_trainable(context, splits)
+    if not run.finetunes and run.class_order is None and names:
+        log.warning(
+            "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
+            " and ".join(run.config.teacher.models), ", ".join(names),
+        )  # fmt: skip
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
@@ -142,6 +151,21 @@ def _prepare(context: Context) -> DataOutput:
     output = DataOutput(tuple(train.classes), tuple(names), summaries, vocabulary=kept)
     log.info("data: %s", _classes(run, output).sentence())
     return output
+
+
+def _require_trainable(context: Context, splits: dict[str, Split]) -> None:
+    """Raise UserError if the teacher, the class weights or the number of ranks do not fit the data."""
+    run, train = context.resolved, splits["train"]
+    if not run.finetunes:
+        for teacher in run.teachers:
+            class_mapping.require_outputs_for_split(
+                run.task, teacher.source_config, train, teacher.model, "teacher.model"
+            )
+    class_weights(run.config.task.class_weights, train.labels_N, train.classes, run.task.names_of(train.classes))
+    if len(train) < context.world.size:
+        raise UserError(
+            f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
+        )
 
 
 def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:
