@@ -1,14 +1,19 @@
 """One file split into train, dev and test: the same parts in any order, groups that stay together, classes in every part."""
 
 import collections
+import gzip
+import json
 import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pkd_dist.config.task import FileSplit
 from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.data import splitting
+from pkd_dist.data.rows import FILE_EXTENSIONS
 from pkd_dist.data.splitting import DEV, TEST, TRAIN, Table, split
 from pkd_dist.data.tasks import Task, resolve
 from pkd_dist.data.text import read, read_all
@@ -219,6 +224,29 @@ def test_the_parts_of_a_file_are_read_together_and_one_by_one(tmp_path):
     expected, _ = parts_of(given, group="g", seed=3)
     assert [expected[row - 2] for row in splits["dev"].rows] == [DEV] * len(splits["dev"])
     assert splits["train"].notes[0] == "columns not used: id"
+
+
+@pytest.mark.parametrize("extension", FILE_EXTENSIONS)
+def test_every_kind_of_table_gives_the_same_parts(tmp_path, extension):
+    table = [{"text": text, "label": label, "g": group} for text, label, group in rows(120, texts=90)]
+    path, kind = tmp_path / f"all.{extension}", extension.removesuffix(".gz")
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), path)
+    else:
+        lines = [*map(json.dumps, table)]
+        if kind == "json":
+            lines = [json.dumps(table)]
+        elif kind != "jsonl":
+            lines = [
+                {"csv": ",", "tsv": "\t"}[kind].join(map(str, each))
+                for each in (table[0], *(r.values() for r in table))
+            ]
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if extension.endswith(".gz") else content)
+    splits = read_all(str(path), resolve(TaskConfig(**OWN, split=FileSplit(group="g"))))
+    part_N, _ = parts_of(rows(120, texts=90), group="g")
+    for i, part in enumerate(splits.values()):
+        assert list(part.texts[0]) == [row["text"] for row, own in zip(table, part_N, strict=True) if own == i]
 
 
 def test_a_text_column_can_be_the_group(tmp_path):
