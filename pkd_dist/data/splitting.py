@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -134,40 +133,37 @@ def assign(key_N: np.ndarray, class_N: np.ndarray, settings: FileSplit, stratify
     """
     unit_U, unit_N = np.unique(key_N, return_inverse=True)
     classes = int(class_N.max()) + 1
-    stratum_C = range(classes) if stratify else [0] * classes
-    left_C = np.bincount(class_N, minlength=classes).tolist()
-    size_S = Counter[int]()
-    for stratum, size in zip(stratum_C, left_C, strict=True):
-        size_S[stratum] += size
-    wanted_PS = _wanted(size_S, settings)
-
+    left_C = np.bincount(class_N, minlength=classes).tolist()  # in train
+    wanted_PS = _wanted(left_C if stratify else [sum(left_C)], settings)
     part_U = np.full(len(unit_U), TRAIN, np.int8)
     for unit, size_of in _class_sizes(unit_N, class_N, classes):
-        sizes = Counter[int]()
-        for label, size in size_of:
-            sizes[stratum_C[label]] += size
         if any(left_C[label] <= size for label, size in size_of):
             continue
-        for part in (TEST, DEV):
-            wanted_S = wanted_PS[part]
-            if sum(size * (2 * wanted_S[stratum] - size) for stratum, size in sizes.items()) > 0:
+        sizes = size_of if stratify else [(0, sum(size for _, size in size_of))]
+        for part, wanted_S in wanted_PS.items():
+            if sum(size * (2 * wanted_S[stratum] - size) for stratum, size in sizes) > 0:
                 part_U[unit] = part
-                wanted_S.subtract(sizes)
+                for stratum, size in sizes:
+                    wanted_S[stratum] -= size
                 for label, size in size_of:
                     left_C[label] -= size
+                if max(wanted_S) <= 0:
+                    del wanted_PS[part]
                 break
+        if not wanted_PS:
+            break
     part_N: np.ndarray = part_U[unit_N]
     return part_N
 
 
-def _wanted(size_S: Counter[int], settings: FileSplit) -> dict[int, Counter[int]]:
-    """Return the examples of each stratum that dev and test should have: their share, at least 1 if there are enough."""
-    wanted: dict[int, Counter[int]] = {DEV: Counter(), TEST: Counter()}
-    for stratum, size in size_S.items():
+def _wanted(size_S: Sequence[int], settings: FileSplit) -> dict[int, list[int]]:
+    """Return the examples of each stratum that test and dev should have: their share, at least 1 if there are enough."""
+    wanted: dict[int, list[int]] = {TEST: [], DEV: []}
+    for size in size_S:
         left = size - 1  # for train
         for part, share in ((DEV, settings.dev), (TEST, settings.test)):
-            count = min(left, max(1, int(share * size + 0.5))) if share else 0
-            wanted[part][stratum] = count
+            count = max(0, min(left, max(1, int(share * size + 0.5)))) if share else 0
+            wanted[part].append(count)
             left -= count
     return wanted
 

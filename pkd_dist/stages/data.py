@@ -115,8 +115,10 @@ def require_usable(context: Context, is_done: Callable[[], bool]) -> None:
     """
     task = context.resolved.config.task
     if (sources.is_file(task.data) or task.duplicates != "keep") and not is_done():
-        stop = lambda: context.world.interrupt("data")  # noqa: E731
-        _require_trainable(context, text.read_all(task.data, context.resolved.task, context.resolved.class_order, stop))
+        splits = text.read_all(
+            task.data, context.resolved.task, context.resolved.class_order, lambda: context.world.interrupt("data")
+        )
+        _require_trainable(context, splits)
 
 
 def run(context: Context) -> DataOutput:
