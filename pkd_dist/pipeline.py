@@ -22,7 +22,7 @@ from pkd_dist import __version__, disk_space
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, Preempted, UserError
-from pkd_dist.stages import run_folder
+from pkd_dist.stages import data, run_folder
 from pkd_dist.stages.base import NAMES, Markers, SpoiledError, Stage, State, inputs_of
 from pkd_dist.stages.context import Context, Resolved, resolve, with_fingerprint
 from pkd_dist.stages.translation import translate
@@ -47,6 +47,7 @@ def plan(
     world.on_main(lambda: run_folder.require_writable(resolved))
     context = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
     markers = Markers(resolved.paths.run, translate)
+    _require_data(context, markers, names, fresh)
     lines: list[str] = []
     first = ""
     for stage in STAGES[: NAMES.index(names[-1]) + 1]:
@@ -92,6 +93,7 @@ def run(
     markers = Markers(resolved.paths.run, translate)
     for name in (each for each in names if fresh or not markers.done(each)):
         resolved.require_trainable(name, world.device)
+    _require_data(planned, markers, names, fresh)
     with run_folder.opened(resolved, world, [stage.artifacts(planned) for stage in STAGES], fresh):
         if (
             world.device.type == "cuda"
@@ -114,6 +116,15 @@ def run(
                 if publisher:
                     publisher.push()
     return context
+
+
+def _require_data(context: Context, markers: Markers, names: Sequence[str], fresh: bool) -> None:
+    """Check data that the stage `data` will split, before anything is written; collective."""
+    stage = STAGES[0]
+    if stage.name in names:
+        context.world.on_main(
+            lambda: data.require_usable(context, lambda: not fresh and markers.state(stage, context)[0] is State.DONE)
+        )
 
 
 def _run_stage(stage: Stage[Any], context: Context, markers: Markers, selected: bool) -> None:

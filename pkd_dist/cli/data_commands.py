@@ -8,12 +8,14 @@ import typer
 
 from pkd_dist.cli.options import (
     DEMO_DATA,
+    FileSplitSettings,
     LabelColumn,
     TaskKind,
     TextColumns,
     data_or_demo,
     named_as_options,
     run_command,
+    split_overrides,
     task_overrides,
 )
 from pkd_dist.data.tasks import GLUE
@@ -32,13 +34,17 @@ def prepare(
         str | None,
         typer.Option(
             help="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
-            "but the last also as .gz, or in GLUE's layout; or "
+            "but the last also as .gz, or in GLUE's layout; one such file, which is split; or "
             f"hub:NAME or hub:NAME:CONFIGURATION. Default, for sst2 only: the demo data, {DEMO_DATA}."
         ),
     ] = None,
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
+    split_setting: FileSplitSettings = None,
+    duplicates: Annotated[
+        str, typer.Option(help="Texts in several splits: keep and report them, drop them, or refuse.")
+    ] = "keep",
     model: Annotated[
         str | None,
         typer.Option(
@@ -50,14 +56,17 @@ def prepare(
         int, typer.Option(help="With --model: maximum input length in tokens; longer inputs are truncated.")
     ] = 128,
 ) -> None:
-    """Check a data folder: counts, classes, lengths, rows left out, duplicates.
+    """Check a data folder, or a file and how it is split: counts, classes, lengths, rows left out, duplicates.
 
     Example: pkd prepare --task sst2 --data data/movie-reviews
+
+    Example: pkd prepare --task custom --data tickets.csv --text body --label queue --split-setting group=customer_id
     """
 
     def work() -> None:
         folder = data_or_demo(data, task)
-        overrides = task_overrides({"name": task, "data": folder, "text": text, "label": label, "kind": kind})
+        options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind, "duplicates": duplicates}
+        overrides = [*task_overrides(options), *split_overrides(split_setting)]
         with named_as_options():
             _prepare(folder, [*overrides, f"task.max_length={max_length}"], model, max_length)
 
@@ -66,14 +75,12 @@ def prepare(
 
 def _prepare(data: str, overrides: list[str], model: str | None, max_length: int) -> None:
     from pkd_dist.config.load import load
-    from pkd_dist.data import sources, summary, tasks, text
+    from pkd_dist.data import summary, tasks, text
     from pkd_dist.telemetry.markup import console
 
     task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
     token_lengths = _token_lengths(model) if model is not None else None
-    splits: dict[str, Split] = {}
-    for name in dict.fromkeys(("train", "dev", *sources.available(data, task))):
-        splits[name] = text.read(data, name, task, splits["train"].classes or None if splits else None)
+    splits = text.read_all(data, task)
     print("\n".join(summary.all_notes(splits)) + "\n")
     terminal = console()
     terminal.width = max(terminal.width, 0 if terminal.is_terminal else 140)

@@ -13,6 +13,7 @@ import typer
 from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import (
     DEMO_DATA,
+    FileSplitSettings,
     LabelColumn,
     TaskKind,
     TaskName,
@@ -21,6 +22,7 @@ from pkd_dist.cli.options import (
     named_as_options,
     numbers,
     run_command,
+    split_overrides,
     task_overrides,
 )
 from pkd_dist.errors import UserError
@@ -73,7 +75,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"Data folder or hub:NAME, as in `pkd prepare`. Default, for sst2 only: the demo data, {DEMO_DATA}."
+            help=f"Data folder, file or hub:NAME, as in `pkd prepare`. Default, for sst2 only: the demo data, {DEMO_DATA}."
         ),
     ] = None,
     split: Annotated[
@@ -82,6 +84,7 @@ def evaluate(
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
+    split_setting: FileSplitSettings = None,
     class_name: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +121,7 @@ def evaluate(
             "name": task, "data": folder, "text": text, "label": label, "kind": kind, "positive": positive,
         }  # fmt: skip
         options["class_names"] = _class_names(class_name) if class_name else None
-        overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options)]
+        overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options), *split_overrides(split_setting)]
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])
             trained = manifest.find(encoder.locate(model, "--model"))

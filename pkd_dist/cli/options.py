@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -27,9 +27,18 @@ TextColumns = Annotated[
 LabelColumn = Annotated[str | None, typer.Option(help="`custom`: the label column.")]
 TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification or regression.")]
 
+FileSplitSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="How to split one file: a key of task.split, such as group=customer_id; repeat it."
+    ),
+]
+
 OPTIONS = {
     "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.kind": "--kind",
     "task.class_names": "--class-name", "task.positive": "--positive", "task.max_length": "--max-length",
+    **{f"task.split.{key}": f"--split-setting {key}" for key in ("dev", "test", "seed", "stratify", "group")},
+    "task.split": "--split-setting", "task.duplicates": "--duplicates",
     "teacher.model": "--model", "student.layers": "--layers", "evaluate.batch_size": "--batch-size",
 }  # fmt: skip
 """Configuration key -> the option of a command on folders that sets it."""
@@ -41,6 +50,11 @@ DEMO_DATA = "data/movie-reviews"
 def task_overrides(options: Mapping[str, object]) -> list[str]:
     """Return task options as configuration overrides; the value is JSON, so it is taken as it was typed."""
     return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+
+
+def split_overrides(settings: Sequence[str] | None) -> list[str]:
+    """Return options KEY=VALUE as overrides of `task.split`."""
+    return [f"task.split.{each}" for each in settings or ()]
 
 
 def data_or_demo(data: str | None, task: str) -> str:

@@ -26,7 +26,7 @@ from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.paths import packaged_path, project_path
 from pkd_dist.config.schema import Config
-from pkd_dist.data import answers, sources, tasks
+from pkd_dist.data import answers, sources, tasks, text
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
@@ -199,6 +199,8 @@ def _checked_config(options: argparse.Namespace) -> Config:
     load_deepspeed(config, options.config)
     task = tasks.resolve(config.task)
     sources.require(config.task.data, "train", task)
+    if sources.is_file(config.task.data):
+        text.read_all(config.task.data, task)
     sources.unlabeled_paths(config.task.unlabeled, task)
     answers.paths_of(config.teacher.answers or ())
     return config

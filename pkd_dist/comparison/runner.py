@@ -34,7 +34,8 @@ from pkd_dist.comparison.shares import Share, require_divisible, shares, visible
 from pkd_dist.comparison.table import RunResults, Summary, as_markdown, one_line, plot, read_summary, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.data import answers, sources, tasks
+from pkd_dist.config.task import Task
+from pkd_dist.data import answers, sources, tasks, text
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.evaluation.results import Results
@@ -81,6 +82,11 @@ def train_command(launcher: str) -> list[str]:
     return [*prefix, sys.executable, "-m", TRAIN_MODULE]
 
 
+def _unset(task: Task) -> dict[str, bool]:
+    """Return the settings that earlier versions did not have, if they are at their defaults, so that digests stay the same."""
+    return {name: True for name in ("split", "duplicates") if getattr(task, name) == Task.model_fields[name].default}
+
+
 def _as_json(overrides: Overrides) -> Overrides:
     return cast(Overrides, json.loads(json.dumps(overrides)))
 
@@ -122,6 +128,8 @@ class Comparison:
         if not shutil.which(self.command[0]):
             raise UserError(f"{self.command[0]!r} is not a program on PATH; give one such as deepspeed", "--launcher")
         self.base = self._resolved({})
+        if sources.is_file(self.base.task.data):
+            text.read_all(self.base.task.data, tasks.resolve(self.base.task))
         self.folder = encoder.locate(*self._model())
         self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)
         self.methods = {name: self._complete(method) for name, method in methods.items()}
@@ -196,7 +204,7 @@ class Comparison:
         """Return a name that runs share if they need the same teacher outputs."""
         task = config.task
         unlabeled = [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, tasks.resolve(task))]
-        settings = task.model_dump(mode="json", exclude={"augment": {"min_confidence"}})
+        settings = task.model_dump(mode="json", exclude={"augment": {"min_confidence"}, **_unset(task)})
         read = [settings, unlabeled, self._data_digests]
         paired: list[object] = [self._paired(config, depth), config.distill.pair_embeddings]
         if attention := self._layer_map(config, depth).attention:
@@ -208,7 +216,8 @@ class Comparison:
     @cached_property
     def _identity(self) -> str:
         """What all rows of a table have in common: the data, the teacher, and the settings that methods do not change."""
-        settings = self.base.model_dump(mode="json", include={"task", "teacher", "student", "distill", "train"})
+        sections = {"task", "teacher", "student", "distill", "train"}
+        settings = self.base.model_dump(mode="json", include=sections, exclude={"task": _unset(self.base.task)})
         return digest_of([settings, self._data_digests, self._teacher_identity])
 
     @cached_property

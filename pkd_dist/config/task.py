@@ -55,13 +55,51 @@ class Augment(Section):
         return self
 
 
+class FileSplit(Section):
+    dev: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of the examples that select the best epoch."
+    )
+    test: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of the examples that are only scored. 0: no test part."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        1, description="Seed of the hash that orders the examples. Separate from run.seed."
+    )
+    stratify: bool | None = Field(
+        None, description="Give each class its share in each part. null: true, or false for a regression."
+    )
+    group: str | None = Field(
+        None,
+        description="Column whose rows with the same value stay in one part, such as `customer_id`. null: the text, so that "
+        "equal texts stay in one part.",
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> FileSplit:
+        if self.dev + self.test >= 1:
+            raise ValueError(
+                f"task.split.dev {self.dev:g} and task.split.test {self.test:g} leave nothing to train on; they must add up "
+                "to less than 1"
+            )
+        return self
+
+
 class Task(Section):
     name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them) or `custom`.")
     data: str = Field(
         "data/movie-reviews",
         description="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
-        "but the last also as .gz, or in GLUE's layout; or a Hugging Face data set, `hub:NAME` or `hub:NAME:CONFIGURATION`, "
-        "such as `hub:nyu-mll/glue:cola`.",
+        "but the last also as .gz, or in GLUE's layout; or one such file, see task.split; or a Hugging Face data set, "
+        "`hub:NAME` or `hub:NAME:CONFIGURATION`, such as `hub:nyu-mll/glue:cola`.",
+    )
+    split: FileSplit | None = Field(
+        None,
+        description="How to split one file into train, dev and test. Only if task.data is a file. null: the defaults below.",
+    )
+    duplicates: Literal["keep", "drop", "refuse"] = Field(
+        "keep",
+        description="What to do with texts that are in several splits. `keep`: report them. `drop`: remove them from train, and "
+        "from dev those that are in test; also repeats in train with the same label. `refuse`: stop.",
     )
     max_length: Annotated[int, Field(ge=4, le=8192)] = Field(
         128, description="Maximum input length in tokens. Longer inputs are truncated."

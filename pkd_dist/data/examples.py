@@ -41,6 +41,7 @@ class Split:
         source: file or hub split that it was read from.
         notes: what was skipped and why, for people.
         augmented: number of examples, the last ones, that are changed copies of others.
+        rows: line or row number of each example in the one file that is split; empty for other data.
     """
 
     ids_N: np.ndarray
@@ -50,6 +51,7 @@ class Split:
     source: str
     notes: tuple[str, ...] = ()
     augmented: int = 0
+    rows: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -84,7 +86,7 @@ def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
     Raises:
         UserError: two different texts have the same id.
     """
-    ids_N = _text_hashes(texts)
+    ids_N = text_hashes(texts)
     collision = UserError("two different texts have the same 64-bit id; add a space to one of them")
     order_N = np.argsort(ids_N, kind="stable")
     repeats = _repeat_positions(ids_N[order_N])
@@ -102,6 +104,13 @@ def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:
     if len(repeats) and len(_repeat_positions(np.sort(ids_N))):
         raise collision
     return ids_N
+
+
+def select(split: Split, keep_N: np.ndarray) -> Split:
+    """Return the examples of a mask (N,), at least one, with the ids that they have on their own."""
+    texts = tuple(TextColumn(itertools.compress(column, keep_N)) for column in split.texts)
+    rows = array("q", itertools.compress(split.rows, keep_N))
+    return replace(split, ids_N=example_ids(texts), texts=texts, labels_N=split.labels_N[keep_N], rows=rows)
 
 
 class NewTexts:
@@ -134,7 +143,7 @@ class NewTexts:
         Args:
             texts: one or two columns of B strings.
         """
-        hash_B = _text_hashes(texts)
+        hash_B = text_hashes(texts)
         reasons = ["repeated", *(reason for reason, _ in self._known)]
         reason_B = np.zeros(len(hash_B), np.int16)  # index into `reasons`
         reason_B[np.unique(hash_B, return_index=True)[1]] = -1
@@ -205,7 +214,7 @@ def _repeat_positions(sorted_N: np.ndarray) -> np.ndarray:
     return np.flatnonzero(sorted_N[1:] == sorted_N[:-1]) + 1
 
 
-def _text_hashes(texts: Sequence[Sequence[str]]) -> np.ndarray:
+def text_hashes(texts: Sequence[Sequence[str]]) -> np.ndarray:
     """Return int64 (N,): a hash of each example's text, which is the id of its first occurrence."""
     hashes = bytearray()
     for fields in zip(*texts, strict=True):

@@ -1,8 +1,9 @@
-"""Read JSON files: one object per line, or one list of objects."""
+"""Read JSON files: one object per line, or one list of objects; and the values that JSON can hold."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,3 +122,16 @@ def _require_end(text: str, at: int) -> None:
 def _skip_space(text: str, at: int) -> int:
     space = _SPACE.match(text, at)
     return space.end() if space else at
+
+
+def as_json(value: object) -> object:
+    """Return a value as JSON can hold it: infinity and NaN as null, what JSON does not have as text."""
+    if isinstance(value, dict):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value if value is None or isinstance(value, (str, bool, int)) else str(value)

@@ -5,6 +5,7 @@ result is tokenized into a folder of its own (`tokens.py`):
 
 FOLDER/train, dev, test, ...   the splits that the data has
 FOLDER/distill                 train plus unlabeled and augmented text; only if there is any
+FOLDER/parts                   the splits of one file as tables
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pkd_dist.config.task import Task as TaskConfig
-from pkd_dist.data import text, tokens
+from pkd_dist.data import parts, text, tokens
 from pkd_dist.data.augment import augment
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.examples import Split, is_labelled, without
 from pkd_dist.data.neighbours import Neighbours
-from pkd_dist.data.sources import available
+from pkd_dist.data.sources import is_file
 from pkd_dist.data.tasks import Task
 from pkd_dist.telemetry.log import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DISTILL = "distill"
+DISTILL, PARTS = "distill", "parts"
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,9 @@ def prepare(
     Raises:
         UserError: invalid data; the message names the file and line.
     """
-    splits = {"train": text.read(config.data, "train", task, classes)}
-    known = splits["train"].classes or None
-    for name in available(config.data, task)[1:]:
-        splits[name] = text.read(config.data, name, task, known)
-        check()
+    splits = text.read_all(config.data, task, classes, check)
+    if is_file(config.data):
+        parts.write(folder / PARTS, config.data, splits, task)
     if config.unlabeled or config.augment:
         more = list(_unlabelled_splits(config, task, splits, tokenizer, read_embeddings))
         augmented = len(more[-1]) if config.augment else 0

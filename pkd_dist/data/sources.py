@@ -1,8 +1,9 @@
 """Find the files of a data set.
 
 A split is a table in a folder under the split's name or under another name that is common for it (`validation.csv`,
-`dev_matched.tsv`), a part of the authors' original release, or a split of a Hugging Face data set (`hub:NAME`). `tasks.py`
-holds the names of each task, `rows.py` the kinds of table. Nothing is read here except the contents that `digests` hashes.
+`dev_matched.tsv`), a part of one file (`splitting.py`), a part of the authors' original release, or a split of a Hugging Face
+data set (`hub:NAME`). `tasks.py` holds the names of each task, `rows.py` the kinds of table. Nothing is read here except the
+contents that `digests` hashes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkd_dist.config.paths import project_path
+from pkd_dist.data import splitting
 from pkd_dist.data.delimited import is_quoted
 from pkd_dist.data.rows import EXTENSIONS, FILE_EXTENSIONS, is_table
 from pkd_dist.data.tasks import Task
@@ -31,24 +33,32 @@ class Source:
 
     Attributes:
         place: a file, or the name of a hub data set (`NAME` or `NAME:CONFIGURATION`).
-        dev_ids: file with the id pairs of the dev examples; None if all rows of `place` belong to the split.
+        dev_ids: file with the id pairs of the dev examples; None if no list decides which rows belong to the split.
         is_dev: whether the split is the rows of `place` that `dev_ids` lists, or the others.
+        is_part: whether the split is a part of `place`, as `splitting.py` splits it.
         notes: what a user should know about the choice.
     """
 
     place: Path | str
     dev_ids: Path | None = None
     is_dev: bool = False
+    is_part: bool = False
     notes: tuple[str, ...] = ()
+
+
+def is_file(data: str) -> bool:
+    """Return whether `task.data` is one file, which is split into train, dev and test."""
+    return bool(data) and not data.startswith(_HUB) and project_path(data).is_file()
 
 
 def locate(data: str, split: str, task: Task) -> Source | None:
     """Return the source of a split, or None if the folder does not have it. A hub data set is not checked.
 
     Raises:
-        UserError: no such folder, or two files of one split.
+        UserError: no such folder or table, two files of one split, or `task.split` for more than one file.
     """
     if data.startswith(_HUB):
+        _require_no_file_split(data, task)
         if not 1 <= len(names := data.split(":")[1:]) <= 2 or not all(names):
             raise UserError(f"{data!r} is not of the form hub:NAME or hub:NAME:CONFIGURATION", "task.data")
         return Source(data.removeprefix(_HUB))
@@ -56,14 +66,20 @@ def locate(data: str, split: str, task: Task) -> Source | None:
         raise UserError("is empty; give a folder, or hub:NAME", "task.data")
     folder = project_path(data)
     if folder.is_file():
-        raise UserError(
-            f"{data} is a file; give a folder that contains the examples as train.* and, apart from them, dev.*",
-            "task.data",
-        )
+        if not is_table(folder):
+            raise UserError(
+                f"{data} is a file, but none of {', '.join(f'.{e}' for e in FILE_EXTENSIONS)}; give such a table, or a folder "
+                "that contains the examples as train.* and dev.*",
+                "task.data",
+            )
+        return Source(folder, is_part=True) if split in splitting.parts(task.file_split) else None
     if not folder.is_dir():
+        if is_table(folder):
+            raise UserError(f"no such file: {data}", "task.data")
         raise UserError(
             f"no such folder: {data}; it must contain train and dev as {', '.join(EXTENSIONS)}", "task.data"
         )
+    _require_no_file_split(data, task)
     files = _split_files(folder, split, task)
     if len(files) > 1:
         raise UserError(f"{files[0]} and {files[1].name} both contain the split {split}; keep one", "task.data")
@@ -74,6 +90,13 @@ def locate(data: str, split: str, task: Task) -> Source | None:
     return _locate_in_release(folder, split, task)
 
 
+def _require_no_file_split(data: str, task: Task) -> None:
+    if task.file_split:
+        raise UserError(
+            f"is for one file, and {data} has splits; remove it, or give one file as task.data", "task.split"
+        )
+
+
 def require(data: str, split: str, task: Task) -> Source:
     """Return the source of a split.
 
@@ -81,6 +104,8 @@ def require(data: str, split: str, task: Task) -> Source:
         UserError: as `locate`, or the folder does not have the split.
     """
     source = locate(data, split, task)
+    if source is None and is_file(data):
+        raise UserError(f"{data} has no split {split!r}; it has {', '.join(available(data, task))}", "task.data")
     if source is None:
         stem, *others = _stems(split, task)
         names = [f"{stem}.{extension}" for extension in EXTENSIONS]

@@ -8,6 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from pkd_dist.data.duplicates import Hashed, Overlap
 from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.tasks import Task
 from pkd_dist.telemetry.markup import printable
@@ -15,30 +16,6 @@ from pkd_dist.telemetry.markup import printable
 _MAX_CLASSES = 20
 TokenLengths = Callable[[Split], np.ndarray]
 """Split -> number of tokens of each example (N,), not truncated."""
-
-
-def overlap(split: Split, train: Split | None) -> tuple[int, int]:
-    """Count the examples whose text is also in `train`, and those of them whose label never occurs there.
-
-    Args:
-        split: its texts are looked up.
-        train: None: look up each text among the earlier ones of `split` itself.
-    """
-    labels_of: dict[tuple[str, ...], set[float]] = {}
-    if train is not None:
-        for fields, label in zip(zip(*train.texts, strict=True), train.labels_N.tolist(), strict=True):
-            labels_of.setdefault(fields, set()).add(label)
-    found = relabelled = 0
-    labelled_N = is_labelled(split.labels_N).tolist()
-    for fields, label, labelled in zip(
-        zip(*split.texts, strict=True), split.labels_N.tolist(), labelled_N, strict=True
-    ):
-        if fields in labels_of:
-            found += 1
-            relabelled += labelled and label not in labels_of[fields]
-        if train is None:
-            labels_of.setdefault(fields, set()).add(label)
-    return found, relabelled
 
 
 def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: TokenLengths | None) -> Table:
@@ -52,10 +29,11 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: To
     table = _table("", "examples", "words p50, p95, max", "repeated", "also in train", "labels")
     if token_lengths:
         table.add_column(f"tokens p50, p95; over {max_length}", justify="right")
+    hashed = {name: Hashed(split) for name, split in splits.items()}
     for name, split in splits.items():
         words_N = np.sum([[len(text.split()) for text in column] for column in split.texts], axis=0)
-        cells = [f"{len(split):,}", f"{_quantiles(words_N)}, {words_N.max()}", _overlap(*overlap(split, None))]
-        cells += ["" if name == "train" else _overlap(*overlap(split, splits["train"])), _labels(split)]
+        cells = [f"{len(split):,}", f"{_quantiles(words_N)}, {words_N.max()}", _overlap(hashed[name].overlap(None))]
+        cells += ["" if name == "train" else _overlap(hashed[name].overlap(hashed["train"])), _labels(split)]
         if token_lengths:
             lengths_N = token_lengths(split)
             cells.append(f"{_quantiles(lengths_N)}; {(lengths_N > max_length).mean():.1%}")
@@ -99,8 +77,8 @@ def _quantiles(values_N: np.ndarray) -> str:
     return ", ".join(f"{value:.0f}" for value in np.percentile(values_N, [50, 95]))
 
 
-def _overlap(found: int, relabelled: int) -> str:
-    return f"{found:,}" + (f" ({relabelled:,} with another label)" if relabelled else "")
+def _overlap(overlap: Overlap) -> str:
+    return f"{overlap.found:,}" + (f" ({overlap.relabelled:,} with another label)" if overlap.relabelled else "")
 
 
 def _labels(split: Split) -> str:

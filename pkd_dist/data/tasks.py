@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from pkd_dist.config.task import FileSplit
 from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.errors import UserError
 
@@ -62,6 +63,8 @@ class Task:
         hub_columns: column -> its name on the hub, where they differ.
         hub_splits: split -> its name on the hub, where they differ.
         submissions: split -> file name that GLUE's server expects.
+        file_split: how one file is split; None: as `FileSplit` does by default.
+        duplicates: what to do with texts that are in several splits.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Task:
     hub_columns: Mapping[str, str] = field(default_factory=dict)
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {"dev": "validation"})
     submissions: Mapping[str, str] = field(default_factory=dict)
+    file_split: FileSplit | None = None
+    duplicates: str = "keep"
 
     @property
     def main_metric(self) -> str:
@@ -151,8 +156,17 @@ def resolve(config: TaskConfig) -> Task:
     """Return the task that a configuration names.
 
     Raises:
-        UserError: unknown name, or a metric that does not suit the task.
+        UserError: unknown name, or a setting that does not suit the task.
     """
+    task = replace(_named(config), file_split=config.split, duplicates=config.duplicates)
+    if config.split and config.split.group == task.label:
+        raise UserError(f"{task.label} is the label column; name another column", "task.split.group")
+    if config.split and config.split.stratify and task.regression:
+        raise UserError("a regression has no classes; remove it", "task.split.stratify")
+    return task
+
+
+def _named(config: TaskConfig) -> Task:
     if config.name == "custom":
         assert config.text and config.label, "checked by the schema"
         regression = config.kind == "regression"

@@ -4,7 +4,8 @@
 (`columns.py`), and turns labels into numbers. Invalid rows raise `UserError` with file and line. Rows that a task
 allows to skip are counted in the split's notes.
 
-Rows are streamed: memory holds only ids, labels, and the end of each text.
+Rows are streamed: memory holds only ids, labels, and the end of each text. One file that is split (`splitting.py`) is read once
+for all its parts.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pkd_dist.config.task import FileSplit
+from pkd_dist.data import duplicates, splitting
 from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, example_ids, unlabelled
+from pkd_dist.data.examples import Split, example_ids, select, unlabelled
 from pkd_dist.data.rows import read_file, read_lines
-from pkd_dist.data.sources import Source, hub_names, require, unlabeled_paths
+from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec
 from pkd_dist.data.tasks import GLUE_COLUMNS, Task
 from pkd_dist.data.typed import read_hub
@@ -52,31 +55,67 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         UserError: invalid data; the message names the file and line.
     """
     source = require(data, split, task)
+    if source.is_part:
+        return _read_parts(source, task, classes)[split]
     labels_optional = split.startswith("test")
-    table = _open(source, split, task, labels_optional)
-    skipped: list[str] = []
-    numbers, columns = _store(_select(table, source, task, labels_optional, skipped), len(task.text) + 1)
-    if not numbers:
-        raise UserError(f"{table.name}: has no examples; at least one is needed")
-    texts, values = columns[:-1], columns[-1]
-    known = tuple(classes or task.classes or ())
-    notes = (*source.notes, *table.notes, *_unused(table, task), *skipped)
-    examples = Split(example_ids(texts), texts, unlabelled(len(numbers), task.regression), known, table.name, notes)
-    if labels_optional and _all_empty(values, known):
-        if skipped:
+    found = _content(source, split, task, labels_optional)
+    known, notes = tuple(classes or task.classes or ()), found.notes
+    no_labels_N = unlabelled(len(found.numbers), task.regression)
+    examples = Split(example_ids(found.texts), found.texts, no_labels_N, known, found.table.name, notes)
+    if labels_optional and _all_empty(found.labels, known):
+        if found.skipped:
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
         return examples
-    labels = _LabelColumn(table, numbers, task.label, values)
-    if task.regression:
-        return replace(examples, labels_N=_numbers(labels, task))
-    known = known or tuple(_sorted_classes(set(map(_class_value, {value for _, value in labels}))))
-    labels_N = _class_indices(labels, known, split, task)
-    if split == "train" and (labels_N == labels_N[0]).all():
-        raise UserError(
-            f"{table.name}: every example has the label {values[0].strip()!r}; training needs at least two classes"
-        )
+    labels_N, known = _read_labels(found, known, split, task)
+    if split == "train":
+        _require_two_classes(labels_N, found, task)
     return replace(examples, labels_N=labels_N, classes=known)
+
+
+def read_all(
+    data: str, task: Task, classes: Sequence[str] | None = None, check: Callable[[], None] = lambda: None
+) -> dict[str, Split]:
+    """Read all splits that the data has, train first, and do with duplicates what `task.duplicates` says.
+
+    Args:
+        data, task, classes: see `read`; classes found in train are those of all splits.
+        check: called between splits; an exception it raises stops the work.
+
+    Raises:
+        UserError: as `read`, train or dev is missing, or duplicates are refused.
+    """
+    source = require(data, "train", task)
+    if source.is_part:
+        splits = _read_parts(source, task, classes)
+    else:
+        splits = {"train": read(data, "train", task, classes)}
+        for name in dict.fromkeys(("dev", *available(data, task)[1:])):
+            check()
+            splits[name] = read(data, name, task, splits["train"].classes or None)
+    check()
+    return duplicates.settled(splits, task)
+
+
+def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> dict[str, Split]:
+    """Read one file, and return its parts."""
+    settings = task.file_split or FileSplit()
+    found = _content(source, "train", task, labels_optional=False, group=settings.group)
+    labels_N, known = _read_labels(found, tuple(classes or task.classes or ()), "train", task)
+    class_N = np.zeros(len(labels_N), np.int64) if task.regression else labels_N
+    table = splitting.Table(found.table.name, found.texts, class_N, task.names_of(known), found.groups)
+    part_N, notes = splitting.split(table, task.file_split)
+    _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
+    whole = Split(example_ids(found.texts), found.texts, labels_N, known, found.table.name, rows=found.numbers)
+    splits = {name: select(whole, part_N == i) for i, name in enumerate(splitting.parts(task.file_split))}
+    return {
+        name: replace(
+            part,
+            source=f"{whole.source} ({name})",
+            notes=(*(found.notes if name == "train" else ()), *notes[name]),
+        )
+        for name, part in splits.items()
+    }
 
 
 def read_unlabeled(files: Sequence[str], task: Task) -> Split:
@@ -108,8 +147,43 @@ def read_unlabeled(files: Sequence[str], task: Task) -> Split:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def _open(source: Source, split: str, task: Task, labels_optional: bool) -> Table:
-    """Open a table with the text columns, the label and, if the source lists dev pairs, the two id columns."""
+@dataclass(frozen=True)
+class _Content:
+    """The rows of a split, or of a file that is to be split.
+
+    Attributes:
+        numbers: line or row number of each.
+        groups: values of `task.split.group`; None: not read.
+        skipped: notes about the rows that were left out.
+    """
+
+    table: Table
+    numbers: array[int]
+    texts: tuple[TextColumn, ...]
+    labels: TextColumn
+    groups: TextColumn | None
+    notes: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def _content(source: Source, split: str, task: Task, labels_optional: bool, group: str | None = None) -> _Content:
+    """Read the text, the label and the group of each row that belongs to a split."""
+    table = _open(source, split, task, labels_optional, group)
+    skipped: list[str] = []
+    width = len(task.text) + 1
+    more = group is not None and group not in task.text
+    numbers, columns = _store(_select(table, source, task, labels_optional, skipped), width + more)
+    if not numbers:
+        raise UserError(f"{table.name}: has no examples; at least one is needed")
+    texts, groups = columns[: width - 1], None
+    if group is not None:
+        groups = columns[width] if more else texts[task.text.index(group)]
+    notes = (*source.notes, *table.notes, *_unused(table, task), *skipped)
+    return _Content(table, numbers, texts, columns[width - 1], groups, notes, tuple(skipped))
+
+
+def _open(source: Source, split: str, task: Task, labels_optional: bool, group: str | None) -> Table:
+    """Open a table with the text columns, the label, the group and, if the source lists dev pairs, the two id columns."""
     columns = (*task.text, task.label)
     optional = task.label if labels_optional else None
     if isinstance(source.place, str):
@@ -118,6 +192,8 @@ def _open(source: Source, split: str, task: Task, labels_optional: bool) -> Tabl
         return read_hub(source.place, hub_names(split, task), spec)
     if source.dev_ids and task.release:
         columns += task.release.id_columns
+    if group is not None and group not in columns:
+        columns += (group,)
     return read_file(source.place, TableSpec(columns, optional, task.headerless, task.skip_broken))
 
 
@@ -288,6 +364,22 @@ class _LabelColumn:
                 )
             _require_unicode(self.table, number, self.name, value)
             yield number, value.strip()
+
+
+def _read_labels(found: _Content, known: tuple[str, ...], split: str, task: Task) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the label of each row as a number, and the classes: the known ones, else those of the rows."""
+    labels = _LabelColumn(found.table, found.numbers, task.label, found.labels)
+    if task.regression:
+        return _numbers(labels, task), known
+    known = known or tuple(_sorted_classes(set(map(_class_value, {value for _, value in labels}))))
+    return _class_indices(labels, known, split, task), known
+
+
+def _require_two_classes(labels_N: np.ndarray, found: _Content, task: Task) -> None:
+    if not task.regression and (labels_N == labels_N[0]).all():
+        raise UserError(
+            f"{found.table.name}: every example has the label {found.labels[0].strip()!r}; training needs at least two classes"
+        )
 
 
 def _all_empty(values: Sequence[str], known: tuple[str, ...]) -> bool:

@@ -5,7 +5,6 @@ examples -> batches -> tokens, truncated as in training -> logits -> answers, in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from pkd_dist.data.class_mapping import (
     require_distinct_names,
     require_supported_outputs,
 )
+from pkd_dist.data.json_rows import as_json
 from pkd_dist.data.tokens import encode
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import answer
@@ -114,17 +114,5 @@ def _kept(columns: Mapping[str, object]) -> dict[str, object]:
         name = column
         while name in OWN_KEYS or (name != column and name in columns):
             name = f"input_{name}"
-        kept[name] = _as_json(value)
+        kept[name] = as_json(value)
     return kept
-
-
-def _as_json(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(key): _as_json(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    return value if value is None or isinstance(value, (str, bool, int)) else str(value)

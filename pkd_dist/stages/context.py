@@ -281,8 +281,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         )
     teachers = _teachers(config)
     source_config, tokenizer = teachers[0].source_config, encoder.load_tokenizer(teachers[0].source)
-    for split in ("train", "dev"):
-        sources.require(config.task.data, split, task)
+    _require_data(config, task)
     sources.unlabeled_paths(config.task.unlabeled, task)
     answers.paths_of(config.teacher.answers or ())
     for teacher in teachers[1:]:
@@ -348,6 +347,13 @@ def _require_equal_tokens(config: Config, teacher: PreTrainedTokenizerBase, own:
             raise UserError(
                 f"needs the same tokens in both models, but the student reads its own ({how}); {remedy}", key
             )
+
+
+def _require_data(config: Config, task: Task) -> None:
+    for split in ("train", "dev"):
+        place = sources.require(config.task.data, split, task).place
+        if isinstance(place, Path) and paths_of(config).data.resolve() in place.resolve().parents:
+            raise UserError(f"{config.task.data} is in run.dir; choose another run.dir for this run", "task.data")
 
 
 def _teachers(config: Config) -> tuple[Teacher, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pkd_dist.data import answers, class_mapping, sources, tokens, trimming
+from pkd_dist.config.task import FileSplit
+from pkd_dist.data import answers, class_mapping, sources, text, tokens, trimming
 from pkd_dist.data.class_weights import class_weights
 from pkd_dist.data.examples import Split, is_labelled
 from pkd_dist.data.prepare import DISTILL, TokenSetSummary, prepare, write_tokens
@@ -95,10 +96,12 @@ VERSION = 1
 def inputs(context: Context) -> Inputs:
     run, task = context.resolved, context.resolved.config.task
     files = sources.digests(task.data, sources.available(task.data, run.task), run.task)
-    settings = task.model_dump(mode="json", exclude={"data", "metric", "class_weights", "positive"})
+    settings = task.model_dump(mode="json", exclude={"data", "split", "metric", "class_weights", "positive"})
     if task.class_names:
         settings["class_names"] = [list(pair) for pair in task.class_names.items()]  # their order counts
     found: Inputs = {"task.targets": "standardized"} if run.task.regression else {}
+    if sources.is_file(task.data):
+        found |= {f"task.split.{key}": value for key, value in (task.split or FileSplit()).model_dump().items()}
     if task.augment:
         settings["augment"] = task.augment.model_dump(
             exclude={"neighbours", "min_confidence"}
@@ -134,6 +137,22 @@ def _own_tokenizer(context: Context) -> Inputs:
     return {"student.tokenizer": digests.tokenizer_digest(encoder.locate(run.config.student.init, "student.init"))}
 
 
+def require_usable(context: Context, is_done: Callable[[], bool]) -> None:
+    """Read data whose splits this run makes itself, unless the stage is done: what cannot be split ends here.
+
+    Called before anything is written.
+
+    Raises:
+        UserError: as the stage.
+    """
+    task = context.resolved.config.task
+    if (sources.is_file(task.data) or task.duplicates != "keep") and not is_done():
+        splits = text.read_all(
+            task.data, context.resolved.task, context.resolved.class_order, lambda: context.world.interrupt("data")
+        )
+        _require_trainable(context, splits)
+
+
 def run(context: Context) -> DataOutput:
     return context.world.on_main(lambda: _prepare(context))
 
@@ -156,21 +175,12 @@ def _prepare(context: Context) -> DataOutput:
             del summaries[name]
     train = splits["train"]
     names = run.task.names_of(train.classes)
-    if not (run.finetunes or run.has_answers):
-        for teacher in run.teachers:
-            class_mapping.require_outputs_for_split(
-                run.task, teacher.source_config, train, teacher.model, "teacher.model"
-            )
-        if run.class_order is None and names:
-            log.warning(
-                "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
-                " and ".join(run.config.teacher.models), ", ".join(names),
-            )  # fmt: skip
-    class_weights(task.class_weights, train.labels_N, train.classes, names)  # refuses weights that do not fit
-    if len(train) < context.world.size:
-        raise UserError(
-            f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
-        )
+    _require_trainable(context, splits)
+    if not (run.finetunes or run.has_answers) and run.class_order is None and names:
+        log.warning(
+            "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
+            " and ".join(run.config.teacher.models), ", ".join(names),
+        )  # fmt: skip
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
     answered = _answers(context, splits, names) if run.has_answers else None
     own = None if run.reads_alike else _write_student_tokens(context, splits)
@@ -216,6 +226,21 @@ def _write_student_tokens(context: Context, splits: dict[str, Split]) -> dict[st
         splits, run.student_tokenizer, run.student_length, run.paths.data / STUDENT,
         lambda: context.world.interrupt("data"), run.tokenizer.mask_token,
     )  # fmt: skip
+
+
+def _require_trainable(context: Context, splits: dict[str, Split]) -> None:
+    """Raise UserError if the teacher, the class weights or the number of ranks do not fit the data."""
+    run, train = context.resolved, splits["train"]
+    if not (run.finetunes or run.has_answers):
+        for teacher in run.teachers:
+            class_mapping.require_outputs_for_split(
+                run.task, teacher.source_config, train, teacher.model, "teacher.model"
+            )
+    class_weights(run.config.task.class_weights, train.labels_N, train.classes, run.task.names_of(train.classes))
+    if len(train) < context.world.size:
+        raise UserError(
+            f"{train.source}: {len(train)} examples for {context.world.size} ranks; use at most as many ranks as examples"
+        )
 
 
 def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:

@@ -87,7 +87,7 @@ CONFIGURATION = {
     "data file": (
         {"all.csv": "x"},
         ["task.data={at}/all.csv"],
-        r"task\.data: {at}/all\.csv is a file; give a folder that contains the examples as train\.\* and, apart from them, dev",
+        r"{at}/all\.csv:1: has no column 'sentence'; the header names 'x'",
     ),
     "option twice": ({}, ["--stages", "data", "--stages", "cache"], r"--stages is given twice; it takes one value"),
     "split": (

