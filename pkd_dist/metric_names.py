@@ -11,8 +11,10 @@ METRICS: dict[str, str] = {
     "pearson": "Pearson",
     "spearman": "Spearman",
     "pearson_spearman": "Pearson/Spearman mean",
+    "agreement": "agreement",
 }
-"""Key -> display name, in the order tables list them. A task has the classification or the correlation metrics."""
+"""Key -> display name, in the order tables list them. A task has the classification or the correlation metrics, or, without
+labels, the agreement with the teacher."""
 
 MAIN_METRIC = "main_metric"
 """Key under which the task's main metric is repeated."""
@@ -20,7 +22,10 @@ MAIN_METRIC = "main_metric"
 AGREEMENT, DIVERGENCE = "agreement", "divergence"
 """Keys of how far a student in training is from its teacher on dev; see the functions of these names in `evaluation/metrics.py`."""
 
-TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman")
+SHARES = ("accuracy", AGREEMENT)
+"""Metrics that are a share of the examples: shown in percent, with Wilson's interval."""
+
+TABLE_METRICS = ("accuracy", "MCC", "f_1", "pearson", "spearman", AGREEMENT)
 """Keys that a teacher/student table shows, where the task has them."""
 
 LOSS_TERMS: dict[str, str] = {

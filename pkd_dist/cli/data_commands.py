@@ -67,6 +67,8 @@ def prepare(
         folder = data_or_demo(data, task)
         options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind, "duplicates": duplicates}
         overrides = [*task_overrides(options), *split_overrides(split_setting)]
+        if task == "custom" and label is None:
+            overrides.append("task.label=null")
         with named_as_options():
             _prepare(folder, [*overrides, f"task.max_length={max_length}"], model, max_length)
 

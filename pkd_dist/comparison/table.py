@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from pkd_dist.config.schema import Config
 from pkd_dist.data import tasks
 from pkd_dist.evaluation.results import Results, Scores
+from pkd_dist.metric_names import SHARES
 from pkd_dist.telemetry.markup import markdown
 
 RunResults = Mapping[str, Mapping[int, Results]]
@@ -105,7 +106,7 @@ def summarize(
     metric = tasks.resolve(config.task).main_metric
     one = next(iter(next(iter(results.values())).values()))
     splits = ["dev", *one["splits"]]
-    pooled = splits if metric == "accuracy" else ["dev"]  # other metrics of a union are not the mean of its parts
+    pooled = splits if metric in SHARES else ["dev"]  # other metrics of a union are not the mean of its parts
     methods: dict[str, MethodSummary] = dict(earlier["methods"]) if earlier else {}
     for name, by_seed in results.items():
         seeds = dict(methods[name]["seeds"]) if name in methods else {}
@@ -168,7 +169,7 @@ def _figures(
         **scores,
         "score": float(np.average([scores[split] for split in pooled], weights=weights)),
         "agreement": float(np.average([1.0 if teacher else float(agreements[s]) for s in pooled], weights=weights)),
-        **{key: of(model, key) for key in ("parameters", "modelSize")},
+        **{key: of(model, key) for key in ("parameters", "modelSize") if key in model},
     }
 
 

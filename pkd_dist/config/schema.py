@@ -408,6 +408,36 @@ class Config(Section):
         distill = given.get("distill", {})
         return {**given, "distill": {"beta": 0.0, **distill}} if isinstance(distill, dict) else given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_labels_the_teacher_decides(cls, given: object) -> object:
+        """Set distill.alpha to 1 where there are no labels, unless it was given."""
+        task = given.get("task") if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(task, dict) or task.get("name") != "custom":
+            return given
+        distill = given.get("distill", {})
+        if task.get("label", "") is not None or not isinstance(distill, dict):
+            return given
+        return {**given, "distill": {"alpha": 1.0, **distill}}
+
+    @model_validator(mode="after")
+    def _what_needs_labels(self) -> Config:
+        if not self.task.is_label_free:
+            return self
+        if self.teacher.finetune:
+            raise ValueError(
+                "teacher.finetune needs labels, but task.label is null; give a fine-tuned teacher.model, or a label"
+            )
+        if self.distill.alpha != 1:
+            raise ValueError(
+                f"distill.alpha {self.distill.alpha:g} needs labels, but task.label is null; leave it out, or set it to 1"
+            )
+        if self.teacher.answers and not self.task.class_names:
+            raise ValueError(
+                "teacher.answers without labels need task.class_names: nothing else names the columns of classes"
+            )
+        return self
+
     @model_validator(mode="after")
     def _what_answers_cannot_do(self) -> Config:
         if not self.teacher.answers:

@@ -105,7 +105,12 @@ class Task(Section):
         128, description="Maximum input length in tokens. Longer inputs are truncated."
     )
     text: list[str] | None = Field(None, description="`custom` only: one or two text columns.")
-    label: str | None = Field(None, description="`custom` only: the label column.")
+    label: str | None = Field(
+        None,
+        description="`custom` only: the label column. An explicit null: there are no labels. The student then learns from a given "
+        "teacher alone (distill.alpha is 1), and every score is its agreement with the teacher. A training file without the label "
+        "column has no labels either; dev then needs it.",
+    )
     kind: Literal["classification", "regression"] | None = Field(None, description="`custom` only: kind of the label.")
     metric: Literal["accuracy", "mcc", "f1", "pearson_spearman"] | None = Field(
         None,
@@ -170,13 +175,29 @@ class Task(Section):
             raise ValueError("a true/false value is not allowed here; put a class such as 'no' in quotes")
         return str(value) if isinstance(value, (int, float)) else value
 
+    @property
+    def is_label_free(self) -> bool:
+        """Whether the label is explicitly null, of a task that defines none itself."""
+        return self.name == "custom" and self.label is None and "label" in self.model_fields_set
+
+    def _label_free(self) -> Task:
+        for key in ("metric", "positive", "class_weights"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"task.{key} needs labels, but task.label is null; remove it")
+        if self.kind == "regression":
+            raise ValueError("task.kind regression needs labels, but task.label is null; give the label column")
+        return self
+
     @model_validator(mode="after")
     def _custom_keys(self) -> Task:
         if self.name == "custom":
-            if not self.text or not self.label:
+            if not self.text or not (self.label or self.is_label_free):
                 raise ValueError(
-                    "task.name custom needs task.text: [column] or [column_a, column_b], and task.label: column"
+                    "task.name custom needs task.text: [column] or [column_a, column_b], and task.label: column, or null where "
+                    "there are no labels"
                 )
+            if self.is_label_free:
+                return self._label_free()
             if len(self.text) > 2 or len(set(self.text)) < len(self.text):
                 raise ValueError(f"task.text must name one or two different columns, not {self.text}")
             if self.label in self.text:

@@ -86,6 +86,8 @@ def _positive(
         if given is not None:
             raise UserError(f"{given!r}: only two classes have a positive one, not {len(classes)}", "task.positive")
         return None, ""
+    if not task.has_labels:
+        return None, ""
     if given is not None:
         index = {key: i for keys in (names, classes) for i, key in enumerate(keys)}
         if given not in index:

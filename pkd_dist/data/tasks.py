@@ -13,12 +13,17 @@ from dataclasses import dataclass, field, replace
 from pkd_dist.config.task import FileSplit
 from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.errors import UserError
+from pkd_dist.metric_names import AGREEMENT
+
+NO_LABEL = "\0"
+"""`Task.label` where the data has none: the name of no column."""
 
 MAIN_METRICS = {
     "accuracy": "accuracy",
     "mcc": "MCC",
     "f1": "f_1",
     "pearson_spearman": "pearson_spearman",
+    AGREEMENT: AGREEMENT,
 }
 """`task.metric` -> key of `results_eval.json` (`pearson_spearman` is the mean of both)."""
 
@@ -65,6 +70,7 @@ class Task:
         submissions: split -> file name that GLUE's server expects.
         file_split: how one file is split; None: as `FileSplit` does by default.
         duplicates: what to do with texts that are in several splits.
+        train_may_lack_labels: accept a train split without any label: the student learns from the teacher alone.
     """
 
     name: str
@@ -89,6 +95,12 @@ class Task:
     submissions: Mapping[str, str] = field(default_factory=dict)
     file_split: FileSplit | None = None
     duplicates: str = "keep"
+    train_may_lack_labels: bool = False
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the data has labels. Without, everything is scored by the teacher's predictions."""
+        return self.label != NO_LABEL
 
     @property
     def main_metric(self) -> str:
@@ -161,17 +173,18 @@ def resolve(config: TaskConfig) -> Task:
     task = replace(_named(config), file_split=config.split, duplicates=config.duplicates)
     if config.split and config.split.group == task.label:
         raise UserError(f"{task.label} is the label column; name another column", "task.split.group")
-    if config.split and config.split.stratify and task.regression:
-        raise UserError("a regression has no classes; remove it", "task.split.stratify")
+    if config.split and config.split.stratify and (task.regression or not task.has_labels):
+        what = "a regression has no classes" if task.regression else "needs labels, but task.label is null"
+        raise UserError(f"{what}; remove it", "task.split.stratify")
     return task
 
 
 def _named(config: TaskConfig) -> Task:
     if config.name == "custom":
-        assert config.text and config.label, "checked by the schema"
+        assert config.text, "checked by the schema"
         regression = config.kind == "regression"
-        metric = config.metric or ("pearson_spearman" if regression else "accuracy")
-        task = Task("custom", tuple(config.text), config.label, metric=metric, regression=regression)
+        metric = config.metric or ("pearson_spearman" if regression else "accuracy" if config.label else AGREEMENT)
+        task = Task("custom", tuple(config.text), config.label or NO_LABEL, metric=metric, regression=regression)
         return _with_classes(task, config)
     try:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]

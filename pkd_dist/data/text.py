@@ -57,13 +57,15 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     source = require(data, split, task)
     if source.is_part:
         return _read_parts(source, task, classes)[split]
-    labels_optional = split.startswith("test")
+    labels_optional = (
+        split.startswith("test") or not task.has_labels or (split == "train" and task.train_may_lack_labels)
+    )
     found = _content(source, split, task, labels_optional)
     known, notes = tuple(classes or task.classes or ()), found.notes
     no_labels_N = unlabelled(len(found.numbers), task.regression)
     examples = Split(example_ids(found.texts), found.texts, no_labels_N, known, found.table.name, notes)
     if labels_optional and _all_empty(found.labels, known):
-        if found.skipped:
+        if found.skipped and split.startswith("test"):
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
         return examples
@@ -93,6 +95,8 @@ def read_all(
         for name in dict.fromkeys(("dev", *available(data, task)[1:])):
             check()
             splits[name] = read(data, name, task, splits["train"].classes or None)
+            if not splits["train"].classes:  # it has no labels
+                splits["train"] = replace(splits["train"], classes=splits[name].classes)
     check()
     return duplicates.settled(splits, task)
 
@@ -100,12 +104,19 @@ def read_all(
 def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> dict[str, Split]:
     """Read one file, and return its parts."""
     settings = task.file_split or FileSplit()
-    found = _content(source, "train", task, labels_optional=False, group=settings.group)
-    labels_N, known = _read_labels(found, tuple(classes or task.classes or ()), "train", task)
-    class_N = np.zeros(len(labels_N), np.int64) if task.regression else labels_N
-    table = splitting.Table(found.table.name, found.texts, class_N, task.names_of(known), found.groups)
+    found = _content(source, "train", task, labels_optional=not task.has_labels, group=settings.group)
+    known = tuple(classes or task.classes or ())
+    if task.has_labels:
+        labels_N, known = _read_labels(found, known, "train", task)
+    else:
+        labels_N = unlabelled(len(found.numbers), regression=False)
+    is_classified = task.has_labels and not task.regression
+    class_N = labels_N if is_classified else np.zeros(len(labels_N), np.int64)
+    names = task.names_of(known) if is_classified else []
+    table = splitting.Table(found.table.name, found.texts, class_N, names, found.groups)
     part_N, notes = splitting.split(table, task.file_split)
-    _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
+    if task.has_labels:
+        _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
     whole = Split(example_ids(found.texts), found.texts, labels_N, known, found.table.name, rows=found.numbers)
     splits = {name: select(whole, part_N == i) for i, name in enumerate(splitting.parts(task.file_split))}
     return {

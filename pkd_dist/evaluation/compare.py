@@ -19,7 +19,7 @@ from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
-from pkd_dist.evaluation.metrics import agreement, score_split
+from pkd_dist.evaluation.metrics import agreement, labelled_by, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
@@ -54,11 +54,13 @@ class ModelComparison:
     Attributes:
         timings: Side -> how fast it was.
         logits: Of every split, labeled or not.
+        splits: The examples with the labels by which they were scored.
     """
 
     results: Results
     timings: dict[str, Timing]
     logits: Logits
+    splits: Mapping[str, TokenSet]
 
 
 def size_figures(model: PreTrainedModel) -> Size:
@@ -88,6 +90,8 @@ def compare_models(
     for split, logits_NC in (answers or {}).items():
         every[split]["teacher"] = logits_NC
     logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
+    if not task.has_labels:
+        splits = {name: labelled_by(logits[name]["teacher"], tokens) for name, tokens in splits.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
@@ -111,7 +115,7 @@ def compare_models(
     if others:
         first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
         results["ensemble"] = {"teachers": 1 + len(others), "first": first}
-    return ModelComparison(results, timings, logits)
+    return ModelComparison(results, timings, logits, splits)
 
 
 def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.evaluation.intervals import Interval, percentile_interval, resampled_scores, wilson_interval
 from pkd_dist.evaluation.metrics import agreement, score, undefined
 from pkd_dist.evaluation.results import BUSY_SPREAD, Speed, threads
-from pkd_dist.metric_names import MAIN_METRIC, METRICS
+from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC, METRICS, SHARES
 
 TEACHER, TEACHER_TITLE, ANSWERS_TITLE = "teacher", "teacher, PyTorch", "teacher, answers"
 _WIDTH = 110
@@ -137,6 +137,8 @@ class Deployment:
 
     def _kept(self, row: ModelRow) -> str:
         metric = METRICS[self.metric]
+        if self.metric == AGREEMENT and row.score is not None:
+            return f"gives the teacher's answer to {self.share(row.score, row.score_interval_95)} ({self.on})"
         if row.kept is not None:
             return f"keeps {self.share(row.kept, row.kept_interval_95)} of the teacher's {metric} ({self.on})"
         if row.score is None or self.teacher.score is None:
@@ -156,7 +158,7 @@ class Deployment:
         """Format the score of a row."""
         if row.score is None:
             return "undefined"
-        if self.metric == "accuracy":
+        if self.metric in SHARES:
             return self.share(row.score, row.score_interval_95)
         low_high = row.score_interval_95
         return f"{row.score:.3f}" + (f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else "")
@@ -164,7 +166,8 @@ class Deployment:
     def head(self) -> tuple[str, ...]:
         """Return the titles of the columns; the first is that of the models."""
         metric = METRICS[self.metric]
-        return "", "parameters", "MB", f"{metric} (95%)", "agreement", "p50, ms", "p99, ms", "per second"
+        scores = (f"{metric} (95%)",) if self.metric == AGREEMENT else (f"{metric} (95%)", "agreement")
+        return "", "parameters", "MB", *scores, "p50, ms", "p99, ms", "per second"
 
     def cells(self) -> list[tuple[str, ...]]:
         """Return the texts of each row."""
@@ -181,7 +184,8 @@ class Deployment:
             "–" if row.parameters is None else f"{row.parameters:,}",
             "–" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
         )
-        return *size, self.score(row), agreement, *speeds
+        scores = (self.score(row),) if self.metric == AGREEMENT else (self.score(row), agreement)
+        return *size, *scores, *speeds
 
     def note(self) -> str:
         """Say what was measured, on what."""
@@ -190,8 +194,10 @@ class Deployment:
     def _on_scores(self) -> Iterator[str]:
         scores = f"Scores: {METRICS[self.metric]} on {self.examples:,} examples ({self.on})"
         if any(row.score_interval_95 for row in self.rows):
-            scores += f" with {'Wilson' if self.metric == 'accuracy' else 'the bootstrap'}'s 95% interval"
-        if self.best.kept_interval_95:
+            scores += f" with {'Wilson' if self.metric in SHARES else 'the bootstrap'}'s 95% interval"
+        if self.metric == AGREEMENT:
+            scores += "; no text has a label, so this says nothing about how often the teacher is right"
+        elif self.best.kept_interval_95:
             scores += "; the interval of the share that is kept is the paired bootstrap's"
         yield scores + "."
         if self.metric == "pearson_spearman":
@@ -257,7 +263,7 @@ def _row(task: Task, labels_N: np.ndarray, model: Measured, resampled: Mapping[s
     value, interval = None, None
     if MAIN_METRIC not in undefined(model.logits_NC, labels_N, task):
         value = score(model.logits_NC, labels_N, task)[MAIN_METRIC]
-        wilson = task.main_metric == "accuracy"
+        wilson = task.main_metric in SHARES
         interval = wilson_interval(value, len(labels_N)) if wilson else percentile_interval(resampled[model.file])
     return ModelRow(
         model.file, model.title, model.parameters, model.bytes, value, interval, None, None, None, model.speed

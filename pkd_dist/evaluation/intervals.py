@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from pkd_dist.data.tasks import Task
+from pkd_dist.metric_names import AGREEMENT
 
 RESAMPLES = 2000
 _MAX_WEIGHTS, _MIN_RESAMPLES = 3_000_000, 400
@@ -120,7 +121,7 @@ def _mcc(hits_RC: np.ndarray, predicted_RC: np.ndarray, true_RC: np.ndarray, tas
 
 
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Task], np.ndarray]] = {
-    "accuracy": _accuracy, "f_1": _f1, "MCC": _mcc,
+    "accuracy": _accuracy, AGREEMENT: _accuracy, "f_1": _f1, "MCC": _mcc,
 }  # fmt: skip
 """Metric -> its values from the (R, C) counts of correct, predicted and true examples."""
 

@@ -5,6 +5,7 @@ Shapes: N examples, C classes (1 for a regression).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import Scores
-from pkd_dist.metric_names import MAIN_METRIC
+from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC
 
 
 def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, float]:
@@ -24,11 +25,14 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
 
     Args:
         logits_NC: Floating, (N, C); the predicted value for a regression.
-        labels_N: (N,) class indices, or the values of a regression.
+        labels_N: (N,) class indices, or the values of a regression; without labels, the teacher's classes.
 
     Returns:
-        accuracy, MCC, precision, recall and f_1, or pearson, spearman and pearson_spearman; and `main_metric`.
+        accuracy, MCC, precision, recall and f_1, or pearson, spearman and pearson_spearman; without labels, agreement;
+        and `main_metric`.
     """
+    if not task.has_labels:
+        return dict.fromkeys((AGREEMENT, MAIN_METRIC), float((logits_NC.argmax(axis=1) == labels_N).mean()))
     if task.regression:
         from scipy.stats import pearsonr, spearmanr  # slow to import, so only on the rank that scores
 
@@ -61,6 +65,8 @@ def undefined(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> list[s
     A correlation needs two values on both sides. Labels of a single class leave MCC undefined; where that class is not
     `task.positive`, there is nothing to find, and precision, recall and F1 of two classes are undefined as well.
     """
+    if not task.has_labels:
+        return []
     if task.regression:
         told = len(labels_N) > 1 and np.ptp(labels_N) > 0 and np.ptp(logits_NC[:, 0].astype(np.float64)) > 0
         found = [] if told else ["pearson", "spearman", "pearson_spearman"]
@@ -80,7 +86,14 @@ def score_split(logits_NC: np.ndarray, tokens: TokenSet, task: Task) -> Scores:
         scores["undefined"] = missing
     if "accuracy" in scores:
         scores["accuracy_interval_95"] = list(wilson_interval(scores["accuracy"], len(tokens)))
+    elif not task.has_labels:
+        scores["agreement_interval_95"] = list(wilson_interval(scores["agreement"], len(tokens)))
     return scores
+
+
+def labelled_by(logits_NC: np.ndarray, tokens: TokenSet) -> TokenSet:
+    """Return examples with the classes that a teacher gives them as labels, where there are no others."""
+    return replace(tokens, labels_N=logits_NC.argmax(axis=1).astype(np.int64))
 
 
 def agreement(a_NC: np.ndarray, b_NC: np.ndarray) -> float:

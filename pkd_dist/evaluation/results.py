@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from typing_extensions import NotRequired, TypedDict
 
-from pkd_dist.metric_names import MAIN_METRIC, METRICS, TABLE_METRICS
+from pkd_dist.metric_names import MAIN_METRIC, METRICS, SHARES, TABLE_METRICS
 
 if TYPE_CHECKING:
     from pkd_dist.data.class_mapping import ClassMapping
@@ -16,7 +16,8 @@ SIDES = ("teacher", "student")
 
 
 class Scores(TypedDict, total=False):
-    """Metrics of a model on a split: those of a classification, or those of a regression.
+    """Metrics of a model on a split: those of a classification, those of a regression, or without labels the agreement with the
+    teacher.
 
     `undefined` names those that these labels or predictions do not define; they count as 0. It is absent if all are defined.
     """
@@ -30,6 +31,8 @@ class Scores(TypedDict, total=False):
     pearson: float
     spearman: float
     pearson_spearman: float
+    agreement: float
+    agreement_interval_95: list[float]
     main_metric: float
     undefined: list[str]
 
@@ -132,7 +135,15 @@ def class_facts(classes: ClassMapping) -> ClassFacts:
     return {"classes": classes.as_rows(), "positive": positive}
 
 
-_STUDENT_ONLY = ("parameters", "latency_ms_p50", "latency_ms_p99", "accuracy_interval_95", "spread", "threads")
+_STUDENT_ONLY = (
+    "parameters",
+    "latency_ms_p50",
+    "latency_ms_p99",
+    "accuracy_interval_95",
+    "agreement_interval_95",
+    "spread",
+    "threads",
+)
 """Keys of the student that are not repeated at the top level."""
 
 
@@ -189,16 +200,16 @@ def threads(count: object) -> str:
 def _score(side: ModelResults, key: str) -> str:
     if key in side.get("undefined", ()):
         return "undefined"
-    if key == "accuracy":
-        low, high = side["accuracy_interval_95"]
-        return f"{100 * side['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+    if key in SHARES:
+        low, high = cast(dict[str, list[float]], side)[f"{key}_interval_95"]
+        return f"{100 * cast(dict[str, float], side)[key]:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
     return f"{cast(dict[str, float], side)[key]:.3f}"
 
 
 def agreement_sentence(results: Results) -> str:
     """Say how far the predictions of student and teacher agree."""
     share = results["compression"]["agreement"]
-    if "accuracy" in results["student"]:
+    if "pearson" not in results["student"]:
         return f"both predict the same class for {100 * share:.1f}% of the examples"
     return f"the correlation of their predictions is {share:.3f}"
 
@@ -206,6 +217,8 @@ def agreement_sentence(results: Results) -> str:
 def retention_sentence(results: Results) -> str:
     """Say how much of the teacher's score the student retains, or why nobody can."""
     retention, score = results["compression"]["retention"], results["teacher"]["main_metric"]
+    if "agreement" in results["student"]:
+        return "no text has a label, so all scores are agreements with the teacher"
     if retention is not None:
         return f"the student retains {100 * retention:.1f}% of the teacher's score"
     if any(MAIN_METRIC in results[side].get("undefined", ()) for side in SIDES):  # type: ignore[literal-required]

@@ -8,7 +8,7 @@ import numpy as np
 
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
-from pkd_dist.metric_names import METRICS
+from pkd_dist.metric_names import METRICS, SHARES
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
 
@@ -39,11 +39,11 @@ def _on_results(run: Run) -> Iterator[str]:
         yield f"The student is {lost:.1f} points of {run.metric} below its teacher."
     if lost < -3:
         yield f"The student is {-lost:.1f} points of {run.metric} above its teacher; the teacher may be undertrained."
-    if results.student.scores.accuracy_interval:
-        low, high = results.student.scores.accuracy_interval
+    if results.student.scores.share_interval:
+        low, high = results.student.scores.share_interval
         if high - low > 0.08:
             yield (
-                f"{results.examples:,} {results.split} examples determine the accuracy only to within "
+                f"{results.examples:,} {results.split} examples determine the {'accuracy' if run.task.has_labels else run.metric} only to within "
                 f"{50 * (high - low):.1f} points; smaller differences are not significant."
             )
 
@@ -52,7 +52,7 @@ def _on_classes(run: Run) -> Iterator[str]:
     if not run.confusion:
         return
     results, names = run.results, run.class_names
-    support_C = run.confusion["teacher"].sum(axis=1)
+    support_C = run.confusion["student"].sum(axis=1)
     most_frequent = int(support_C.argmax())
     baseline = support_C.max() / max(1, support_C.sum())
     for side in SIDES:
@@ -141,8 +141,8 @@ def _on_training(run: Run) -> Iterator[str]:
 def _noise(run: Run) -> float:
     """Return half of the 95% interval of the main metric on dev: Wilson's of a share, Fisher's of a correlation."""
     scores, best, n = run.results.student.scores, run.distillation.best_metric, run.results.examples
-    if run.task.main_metric == "accuracy" and scores.accuracy_interval:
-        low, high = scores.accuracy_interval
+    if run.task.main_metric in SHARES and scores.share_interval:
+        low, high = scores.share_interval
     elif run.task.main_metric == "f_1":
         low, high = wilson_interval(best, n)
     else:

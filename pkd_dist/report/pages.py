@@ -109,8 +109,8 @@ class ClassRow:
 
 
 def _class_rows(run: Run) -> list[ClassRow]:
-    """Return a row for each class, those with the largest drop of F1 first if there are many; none for a regression."""
-    if not run.confusion:
+    """Return a row for each class, those with the largest drop of F1 first if there are many; none without classes or labels."""
+    if len(run.confusion) < len(SIDES):
         return []
     sides = []
     for matrix_CC in run.confusion.values():
@@ -126,8 +126,8 @@ def _class_rows(run: Run) -> list[ClassRow]:
 
 
 def _correct(run: Run) -> list[tuple[str, int]]:
-    """Return by how many dev examples both, one or none of the models are correct; empty for a regression."""
-    if run.task.regression:
+    """Return by how many dev examples both, one or none of the models are correct; empty for a regression or without labels."""
+    if run.task.regression or not run.task.has_labels:
         return []
     predicted = {side: run.predicted(side) for side in SIDES}
     teacher, student = (predicted[side] == run.dev.labels_N for side in SIDES)
@@ -147,7 +147,7 @@ def _correct(run: Run) -> list[tuple[str, int]]:
 def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:
     """Return rows (true class, predicted class, student's count, teacher's count); empty with few classes."""
     count = len(run.class_names)
-    if count < _MIN_CLASSES_FOR_ERRORS:
+    if count < _MIN_CLASSES_FOR_ERRORS or not run.task.has_labels:
         return []
     student_CC = run.confusion["student"] * (1 - np.eye(count, dtype=int))
     most = np.argsort(-student_CC, axis=None, kind="stable")[:_MAX_ERRORS]

@@ -18,7 +18,7 @@ from pkd_dist.environment import Environment
 from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import SIDES
-from pkd_dist.metric_names import METRICS
+from pkd_dist.metric_names import METRICS, SHARES
 from pkd_dist.report.format import percent
 
 
@@ -72,7 +72,7 @@ class Scores:
 
     main_metric: float
     accuracy: float | None
-    accuracy_interval: tuple[float, float] | None
+    share_interval: tuple[float, float] | None
     """95%, Wilson."""
     precision: float | None
     recall: float | None
@@ -206,7 +206,7 @@ class Run:
 
     def metric_value(self, value: float) -> str:
         """Format a value of the main metric."""
-        return percent(value) if self.task.main_metric == "accuracy" else f"{value:.3f}"
+        return percent(value) if self.task.main_metric in SHARES else f"{value:.3f}"
 
     def predicted(self, side: str) -> np.ndarray:
         """Return the (N,) predictions on dev: class indices, or the values of a regression."""
@@ -214,5 +214,10 @@ class Run:
 
     @cached_property
     def confusion(self) -> dict[str, np.ndarray]:
-        """(C, C) counts on dev by side, rows are true classes; empty for a regression."""
-        return {} if self.task.regression else {side: self.dev.confusion(side) for side in SIDES}
+        """(C, C) counts on dev by side, rows are true classes; empty for a regression.
+
+        Without labels the rows are the teacher's classes, and there are counts of the student alone.
+        """
+        if self.task.regression:
+            return {}
+        return {side: self.dev.confusion(side) for side in (SIDES if self.task.has_labels else ("student",))}

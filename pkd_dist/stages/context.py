@@ -275,6 +275,8 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     trackers.require(config.trackers)
     deepspeed = load_deepspeed(config, config_file)
     task = tasks.resolve(config.task)
+    if config.distill.alpha == 1 and not config.teacher.finetune and not config.task.class_weights:
+        task = dataclasses.replace(task, train_may_lack_labels=True)
     if task.regression and config.task.augment and config.task.augment.min_confidence:
         raise UserError(
             "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"
@@ -384,6 +386,8 @@ def _class_order(
         class_mapping.require_outputs(task, teacher.source_config, teacher.model, key)
         try:
             orders.append(class_mapping.class_order(task, teacher.source_config, key))
+            if orders[-1] is None and not task.has_labels:
+                orders[-1] = tuple(class_mapping.output_names(teacher.source_config))
         except UserError as error:
             raise UserError(f"{teacher.model}: {error.message}", error.setting) from None
     for teacher, order in zip(teachers, orders, strict=True):

@@ -24,6 +24,7 @@ from pkd_dist.distillation.objective import (
 )
 from pkd_dist.distillation.teacher import DTYPES, require_finite
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.metrics import labelled_by
 from pkd_dist.evaluation.scoring import predict_logits
 from pkd_dist.files import sha256
 from pkd_dist.model import student
@@ -141,6 +142,10 @@ def training_job(context: Context) -> Job:
         config.distill.compares_tokens,
     )
     reader = _open_cache(context) if run.cached else None
+    teacher_dev_NC, dev = _teacher_dev(context), open_student_tokens(context, "dev")
+    if not run.task.has_labels:
+        assert teacher_dev_NC is not None, "distill.alpha is 1"
+        dev = labelled_by(teacher_dev_NC, dev)
     return Job(
         name="distill",
         module=module,
@@ -148,9 +153,9 @@ def training_job(context: Context) -> Job:
             config.distill, run.layer_map, open_class_weights(context), _teacher_attention(context)
         ),
         teacher_outputs=_teacher_outputs(context, reader),
-        teacher_dev_NC=_teacher_dev(context),
+        teacher_dev_NC=teacher_dev_NC,
         train=_training_tokens(context, reader),
-        dev=open_student_tokens(context, "dev"),
+        dev=dev,
         task=scored_task(context),
         pad_id=run.student_tokenizer.pad_token_id,
         seed=config.run.seed,

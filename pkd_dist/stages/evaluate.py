@@ -9,7 +9,6 @@ from pydantic import SkipValidation
 from transformers import PreTrainedModel
 
 from pkd_dist.data import submission
-from pkd_dist.data.tokens import TokenSet
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.compare import ModelComparison, Side, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
@@ -85,7 +84,7 @@ def run(context: Context) -> EvaluateOutput:
         log.info("evaluate: %s", _ensemble_line(compared.results))
     if classes:
         compared.results.update(class_facts(classes))
-    context.world.on_main(lambda: _write(context, compared, splits))
+    context.world.on_main(lambda: _write(context, compared))
     output = EvaluateOutput(
         compared.results,
         {name: timing.latencies_ms_R.round(4).tolist() for name, timing in compared.timings.items()},
@@ -104,8 +103,8 @@ def _ensemble_line(results: Results) -> str:
     )
 
 
-def _write(context: Context, compared: ModelComparison, splits: dict[str, TokenSet]) -> None:
-    paths = context.resolved.paths
+def _write(context: Context, compared: ModelComparison) -> None:
+    paths, splits = context.resolved.paths, compared.splits
     make_folder(paths.results.parent)
     write_json(paths.results, compared.results)
     predictions.write(paths.predictions, splits, compared.logits)

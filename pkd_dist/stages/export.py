@@ -9,6 +9,7 @@ from pkd_dist import __version__
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.deployment import Deployment
+from pkd_dist.evaluation.metrics import labelled_by
 from pkd_dist.export import build, card, manifest
 from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
@@ -84,12 +85,15 @@ def _export(context: Context) -> ExportOutput:
 def _subject(context: Context) -> build.Subject:
     run, texts, kept = context.resolved, student_texts(context), context.output(DataOutput).vocabulary
     sample = json.loads((run.paths.data / SAMPLE).read_text(encoding="utf-8"))
+    dev = texts.splits["dev"]
+    if not run.task.has_labels:
+        dev = labelled_by(predictions.read(run.paths.predictions)["dev"].logits["teacher"], dev)
     return build.Subject(
         student=best_student(context),
         tokenizer=texts.tokenizer,
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
-        dev=texts.splits["dev"],
+        dev=dev,
         texts=tuple(sample["texts"]),
         max_length=run.student_length,
         evaluate=run.config.evaluate,

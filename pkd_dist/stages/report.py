@@ -209,11 +209,11 @@ def _steps(lines: Sequence[Record]) -> shown.Steps:
 
 
 def _scores(content: Scores) -> shown.Scores:
-    low_high = content.get("accuracy_interval_95")
+    low_high = content.get("accuracy_interval_95", content.get("agreement_interval_95"))
     return shown.Scores(
         main_metric=content["main_metric"],
         accuracy=content.get("accuracy"),
-        accuracy_interval=(low_high[0], low_high[1]) if low_high else None,
+        share_interval=(low_high[0], low_high[1]) if low_high else None,
         precision=content.get("precision"),
         recall=content.get("recall"),
         undefined=tuple(content.get("undefined", ())),

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pkd_dist.evaluation.deployment import TEACHER, Deployment, ModelRow
-from pkd_dist.metric_names import METRICS
+from pkd_dist.metric_names import METRICS, SHARES
 from pkd_dist.report.charts.drawing import COLORS, Plot, plot
 
 _AXES_WIDTH, _AXES_HEIGHT = 2.4, 1.7
@@ -63,7 +63,7 @@ def _tradeoff(table: Deployment, name: str, unit: str, costs: Sequence[tuple[Mod
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.margins(y=0.1)
-        if table.metric == "accuracy":
+        if table.metric in SHARES:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
         axes.set_xlabel(f"{unit}, lower is better")
         axes.grid(axis="y")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.metric_names import LOSS_TERMS, SHARES
 from pkd_dist.report.charts.drawing import COLORS, Draw, Plot, count_axis, plot
 from pkd_dist.report.run import Run
 
@@ -79,7 +79,7 @@ def _dev(run: Run) -> Plot:
         axes.margins(y=0.15)
         axes.set_xlim(0.5, max(e.epoch for history in histories.values() for e in history) + 0.5)
         count_axis(axes, "epoch")
-        if run.task.main_metric == "accuracy":
+        if run.task.main_metric in SHARES:
             low, high = axes.get_ylim()
             form = "{:.0%}" if high - low > 0.08 else "{:.1%}"
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form.format(y)))
