@@ -8,6 +8,8 @@ from glue_folders import FOLDERS, put
 from typer.testing import CliRunner
 
 from pkd_dist.cli import main as cli
+from pkd_dist.cli.options import OPTIONS
+from pkd_dist.config.task import FileSplit
 from pkd_dist.data.tasks import GLUE
 
 
@@ -28,6 +30,16 @@ def row(output, first):
 def test_every_command_has_help(command):
     status, output, _ = pkd(command, "--help")
     assert status == 0 and "Usage" in output
+
+
+def test_errors_name_the_option_of_each_key_of_the_split():
+    assert {f"task.split.{key}" for key in FileSplit.model_fields} == {key for key in OPTIONS if "split." in key}
+    status, _, error = pkd("prepare", "--data", "data/movie-reviews/dev.tsv", "--split-setting", "test=2")
+    assert (status, error) == (2, "pkd: --split-setting test: 2 is invalid; allowed: number >= 0, < 1\n")
+    status, _, error = pkd("prepare", "--data", "data/movie-reviews", "--split-setting", "test=0")
+    assert status == 2 and error.startswith(
+        "pkd: --split-setting: is for one file, and data/movie-reviews has splits; "
+    )
 
 
 def test_help_lists_the_tasks():
