@@ -243,6 +243,12 @@ class Evaluate(Section):
         "the teacher (mean KL(teacher || student) at temperature 1 in nats; regression: mean squared difference of the "
         "standardized outputs), which is less noisy and uses no labels.",
     )
+    calibrate: bool = Field(
+        False,
+        description="Divide the student's logits by one temperature, fitted on the labels of dev, so that its probabilities say how "
+        "often it is right. It is part of the exported weights: all files, also in other tools, answer with calibrated "
+        "probabilities, and no class changes. For classification.",
+    )
     result_dir: str | None = Field(None, description="Folder for results_eval.json. null: the run folder.")
     batch_size: Count = Field(64, description="Examples per forward pass on one rank.")
     latency_samples: Annotated[int, Field(ge=10)] = Field(200, description="Single-example requests timed per model.")

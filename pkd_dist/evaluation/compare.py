@@ -19,6 +19,7 @@ from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
+from pkd_dist.evaluation.calibration import Calibration, calibrate, divided
 from pkd_dist.evaluation.metrics import agreement, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
@@ -53,7 +54,7 @@ class ModelComparison:
 
     Attributes:
         timings: Side -> how fast it was.
-        logits: Of every split, labeled or not.
+        logits: Of every split, labeled or not; the student's are divided by its temperature.
     """
 
     results: Results
@@ -70,7 +71,7 @@ def size_figures(model: PreTrainedModel) -> Size:
 def compare_models(
     sides: Mapping[str, Side], task: Task, settings: Evaluate, world: World, other_teachers: Sequence[Side] = ()
 ) -> ModelComparison:
-    """Score and time teacher and student in float32. Collective.
+    """Score and time teacher and student in float32, and calibrate the student's logits if `settings` says so. Collective.
 
     Args:
         sides: `teacher` and `student`, with the same examples in the same order.
@@ -80,6 +81,9 @@ def compare_models(
     splits = sides["teacher"].splits
     every = _logits({**sides, **others}, settings.batch_size, world)
     logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
+    calibration = world.on_main(lambda: _calibrate(logits, splits)) if settings.calibrate else None
+    if calibration is not None:
+        logits = {split: _with_temperature(found, calibration["temperature"]) for split, found in logits.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
@@ -102,7 +106,15 @@ def compare_models(
     if others:
         first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
         results["ensemble"] = {"teachers": 1 + len(others), "first": first}
+    if calibration is not None:
+        results["calibration"] = calibration
     return ModelComparison(results, timings, logits)
+
+
+def _calibrate(logits: Logits, splits: Mapping[str, TokenSet]) -> Calibration:
+    labels = {split: np.asarray(tokens.labels_N) for split, tokens in splits.items()}
+    labelled = {split: labels_N for split, labels_N in labels.items() if is_labelled(labels_N).all()}
+    return calibrate({split: logits[split]["student"] for split in labelled}, labelled)
 
 
 def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:
@@ -111,6 +123,10 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
         return logits
     teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
     return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
+
+
+def _with_temperature(logits: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
+    return {**logits, "student": divided(logits["student"], temperature)}
 
 
 def _logits(sides: Mapping[str, Side], batch_size: int, world: World) -> Logits:
