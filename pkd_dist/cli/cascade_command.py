@@ -22,8 +22,10 @@ def cascade(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")],
     agreement: Annotated[
         float,
-        typer.Option(help="Share of the answers given by the student alone that must be the teacher's, such as 0.99."),
-    ] = 0.99,
+        typer.Option(
+            help="Share of the answers given by the student alone that must be the teacher's, between 0 and 1."
+        ),
+    ] = 0.95,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -167,13 +169,17 @@ def _headline(at: Mapping[str, Point], agreement: float, costs: _Costs | None) -
     point, where = at[split], "in-sample" if split == CHOSEN_ON else "held out"
     said = f"the student answers {point.answered} of {split} alone ({where})"
     if point.agreement is not None:
-        said += f", of these {point.agreement} with the teacher's class"
-    lines = [f"threshold {point.threshold:.6f}, chosen on {CHOSEN_ON} for an agreement of {agreement:g}: {said}"]
+        said += f", {point.agreement} of these with the teacher's class"
+    lines = [
+        said,
+        f"threshold: a probability of {point.threshold:.6f}, the lowest on {CHOSEN_ON} where the 95% interval of the agreement is "
+        f"above {agreement:g}",
+    ]
     if costs:
         cost = relative_cost(point.answered.value, costs.student_ms, costs.teacher_ms)
         lines.append(
-            f"mean cost of a request: {cost:.2f} of the teacher's (p50 at batch 1: student, {costs.student}, {costs.student_ms:.2f} ms "
-            f"for each; teacher {costs.teacher_ms:.2f} ms for the rest)"
+            f"a request costs {cost:.2f} of the teacher's time on average: the student ({costs.student}) takes {costs.student_ms:.2f} ms "
+            f"for each, the teacher {costs.teacher_ms:.2f} ms for the rest (p50 at batch 1)"
         )
     return "\n".join(lines)
 

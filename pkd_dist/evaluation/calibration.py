@@ -2,7 +2,7 @@
 
 logits and labels of dev -> `fit_temperature` -> results_eval.json -> the last layer of the exported student
 
-Needs no PyTorch. Shapes: N examples, C classes.
+Needs no PyTorch. Shapes: N examples, C classes, B bins.
 Source: Guo et al., On Calibration of Modern Neural Networks (2017).
 """
 
@@ -32,11 +32,13 @@ class Bin(TypedDict):
 class Reliability(TypedDict):
     """How far probabilities can be trusted.
 
-    `ece` is the expected calibration error over `BINS` bins of equal width, `nll` the mean negative log-likelihood of the
-    labels in nats, `bins` those that are not empty, in ascending order.
+    `ece` is the expected calibration error over `BINS` bins of equal width, `ece_by_chance` what it is on average where the
+    probabilities are exactly right: few examples alone make an error. `nll` is the mean negative log-likelihood of the labels
+    in nats, `bins` are those that are not empty, in ascending order.
     """
 
     ece: float
+    ece_by_chance: float
     nll: float
     bins: list[Bin]
 
@@ -108,8 +110,15 @@ def reliability(logits_NC: np.ndarray, labels_N: np.ndarray) -> Reliability:
         }
         for i in np.unique(bin_N)
     ]
-    ece = sum(each["n"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(labels_N)
-    return {"ece": ece, "nll": -float(logs_NC[np.arange(len(labels_N)), labels_N].mean()), "bins": bins}
+    spread_B = np.sqrt(
+        np.bincount(bin_N, confidence_N * (1 - confidence_N))
+    )  # of the right answers in each bin, if all is well
+    return {
+        "ece": sum(each["n"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(labels_N),
+        "ece_by_chance": math.sqrt(2 / math.pi) * float(spread_B.sum()) / len(labels_N),
+        "nll": -float(logs_NC[np.arange(len(labels_N)), labels_N].mean()),
+        "bins": bins,
+    }
 
 
 def divided(logits_NC: np.ndarray, temperature: float) -> np.ndarray:

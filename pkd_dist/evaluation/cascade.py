@@ -163,7 +163,8 @@ def plot(curves: Mapping[str, Curve], chosen: Point, agreement: float) -> Figure
         _mark(panels[0], curve.at(chosen.threshold), "agreement", colors[split])
     panels[0].axhline(agreement, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"goal, {agreement:.4g}")
     panels[0].set_ylabel("agreement with the teacher")
-    panels[0].set_ylim(bottom=_bottom(agreement, curves))
+    lowest = min(float((curve.agreeing_K / curve.answered_K).min()) for curve in curves.values())
+    panels[0].set_ylim(max(0.0, min(lowest, agreement) - 0.05), 1.005)
     for split, curve in scored.items():
         _line(panels[1], {p.answered.value: p.accuracy for p in curve.points()}, colors[split], split)
         _mark(panels[1], curve.at(chosen.threshold), "accuracy", colors[split])
@@ -194,9 +195,3 @@ def _mark(axes: Axes, point: Point, key: str, color: str) -> None:
     share: Share | None = getattr(point, key)
     if share is not None:
         axes.plot(point.answered.value, share.value, "o", color=color, markersize=7, clip_on=False, zorder=4)
-
-
-def _bottom(agreement: float, curves: Mapping[str, Curve]) -> float:
-    """Return the lower limit of the axis: intervals of a few examples may leave it."""
-    lowest = min(float((curve.agreeing_K / curve.answered_K).min()) for curve in curves.values())
-    return max(0.0, min(lowest, agreement) - 0.05)

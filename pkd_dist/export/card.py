@@ -91,13 +91,13 @@ The student is not calibrated: {{ calibration.unfitted | text }}.
 {% else %}
 The last layer contains a temperature of {{ "%.4g" | format(calibration.temperature) }}, fitted on {{ fitted_on }}: the softmax of the logits of every file is the calibrated
 probability, and nothing else is to be applied. ECE is the expected calibration error over {{ bins }} bins of equal width, NLL the mean
-negative log-likelihood of the labels. Those on {{ fitted_on }} are in-sample, those of other splits are not.
+negative log-likelihood of the labels. By chance: the mean ECE of exact probabilities on as many examples.
 {% endif %}
 
-| | examples | ECE before | ECE after | NLL before | NLL after |
-| --- | ---: | ---: | ---: | ---: | ---: |
+| | examples | ECE before | ECE after | by chance | NLL before | NLL after |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {% for split, found in calibration.splits.items() -%}
-| {{ split | replace("_", " ") }}{{ ", in-sample" if split == fitted_on }} | {{ found.n }} | {{ "%.4f" | format(found.before.ece) }} | {{ "%.4f" | format(found.after.ece) }} | {{ "%.4f" | format(found.before.nll) }} | {{ "%.4f" | format(found.after.nll) }} |
+| {{ split | replace("_", " ") }}{{ ", in-sample" if split == fitted_on else ", held out" }} | {{ found.n }} | {{ "%.4f" | format(found.before.ece) }} | {{ "%.4f" | format(found.after.ece) }} | {{ "%.4f" | format(found.after.ece_by_chance) }} | {{ "%.4f" | format(found.before.nll) }} | {{ "%.4f" | format(found.after.nll) }} |
 {% endfor %}
 
 {% endif %}

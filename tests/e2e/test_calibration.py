@@ -123,7 +123,7 @@ def test_manifest_card_and_report_say_so(calibrated):
     card, page = (run / "export/README.md").read_text(), (run / "report.html").read_text()
     assert f"a temperature of {calibration['temperature']:.4g}, fitted on dev" in card
     assert f"| dev, in-sample | 120 | {calibration['splits']['dev']['before']['ece']:.4f} | {dev:.4f} |" in card
-    assert "| agreement | ECE |" in card
+    assert "| test, held out | 90 | " in card and "| agreement | ECE |" in card
     assert "Reliability on dev" in page and "Reliability on test" in page and "test, held out" in page
     verified = pkd("export", "verify", run / "export")
     assert verified.returncode == 0, verified.stderr

@@ -98,6 +98,17 @@ def test_calibration_error_and_bins_equal_a_loop(count):
     assert found["bins"][0]["confidence"] == pytest.approx(np.mean([sure for sure, _ in first]))
 
 
+def test_the_error_by_chance_is_that_of_labels_drawn_from_the_probabilities():
+    logits, _ = overconfident(n=500, scale=1.0)
+    powers = np.exp(logits.astype(np.float64))
+    rng = np.random.default_rng(3)
+    cumulative = np.cumsum(powers / powers.sum(axis=1, keepdims=True), axis=1)
+    errors = [
+        reliability(logits, (rng.random((500, 1)) > cumulative).sum(axis=1).clip(max=2))["ece"] for _ in range(200)
+    ]
+    assert reliability(logits, np.zeros(500, int))["ece_by_chance"] == pytest.approx(np.mean(errors), rel=0.06)
+
+
 def test_certainty_is_in_the_last_bin():
     found = reliability(np.asarray([[50.0, -50.0], [-800.0, 800.0]]), np.asarray([0, 0]))
     assert found["bins"] == [{"n": 2, "confidence": 1.0, "accuracy": 0.5}] and found["ece"] == 0.5

@@ -168,12 +168,13 @@ def test_the_command_says_and_writes_what_it_found(run):
     assert written["cost"] == cost, "of the files of the export"
     assert written["splits"]["test"]["cost"] == pytest.approx(0.8 / 13 + 1 - held_out.answered.value)
     assert written["temperature"] is None and written["answers_sha256"] == sha256(run / predictions.FILE)
-    first, second, *_ = done.stdout.splitlines()
-    assert first.startswith(
-        f"threshold {chosen.threshold:.6f}, chosen on dev for an agreement of 0.97: the student answers"
+    first, second, third, *_ = done.stdout.splitlines()
+    assert first == (
+        f"the student answers {held_out.answered} of test alone (held out), {held_out.agreement} of these with the teacher's class"
     )
-    assert f"{held_out.answered} of test alone (held out)" in first and str(held_out.agreement) in first
-    assert f"{written['splits']['test']['cost']:.2f} of the teacher's" in second and "int8.onnx, 0.80 ms" in second
+    assert second.startswith(f"threshold: a probability of {chosen.threshold:.6f}, ") and second.endswith("above 0.97")
+    assert third.startswith(f"a request costs {written['splits']['test']['cost']:.2f} of the teacher's time on average")
+    assert "onnx/model.int8.onnx) takes 0.80 ms" in third
     assert (run / "cascade.png").read_bytes().startswith(b"\x89PNG")
     assert pkd(run, "--agreement", 0.95).exit_code == 0, "written again"
     assert json.loads((run / "cascade.json").read_text())["agreement"] == 0.95
