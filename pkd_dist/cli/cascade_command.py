@@ -123,9 +123,14 @@ class _Costs:
 
 
 def _costs(run: Path, results: Results) -> _Costs | None:
-    """Return the latencies of the file to deploy and the teacher, else of both in PyTorch; None: not measured."""
+    """Return the latencies of the file to deploy and the teacher, else of both in PyTorch.
+
+    None: not measured, as for several teachers, of which only the first was.
+    """
     from pkd_dist.export import manifest
 
+    if "ensemble" in results:
+        return None
     if (run / "export" / manifest.MANIFEST).is_file():
         content = manifest.read(run / "export")
         table = manifest.deployment_of(content, results, content.get("main_metric", "accuracy"))

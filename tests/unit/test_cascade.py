@@ -189,6 +189,13 @@ def test_a_run_with_dev_alone_and_without_an_export(run, tmp_path):
     assert (tmp_path / "own.png").is_file() and not (run / "cascade.json").exists()
 
 
+def test_the_cost_of_several_teachers_was_not_measured(run):
+    change(run, "evaluate", lambda outputs: outputs["results"].update(ensemble={"teachers": 2, "first": {}}))
+    done = pkd(run, "--agreement", 0.9)
+    assert done.exit_code == 0 and "a request costs" not in done.stdout
+    assert json.loads((run / "cascade.json").read_text())["cost"] is None
+
+
 def test_a_test_split_without_labels(run):
     put(run, dev=answers(1000, 2), test=answers(600, 2, seed=5, labelled=False))
     assert pkd(run, "--agreement", 0.9).exit_code == 0
