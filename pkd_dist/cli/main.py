@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from pkd_dist.cli import (
     answers_command,
+    cascade_command,
     compare_command,
     config_commands,
     data_commands,
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": stage_command("report", "report", "Write a run's report, and what it needs first."),
     "predict": model_commands.predict,
     "serve": model_commands.serve,
+    "cascade": cascade_command.cascade,
     "compare": compare_command.compare,
 }
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

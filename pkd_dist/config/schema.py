@@ -290,6 +290,12 @@ class Evaluate(Section):
         "the teacher (mean KL(teacher || student) at temperature 1 in nats; regression: mean squared difference of the "
         "standardized outputs), which is less noisy and uses no labels.",
     )
+    calibrate: bool = Field(
+        False,
+        description="Divide the student's logits by one temperature, fitted on the labels of dev, so that its probabilities say how "
+        "often it is right. It is part of the exported weights: all files, also in other tools, answer with calibrated "
+        "probabilities, and no class changes. For classification.",
+    )
     result_dir: str | None = Field(None, description="Folder for results_eval.json. null: the run folder.")
     batch_size: Count = Field(64, description="Examples per forward pass on one rank.")
     latency_samples: Annotated[int, Field(ge=10)] = Field(200, description="Single-example requests timed per model.")
@@ -432,6 +438,8 @@ class Config(Section):
             raise ValueError(
                 f"distill.alpha {self.distill.alpha:g} needs labels, but task.label is null; leave it out, or set it to 1"
             )
+        if self.evaluate.calibrate:
+            raise ValueError("evaluate.calibrate needs labels, but task.label is null; leave it out")
         if self.teacher.answers and not self.task.class_names:
             raise ValueError(
                 "teacher.answers without labels need task.class_names: nothing else names the columns of classes"

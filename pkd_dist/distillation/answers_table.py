@@ -14,7 +14,7 @@ from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.distillation import cache
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.metrics import log_softmax
+from pkd_dist.evaluation.calibration import log_softmax
 from pkd_dist.files import write_atomically
 
 KINDS = (".csv", ".jsonl", ".parquet")

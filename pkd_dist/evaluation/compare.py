@@ -19,6 +19,7 @@ from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.distributed.world import World
+from pkd_dist.evaluation.calibration import Calibration, calibrate, divided
 from pkd_dist.evaluation.metrics import agreement, labelled_by, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
@@ -53,7 +54,7 @@ class ModelComparison:
 
     Attributes:
         timings: Side -> how fast it was.
-        logits: Of every split, labeled or not.
+        logits: Of every split, labeled or not; the student's are divided by its temperature.
         splits: The examples with the labels by which they were scored.
     """
 
@@ -77,7 +78,7 @@ def compare_models(
     other_teachers: Sequence[Side] = (),
     answers: Mapping[str, np.ndarray] | None = None,
 ) -> ModelComparison:
-    """Score and time teacher and student in float32. Collective.
+    """Score and time teacher and student in float32, and calibrate the student's logits if `settings` says so. Collective.
 
     Args:
         sides: `teacher` and `student`, with the same examples in the same order; without the first where there are `answers`.
@@ -92,6 +93,9 @@ def compare_models(
     logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
     if not task.has_labels:
         splits = {name: labelled_by(logits[name]["teacher"], tokens) for name, tokens in splits.items()}
+    calibration = world.on_main(lambda: _calibrate(logits, splits)) if settings.calibrate else None
+    if calibration is not None:
+        logits = {split: _with_temperature(found, calibration["temperature"]) for split, found in logits.items()}
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
@@ -115,7 +119,15 @@ def compare_models(
     if others:
         first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
         results["ensemble"] = {"teachers": 1 + len(others), "first": first}
+    if calibration is not None:
+        results["calibration"] = calibration
     return ModelComparison(results, timings, logits, splits)
+
+
+def _calibrate(logits: Logits, splits: Mapping[str, TokenSet]) -> Calibration:
+    labels = {split: np.asarray(tokens.labels_N) for split, tokens in splits.items()}
+    labelled = {split: labels_N for split, labels_N in labels.items() if is_labelled(labels_N).all()}
+    return calibrate({split: logits[split]["student"] for split in labelled}, labelled)
 
 
 def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:
@@ -124,6 +136,10 @@ def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> 
         return logits
     teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
     return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
+
+
+def _with_temperature(logits: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
+    return {**logits, "student": divided(logits["student"], temperature)}
 
 
 def _logits(sides: Mapping[str, Side], batch_size: int, world: World) -> Logits:

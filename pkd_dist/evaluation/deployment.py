@@ -283,15 +283,19 @@ def _kept(
 
 def closing_table(table: Deployment, export: Path, report: Path) -> str:
     """Return the plain-text table that a run ends with, and the paths of its export and report."""
-    rows = [table.head(), *table.cells()]
+    lines = aligned([table.head(), *table.cells()])
+    lines.insert(1, "-" * len(lines[0]))
+    first = f"deploy {export / table.deploy}: {table.headline()}"
+    note = textwrap.wrap(table.note(), max(_WIDTH, len(lines[0])))
+    return "\n".join([first, "", *lines, "", *note, "", f"export: {export}", f"report: {report}"])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column is aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
+    return [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    first = f"deploy {export / table.deploy}: {table.headline()}"
-    note = textwrap.wrap(table.note(), max(_WIDTH, len(lines[0])))
-    return "\n".join([first, "", *lines, "", *note, "", f"export: {export}", f"report: {report}"])

@@ -12,6 +12,7 @@ import numpy as np
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.calibration import log_softmax
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import Scores
 from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC
@@ -117,9 +118,3 @@ def divergence(teacher_NC: np.ndarray, student_NC: np.ndarray) -> float:
         return float(((teacher_NC - student_NC) ** 2).mean())
     log_teacher_NC, log_student_NC = log_softmax(teacher_NC), log_softmax(student_NC)
     return float((np.exp(log_teacher_NC) * (log_teacher_NC - log_student_NC)).sum(axis=1).mean())
-
-
-def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the probabilities, in the shape and dtype of the logits."""
-    shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True)
-    return shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from typing_extensions import NotRequired, TypedDict
 
+from pkd_dist.evaluation.calibration import Calibration
 from pkd_dist.metric_names import MAIN_METRIC, METRICS, SHARES, TABLE_METRICS
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Results(TypedDict):
 
     `ensemble` is there where there are several teachers. The teacher's scores are then those of their mean answer; its size and
     speed are those of the first.
+
+    `calibration` is there with `evaluate.calibrate`.
     """
 
     task: str
@@ -119,6 +122,7 @@ class Results(TypedDict):
     compression: Compression
     splits: dict[str, SplitResults]
     ensemble: NotRequired[Ensemble]
+    calibration: NotRequired[Calibration]
     classes: NotRequired[list[dict[str, str]]]
     positive: NotRequired[str | None]
 

@@ -21,6 +21,7 @@ from pkd_dist.config.schema import Evaluate
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.calibration import reliability
 from pkd_dist.evaluation.compare import Side, size_figures
 from pkd_dist.evaluation.deployment import ANSWERS_TITLE, TEACHER, TEACHER_TITLE, Deployment, Measured, beside_teacher
 from pkd_dist.evaluation.metrics import agreement, score
@@ -45,7 +46,7 @@ _TRITON_NAMES = {"onnx": "student", "onnx-fp16": "student_fp16", "onnx-int8": "s
 Runnable = Callable[[Inputs], torch.Tensor | np.ndarray]
 """A tokenizer's outputs -> logits_BC on the CPU."""
 Verdict = dict[str, float]
-"""`largest_difference`, `agreement`, `main_metric` and the batch effect (`independence`) of a file on dev."""
+"""What was found of a file on dev; see `FileFigures`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Subject:
         evaluate: Batch size, and the number of single sentences timed for each file.
         reference: None: the files are set beside no teacher.
         kept: Tokens of the teacher that the student knows, (kept, total); None: all.
+        temperature: That the student's last layer was divided by; None: it is not calibrated.
     """
 
     student: PreTrainedModel
@@ -88,6 +90,7 @@ class Subject:
     evaluate: Evaluate
     reference: Reference | None = None
     kept: tuple[int, int] | None = None
+    temperature: float | None = None
 
     @property
     def pad_id(self) -> int:
@@ -140,6 +143,12 @@ class _Verifier:
     def _main_metric(self, logits_NC: np.ndarray) -> float:
         return score(logits_NC, np.asarray(self._subject.dev.labels_N), self._subject.task)[MAIN_METRIC]
 
+    def ece(self, logits_NC: np.ndarray) -> Verdict:
+        """Return the calibration error of a file on dev; nothing where the student is not calibrated."""
+        if self._subject.temperature is None:
+            return {}
+        return {"ece": reliability(logits_NC, np.asarray(self._subject.dev.labels_N))["ece"]}
+
     def judge(self, forward: Runnable) -> Judged:
         logits_NC = self.run(forward, self._subject.dev)
         verdict: Verdict = {
@@ -147,6 +156,7 @@ class _Verifier:
             "agreement": agreement(logits_NC, self.logits_NC),
             "main_metric": self._main_metric(logits_NC),
             **cast(Verdict, self.batch_effect(forward)),
+            **self.ece(logits_NC),
         }
         return Judged(forward, logits_NC, verdict)
 
@@ -379,7 +389,7 @@ def export(
         speeds = builder.measure()
         weights = {"largest_difference": difference, "agreement": 1.0, "bytes": weights_bytes,
                    "main_metric": verifier.main_metric,
-                   **verifier.batch_effect(forward_of(subject.student))}  # fmt: skip
+                   **verifier.batch_effect(forward_of(subject.student)), **verifier.ece(verifier.logits_NC)}  # fmt: skip
         figures: ExportFigures = {
             "formats": list(formats),
             "opset": onnx.OPSET,
@@ -395,6 +405,8 @@ def export(
             figures["deployment"] = asdict(builder.beside(subject.reference, figures["files_on_dev"], speeds))
         if subject.kept is not None:
             figures["vocabulary"] = {"kept": subject.kept[0], "total": subject.kept[1]}
+        if subject.temperature is not None:
+            figures["temperature"] = subject.temperature
         card = render_card(figures)
         write_atomically(temporary / "README.md", lambda tmp: tmp.write_text(card, encoding="utf-8"), len(card))
         made = manifest.write(temporary, {**about, **figures, **manifest.of_task(subject.task, subject.max_length)})

@@ -11,6 +11,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.class_mapping import ClassMapping
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
+from pkd_dist.evaluation.calibration import BINS, FITTED_ON
 from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, score_rows
 from pkd_dist.export.manifest import ExportFigures, deployment_of
 from pkd_dist.export.runtime import ONNX_FILES
@@ -86,16 +87,34 @@ The student has {{ "%.2f" | format(results.compression.parameters) }} times fewe
 The teacher is a file of answers; {{ retention }}; {{ agreement }}.
 {% endif %}
 
+{% if calibration %}
+## Calibration
+
+{% if calibration.unfitted is defined %}
+The student is not calibrated: {{ calibration.unfitted | text }}.
+{% else %}
+The last layer contains a temperature of {{ "%.4g" | format(calibration.temperature) }}, fitted on {{ fitted_on }}: the softmax of the logits of every file is the calibrated
+probability, and nothing else is to be applied. ECE is the expected calibration error over {{ bins }} bins of equal width, NLL the mean
+negative log-likelihood of the labels. By chance: the mean ECE of exact probabilities on as many examples.
+{% endif %}
+
+| | examples | ECE before | ECE after | by chance | NLL before | NLL after |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+{% for split, found in calibration.splits.items() -%}
+| {{ split | replace("_", " ") }}{{ ", in-sample" if split == fitted_on else ", held out" }} | {{ found.n }} | {{ "%.4f" | format(found.before.ece) }} | {{ "%.4f" | format(found.after.ece) }} | {{ "%.4f" | format(found.after.ece_by_chance) }} | {{ "%.4f" | format(found.before.nll) }} | {{ "%.4f" | format(found.after.nll) }} |
+{% endfor %}
+
+{% endif %}
 ## Files
 
 Each file was run on all of {{ results.split }}, on which the best epoch was selected, too. Difference and agreement are those from the
 student in PyTorch in float32, the difference the largest of any logit. The batch effect is the largest change of a {{ "probability" if facts.classes else "value (as a share of their range)" }}
 when a text is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
 
-| file | MB | {{ metric }} | difference | batch effect | agreement |
-| --- | --- | --- | --- | --- | --- |
+| file | MB | {{ metric }} | difference | batch effect | agreement |{{ " ECE |" if calibration }}
+| --- | --- | --- | --- | --- | --- |{{ " --- |" if calibration }}
 {% for name, file in figures.files_on_dev.items() -%}
-| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} |
+| `{{ name }}` | {{ "%.1f" | format(file.bytes / 1e6) }} | {{ "%.4f" | format(file.main_metric) }} | {{ "%.1e" | format(file.largest_difference) }} | {{ "%.1e" | format(file.batch_effect) }} | {{ "%.4f" | format(file.agreement) }} |{{ " %.4f |" | format(file.ece) if calibration }}
 {% endfor %}
 
 {% if onnx %}
@@ -174,6 +193,9 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         agreement=agreement_sentence(facts.results),
         retention=retention_sentence(facts.results),
         figures=figures,
+        calibration=facts.results.get("calibration"),
+        bins=BINS,
+        fitted_on=FITTED_ON,
         onnx=any(name in ONNX_FILES for name in figures["formats"]),
         quantization=int8.get("quantisation") if int8 else None,
         metric=METRICS[facts.main_metric],

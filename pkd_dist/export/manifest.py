@@ -42,7 +42,13 @@ class BatchEffect(TypedDict):
     batch_changed_labels: int
 
 
-class FileFigures(_Quantization, BatchEffect, Speed):
+class _Calibrated(TypedDict, total=False):
+    """The expected calibration error of a calibrated student; see `evaluation.calibration`."""
+
+    ece: float
+
+
+class FileFigures(_Quantization, _Calibrated, BatchEffect, Speed):
     """What was measured of one file on all of dev; `Speed` for its speed.
 
     `largest_difference` is that of a logit to PyTorch's in float32, `agreement` see `evaluation.metrics.agreement`.
@@ -71,13 +77,14 @@ class _OptionalFigures(TypedDict, total=False):
     teacher: Speed
     deployment: dict[str, Any]
     vocabulary: Vocabulary
+    temperature: float
 
 
 class ExportFigures(_OptionalFigures):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
     `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`. `vocabulary` is
-    absent where all tokens are kept.
+    absent where all tokens are kept, `temperature` where the student is not calibrated. The weights of all files contain it.
     """
 
     formats: list[str]
@@ -104,6 +111,7 @@ class ExportManifest(TypedDict, total=False):
     teacher: Speed
     deployment: dict[str, Any]
     vocabulary: Vocabulary
+    temperature: float
     max_length: int
     pair: bool
     text_columns: list[str]

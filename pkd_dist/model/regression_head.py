@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.errors import UserError
+from pkd_dist.model.head import output_layer
 
 _FIELD = "target_scale"
 
@@ -57,14 +58,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _head(model: PreTrainedModel) -> tuple[nn.Linear, nn.Parameter]:
-    base = model.base_model_prefix + "."
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == 1 and not name.startswith(base)
-    ]
-    if len(heads) != 1 or heads[0].bias is None:
+    head = output_layer(model)
+    if head is None or head.bias is None:
         raise UserError(
             f"{type(model).__name__}: its regression head is not one linear layer with a bias; use a model of another family"
         )
-    return heads[0], heads[0].bias
+    return head, head.bias

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pkd_dist.evaluation.calibration import FITTED_ON
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
 from pkd_dist.metric_names import METRICS, SHARES
@@ -17,6 +18,7 @@ def notices(run: Run) -> Iterator[str]:
     """Yield the remarks, one or two sentences each."""
     yield from _on_results(run)
     yield from _on_classes(run)
+    yield from _on_calibration(run)
     yield from _on_data(run)
     yield from _on_training(run)
     yield from _on_speed(run)
@@ -67,6 +69,20 @@ def _on_classes(run: Run) -> Iterator[str]:
     if never:
         shown = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
         yield f"The student never predicts {shown}, although {results.split} has examples of it."
+
+
+def _on_calibration(run: Run) -> Iterator[str]:
+    if run.calibration is None:
+        return
+    if "unfitted" in run.calibration:
+        yield f"The student is not calibrated: {run.calibration['unfitted']}."
+    for split, found in run.calibration["splits"].items():
+        before, after = found["before"]["nll"], found["after"]["nll"]
+        if after > before + 0.001:
+            yield (
+                f"The temperature makes the labels of {split} less likely (negative log-likelihood {before:.3f} before, "
+                f"{after:.3f} after): {FITTED_ON} is too small to fit it, or is not like {split}; without it: evaluate.calibrate: false."
+            )
 
 
 def _on_data(run: Run) -> Iterator[str]:

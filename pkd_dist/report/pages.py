@@ -11,9 +11,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pkd_dist.data import text
+from pkd_dist.evaluation.calibration import BINS, FITTED_ON
 from pkd_dist.evaluation.results import SIDES
 from pkd_dist.files import write_atomically
-from pkd_dist.report.charts import deployment, evaluation, models, timing, training
+from pkd_dist.report.charts import calibration, deployment, evaluation, models, timing, training
 from pkd_dist.report.format import duration, percent, size
 from pkd_dist.report.notices import notices
 from pkd_dist.report.run import Run
@@ -65,6 +66,10 @@ def _render(run: Run) -> str:
         latency=evaluation.latency(run),
         throughput=evaluation.throughput(run),
         matrices=list(evaluation.matrices(run)),
+        calibration=run.calibration,
+        bins=BINS,
+        fitted_on=FITTED_ON,
+        diagrams=list(calibration.diagrams(run.calibration)) if run.calibration else [],
         scatters=list(evaluation.scatters(run)) if run.task.regression else [],
         times=list(timing.times(run)),
     )

@@ -15,6 +15,7 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
+from pkd_dist.evaluation.calibration import Calibration
 from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import SIDES
@@ -180,6 +181,7 @@ class Run:
         dev: predictions of both models on dev.
         deployment: the exported files beside the teacher.
         largest_difference: of a logit, between the exported and the trained student.
+        calibration: of the student's probabilities; None: it is not calibrated.
     """
 
     config: Config
@@ -198,6 +200,7 @@ class Run:
     dev: Predictions
     deployment: Deployment
     largest_difference: float
+    calibration: Calibration | None
 
     @property
     def metric(self) -> str:

@@ -281,6 +281,10 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         raise UserError(
             "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"
         )
+    if task.regression and config.evaluate.calibrate:
+        raise UserError(
+            "calibrates class probabilities, which a regression does not have; set it to false", "evaluate.calibrate"
+        )
     teachers = _teachers(config)
     source_config, tokenizer = teachers[0].source_config, encoder.load_tokenizer(teachers[0].source)
     _require_data(config, task)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pkd_dist.data import submission
 from pkd_dist.evaluation import predictions
+from pkd_dist.evaluation.calibration import ece_sentence
 from pkd_dist.evaluation.compare import ModelComparison, Side, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
 from pkd_dist.export import hf
@@ -58,6 +59,7 @@ def inputs(context: Context) -> Inputs:
         **{f"data.{split}": data.sets[split].digest for split in data.scored},
         "task.metric": run.task.metric,
         **positive_input(context),
+        "evaluate.calibrate": run.config.evaluate.calibrate,
         "evaluate.result_dir": run.config.evaluate.result_dir,
         **student_reading_input(context),
     }
@@ -82,6 +84,9 @@ def run(context: Context) -> EvaluateOutput:
     )
     if teachers[1:]:
         log.info("evaluate: %s", _ensemble_line(compared.results))
+    if "calibration" in compared.results:
+        found = compared.results["calibration"]
+        log.info("evaluate: calibration: %s", found.get("unfitted") or ece_sentence(found))
     if classes:
         compared.results.update(class_facts(classes))
     context.world.on_main(lambda: _write(context, compared))
@@ -145,8 +150,14 @@ STAGE = Stage(
 # ------------------------------------------------------------------------------------------- for the stages after it
 
 
+def temperature_of(context: Context) -> float | None:
+    """Return the temperature that the student's logits were divided by; None: it is not calibrated."""
+    found = context.output(EvaluateOutput).results.get("calibration")
+    return found["temperature"] if found else None
+
+
 def best_student(context: Context) -> PreTrainedModel:
-    """Load the student of the best epoch as a plain model, with the tokens that it keeps."""
+    """Load the student of the best epoch as a plain model, with the tokens that it keeps, before calibration."""
     distilled, kept_K = context.output(DistillOutput), student_texts(context).kept_K
     best = hf.best_student(context.resolved.paths.student_init, best_weights(context, distilled), distilled.weights)
     if kept_K is not None:

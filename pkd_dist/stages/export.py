@@ -13,6 +13,7 @@ from pkd_dist.evaluation.metrics import labelled_by
 from pkd_dist.export import build, card, manifest
 from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
+from pkd_dist.model.head import divide_logits
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
@@ -26,7 +27,7 @@ from pkd_dist.stages.data import (
     student_texts,
 )
 from pkd_dist.stages.distill import DistillOutput, length_input, require_weights
-from pkd_dist.stages.evaluate import EvaluateOutput, best_student
+from pkd_dist.stages.evaluate import EvaluateOutput, best_student, temperature_of
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.run_folder import environment
 from pkd_dist.stages.teacher import teacher_folder
@@ -88,8 +89,9 @@ def _subject(context: Context) -> build.Subject:
     dev = texts.splits["dev"]
     if not run.task.has_labels:
         dev = labelled_by(predictions.read(run.paths.predictions)["dev"].logits["teacher"], dev)
+    student, temperature = best_student(context), temperature_of(context)
     return build.Subject(
-        student=best_student(context),
+        student=student if temperature is None else divide_logits(student, temperature),
         tokenizer=texts.tokenizer,
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
@@ -99,6 +101,7 @@ def _subject(context: Context) -> build.Subject:
         evaluate=run.config.evaluate,
         reference=_reference(context, texts),
         kept=(kept.kept, kept.total) if kept else None,
+        temperature=temperature,
     )
 
 

@@ -172,6 +172,7 @@ def view(
         dev=dev,
         deployment=deployment,
         largest_difference=outputs.export.largest_difference,
+        calibration=outputs.evaluate.results.get("calibration"),
     )
 
 

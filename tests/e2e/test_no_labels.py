@@ -83,6 +83,12 @@ def test_the_classes_are_the_teachers(run, taught):
     assert json.loads(called.stdout)["label"] in ("negative", "positive")
 
 
+def test_a_cascade_of_it_has_no_accuracy(run, tmp_path):
+    done = pkd("cascade", run[0], "--agreement", "0.5", "--output", tmp_path / "cascade.json")
+    assert done.returncode == 0 and "accuracy" not in done.stdout.lower(), done.stdout + done.stderr
+    assert "accuracy" not in (tmp_path / "cascade.json").read_text()
+
+
 def test_answers_without_labels(run, body, taught, tmp_path):
     made = pkd("answers", run[0], "--output", tmp_path / "answers.csv")
     assert made.returncode == 0 and "300 answers" in made.stdout, made.stderr
@@ -128,6 +134,7 @@ def test_pkd_prepare_shows_texts_without_labels(taught, tmp_path):
     [
         (["distill.alpha=0.5"], "distill.alpha 0.5 needs labels, but task.label is null; leave it out, or set it to 1"),
         (["teacher.finetune={}"], "teacher.finetune needs labels, but task.label is null"),
+        (["evaluate.calibrate=true"], "evaluate.calibrate needs labels, but task.label is null; leave it out"),
         (["task.metric=f1"], "task.metric needs labels, but task.label is null; remove it"),
         (["task.class_weights=balanced"], "task.class_weights needs labels, but task.label is null; remove it"),
         (["task.kind=regression"], "task.kind regression needs labels, but task.label is null"),

@@ -10,6 +10,7 @@ import yaml
 from run_folders import EXAMPLES, change, figures, make_run, read, rewrite, write_predictions
 
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.calibration import calibrate
 from pkd_dist.report import pages
 from pkd_dist.report.notices import notices
 
@@ -370,6 +371,45 @@ def test_other_splits_and_unlabeled_text(tmp_path):
     _, page = written(run)
     assert "Text for distillation 2,300 examples, 1,500 without a label" in page.text
     assert "dev mismatched, 1,234 examples 71.3% (69.3% to 73.3%) 69.4% (67.4% to 71.4%) 87.7%" in page.text
+
+
+def calibrated(run, **splits):
+    """Put the calibration of splits of (logits, labels) into the results of a run."""
+    found = calibrate({k: v[0] for k, v in splits.items()}, {k: v[1] for k, v in splits.items()})
+    change(run, "evaluate", lambda out: out["results"].update(calibration=found))
+    return found
+
+
+def too_sure(scale, n=300):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(n, 2))
+    return scale * logits, (rng.random(n) < 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))).astype(int)
+
+
+def test_calibration(tmp_path):
+    run = make_run(tmp_path)
+    assert "Calibration" not in written(run)[1].text
+    found = calibrated(run, dev=too_sure(3.0), dev_mismatched=too_sure(2.5))
+    page = written(run)[1]
+    assert f"divided by a temperature of {found['temperature']:.4g}, fitted on dev." in page.text
+    for split, name in (("dev", "dev, in-sample"), ("dev_mismatched", "dev mismatched, held out")):
+        before, after = found["splits"][split]["before"], found["splits"][split]["after"]
+        values = (before["ece"], after["ece"], after["ece_by_chance"], before["nll"], after["nll"])
+        assert " ".join([name, "300", *(f"{value:.4f}" for value in values)]) in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert sum(label.startswith("Reliability on dev") and "confidence 9" in label for label in labels) == 2
+    assert not [text for text in notices(read(run)) if "temperature" in text]
+
+
+def test_calibration_that_is_none_or_does_harm_is_worth_a_look(tmp_path):
+    run = make_run(tmp_path)
+    certain = np.eye(2)[[0, 1, 1]], np.asarray([0, 1, 1])
+    calibrated(run, dev=certain)
+    expected = "The student is not calibrated: no temperature between 0.05 and 20 makes the labels of dev most likely"
+    assert any(text.startswith(expected) for text in notices(read(run))) and expected in written(run)[1].text
+    calibrated(run, dev=too_sure(3.0), test=too_sure(0.3))
+    harm = [text for text in notices(read(run)) if "makes the labels of test less likely" in text]
+    assert len(harm) == 1 and "evaluate.calibrate: false" in harm[0]
 
 
 def test_damaged_predictions_are_named(tmp_path):

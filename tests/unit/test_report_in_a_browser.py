@@ -2,10 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 from run_folders import change, figures, make_run, read
 
+from pkd_dist.evaluation.calibration import calibrate
 from pkd_dist.report import pages
 
 WIDTHS = (400, 1280)
@@ -62,6 +64,13 @@ def add_splits(out):
     out["results"]["splits"] = {"dev_mismatched": part, "test": part, "a_split_of_a_long_name": part}
 
 
+def add_calibration(out):
+    rng = np.random.default_rng(0)
+    given = 3 * rng.normal(size=(300, 2)), rng.integers(2, size=300)
+    names = ("dev", "test", "a_split_of_a_long_name")
+    out["results"]["calibration"] = calibrate(*(dict.fromkeys(names, each) for each in given))
+
+
 def add_long_note(out):
     out["sets"]["train"]["notes"] = [
         "/a/folder/with_a_very_long_name_that_has_no_place_to_break/" * 3 + "train.tsv: 3 rows are left out"
@@ -74,6 +83,7 @@ def made(tmp_path_factory):
     top = tmp_path_factory.mktemp("pages")
     binary = make_run(top / "binary/run")
     change(binary, "evaluate", add_splits)
+    change(binary, "evaluate", add_calibration)
     change(binary, "data", add_long_note)
     names = tuple(f"class number {i}: {'a_long_name_without_spaces' * (1 + i % 3)}" for i in range(150))
     runs = {
