@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, run_program, stamp
+from benchmarks.common import RESULTS, choices, run_program, stamp
 from pkd_dist.config.paths import project_path
 from pkd_dist.files import folder_written_atomically, write_json
 
@@ -53,9 +53,11 @@ def make_student(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_tokenizers", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/two-tokenizers"))
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods; those of another call stay in the table")
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
+    chosen = choices(options.methods, METHODS, "--methods", parser)
 
     def work() -> None:
         from pkd_dist.comparison.runner import Comparison
@@ -65,8 +67,9 @@ def main() -> None:
             student.parent.mkdir(parents=True, exist_ok=True)
             make_student(student)
         seeds = [int(seed) for seed in options.seeds.split(",")]
+        methods = {name: METHODS[name] for name in chosen}
         made = Comparison(
-            str(CONFIG), [f"student.init={student}"], METHODS, seeds, options.output, "", options.jobs
+            str(CONFIG), [f"student.init={student}"], methods, seeds, options.output, "", options.jobs
         ).run()
         write_json(RESULTS / "two_tokenizers.json", {**stamp(), **made})
 
