@@ -116,7 +116,7 @@ class TableSpec:
 
 
 def _list_as_text(values: list[object], column: str, where: Callable[[], str]) -> str:
-    texts = [_as_text(value, f"a value of {column}", where) for value in values]
+    texts = [value if value is None else _as_text(value, f"a value of {column}", where) for value in values]
     if None in texts:
         raise UserError(f"{where()}: a value of {column} is null or NaN; remove it from the list")
     return json.dumps(texts, ensure_ascii=False)
