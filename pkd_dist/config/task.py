@@ -120,7 +120,7 @@ class Task(Section):
     )
     label_separator: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="`multilabel` only: what separates the classes in the text of a label column. null: `|`. Lists need none.",
+        description="`multilabel` only: what separates the classes in the text of a label column. null: a vertical bar. Lists need none.",
     )
     kind: Literal["classification", "regression", "multilabel"] | None = Field(
         None,

@@ -140,8 +140,9 @@ def require_supported_outputs(
         problem = "is a classifier with a single output"
     else:
         return
+    classes = "classes of each text" if multilabel else "one class for each text"
     raise UserError(
-        f"{name} {problem} (problem_type {problem_type} in its config.json); supported: one class for each text, or a "
+        f"{name} {problem} (problem_type {problem_type} in its config.json); supported: {classes}, or a "
         f"regression with one output; {_remedy(key)}",
         key,
     )

@@ -138,7 +138,7 @@ def _on_data(run: Run) -> Iterator[str]:
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         yield (
             f"The classes are imbalanced: {counts[most]:,} training examples of {run.class_names[most]}, {counts[least]:,} "
-            f"of {run.class_names[least]}. {METRICS['f1_micro'].capitalize() if run.task.multilabel else 'Accuracy'} says little about rare "
+            f"of {run.class_names[least]}. {'Micro F1' if run.task.multilabel else 'Accuracy'} says little about rare "
             "classes; see the F1 of each class."
         )
 
