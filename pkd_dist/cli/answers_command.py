@@ -42,6 +42,10 @@ def answers(
         marker = Markers(run, translate).read("data") if (run / "config.yaml").is_file() else None
         if marker is None or not marker.outputs:
             raise UserError(f"{run}: is not the folder of a run; give one, such as runs/demo")
+        if load(str(run / "config.yaml")).task.is_multilabel:
+            raise UserError(
+                f"{run}: is a multilabel task, which teacher.answers cannot teach; give a run with one class a text"
+            )
         names = list(map(str, cast(list[str], marker.outputs["class_names"])))
         scale = cast(dict[str, float] | None, marker.outputs.get("scale"))
         cached = load(str(run / "config.yaml")).cache.dir

@@ -111,6 +111,10 @@ def _evaluated(run: Path) -> tuple[dict[str, Predictions], Results]:
     answers = predictions.read(path)
     if any(logits_NC.shape[1] == 1 for found in answers.values() for logits_NC in found.logits.values()):
         raise UserError(f"{run}: is a regression, whose answers have no confidence; give the run of a classification")
+    if any(found.multilabel for found in answers.values()):
+        raise UserError(
+            f"{run}: is a multilabel task, whose answers have no single confidence; give a run with one class a text"
+        )
     results: Results = marker.outputs["results"]  # type: ignore[index, assignment]
     if "agreement" in results["student"]:  # its labels are the teacher's predictions
         answers = {

@@ -10,9 +10,11 @@ from pkd_dist.cli.options import (
     DEMO_DATA,
     FileSplitSettings,
     LabelColumn,
+    LabelSeparator,
     TaskKind,
     TextColumns,
     data_or_demo,
+    label_of,
     named_as_options,
     run_command,
     split_overrides,
@@ -41,6 +43,7 @@ def prepare(
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
+    label_separator: LabelSeparator = None,
     split_setting: FileSplitSettings = None,
     duplicates: Annotated[
         str, typer.Option(help="Texts in several splits: keep and report them, drop them, or refuse.")
@@ -65,9 +68,12 @@ def prepare(
 
     def work() -> None:
         folder = data_or_demo(data, task)
-        options = {"name": task, "data": folder, "text": text, "label": label, "kind": kind, "duplicates": duplicates}
+        options = {
+            "name": task, "data": folder, "text": text, "label": label_of(label), "kind": kind,
+            "label_separator": label_separator, "duplicates": duplicates,
+        }  # fmt: skip
         overrides = [*task_overrides(options), *split_overrides(split_setting)]
-        if task == "custom" and label is None:
+        if task == "custom" and not label:
             overrides.append("task.label=null")
         with named_as_options():
             _prepare(folder, [*overrides, f"task.max_length={max_length}"], model, max_length)

@@ -15,10 +15,12 @@ from pkd_dist.cli.options import (
     DEMO_DATA,
     FileSplitSettings,
     LabelColumn,
+    LabelSeparator,
     TaskKind,
     TaskName,
     TextColumns,
     data_or_demo,
+    label_of,
     named_as_options,
     numbers,
     run_command,
@@ -84,6 +86,7 @@ def evaluate(
     text: TextColumns = None,
     label: LabelColumn = None,
     kind: TaskKind = None,
+    label_separator: LabelSeparator = None,
     split_setting: FileSplitSettings = None,
     class_name: Annotated[
         list[str] | None,
@@ -118,7 +121,8 @@ def evaluate(
 
         folder = data_or_demo(data, task)
         options: dict[str, object] = {
-            "name": task, "data": folder, "text": text, "label": label, "kind": kind, "positive": positive,
+            "name": task, "data": folder, "text": text, "label": label_of(label), "kind": kind, "positive": positive,
+            "label_separator": label_separator,
         }  # fmt: skip
         options["class_names"] = _class_names(class_name) if class_name else None
         overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options), *split_overrides(split_setting)]
@@ -167,6 +171,8 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")] = 32,
 ) -> None:
     """Classify texts with any fine-tuned folder: one JSON object a line, with label names and probabilities.
+
+    Where a text can have several classes, an answer has `labels`, those with a score above 0.5, and the `scores` of all.
 
     The other columns of a table are kept; one that has the name of a key of the answer, such as label, becomes input_label. Values that
     JSON does not have, such as dates, become text, infinity and NaN become null.

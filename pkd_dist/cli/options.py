@@ -24,8 +24,14 @@ TaskName = Annotated[str, typer.Option(help="A GLUE task (`pkd prepare --help` l
 TextColumns = Annotated[
     list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs of texts.")
 ]
-LabelColumn = Annotated[str | None, typer.Option(help="`custom`: the label column.")]
-TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification or regression.")]
+LabelColumn = Annotated[
+    list[str] | None,
+    typer.Option(help="`custom`: the label column; of a multilabel task also one for each class: repeat it."),
+]
+LabelSeparator = Annotated[
+    str | None, typer.Option(help="`multilabel`: what separates the classes in a label; default: |.")
+]
+TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification, regression or multilabel.")]
 
 FileSplitSettings = Annotated[
     list[str] | None,
@@ -35,7 +41,7 @@ FileSplitSettings = Annotated[
 ]
 
 OPTIONS = {
-    "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.kind": "--kind",
+    "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.label_separator": "--label-separator", "task.kind": "--kind",
     "task.class_names": "--class-name", "task.positive": "--positive", "task.max_length": "--max-length",
     **{f"task.split.{key}": f"--split-setting {key}" for key in ("dev", "test", "seed", "stratify", "group")},
     "task.split": "--split-setting", "task.duplicates": "--duplicates",
@@ -50,6 +56,11 @@ DEMO_DATA = "data/movie-reviews"
 def task_overrides(options: Mapping[str, object]) -> list[str]:
     """Return task options as configuration overrides; the value is JSON, so it is taken as it was typed."""
     return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+
+
+def label_of(columns: Sequence[str] | None) -> str | list[str] | None:
+    """Return the value of `task.label`: one column, or a list."""
+    return columns[0] if columns and len(columns) == 1 else list(columns) if columns else None
 
 
 def split_overrides(settings: Sequence[str] | None) -> list[str]:

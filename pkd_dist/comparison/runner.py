@@ -84,7 +84,11 @@ def train_command(launcher: str) -> list[str]:
 
 def _unset(task: Task) -> dict[str, bool]:
     """Return the settings that earlier versions did not have, if they are at their defaults, so that digests stay the same."""
-    return {name: True for name in ("split", "duplicates") if getattr(task, name) == Task.model_fields[name].default}
+    return {
+        name: True
+        for name in ("split", "duplicates", "label_separator")
+        if getattr(task, name) == Task.model_fields[name].default
+    }
 
 
 def _as_json(overrides: Overrides) -> Overrides:

@@ -21,8 +21,8 @@ class Distill(Section):
     alpha: Fraction = Field(
         0.5,
         description="Weight of the teacher's soft predictions in the loss (1 - alpha) * CE + alpha * DS + beta * PT + gram * "
-        "GRAM + relations * REL + attention * ATT. CE: cross-entropy with the label (regression: squared error). DS: distance "
-        "from the teacher's softened predictions. PT: distance between paired hidden states of student and teacher, the "
+        "GRAM + relations * REL + attention * ATT. CE: cross-entropy with the label (regression: squared error; multilabel: binary "
+        "cross-entropy, mean over classes). DS: distance from the teacher's softened predictions. PT: distance between paired hidden states of student and teacher, the "
         "patience term. The others: see the keys of their weights.",
     )
     beta: NonNegative = Field(
@@ -80,7 +80,8 @@ class Distill(Section):
         "batchmean",
         description="`batchmean`: KL summed over classes, mean over examples, times T^2. `mean` (preset `authors`): the "
         "same divided by the number of classes. `soft_ce` (`paper`): soft cross-entropy summed over classes, without T^2. "
-        "`soft_ce_mean` (`seed`): the same divided by the number of classes. T: distill.temperature.",
+        "`soft_ce_mean` (`seed`): the same divided by the number of classes. T: distill.temperature. Of a multilabel task, each "
+        "class is a distribution over two outcomes, and DS is the mean of theirs.",
     )
     pt_reduction: Literal["sum", "mean", "pair_sum"] = Field(
         "mean",

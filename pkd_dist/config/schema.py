@@ -287,7 +287,7 @@ class Evaluate(Section):
     best_by: Literal["metric", "divergence"] = Field(
         "metric",
         description="What selects the student's best epoch on dev: the task's main `metric`, or the smallest `divergence` from "
-        "the teacher (mean KL(teacher || student) at temperature 1 in nats; regression: mean squared difference of the "
+        "the teacher (mean KL(teacher || student) at temperature 1 in nats, of a multilabel task also over the classes; regression: mean squared difference of the "
         "standardized outputs), which is less noisy and uses no labels.",
     )
     calibrate: bool = Field(
@@ -443,6 +443,22 @@ class Config(Section):
         if self.teacher.answers and not self.task.class_names:
             raise ValueError(
                 "teacher.answers without labels need task.class_names: nothing else names the columns of classes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_multilabel_cannot_do(self) -> Config:
+        if not self.task.is_multilabel:
+            return self
+        if self.evaluate.calibrate:
+            raise ValueError(
+                "evaluate.calibrate cannot be used with task.kind multilabel: the thresholds of the classes move its scores; set it "
+                "to false"
+            )
+        if self.teacher.answers:
+            raise ValueError(
+                "teacher.answers cannot be used with task.kind multilabel: the probabilities of its classes have no sum; give a "
+                "teacher.model"
             )
         return self
 

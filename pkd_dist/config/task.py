@@ -8,6 +8,13 @@ from pydantic import Field, field_validator, model_validator
 
 from pkd_dist.config.section import Count, Fraction, Positive, Section
 
+METRICS_OF = {
+    "classification": ("accuracy", "mcc", "f1"),
+    "regression": ("pearson_spearman",),
+    "multilabel": ("f1_micro", "f1_macro", "f1_samples", "map", "subset_accuracy"),
+}
+"""`task.kind` -> the values of `task.metric` that it has, the default first."""
+
 _TEXTS = 200_000
 """With `task.augment.copies: auto`, about the number of texts that the student learns from."""
 
@@ -105,17 +112,31 @@ class Task(Section):
         128, description="Maximum input length in tokens. Longer inputs are truncated."
     )
     text: list[str] | None = Field(None, description="`custom` only: one or two text columns.")
-    label: str | None = Field(
+    label: str | list[str] | None = Field(
         None,
         description="`custom` only: the label column. An explicit null: there are no labels. The student then learns from a given "
         "teacher alone (distill.alpha is 1), and every score is its agreement with the teacher. A training file without the label "
-        "column has no labels either; dev then needs it.",
+        "column has no labels either; dev then needs it. `multilabel` only: also a list of columns of 0 and 1, one for each class.",
     )
-    kind: Literal["classification", "regression"] | None = Field(None, description="`custom` only: kind of the label.")
-    metric: Literal["accuracy", "mcc", "f1", "pearson_spearman"] | None = Field(
+    label_separator: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="Metric that selects the best epoch. null: the task's own; for `custom`, accuracy or pearson_spearman.",
+        description="`multilabel` only: what separates the classes in the text of a label column. null: a vertical bar. Lists need none.",
     )
+    kind: Literal["classification", "regression", "multilabel"] | None = Field(
+        None,
+        description="`custom` only: kind of the label. `multilabel`: a text can have several classes, or none (docs/data.md).",
+    )
+    metric: (
+        Literal[
+            "accuracy", "mcc", "f1", "pearson_spearman",
+            "f1_micro", "f1_macro", "f1_samples", "map", "subset_accuracy",
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Metric that selects the best epoch. null: the task's own; for `custom`, accuracy, pearson_spearman or, of a "
+        "`multilabel` task, f1_micro. The last five are for `multilabel`.",
+    )  # fmt: skip
     class_names: dict[str, str] | None = Field(
         None,
         description="Name of each class by label value, such as `{0: negative, 1: positive}`: the names in the exported "
@@ -184,9 +205,61 @@ class Task(Section):
         for key in ("metric", "positive", "class_weights"):
             if getattr(self, key) is not None:
                 raise ValueError(f"task.{key} needs labels, but task.label is null; remove it")
-        if self.kind == "regression":
-            raise ValueError("task.kind regression needs labels, but task.label is null; give the label column")
+        if self.kind in ("regression", "multilabel"):
+            raise ValueError(f"task.kind {self.kind} needs labels, but task.label is null; give the label column")
+        if self.label_separator is not None:
+            raise ValueError("task.label_separator needs labels, but task.label is null; remove it")
         return self
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a text can have several classes."""
+        return self.kind == "multilabel"
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The label columns: one, or one for each class; empty without labels."""
+        if self.label is None:
+            return []
+        return [self.label] if isinstance(self.label, str) else self.label
+
+    def _require_labels(self) -> None:
+        """Check what a label column, or several, can be."""
+        texts = self.text or []
+        if both := next((name for name in self.label_columns if name in texts), None):
+            raise ValueError(f"task.label: {both} is also a text column; name the label column")
+        if not self.is_multilabel:
+            if isinstance(self.label, list):
+                raise ValueError("task.label can be a list only with task.kind multilabel; name one column")
+            if self.label_separator is not None:
+                raise ValueError("task.label_separator is allowed only with task.kind multilabel; remove it")
+            return
+        if isinstance(self.label, list):
+            if len(self.label) < 2 or len(set(self.label)) < len(self.label):
+                raise ValueError(
+                    f"task.label must name two or more different columns, one for each class, not {self.label}"
+                )
+            if self.label_separator is not None:
+                raise ValueError("task.label_separator cannot be used with one label column for each class; remove it")
+            if self.class_names is not None and set(self.class_names) != set(self.label):
+                raise ValueError(
+                    f"task.class_names must name the columns of task.label, {', '.join(self.label)}, not "
+                    f"{', '.join(self.class_names)}"
+                )
+        for key, why in (
+            ("positive", "every class is positive or not in each text"),
+            ("class_weights", "the loss weights all classes alike"),
+        ):
+            if getattr(self, key) is not None:
+                raise ValueError(f"task.{key} cannot be used with task.kind multilabel: {why}; remove it")
+        if self.split and self.split.stratify:
+            raise ValueError(
+                "task.split.stratify cannot be used with task.kind multilabel: a text can have several classes; remove it"
+            )
+        if self.augment and self.augment.min_confidence:
+            raise ValueError(
+                "task.augment.min_confidence cannot be used with task.kind multilabel: a text may have no class at all; set it to 0"
+            )
 
     @model_validator(mode="after")
     def _custom_keys(self) -> Task:
@@ -200,12 +273,10 @@ class Task(Section):
                 return self._label_free()
             if len(self.text) > 2 or len(set(self.text)) < len(self.text):
                 raise ValueError(f"task.text must name one or two different columns, not {self.text}")
-            if self.label in self.text:
-                raise ValueError(f"task.label: {self.label} is also a text column; name the label column")
-            regression = self.kind == "regression"
-            if self.metric and regression != (self.metric == "pearson_spearman"):
+            self._require_labels()
+            kind = self.kind or "classification"
+            if self.metric and self.metric not in METRICS_OF[kind]:
                 raise ValueError(
-                    f"task.metric {self.metric} cannot be used with task.kind {self.kind or 'classification'}; allowed: "
-                    + ("pearson_spearman" if regression else "accuracy, mcc, f1")
+                    f"task.metric {self.metric} cannot be used with task.kind {kind}; allowed: {', '.join(METRICS_OF[kind])}"
                 )
         return self

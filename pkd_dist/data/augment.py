@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from pkd_dist.config.task import Augment
-from pkd_dist.data.examples import NewTexts, Split, unlabelled
+from pkd_dist.data.examples import NewTexts, Split, unlabelled_like
 from pkd_dist.data.neighbours import Neighbours
 from pkd_dist.errors import UserError
 
@@ -74,7 +74,7 @@ def augment(
                 new.add(texts)
     source = f"{split.source}, augmented"
     notes, ids_N = new.notes(source), np.frombuffer(new.ids, np.int64)
-    labels_N = unlabelled(len(ids_N), split.labels_N.dtype.kind == "f")
+    labels_N = unlabelled_like(split.labels_N, len(ids_N))
     return Split(ids_N, new.texts, labels_N, split.classes, source, notes)
 
 

@@ -31,7 +31,7 @@ class Batch:
         rows_B: int64 positions in the token set; empty if the batch was gathered on the device.
         ids_B: int64 example ids, the keys of the teacher cache; empty if the batch was gathered on the device.
         input_ids_BL, attention_mask_BL, type_ids_BL: int64; type_ids_BL is None if the tokenizer has no token types.
-        labels_B: int64 or float32.
+        labels_B: int64 or float32; (B, C) float32 for multi-label.
         weight_B: float32, 1 / size of the global batch, or 0 for padding rows; sums to 1 over micro-batches and ranks.
         tokens: number of tokens without padding.
         teacher_logits_BC: the teacher's logits, or None.

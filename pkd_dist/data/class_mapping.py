@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 _UNNAMED = re.compile(r"LABEL_(\d+)", re.IGNORECASE)
-_MULTI_LABEL, _SINGLE_LABEL, _REGRESSION = "multi_label_classification", "single_label_classification", "regression"
+MULTI_LABEL, _SINGLE_LABEL, _REGRESSION = "multi_label_classification", "single_label_classification", "regression"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _positive(
         if given is not None:
             raise UserError(f"{given!r}: only two classes have a positive one, not {len(classes)}", "task.positive")
         return None, ""
-    if not task.has_labels:
+    if not task.has_labels or task.multilabel:
         return None, ""
     if given is not None:
         index = {key: i for keys in (names, classes) for i, key in enumerate(keys)}
@@ -112,17 +112,27 @@ def output_names(config: PretrainedConfig) -> list[str]:
     return [names[i] for i in sorted(names)]
 
 
-def require_supported_outputs(problem_type: str | None, outputs: int, name: str, key: str | None) -> None:
+def is_multilabel(config: PretrainedConfig) -> bool:
+    """Return whether a model gives each text any number of classes."""
+    return getattr(config, "problem_type", None) == MULTI_LABEL
+
+
+def require_supported_outputs(
+    problem_type: str | None, outputs: int, name: str, key: str | None, multilabel: bool = False
+) -> None:
     """Check that a model gives one class for each text, or one number.
 
     Args:
         problem_type: Of its configuration. None, as in older models, means a regression if there is one output and a
             classification otherwise.
+        multilabel: A model that gives any number of classes can be used, too.
 
     Raises:
         UserError: It is a multi-label classifier, a regression with several outputs, or a classifier with one output.
     """
-    if problem_type == _MULTI_LABEL:
+    if problem_type == MULTI_LABEL and multilabel:
+        return
+    if problem_type == MULTI_LABEL:
         problem = "is a multi-label classifier: a text can have several of its classes"
     elif problem_type == _REGRESSION and outputs != 1:
         problem = f"is a regression with {outputs} outputs"
@@ -130,8 +140,9 @@ def require_supported_outputs(problem_type: str | None, outputs: int, name: str,
         problem = "is a classifier with a single output"
     else:
         return
+    classes = "classes of each text" if multilabel else "one class for each text"
     raise UserError(
-        f"{name} {problem} (problem_type {problem_type} in its config.json); supported: one class for each text, or a "
+        f"{name} {problem} (problem_type {problem_type} in its config.json); supported: {classes}, or a "
         f"regression with one output; {_remedy(key)}",
         key,
     )
@@ -163,8 +174,14 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     """
     kind, names = getattr(config, "problem_type", None), output_names(config)
     outputs = len(names)
-    require_supported_outputs(kind, outputs, name, key)
+    require_supported_outputs(kind, outputs, name, key, task.multilabel)
     require_distinct_names(names, name, key)
+    if task.multilabel and kind != MULTI_LABEL:
+        raise UserError(
+            f"{name} is no multi-label classifier (problem_type {kind} in its config.json, not {MULTI_LABEL}), but task.kind is "
+            f"multilabel; {_remedy(key)}",
+            key,
+        )
     if task.regression and outputs != 1:
         raise UserError(f"{name} has {outputs} outputs, but a regression needs 1; {_remedy(key)}", key)
     if not task.regression and outputs == 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pkd_dist.data.examples import Split, is_labelled, select, text_hashes
+from pkd_dist.data.examples import Split, class_counts, is_labelled, select, text_hashes
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 
@@ -53,7 +53,7 @@ class Hashed:
         found_N, relabelled_N = np.zeros((2, len(self.hash_N)), bool)
         labelled_N = is_labelled(self.split.labels_N)
         for row in np.flatnonzero(np.isin(self.hash_N, list(known))).tolist():
-            text, label = int(self.hash_N[row]), self.split.labels_N[row].item()
+            text, label = int(self.hash_N[row]), _label(self.split, row)
             if text in labels_of:
                 found_N[row] = True
                 relabelled_N[row] = labelled_N[row] and label not in labels_of[text]
@@ -68,17 +68,23 @@ class Hashed:
         return " and ".join(repr(t if len(t) <= _MAX_SHOWN else f"{t[:_MAX_SHOWN]}...") for t in texts)
 
 
+def _label(split: Split, row: int) -> object:
+    """Return a label that can be compared: a class, a number, or the 0 and 1 of all classes."""
+    label = split.labels_N[row].tolist()
+    return tuple(label) if isinstance(label, list) else label
+
+
 def _repeated(hash_N: np.ndarray) -> np.ndarray:
     values, counts = np.unique(hash_N, return_counts=True)
     repeated: np.ndarray = values[counts > 1]
     return repeated
 
 
-def _labels_of(hashed: Hashed, known: set[int]) -> dict[int, set[float]]:
+def _labels_of(hashed: Hashed, known: set[int]) -> dict[int, set[object]]:
     """Return the labels that each known text has."""
-    labels: dict[int, set[float]] = {}
+    labels: dict[int, set[object]] = {}
     for row in np.flatnonzero(np.isin(hashed.hash_N, list(known))).tolist():
-        labels.setdefault(int(hashed.hash_N[row]), set()).add(hashed.split.labels_N[row].item())
+        labels.setdefault(int(hashed.hash_N[row]), set()).add(_label(hashed.split, row))
     return labels
 
 
@@ -161,9 +167,10 @@ def _dropped(name: str, hashed: Mapping[str, Hashed], task: Task) -> Hashed:
 
 
 def _require_left(name: str, split: Split, keep_N: np.ndarray, task: Task, note: str) -> None:
-    lost = set()
-    if name == "train" and not task.regression:
-        lost = set(split.labels_N.tolist()) - set(split.labels_N[keep_N].tolist())
+    lost: set[int] = set()
+    if name == "train" and not task.regression and split.classes:
+        before_C, left_C = (class_counts(of_N, len(split.classes)) for of_N in (split.labels_N, split.labels_N[keep_N]))
+        lost = set(np.flatnonzero((before_C > 0) & (left_C == 0)).tolist())
     if lost or not keep_N.any():
         what = f"of {task.names_of([split.classes[min(lost)]])[0]} " if lost and keep_N.any() else ""
         raise UserError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _BLOCK_EXAMPLES = 4096
 UNLABELLED = -1
-"""Class index of an example without a label. Regression uses NaN; `is_labelled` handles both."""
+"""Class index of an example without a label. Regression and multi-label use NaN; `is_labelled` handles both."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Split:
     Attributes:
         ids_N: int64, unique; see `example_ids`.
         texts: one or two columns of N strings.
-        labels_N: int64 class indices, or float32 values for regression; see `is_labelled`.
+        labels_N: int64 class indices, float32 values for regression, or (N, C) float32 of 0 and 1 for multi-label; see
+            `is_labelled`.
         classes: values of the label column in class order; empty for regression.
         source: file or hub split that it was read from.
         notes: what was skipped and why, for people.
@@ -66,7 +67,9 @@ def is_labelled(labels: torch.Tensor) -> torch.Tensor: ...
 
 
 def is_labelled(labels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Return a boolean mask of the labels that are set, in the shape of `labels` (integer classes or floats)."""
+    """Return a boolean mask (N,) of the examples whose label is set: (N,) integer classes or floats, or (N, C) floats."""
+    if labels.ndim == 2:
+        labels = labels[:, 0]
     if isinstance(labels, np.ndarray):
         return ~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0
     return ~labels.isnan() if labels.is_floating_point() else labels >= 0
@@ -75,6 +78,31 @@ def is_labelled(labels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 def unlabelled(count: int, regression: bool) -> np.ndarray:
     """Return labels (count,) that mark every example as unlabeled: read-only, one number in memory."""
     return np.broadcast_to(np.float32(np.nan) if regression else np.int64(UNLABELLED), (count,))
+
+
+def unlabelled_sets(count: int, classes: int) -> np.ndarray:
+    """Return multi-label labels (count, classes) that mark every example as unlabeled: read-only, one number in memory."""
+    return np.broadcast_to(np.float32(np.nan), (count, max(1, classes)))  # also where no class is known
+
+
+def unlabelled_like(labels_N: np.ndarray, count: int) -> np.ndarray:
+    """Return labels of `count` unlabeled examples, of the kind of other labels."""
+    if labels_N.ndim == 2:
+        return unlabelled_sets(count, labels_N.shape[1])
+    return unlabelled(count, labels_N.dtype.kind == "f")
+
+
+def present(labels_NC: np.ndarray) -> np.ndarray:
+    """Return which classes some example of multi-label labels has, booleans (C,)."""
+    return np.asarray((labels_NC > 0).any(axis=0))
+
+
+def class_counts(labels_N: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of labeled examples of each class, int64 (C,)."""
+    known = labels_N[is_labelled(labels_N)]
+    if labels_N.ndim == 2:
+        return np.asarray(known.sum(axis=0)).astype(np.int64)
+    return np.bincount(known, minlength=classes)
 
 
 def example_ids(texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -32,8 +32,10 @@ def write(folder: Path, data: str, splits: Mapping[str, Split], task: Task) -> N
     part_of = np.full(1 + max(max(split.rows) for split in splits.values()), -1, np.int8)  # by row number
     for part, split in enumerate(splits.values()):
         part_of[np.asarray(split.rows)] = part
-    columns = (*task.text, *([task.label] if task.has_labels else []))
-    spec = TableSpec(columns, headerless=task.headerless, allow_short=task.skip_broken, keep_others=True)
+    columns = (*task.text, *(task.label_columns if task.has_labels else ()))
+    spec = TableSpec(
+        columns, headerless=task.headerless, allow_short=task.skip_broken, keep_others=True, lists=task.list_columns
+    )
     table = read_file(project_path(data), spec)
     with contextlib.ExitStack() as stack:
         paths = [stack.enter_context(written_atomically(folder / f"{name}.jsonl")) for name in splits]

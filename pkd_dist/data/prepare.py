@@ -23,7 +23,7 @@ from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.data import parts, text, tokens
 from pkd_dist.data.augment import augment
 from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, is_labelled, without
+from pkd_dist.data.examples import Split, class_counts, is_labelled, without
 from pkd_dist.data.neighbours import Neighbours
 from pkd_dist.data.sources import is_file
 from pkd_dist.data.tasks import Task
@@ -127,7 +127,8 @@ def _unlabelled_splits(
     """Yield the unlabeled and the augmented text, without repeats and without texts of the splits."""
     unlabeled = []
     if config.unlabeled:
-        unlabeled = [without(text.read_unlabeled(config.unlabeled, task), *splits.values())]
+        classes = splits["train"].classes
+        unlabeled = [without(text.read_unlabeled(config.unlabeled, task, classes), *splits.values())]
         yield from unlabeled
     if config.augment:
 
@@ -161,7 +162,7 @@ def _tokenize(
     labelled_N = is_labelled(split.labels_N)
     per_class = None
     if split.classes:
-        per_class = np.bincount(split.labels_N[labelled_N], minlength=len(split.classes)).tolist()
+        per_class = class_counts(split.labels_N, len(split.classes)).tolist()
     summary = TokenSetSummary(
         source=split.source,
         examples=len(token_set),

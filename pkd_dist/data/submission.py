@@ -19,7 +19,8 @@ def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: 
         folder: existing folder to write to.
         split: name of the split.
         task: its file names and kind.
-        logits_NC: one row per example, in the order of the data file; (N, 1) for regression.
+        logits_NC: one row per example, in the order of the data file; (N, 1) for regression. A text has the classes with logits
+            above 0, if it can have several.
         classes: values of the label column in the order of the logits.
 
     Returns:
@@ -37,7 +38,10 @@ def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: 
 
 
 def _predictions(task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> Iterator[str]:
-    if not task.regression:
+    if task.multilabel:
+        for logits_C in logits_NC:
+            yield task.label_separator.join(name for name, logit in zip(classes, logits_C, strict=True) if logit > 0)
+    elif not task.regression:
         yield from (classes[i] for i in logits_NC.argmax(axis=1))
     elif task.value_range:
         yield from (

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from pkd_dist.data.duplicates import Hashed, Overlap
-from pkd_dist.data.examples import Split, is_labelled
+from pkd_dist.data.examples import Split, class_counts, is_labelled
 from pkd_dist.data.tasks import Task
 from pkd_dist.telemetry.markup import printable
 
@@ -48,11 +48,12 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     """
     classes = splits["train"].classes
     labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
-    count_SC = np.array([np.bincount(s.labels_N, minlength=len(classes)) for s in labelled.values()])
+    count_SC = np.array([class_counts(s.labels_N, len(classes)) for s in labelled.values()])
+    total_S = [len(split) for split in labelled.values()]
     table = _table("class", *labelled)
 
     def add(name: str, count_S: np.ndarray) -> None:
-        shares = zip(count_S, count_SC.sum(axis=1), strict=True)
+        shares = zip(count_S, total_S, strict=True)
         table.add_row(printable(name), *(f"{count:,} ({count / total:.1%})" for count, total in shares))
 
     names = task.names_of(classes)
@@ -63,6 +64,8 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     if len(rest):
         low, high = count_SC[0, rest].min(), count_SC[0, rest].max()
         add(f"{len(rest)} more, {low:,} to {high:,} each in train", count_SC[:, rest].sum(axis=1))
+    if task.multilabel:
+        add("no class", np.array([int((split.labels_N.sum(axis=1) == 0).sum()) for split in labelled.values()]))
     return table
 
 
@@ -85,6 +88,8 @@ def _labels(split: Split) -> str:
     labels_N = split.labels_N
     if not is_labelled(labels_N).any():
         return "unlabeled"
+    if labels_N.ndim == 2:
+        return f"{int(labels_N.any(axis=0).sum())} classes, {labels_N.sum(axis=1).mean():.2f} a text"
     if labels_N.dtype.kind == "f":
         return f"{labels_N.min():g} to {labels_N.max():g}, mean {labels_N.mean():.2f}"
     return f"{len(np.unique(labels_N))} classes"

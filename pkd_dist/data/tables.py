@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import reprlib
 import zlib
@@ -61,21 +62,23 @@ class TableSpec:
 
     Attributes:
         columns: names, in the order in which values are returned.
-        optional: the one of them that may be missing.
+        optional: those of them that may be missing.
         headerless: all columns of a TSV file that has no header line.
         allow_short: yield a line with too few fields as a row without values instead of raising an error.
         keep_others: fill `Table.others`.
+        lists: those of the columns whose value may be a list of texts and numbers, which is returned as JSON.
     """
 
     columns: tuple[str, ...]
-    optional: str | None = None
+    optional: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()
     allow_short: bool = False
     keep_others: bool = False
+    lists: tuple[str, ...] = ()
 
     def missing(self, available: Collection[str]) -> str | None:
         """Return the first required column that is not available."""
-        return next((name for name in self.columns if name not in available and name != self.optional), None)
+        return next((name for name in self.columns if name not in available and name not in self.optional), None)
 
     def add_unused(self, available: Iterable[str], unused: dict[str, None]) -> None:
         """Add the columns that are not requested to `unused`."""
@@ -103,9 +106,20 @@ class TableSpec:
         """
         values = map(record.get, self.columns)
         return [
-            value if value is None or type(value) is str else _as_text(value, column, where)
+            value
+            if value is None or type(value) is str
+            else _list_as_text(value, column, where)
+            if column in self.lists and isinstance(value, list)
+            else _as_text(value, column, where)
             for column, value in zip(self.columns, values, strict=True)
         ]
+
+
+def _list_as_text(values: list[object], column: str, where: Callable[[], str]) -> str:
+    texts = [value if value is None else _as_text(value, f"a value of {column}", where) for value in values]
+    if None in texts:
+        raise UserError(f"{where()}: a value of {column} is null or NaN; remove it from the list")
+    return json.dumps(texts, ensure_ascii=False)
 
 
 def _as_text(value: object, column: str, where: Callable[[], str]) -> str | None:

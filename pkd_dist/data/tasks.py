@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pkd_dist.config.task import FileSplit
+from pkd_dist.config.task import METRICS_OF, FileSplit
 from pkd_dist.config.task import Task as TaskConfig
 from pkd_dist.errors import UserError
 from pkd_dist.metric_names import AGREEMENT
@@ -23,6 +23,8 @@ MAIN_METRICS = {
     "mcc": "MCC",
     "f1": "f_1",
     "pearson_spearman": "pearson_spearman",
+    **{name: name for name in ("f1_micro", "f1_macro", "f1_samples", "subset_accuracy")},
+    "map": "mAP",
     AGREEMENT: AGREEMENT,
 }
 """`task.metric` -> key of `results_eval.json` (`pearson_spearman` is the mean of both)."""
@@ -50,7 +52,7 @@ class Task:
 
     Attributes:
         text: the one or two text columns.
-        label: the label column.
+        label: the label column; the first, where each class has one.
         classes: values of the label column in class order; None: taken from the training split, sorted.
         class_names: names of the classes in the exported model, also accepted as labels; None: the values themselves.
         metric: a key of `MAIN_METRICS`.
@@ -58,6 +60,9 @@ class Task:
         positive_class: its label value or name; None: the data decides.
         positive_is_set: whether the user named it.
         regression: whether the label is a number.
+        multilabel: whether a text can have several classes, or none.
+        class_columns: the label columns of a multi-label task with one for each class; empty: there is a single one.
+        label_separator: what separates the classes in the text of a single one.
         splits: names of its splits, train first. Labels are optional in those that start with `test`.
         value_range: least and greatest regression target; None: any.
         files: split -> GLUE's file names without extension, where they differ from the split's name.
@@ -83,6 +88,9 @@ class Task:
     positive_class: str | None = None
     positive_is_set: bool = False
     regression: bool = False
+    multilabel: bool = False
+    class_columns: tuple[str, ...] = ()
+    label_separator: str = "|"
     splits: tuple[str, ...] = ("train", "dev", "test")
     value_range: tuple[float, float] | None = None
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -101,6 +109,21 @@ class Task:
     def has_labels(self) -> bool:
         """Whether the data has labels. Without, everything is scored by the teacher's predictions."""
         return self.label != NO_LABEL
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns that labels are read from."""
+        return self.class_columns or (self.label,)
+
+    @property
+    def list_columns(self) -> tuple[str, ...]:
+        """Those of them whose value may be a list."""
+        return (self.label,) if self.multilabel and not self.class_columns else ()
+
+    @property
+    def has_single_classes(self) -> bool:
+        """Whether each example has one of several classes: neither a number nor a set of classes."""
+        return not (self.regression or self.multilabel)
 
     @property
     def main_metric(self) -> str:
@@ -171,8 +194,8 @@ def resolve(config: TaskConfig) -> Task:
         UserError: unknown name, or a setting that does not suit the task.
     """
     task = replace(_named(config), file_split=config.split, duplicates=config.duplicates)
-    if config.split and config.split.group == task.label:
-        raise UserError(f"{task.label} is the label column; name another column", "task.split.group")
+    if config.split and config.split.group in task.label_columns:
+        raise UserError(f"{config.split.group} is the label column; name another column", "task.split.group")
     if config.split and config.split.stratify and (task.regression or not task.has_labels):
         what = "a regression has no classes" if task.regression else "needs labels, but task.label is null"
         raise UserError(f"{what}; remove it", "task.split.stratify")
@@ -182,9 +205,19 @@ def resolve(config: TaskConfig) -> Task:
 def _named(config: TaskConfig) -> Task:
     if config.name == "custom":
         assert config.text, "checked by the schema"
-        regression = config.kind == "regression"
-        metric = config.metric or ("pearson_spearman" if regression else "accuracy" if config.label else AGREEMENT)
-        task = Task("custom", tuple(config.text), config.label or NO_LABEL, metric=metric, regression=regression)
+        columns = config.label_columns
+        default = METRICS_OF[config.kind or "classification"][0] if columns else AGREEMENT
+        task = Task(
+            "custom",
+            tuple(config.text),
+            columns[0] if columns else NO_LABEL,
+            metric=config.metric or default,
+            regression=config.kind == "regression",
+            multilabel=config.is_multilabel,
+            label_separator=config.label_separator or Task.label_separator,
+        )
+        if isinstance(config.label, list):
+            task = replace(task, class_columns=tuple(columns), classes=tuple(columns), class_names=tuple(columns))
         return _with_classes(task, config)
     try:
         task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
@@ -194,9 +227,9 @@ def _named(config: TaskConfig) -> Task:
         raise UserError(
             f"unknown task {config.name!r}; {nearest}allowed: {', '.join(sorted(GLUE))}, custom", "task.name"
         ) from None
-    if own := [key for key in ("text", "label", "kind") if getattr(config, key) is not None]:
+    if own := [key for key in ("text", "label", "kind", "label_separator") if getattr(config, key) is not None]:
         raise UserError(f"is allowed only with task.name custom; {task.name} defines its own", f"task.{own[0]}")
-    if config.metric and task.regression != (config.metric == "pearson_spearman"):
+    if config.metric and config.metric not in METRICS_OF["regression" if task.regression else "classification"]:
         raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
     if task.classes and len(task.classes) == 2:
         task = replace(task, positive_class=task.classes[1])

@@ -11,7 +11,6 @@ for all its parts.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from pkd_dist.config.task import FileSplit
-from pkd_dist.data import duplicates, splitting
+from pkd_dist.data import duplicates, multilabel, splitting
+from pkd_dist.data.class_values import class_value, sorted_classes
 from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, example_ids, select, unlabelled
+from pkd_dist.data.examples import Split, example_ids, select, unlabelled, unlabelled_sets
 from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec
@@ -36,10 +36,8 @@ _HUB_UNLABELLED = "-1"
 _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
-_WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 _PLAIN_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 """Of what `float` reads, neither `1_000` nor digits of other scripts."""
-_NUMBERED = re.compile(r"(.*[^\W\d]\W*)([0-9]{1,9})", re.DOTALL)
 
 
 def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None) -> Split:
@@ -62,9 +60,9 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     )
     found = _content(source, split, task, labels_optional)
     known, notes = tuple(classes or task.classes or ()), found.notes
-    no_labels_N = unlabelled(len(found.numbers), task.regression)
+    no_labels_N = _unlabelled(len(found.numbers), task, known)
     examples = Split(example_ids(found.texts), found.texts, no_labels_N, known, found.table.name, notes)
-    if labels_optional and _all_empty(found.labels, known):
+    if labels_optional and all(_all_empty(column, known) for column in found.labels):
         if found.skipped and split.startswith("test"):
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
@@ -72,6 +70,8 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     labels_N, known = _read_labels(found, known, split, task)
     if split == "train":
         _require_two_classes(labels_N, found, task)
+    if split == "train" and task.multilabel:
+        examples = replace(examples, notes=(*notes, *multilabel.doubts(labels_N, task, known)))
     return replace(examples, labels_N=labels_N, classes=known)
 
 
@@ -110,11 +110,14 @@ def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> di
         labels_N, known = _read_labels(found, known, "train", task)
     else:
         labels_N = unlabelled(len(found.numbers), regression=False)
-    is_classified = task.has_labels and not task.regression
+    is_classified = task.has_labels and task.has_single_classes
     class_N = labels_N if is_classified else np.zeros(len(labels_N), np.int64)
     names = task.names_of(known) if is_classified else []
     table = splitting.Table(found.table.name, found.texts, class_N, names, found.groups)
     part_N, notes = splitting.split(table, task.file_split)
+    if task.multilabel:
+        for i, name in enumerate(splitting.parts(task.file_split)):
+            notes[name] += multilabel.lacking(labels_N[part_N == i], labels_N, task.names_of(known))
     if task.has_labels:
         _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
     whole = Split(example_ids(found.texts), found.texts, labels_N, known, found.table.name, rows=found.numbers)
@@ -129,19 +132,20 @@ def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> di
     }
 
 
-def read_unlabeled(files: Sequence[str], task: Task) -> Split:
+def read_unlabeled(files: Sequence[str], task: Task, classes: Sequence[str] = ()) -> Split:
     """Read text without labels (`task.unlabeled`). The result may hold repeats and texts of other splits; see `without`.
 
     Args:
         files: `.txt` with one text per line (single sentences only), or tables with the task's text columns. Other columns
             are ignored, including the label's.
         task: its text columns.
+        classes: of the task, where the data decides them.
 
     Raises:
         UserError: invalid data; the message names the file and line.
     """
     texts = tuple(TextColumn() for _ in task.text)
-    spec = TableSpec(task.text, None, task.headerless, task.skip_broken)
+    spec = TableSpec(task.text, (), task.headerless, task.skip_broken)
     notes: list[str] = []
     for path in unlabeled_paths(files, task):
         table = read_lines(path) if path.suffix == ".txt" else read_file(path, spec)
@@ -151,8 +155,12 @@ def read_unlabeled(files: Sequence[str], task: Task) -> Split:
         if len(texts[0]) == before:
             raise UserError(f"{path}: has no examples; at least one is needed")
         notes += [f"{path.name}: {note}" for note in (*table.notes, *skipped)]
-    labels_N = unlabelled(len(texts[0]), task.regression)
+    labels_N = _unlabelled(len(texts[0]), task, tuple(classes) or task.classes or ())
     return Split(example_ids(texts), texts, labels_N, task.classes or (), ", ".join(files), tuple(notes))
+
+
+def _unlabelled(count: int, task: Task, classes: Sequence[str]) -> np.ndarray:
+    return unlabelled_sets(count, len(classes)) if task.multilabel else unlabelled(count, task.regression)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -164,6 +172,7 @@ class _Content:
 
     Attributes:
         numbers: line or row number of each.
+        labels: one column, or one for each class.
         groups: values of `task.split.group`; None: not read.
         skipped: notes about the rows that were left out.
     """
@@ -171,7 +180,7 @@ class _Content:
     table: Table
     numbers: array[int]
     texts: tuple[TextColumn, ...]
-    labels: TextColumn
+    labels: tuple[TextColumn, ...]
     groups: TextColumn | None
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -181,31 +190,34 @@ def _content(source: Source, split: str, task: Task, labels_optional: bool, grou
     """Read the text, the label and the group of each row that belongs to a split."""
     table = _open(source, split, task, labels_optional, group)
     skipped: list[str] = []
-    width = len(task.text) + 1
+    width = len(task.text) + len(task.label_columns)
     more = group is not None and group not in task.text
     numbers, columns = _store(_select(table, source, task, labels_optional, skipped), width + more)
     if not numbers:
         raise UserError(f"{table.name}: has no examples; at least one is needed")
-    texts, groups = columns[: width - 1], None
+    texts, labels, groups = columns[: len(task.text)], columns[len(task.text) : width], None
     if group is not None:
         groups = columns[width] if more else texts[task.text.index(group)]
     notes = (*source.notes, *table.notes, *_unused(table, task), *skipped)
-    return _Content(table, numbers, texts, columns[width - 1], groups, notes, tuple(skipped))
+    return _Content(table, numbers, texts, labels, groups, notes, tuple(skipped))
 
 
 def _open(source: Source, split: str, task: Task, labels_optional: bool, group: str | None) -> Table:
     """Open a table with the text columns, the label, the group and, if the source lists dev pairs, the two id columns."""
-    columns = (*task.text, task.label)
-    optional = task.label if labels_optional else None
+    columns = (*task.text, *task.label_columns)
+    optional = task.label_columns if labels_optional else ()
     if isinstance(source.place, str):
         hub_columns = {name: task.hub_columns.get(name, name) for name in columns}
-        spec = TableSpec(tuple(hub_columns.values()), optional and hub_columns[optional])
+        spec = TableSpec(
+            tuple(hub_columns.values()), tuple(hub_columns[name] for name in optional), lists=task.list_columns
+        )
         return read_hub(source.place, hub_names(split, task), spec)
     if source.dev_ids and task.release:
         columns += task.release.id_columns
     if group is not None and group not in columns:
         columns += (group,)
-    return read_file(source.place, TableSpec(columns, optional, task.headerless, task.skip_broken))
+    spec = TableSpec(columns, optional, task.headerless, task.skip_broken, lists=task.list_columns)
+    return read_file(source.place, spec)
 
 
 def _select(table: Table, source: Source, task: Task, labels_optional: bool, skipped: list[str]) -> Iterator[Row]:
@@ -214,7 +226,7 @@ def _select(table: Table, source: Source, task: Task, labels_optional: bool, ski
     if source.dev_ids and task.release:
         rows = _of_split(rows, source.dev_ids, source.is_dev, task.release.id_columns, table.name, table.notes)
     no_label: set[str | None] = {task.no_label} if task.no_label is not None else set()
-    if isinstance(source.place, str) and not labels_optional:
+    if isinstance(source.place, str) and not labels_optional and not task.multilabel:
         no_label.add(None)  # -1 of a class label on the hub
     if no_label:
         at = len(task.text)
@@ -379,61 +391,41 @@ class _LabelColumn:
 
 def _read_labels(found: _Content, known: tuple[str, ...], split: str, task: Task) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the label of each row as a number, and the classes: the known ones, else those of the rows."""
-    labels = _LabelColumn(found.table, found.numbers, task.label, found.labels)
+    if task.multilabel:
+        return multilabel.read(found.table, found.numbers, found.labels, task, known)
+    labels = _LabelColumn(found.table, found.numbers, task.label, found.labels[0])
     if task.regression:
         return _numbers(labels, task), known
-    known = known or tuple(_sorted_classes(set(map(_class_value, {value for _, value in labels}))))
+    known = known or tuple(sorted_classes(set(map(class_value, {value for _, value in labels}))))
     return _class_indices(labels, known, split, task), known
 
 
 def _require_two_classes(labels_N: np.ndarray, found: _Content, task: Task) -> None:
-    if not task.regression and (labels_N == labels_N[0]).all():
+    if task.regression or not (labels_N == labels_N[0]).all():
+        return
+    if task.multilabel:
         raise UserError(
-            f"{found.table.name}: every example has the label {found.labels[0].strip()!r}; training needs at least two classes"
+            f"{found.table.name}: every example has the same classes, or none; training needs different ones"
         )
+    raise UserError(
+        f"{found.table.name}: every example has the label {found.labels[0][0].strip()!r}; training needs at least two classes"
+    )
 
 
 def _all_empty(values: Sequence[str], known: tuple[str, ...]) -> bool:
     """Return whether no label is set: all are empty, or -1 as on the hub unless -1 is a class."""
     empty = {"", _HUB_UNLABELLED} - set(known)
-    return all(_class_value(value.strip()) in empty for value in values)
-
-
-def _class_value(value: str) -> str:
-    """Return the class that a label is a value of: a number without a fraction is written as an integer, 1.0 as 1."""
-    whole = _WHOLE_NUMBER.fullmatch(value)
-    return (whole[1] if whole[1] != "-0" else "0") if whole else value
-
-
-def _sorted_classes(values: set[str]) -> list[str]:
-    """Sort label values: by number if all are finite numbers or one prefix with a number (`LABEL_10`), else as text."""
-    try:
-        numbers = {value: float(value) for value in values}
-    except ValueError:
-        order = _numbered(values)
-        return sorted(values, key=lambda value: (order[value], value)) if order else sorted(values)
-    if not all(map(math.isfinite, numbers.values())):
-        return sorted(values)
-    return sorted(values, key=lambda value: (numbers[value], value))  # 1 and 01 are two classes, in a fixed order
-
-
-def _numbered(values: set[str]) -> dict[str, int] | None:
-    """Return the number of each value; None unless all are the same text with a number after it."""
-    parts = {value: _NUMBERED.fullmatch(value) for value in values}
-    found = {value: (part[1], int(part[2])) for value, part in parts.items() if part}
-    if len(found) < len(values) or len({prefix for prefix, _ in found.values()}) != 1:
-        return None
-    return {value: number for value, (_, number) in found.items()}
+    return all(class_value(value.strip()) in empty for value in values)
 
 
 def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
     """Return int64 (N,) class indices. A label may be the value of a class or its name."""
     index = {value: i for values in (task.names_of(known), known) for i, value in enumerate(values)}
-    index = {_class_value(value): i for value, i in index.items()} | index
+    index = {class_value(value): i for value, i in index.items()} | index
     out = np.empty(len(labels), np.int64)
     for i, (number, value) in enumerate(labels):
         found = index.get(value)
-        if found is None and (found := index.get(_class_value(value))) is None:
+        if found is None and (found := index.get(class_value(value))) is None:
             allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             origin = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
             remedy = "; task.class_names maps labels to its classes" if origin == " of the teacher" else ""

@@ -6,7 +6,7 @@ A token set is a folder of `.npy` files, which are read by memory map:
     type_ids.npy   uint8 (T,)     only if the tokenizer has token types
     offsets.npy    int64 (N+1,)   example i has the tokens offsets[i]:offsets[i+1]
     ids.npy        int64 (N,)     example ids, see `examples.py`
-    labels.npy     int64 or float32 (N,)
+    labels.npy     int64 or float32 (N,); float32 (N, C) for multi-label
     meta.json      digests and counts, written last
 
 Text is tokenized in chunks, and the tokens of each chunk are written at once.

@@ -128,7 +128,7 @@ def _typed(
     """
     if missing := spec.missing(features):
         raise UserError(f"{name}: has no column {missing!r}; it has {', '.join(map(repr, available))}")
-    class_names = {column: names for column in spec.columns if (names := getattr(features.get(column), "names", None))}
+    class_names = {column: names for column in spec.columns if (names := _names_of(features.get(column)))}
 
     def rows() -> Iterator[Row]:
         requested = [column for column in spec.columns if column in features]
@@ -137,13 +137,26 @@ def _typed(
             if class_names:
                 record = dict(record)
                 for column, names in class_names.items():
-                    record[column] = _class_name(record[column], names)
+                    value = record[column]
+                    record[column] = (
+                        [_class_name(each, names) for each in value]
+                        if isinstance(value, list)
+                        else _class_name(value, names)
+                    )
             yield number, spec.fields(record, partial(place, name, number, "row"))
 
     unused: dict[str, None] = {}
     others: dict[str, object] = {}
     spec.add_unused(available, unused)
     return Table(name, rows(), "row", unused=unused, others=others)
+
+
+def _names_of(feature: object) -> Sequence[str] | None:
+    """Return the names of a class label, or of the class labels in a list."""
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]
+    inner = getattr(feature, "feature", feature)
+    return getattr(inner, "names", None)
 
 
 def _class_name(value: object, names: Sequence[str]) -> object:

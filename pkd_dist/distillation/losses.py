@@ -24,12 +24,19 @@ def hard_loss(
 ) -> torch.Tensor:
     """Return CE (B,): cross-entropy with the gold labels, or the squared error for a regression (C = 1).
 
+    Where a text can have several classes, each is a decision of its own: CE is the mean of their binary cross-entropies.
+
     Args:
         logits_BC: student logits.
-        labels_B: class indices, or floats for a regression. Examples labeled -1 or NaN are unlabeled: their loss is 0.
+        labels_B: class indices, floats for a regression, or (B, C) floats of 0 and 1 for several classes. Examples labeled -1 or
+            NaN are unlabeled: their loss is 0.
         class_weights_C: factor of the cross-entropy for each true class.
     """
     logits_BC = _wide(logits_BC)
+    if labels_B.ndim == 2:
+        targets_BC = labels_B.nan_to_num().to(logits_BC.dtype)
+        ce_B = F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none").mean(dim=-1)
+        return ce_B.masked_fill(labels_B[:, 0].isnan(), 0.0)
     if labels_B.is_floating_point():
         error_B = (logits_BC.squeeze(-1) - labels_B.nan_to_num()).square()
         return error_B.masked_fill(labels_B.isnan(), 0.0)
@@ -64,6 +71,23 @@ def soft_loss(
         return soft_ce_B if reduction == "soft_ce" else soft_ce_B / student_BC.shape[-1]
     kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=-1) * temperature**2
     return kl_B if reduction == "batchmean" else kl_B / student_BC.shape[-1]
+
+
+def multilabel_soft_loss(
+    student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperature: float, reduction: str = "batchmean"
+) -> torch.Tensor:
+    """Return DS (B,) where a text can have several classes.
+
+    Each class is a distribution over two outcomes, sigmoid(logit / T) and the rest. DS is the mean over the classes of their
+    `soft_loss`, as CE is of their cross-entropies.
+
+    Args:
+        student_BC, teacher_BC, temperature, reduction: see `soft_loss`, with two outcomes in place of C classes.
+    """
+    student_BC2, teacher_BC2 = (
+        torch.stack([torch.zeros_like(logits), logits], dim=-1) for logits in (student_BC, teacher_BC)
+    )
+    return soft_loss(student_BC2, teacher_BC2, temperature, reduction).mean(dim=-1)
 
 
 def patience_loss(

@@ -16,7 +16,15 @@ import torch
 from pkd_dist.config.distill import Distill
 from pkd_dist.data.batches import Batch, pinned
 from pkd_dist.distillation.cache import CacheReader
-from pkd_dist.distillation.losses import attention_loss, gram_loss, hard_loss, patience_loss, relation_loss, soft_loss
+from pkd_dist.distillation.losses import (
+    attention_loss,
+    gram_loss,
+    hard_loss,
+    multilabel_soft_loss,
+    patience_loss,
+    relation_loss,
+    soft_loss,
+)
 from pkd_dist.distillation.teacher import LiveTeacher
 from pkd_dist.model.attention import TeacherAttention
 from pkd_dist.model.layers import LayerMap
@@ -115,7 +123,8 @@ class DistillationLoss:
 
 
 def _soft(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
-    return soft_loss(mine.logits_BC, its.logits_BC, loss.distill.temperature, loss.distill.ds_reduction)
+    distance = multilabel_soft_loss if batch.labels_B.ndim == 2 else soft_loss
+    return distance(mine.logits_BC, its.logits_BC, loss.distill.temperature, loss.distill.ds_reduction)
 
 
 def _patience(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:

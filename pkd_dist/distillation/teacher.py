@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pkd_dist.data.batches import MULTIPLE, Batch, collate, pinned
+from pkd_dist.data.class_mapping import is_multilabel
 from pkd_dist.data.on_device import open_device_tokens
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
@@ -63,6 +64,7 @@ class LiveTeacher:
         self.others = [Encoder(other).to(device, DTYPES[precision]).eval() for other in others]
         self.layers, self.all_tokens, self.dtype, self.device = tuple(layers), all_tokens, DTYPES[dtype], device
         self.hidden_size = int(model.config.hidden_size)
+        self._multilabel = is_multilabel(model.config)
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, C) and states (B, M, H), or (B, L, M, H) of all tokens.
@@ -78,7 +80,7 @@ class LiveTeacher:
         out = self.encoder(inputs, self.layers, self.all_tokens)
         logits, states = out.logits_BC, out.states
         if self.others:
-            logits = mean_logits([logits, *(other(inputs)[0] for other in self.others)])
+            logits = mean_logits([logits, *(other(inputs)[0] for other in self.others)], self._multilabel)
         if states is None:
             rows, length = inputs["input_ids"].shape
             states = logits.new_empty((rows, *([length] if self.all_tokens else []), 0, self.hidden_size))

@@ -19,19 +19,24 @@ def is_empty(text: str) -> bool:
     return all(unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
 
 
-def answer(logits_C: np.ndarray, names: Mapping[int, str], truncated: bool = False) -> Answer:
+def answer(logits_C: np.ndarray, names: Mapping[int, str], truncated: bool = False, multilabel: bool = False) -> Answer:
     """Turn the logits of one text into its answer.
 
     Args:
         logits_C: float32 (C,); C = 1 for a regression.
         names: Class names by class index; unused for a regression.
         truncated: Whether the model read only the beginning of the text.
+        multilabel: Whether a text can have several classes, or none.
 
     Returns:
-        `label`, `probability` and `probabilities` by class name, or `value` for a regression; then `truncated: true` where
-        it was.
+        `label`, `probability` and `probabilities` by class name, or `value` for a regression; for multi-label `labels`, the classes
+        with a score above 0.5, and `scores` by class name; then `truncated: true` where it was.
     """
     note: Answer = {"truncated": True} if truncated else {}
+    if multilabel:
+        scores = (1 / (1 + np.exp(-logits_C.astype(np.float64)))).astype(np.float32).tolist()
+        by_name = {names[i]: score for i, score in enumerate(scores)}
+        return {"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name} | note
     if len(logits_C) == 1:
         return {"value": float(logits_C[0])} | note
     powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())

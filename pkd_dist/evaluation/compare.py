@@ -24,6 +24,7 @@ from pkd_dist.evaluation.metrics import agreement, labelled_by, score_split
 from pkd_dist.evaluation.results import ModelResults, Results, Size, SplitResults, combine
 from pkd_dist.evaluation.scoring import evaluating, forward_of, predict_logits
 from pkd_dist.evaluation.speed import TimedInputs, Timing, measure_speed, timing_threads
+from pkd_dist.evaluation.thresholds import CHOSEN_ON, choose, shifted
 from pkd_dist.limits import cores
 from pkd_dist.model.encoder import parameter_count
 from pkd_dist.model.ensemble import mean_logits
@@ -54,7 +55,8 @@ class ModelComparison:
 
     Attributes:
         timings: Side -> how fast it was.
-        logits: Of every split, labeled or not; the student's are divided by its temperature.
+        logits: Of every split, labeled or not; the student's are divided by its temperature. Where a text can have several classes,
+            those of both are shifted by their thresholds.
         splits: The examples with the labels by which they were scored.
     """
 
@@ -62,6 +64,8 @@ class ModelComparison:
     timings: dict[str, Timing]
     logits: Logits
     splits: Mapping[str, TokenSet]
+    thresholds: dict[str, np.ndarray] | None = None
+    """Side -> (C,), see `thresholds.choose`; None: a text has one class."""
 
 
 def size_figures(model: PreTrainedModel) -> Size:
@@ -90,12 +94,17 @@ def compare_models(
     every = _logits({**sides, **others}, settings.batch_size, world)
     for split, logits_NC in (answers or {}).items():
         every[split]["teacher"] = logits_NC
-    logits = {split: _with_mean_teacher(found, list(others)) for split, found in every.items()}
+    logits = {split: _with_mean_teacher(found, list(others), task) for split, found in every.items()}
     if not task.has_labels:
         splits = {name: labelled_by(logits[name]["teacher"], tokens) for name, tokens in splits.items()}
     calibration = world.on_main(lambda: _calibrate(logits, splits)) if settings.calibrate else None
     if calibration is not None:
         logits = {split: _with_temperature(found, calibration["temperature"]) for split, found in logits.items()}
+    chosen = world.on_main(lambda: _thresholds(logits, splits)) if task.multilabel else None
+    if chosen is not None:
+        logits = {
+            split: {side: shifted(found[side], chosen[side]) for side in chosen} for split, found in logits.items()
+        }
     scores = world.on_main(lambda: _score(logits, splits, task))
 
     def measure() -> dict[str, Timing]:
@@ -117,11 +126,20 @@ def compare_models(
         task.name, scores["dev"], figures, {name: found for name, found in scores.items() if name != "dev"}
     )
     if others:
-        first = {name: score_split(every[name]["teacher"], splits[name], task) for name in scores}
+        alone = {name: every[name]["teacher"] for name in scores}
+        if task.multilabel:
+            own_C = choose(alone["dev"], np.asarray(splits["dev"].labels_N))
+            alone = {name: shifted(logits_NC, own_C) for name, logits_NC in alone.items()}
+        first = {name: score_split(alone[name], splits[name], task) for name in scores}
         results["ensemble"] = {"teachers": 1 + len(others), "first": first}
     if calibration is not None:
         results["calibration"] = calibration
-    return ModelComparison(results, timings, logits, splits)
+    return ModelComparison(results, timings, logits, splits, chosen)
+
+
+def _thresholds(logits: Logits, splits: Mapping[str, TokenSet]) -> dict[str, np.ndarray]:
+    labels_NC = np.asarray(splits[CHOSEN_ON].labels_N)
+    return {side: choose(logits_NC, labels_NC) for side, logits_NC in logits[CHOSEN_ON].items()}
 
 
 def _calibrate(logits: Logits, splits: Mapping[str, TokenSet]) -> Calibration:
@@ -130,12 +148,13 @@ def _calibrate(logits: Logits, splits: Mapping[str, TokenSet]) -> Calibration:
     return calibrate({split: logits[split]["student"] for split in labelled}, labelled)
 
 
-def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str]) -> dict[str, np.ndarray]:
+def _with_mean_teacher(logits: dict[str, np.ndarray], others: Sequence[str], task: Task) -> dict[str, np.ndarray]:
     """Return the logits of both sides on a split, with those of several teachers averaged."""
     if not others:
         return logits
     teachers = [torch.from_numpy(logits[name]) for name in ("teacher", *others)]
-    return {"teacher": mean_logits(teachers).float().numpy(), "student": logits["student"]}
+    mean_NC = mean_logits(teachers, task.multilabel).float().numpy()
+    return {"teacher": mean_NC, "student": logits["student"]}
 
 
 def _with_temperature(logits: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
@@ -160,7 +179,7 @@ def _score(logits: Logits, splits: Mapping[str, TokenSet], task: Task) -> dict[s
             "n": len(tokens),
             "teacher": score_split(logits[split]["teacher"], tokens, task),
             "student": score_split(logits[split]["student"], tokens, task),
-            "agreement": agreement(logits[split]["teacher"], logits[split]["student"]),
+            "agreement": agreement(logits[split]["teacher"], logits[split]["student"], task.multilabel),
         }
         for split, tokens in splits.items()
         if is_labelled(tokens.labels_N).all()

@@ -19,7 +19,7 @@ from pkd_dist.data.tasks import Task
 from pkd_dist.evaluation.intervals import Interval, percentile_interval, resampled_scores, wilson_interval
 from pkd_dist.evaluation.metrics import agreement, score, undefined
 from pkd_dist.evaluation.results import BUSY_SPREAD, Speed, threads
-from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC, METRICS, SHARES
+from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC, METRICS, MULTILABEL_METRICS, SHARES
 
 TEACHER, TEACHER_TITLE, ANSWERS_TITLE = "teacher", "teacher, PyTorch", "teacher, answers"
 _WIDTH = 110
@@ -202,6 +202,8 @@ class Deployment:
         yield scores + "."
         if self.metric == "pearson_spearman":
             yield "Agreement: correlation with the teacher's predictions."
+        elif self.metric in MULTILABEL_METRICS:
+            yield "Agreement: share of these examples on which the classes are exactly the teacher's."
         else:
             yield "Agreement: share of these examples on which the class is the teacher's."
         yield "MB: 10^6 bytes on disk" + (
@@ -253,7 +255,7 @@ def beside_teacher(
     for model in models[1:]:
         row = _row(task, labels_N, model, resampled)
         kept, interval = _kept(teacher, row, resampled)
-        agrees = agreement(model.logits_NC, models[0].logits_NC)
+        agrees = agreement(model.logits_NC, models[0].logits_NC, task.multilabel)
         rows.append(dataclasses.replace(row, agreement=agrees, kept=kept, kept_interval_95=interval))
     return Deployment(task.main_metric, tuple(labels), len(labels_N), (teacher, *rows), deploy, batch_size, processor)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 
 from pkd_dist.config import schema
@@ -20,7 +19,7 @@ from pkd_dist.data.class_mapping import (
     require_outputs_for_split,
     with_positive,
 )
-from pkd_dist.data.examples import Split, is_labelled
+from pkd_dist.data.examples import Split, class_counts, is_labelled
 from pkd_dist.distributed.ranks import discover
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
@@ -106,10 +105,12 @@ def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None
     A task without fixed classes takes them from the training split, if there is one.
     """
     per_class: list[int] | None = None
-    two_of_data = task.positive_class is None and len(classes or ()) in (0, 2) and not task.regression
+    two_of_data = (
+        task.positive_class is None and len(classes or ()) in (0, 2) and not task.regression and not task.class_columns
+    )
     if two_of_data and sources.locate(data, "train", task):
         train = text.read(data, "train", task, classes)
-        classes, per_class = train.classes, np.bincount(train.labels_N, minlength=len(train.classes)).tolist()
+        classes, per_class = train.classes, class_counts(train.labels_N, len(train.classes)).tolist()
     examples = text.read(data, split, task, classes)
     if not is_labelled(examples.labels_N).all():
         raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")

@@ -43,7 +43,7 @@ def resampled_scores(labels_N: np.ndarray, logits: Mapping[str, np.ndarray], tas
     """Return the main metric of each model on the same resamples, (R,) float64 each.
 
     Args:
-        labels_N: Class indices, or the values of a regression.
+        labels_N: Class indices, the values of a regression, or (N, C) of 0 and 1 for multi-label.
         logits: Model -> (N, C); the predicted value for a regression.
     """
     cells, counts_U = _cells(labels_N, logits, task)
@@ -61,6 +61,8 @@ def resampled_scores(labels_N: np.ndarray, logits: Mapping[str, np.ndarray], tas
 
 def _cells(labels_N: np.ndarray, logits: Mapping[str, np.ndarray], task: Task) -> tuple[list[np.ndarray], np.ndarray]:
     """Return (labels, answers of each model) of each cell, and the number of examples in it."""
+    if task.multilabel:
+        return [labels_N.astype(bool), *logits.values()], np.ones(len(labels_N))
     if task.regression:
         values = [labels_N.astype(np.float64), *(logits_NC[:, 0].astype(np.float64) for logits_NC in logits.values())]
         return values, np.ones(len(labels_N))
@@ -76,9 +78,11 @@ def weighted_scores(
 
     Args:
         weights_RU: How often each cell was drawn.
-        answers_U: Predicted classes, or the values of a regression.
+        answers_U: Predicted classes, the values of a regression, or (U, C) logits for multi-label.
     """
     weights_RU = weights_RU.astype(np.float64)
+    if task.multilabel:
+        return _of_sets(weights_RU, labels_U, answers_U, task.main_metric)
     if task.regression:
         ranks = _ranks(weights_RU, labels_U), _ranks(weights_RU, answers_U)
         return (_correlations(weights_RU, labels_U, answers_U) + _correlations(weights_RU, *ranks)) / 2
@@ -86,6 +90,35 @@ def weighted_scores(
     hits_RC = _by_class(weights_RU * right_U, labels_U, classes)
     predicted_RC, true_RC = (_by_class(weights_RU, of_U, classes) for of_U in (answers_U, labels_U))
     return _METRICS[task.main_metric](hits_RC, predicted_RC, true_RC, task)
+
+
+def _of_sets(weights_RN: np.ndarray, true_NC: np.ndarray, logits_NC: np.ndarray, metric: str) -> np.ndarray:
+    """Return a metric of `MULTILABEL_METRICS` on resamples, (R,) float64; see `metrics.score`."""
+    if metric == "mAP":
+        classes = zip(true_NC.T, logits_NC.T, strict=True)
+        return np.mean([_average_precisions(weights_RN, *of_class) for of_class in classes], axis=0)
+    given_NC = logits_NC > 0
+    hits_NC, both_NC = (true_NC & given_NC).astype(np.float64), true_NC.astype(np.float64) + given_NC
+    if metric == "f1_micro":
+        return _share(weights_RN @ (2 * hits_NC.sum(axis=1)), weights_RN @ both_NC.sum(axis=1))
+    if metric == "f1_macro":
+        return _share(2 * (weights_RN @ hits_NC), weights_RN @ both_NC).mean(axis=1)
+    if metric == "f1_samples":
+        both_N = both_NC.sum(axis=1)
+        value_N = np.where(both_N > 0, _share(2 * hits_NC.sum(axis=1), both_N), 1.0)
+    else:
+        value_N = (true_NC == given_NC).all(axis=1).astype(np.float64)
+    return np.asarray(weights_RN @ value_N / weights_RN.sum(axis=1))
+
+
+def _average_precisions(weights_RN: np.ndarray, true_N: np.ndarray, logit_N: np.ndarray) -> np.ndarray:
+    """Return the average precision of one class on resamples, (R,); equal logits are one threshold, as in scikit-learn."""
+    order_N = np.argsort(-logit_N, kind="stable")
+    last_G = np.flatnonzero(np.diff(logit_N[order_N], append=np.nan))
+    found_RG = np.cumsum(weights_RN[:, order_N] * true_N[order_N], axis=1)[:, last_G]
+    given_RG = np.cumsum(weights_RN[:, order_N], axis=1)[:, last_G]
+    gained_RG = np.diff(found_RG, axis=1, prepend=0)
+    return _share((gained_RG * _share(found_RG, given_RG)).sum(axis=1), found_RG[:, -1])
 
 
 def _by_class(weights_RU: np.ndarray, classes_U: np.ndarray, classes: int) -> np.ndarray:

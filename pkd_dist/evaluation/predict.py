@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from pkd_dist.data.class_mapping import (
+    is_multilabel,
     is_regression_by_default,
     output_names,
     require_distinct_names,
@@ -25,7 +26,7 @@ from pkd_dist.model import encoder
 from pkd_dist.model.compatibility import longest_input, usual_length
 
 TEXTS = ("text", "text_pair")
-OWN_KEYS = (*TEXTS, "label", "probability", "probabilities", "value", "truncated")
+OWN_KEYS = (*TEXTS, "label", "probability", "probabilities", "value", "labels", "scores", "truncated")
 """Keys of an answer; a column of the same name becomes `input_NAME`."""
 
 
@@ -49,9 +50,9 @@ class Predictor:
         encoder.require_classifier(folder, model, "--model")
         config = encoder.load_config(folder, "--model")
         kind, self._names = getattr(config, "problem_type", None), dict(enumerate(output_names(config)))
-        require_supported_outputs(kind, len(self._names), model, "--model")
+        require_supported_outputs(kind, len(self._names), model, "--model", multilabel=True)
         require_distinct_names(list(self._names.values()), model, "--model")
-        self.regression_by_default = is_regression_by_default(config)
+        self.regression_by_default, self._multilabel = is_regression_by_default(config), is_multilabel(config)
         classifier = encoder.load_model(folder, "--model")
         self._tokenizer = encoder.load_tokenizer(folder, "--model")
         if self._tokenizer.pad_token_id is None:
@@ -87,7 +88,8 @@ class Predictor:
         self.truncated += len(truncated)
         for row, (example, logits_C) in enumerate(zip(batch, logits_BC, strict=True)):
             texts = dict(zip(TEXTS, example.texts, strict=False))
-            yield {**texts, **_kept(example.columns), **answer(logits_C, self._names, row in truncated)}
+            found = answer(logits_C, self._names, row in truncated, self._multilabel)
+            yield {**texts, **_kept(example.columns), **found}
 
 
 def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

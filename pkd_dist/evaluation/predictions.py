@@ -1,7 +1,8 @@
 """RUN/answers.safetensors: the predictions of teacher and student for every scored example, by example id.
 
 Per split it holds the tensors `SPLIT.ids` int64 (N,), `SPLIT.labels` int64 or float32 (N,), `SPLIT.teacher` and
-`SPLIT.student` float32 (N, C): logits, or the predicted value for a regression (C = 1). Labels are those of the token sets.
+`SPLIT.student` float32 (N, C): logits, or the predicted value for a regression (C = 1). Labels are those of the token sets. Where
+a text can have several classes, labels are float32 (N, C), and logits are shifted by the thresholds: above 0 is a class.
 """
 
 from __future__ import annotations
@@ -36,14 +37,23 @@ class Predictions:
     def labelled(self) -> bool:
         return bool(is_labelled(self.labels_N).all())
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether a text can have several classes."""
+        return self.labels_N.ndim == 2
+
     @cached_property
     def predicted(self) -> dict[str, np.ndarray]:
-        """Side -> (N,): the class with the largest logit, or the value for a regression."""
+        """Side -> (N,): the class with the largest logit, or the value for a regression; for multi-label (N, C) booleans."""
+        if self.multilabel:
+            return {side: logits_NC > 0 for side, logits_NC in self.logits.items()}
         return {side: x[:, 0] if x.shape[1] == 1 else x.argmax(axis=1) for side, x in self.logits.items()}
 
     @cached_property
     def probabilities(self) -> dict[str, np.ndarray]:
-        """Side -> (N, C) float64."""
+        """Side -> (N, C) float64; for multi-label the scores of the classes, above 0.5 where a text has them."""
+        if self.multilabel:
+            return {side: 1 / (1 + np.exp(-logits_NC.astype(np.float64))) for side, logits_NC in self.logits.items()}
         probabilities = {}
         for side, logits_NC in self.logits.items():
             powers_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import NotRequired, TypedDict
 
 from pkd_dist.evaluation.calibration import Calibration
+from pkd_dist.evaluation.thresholds import MultiLabel
 from pkd_dist.metric_names import MAIN_METRIC, METRICS, SHARES, TABLE_METRICS
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ SIDES = ("teacher", "student")
 
 
 class Scores(TypedDict, total=False):
-    """Metrics of a model on a split: those of a classification, those of a regression, or without labels the agreement with the
-    teacher.
+    """Metrics of a model on a split: those of a classification, of a regression, of a multi-label task, or without labels the
+    agreement with the teacher.
 
     `undefined` names those that these labels or predictions do not define; they count as 0. It is absent if all are defined.
     """
@@ -32,6 +33,12 @@ class Scores(TypedDict, total=False):
     pearson: float
     spearman: float
     pearson_spearman: float
+    f1_micro: float
+    f1_macro: float
+    f1_samples: float
+    mAP: float
+    subset_accuracy: float
+    subset_accuracy_interval_95: list[float]
     agreement: float
     agreement_interval_95: list[float]
     main_metric: float
@@ -111,7 +118,7 @@ class Results(TypedDict):
     `ensemble` is there where there are several teachers. The teacher's scores are then those of their mean answer; its size and
     speed are those of the first.
 
-    `calibration` is there with `evaluate.calibrate`.
+    `calibration` is there with `evaluate.calibrate`, `multilabel` where a text can have several classes.
     """
 
     task: str
@@ -123,6 +130,7 @@ class Results(TypedDict):
     splits: dict[str, SplitResults]
     ensemble: NotRequired[Ensemble]
     calibration: NotRequired[Calibration]
+    multilabel: NotRequired[MultiLabel]
     classes: NotRequired[list[dict[str, str]]]
     positive: NotRequired[str | None]
 
@@ -144,6 +152,7 @@ _STUDENT_ONLY = (
     "latency_ms_p50",
     "latency_ms_p99",
     "accuracy_interval_95",
+    "subset_accuracy_interval_95",
     "agreement_interval_95",
     "spread",
     "threads",
@@ -213,6 +222,8 @@ def _score(side: ModelResults, key: str) -> str:
 def agreement_sentence(results: Results) -> str:
     """Say how far the predictions of student and teacher agree."""
     share = results["compression"]["agreement"]
+    if "multilabel" in results:
+        return f"both give exactly the same classes to {100 * share:.1f}% of the examples"
     if "pearson" not in results["student"]:
         return f"both predict the same class for {100 * share:.1f}% of the examples"
     return f"the correlation of their predictions is {share:.3f}"

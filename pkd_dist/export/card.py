@@ -13,6 +13,7 @@ from pkd_dist.data.prepare import TokenSetSummary
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.calibration import BINS, FITTED_ON
 from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, score_rows
+from pkd_dist.evaluation.thresholds import CHOSEN_ON
 from pkd_dist.export.manifest import ExportFigures, deployment_of
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.metric_names import METRICS
@@ -87,6 +88,31 @@ The student has {{ "%.2f" | format(results.compression.parameters) }} times fewe
 The teacher is a file of answers; {{ retention }}; {{ agreement }}.
 {% endif %}
 
+{% if multilabel %}
+## Classes and thresholds
+
+A text can have several classes, or none: those with a score above 0.5. The score is the sigmoid of the logit, which
+`pipeline("text-classification", FOLDER, top_k=None)` returns. The biases of the last layer contain a threshold for each class, the one
+with the best F1 on {{ chosen_on }}, and nothing else is to be applied; a score of 0.5 is a probability of the threshold. They are in
+`config.json` (`thresholds_in_bias`) and `manifest.json` (`thresholds`), too. With the logit z, a threshold t and l = log(t / (1 - t)),
+the model's own probability is sigmoid(z + l).
+
+{% for split, found in multilabel.splits.items() -%}
+On {{ split | replace("_", " ") }}, {{ "on which the thresholds were chosen" if split == chosen_on else "held out" }}, {{ multilabel.without_class[split] }} texts without a class:
+
+| class | examples | threshold | precision, teacher | student | recall, teacher | student | F1, teacher | student |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+{% for row in found -%}
+| {{ row.name | code | cell }} | {{ row.support }} | {{ "%.3f" | format(multilabel.thresholds.student[row.name]) }} |{% for score in (row.precision, row.recall, row.f1) %} {{ "%.3f" | format(score.teacher) }} | {{ "%.3f" | format(score.student) }} |{% endfor %}
+
+{% endfor %}
+
+{% endfor %}
+{% if multilabel.unfitted %}
+Without an example in {{ chosen_on }}, and so with a threshold of 0.5: {{ multilabel.unfitted | map("code") | join(", ") }}.
+
+{% endif %}
+{% endif %}
 {% if calibration %}
 ## Calibration
 
@@ -194,6 +220,8 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         retention=retention_sentence(facts.results),
         figures=figures,
         calibration=facts.results.get("calibration"),
+        multilabel=facts.results.get("multilabel"),
+        chosen_on=CHOSEN_ON,
         bins=BINS,
         fitted_on=FITTED_ON,
         onnx=any(name in ONNX_FILES for name in figures["formats"]),

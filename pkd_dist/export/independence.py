@@ -20,7 +20,10 @@ TOLERANCE = 1e-3
 
 
 def measure(
-    forward: Callable[[Inputs], torch.Tensor | np.ndarray], dev: TokenSet, pad_id: int, examples: int = EXAMPLES
+    forward: Callable[[Inputs], torch.Tensor | np.ndarray],
+    dev: TokenSet,
+    pad_id: int,
+    examples: int = EXAMPLES,
 ) -> BatchEffect:
     """Run examples of dev alone and in batches.
 
@@ -36,11 +39,18 @@ def measure(
         together.append(np.asarray(forward(inputs), np.float32))
         for i, length in enumerate(dev.lengths_N[rows_B]):
             alone.append(np.asarray(forward({k: v[i : i + 1, :length] for k, v in inputs.items()}), np.float32))
-    return compare(np.concatenate(alone), np.concatenate(together))
+    return compare(np.concatenate(alone), np.concatenate(together), multilabel=dev.labels_N.ndim == 2)
 
 
-def compare(alone_NC: np.ndarray, together_NC: np.ndarray) -> BatchEffect:
+def compare(alone_NC: np.ndarray, together_NC: np.ndarray, multilabel: bool = False) -> BatchEffect:
     """Return the effect of batches on logits."""
+    if multilabel:
+        scores = [1 / (1 + np.exp(-logits_NC.astype(np.float64))) for logits_NC in (alone_NC, together_NC)]
+        changed_N = ((alone_NC > 0) != (together_NC > 0)).any(axis=1)
+        return {
+            "batch_effect": float(np.abs(scores[0] - scores[1]).max()),
+            "batch_changed_labels": int(changed_N.sum()),
+        }
     if alone_NC.shape[1] == 1:
         spread = float(np.ptp(alone_NC)) or 1.0
         return {"batch_effect": float(np.abs(alone_NC - together_NC).max()) / spread, "batch_changed_labels": 0}

@@ -78,13 +78,15 @@ class _OptionalFigures(TypedDict, total=False):
     deployment: dict[str, Any]
     vocabulary: Vocabulary
     temperature: float
+    thresholds: dict[str, float]
 
 
 class ExportFigures(_OptionalFigures):
     """What an export found of its files; `files_on_dev` is by path within the folder.
 
     `teacher` is its speed, measured in turn with the files; `deployment` are the fields of a `Deployment`. `vocabulary` is
-    absent where all tokens are kept, `temperature` where the student is not calibrated. The weights of all files contain it.
+    absent where all tokens are kept, `temperature` where the student is not calibrated, and `thresholds` (by class name) where a
+    text has one class. The weights of all files contain both.
     """
 
     formats: list[str]
@@ -112,6 +114,7 @@ class ExportManifest(TypedDict, total=False):
     deployment: dict[str, Any]
     vocabulary: Vocabulary
     temperature: float
+    thresholds: dict[str, float]
     max_length: int
     pair: bool
     text_columns: list[str]

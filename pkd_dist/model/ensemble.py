@@ -10,18 +10,22 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from pkd_dist.errors import UserError
 
 
-def mean_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+def mean_logits(logits: Sequence[torch.Tensor], multilabel: bool = False) -> torch.Tensor:
     """Return the logits whose softmax is the mean of the teachers' probabilities, or a regression's mean, float64 (B, C).
 
     Args:
         logits: of each teacher, (B, C).
+        multilabel: each class has a probability of its own, the sigmoid of its logit.
     """
     logits_MBC = torch.stack([each.double() for each in logits])
+    if multilabel:
+        return F.logsigmoid(logits_MBC).logsumexp(0) - F.logsigmoid(-logits_MBC).logsumexp(0)
     if logits_MBC.shape[-1] == 1:
         return logits_MBC.mean(0)
     return logits_MBC.log_softmax(-1).logsumexp(0) - math.log(len(logits))

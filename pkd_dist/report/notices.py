@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pkd_dist.evaluation.calibration import FITTED_ON
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
-from pkd_dist.metric_names import METRICS, SHARES
+from pkd_dist.evaluation.thresholds import CHOSEN_ON, MultiLabel
+from pkd_dist.metric_names import METRICS, MULTILABEL_METRICS, SHARES
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
 
@@ -45,12 +46,20 @@ def _on_results(run: Run) -> Iterator[str]:
         low, high = results.student.scores.share_interval
         if high - low > 0.08:
             yield (
-                f"{results.examples:,} {results.split} examples determine the {'accuracy' if run.task.has_labels else run.metric} only to within "
+                f"{results.examples:,} {results.split} examples determine the {_share_name(run)} only to within "
                 f"{50 * (high - low):.1f} points; smaller differences are not significant."
             )
 
 
+def _share_name(run: Run) -> str:
+    if run.task.multilabel:
+        return METRICS["subset_accuracy"]
+    return "accuracy" if run.task.has_labels else run.metric
+
+
 def _on_classes(run: Run) -> Iterator[str]:
+    if run.multilabel is not None:
+        yield from _on_sets(run, run.multilabel)
     if not run.confusion:
         return
     results, names = run.results, run.class_names
@@ -67,8 +76,27 @@ def _on_classes(run: Run) -> Iterator[str]:
     matrix_CC = run.confusion["student"]
     never = [name for i, name in enumerate(names) if matrix_CC[i].any() and not matrix_CC[:, i].any()]
     if never:
-        shown = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
-        yield f"The student never predicts {shown}, although {results.split} has examples of it."
+        yield f"The student never predicts {_shown(never)}, although {results.split} has examples of it."
+
+
+def _on_sets(run: Run, found: MultiLabel) -> Iterator[str]:
+    """Remark on classes that a text can have beside others."""
+    if found["unfitted"]:
+        yield (
+            f"{CHOSEN_ON.capitalize()} has no example of {_shown(found['unfitted'])}; the threshold of a class without one is 0.5, and "
+            "nothing tells how well it is found."
+        )
+    never = [
+        name
+        for name, given in zip(run.class_names, run.predicted("student").any(axis=0), strict=True)
+        if not given and name not in found["unfitted"]
+    ]
+    if never:
+        yield f"The student never gives {_shown(never)}, although {run.results.split} has examples."
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _on_calibration(run: Run) -> Iterator[str]:
@@ -110,7 +138,8 @@ def _on_data(run: Run) -> Iterator[str]:
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         yield (
             f"The classes are imbalanced: {counts[most]:,} training examples of {run.class_names[most]}, {counts[least]:,} "
-            f"of {run.class_names[least]}. Accuracy says little about rare classes; see the F1 of each class."
+            f"of {run.class_names[least]}. {'Micro F1' if run.task.multilabel else 'Accuracy'} says little about rare "
+            "classes; see the F1 of each class."
         )
 
 
@@ -159,7 +188,7 @@ def _noise(run: Run) -> float:
     scores, best, n = run.results.student.scores, run.distillation.best_metric, run.results.examples
     if run.task.main_metric in SHARES and scores.share_interval:
         low, high = scores.share_interval
-    elif run.task.main_metric == "f_1":
+    elif run.task.main_metric in ("f_1", *MULTILABEL_METRICS):
         low, high = wilson_interval(best, n)
     else:
         z, half = np.arctanh(np.clip(best, -0.999999, 0.999999)), 1.96 / np.sqrt(max(1, n - 3))

@@ -70,6 +70,7 @@ def _render(run: Run) -> str:
         bins=BINS,
         fitted_on=FITTED_ON,
         diagrams=list(calibration.diagrams(run.calibration)) if run.calibration else [],
+        tables=_set_rows(run),
         scatters=list(evaluation.scatters(run)) if run.task.regression else [],
         times=list(timing.times(run)),
     )
@@ -111,10 +112,13 @@ class ClassRow:
     precision: Sequence[float]
     recall: Sequence[float]
     f1: Sequence[float]
+    threshold: Sequence[float] | None = None
 
 
 def _class_rows(run: Run) -> list[ClassRow]:
     """Return a row for each class, those with the largest drop of F1 first if there are many; none without classes or labels."""
+    if run.multilabel is not None:
+        return [row for _, rows in _set_rows(run)[:1] for row in rows]
     if len(run.confusion) < len(SIDES):
         return []
     sides = []
@@ -130,29 +134,57 @@ def _class_rows(run: Run) -> list[ClassRow]:
     return [ClassRow(run.class_names[i], int(support_C[i]), *scores[i].tolist()) for i in order]
 
 
+def _set_rows(run: Run) -> list[tuple[str, list[ClassRow]]]:
+    """Return (split, rows of the table of classes) where a text can have several; empty elsewhere."""
+    if run.multilabel is None:
+        return []
+    thresholds = run.multilabel["thresholds"]
+    tables = []
+    for split, rows in run.multilabel["splits"].items():
+        found = [
+            ClassRow(
+                row["name"],
+                row["support"],
+                *([row[score][side] for side in SIDES] for score in ("precision", "recall", "f1")),  # type: ignore[literal-required]
+                [thresholds[side][row["name"]] for side in SIDES],
+            )
+            for row in rows
+        ]
+        if len(found) > _MAX_ROWS:
+            found.sort(key=lambda row: row.f1[1] - row.f1[0])
+        tables.append((split, found))
+    return tables
+
+
 def _correct(run: Run) -> list[tuple[str, int]]:
     """Return by how many dev examples both, one or none of the models are correct; empty for a regression or without labels."""
     if run.task.regression or not run.task.has_labels:
         return []
     predicted = {side: run.predicted(side) for side in SIDES}
-    teacher, student = (predicted[side] == run.dev.labels_N for side in SIDES)
+    teacher, student = (_equal(predicted[side], run.dev.labels_N) for side in SIDES)
     both_wrong = ~teacher & ~student
-    same = int((both_wrong & (predicted["teacher"] == predicted["student"])).sum())
+    same = int((both_wrong & _equal(predicted["teacher"], predicted["student"])).sum())
     rows = [
         ("both correct", int((teacher & student).sum())),
         ("only teacher correct", int((teacher & ~student).sum())),
         ("only student correct", int((~teacher & student).sum())),
-        ("both wrong, same class", same),
+        ("both wrong, same classes" if run.task.multilabel else "both wrong, same class", same),
     ]
     if len(run.class_names) > 2:
         rows.append(("both wrong, different classes", int(both_wrong.sum()) - same))
     return rows
 
 
+def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return for which examples two answers are the same class, or exactly the same classes, (N,)."""
+    same = np.asarray(a == b)
+    return same.all(axis=1) if same.ndim == 2 else same
+
+
 def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:
     """Return rows (true class, predicted class, student's count, teacher's count); empty with few classes."""
     count = len(run.class_names)
-    if count < _MIN_CLASSES_FOR_ERRORS or not run.task.has_labels:
+    if count < _MIN_CLASSES_FOR_ERRORS or not run.task.has_labels or run.task.multilabel:
         return []
     student_CC = run.confusion["student"] * (1 - np.eye(count, dtype=int))
     most = np.argsort(-student_CC, axis=None, kind="stable")[:_MAX_ERRORS]
@@ -165,7 +197,7 @@ def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """Prediction of one model for an example; of a regression only its value."""
+    """Prediction of one model for an example; of a regression only its value, of several classes which are right."""
 
     text: str
     probability: float = 0.0
@@ -185,7 +217,7 @@ class Example:
 def _disagreements(run: Run) -> list[Example]:
     """Return the dev examples with the largest total variation distance between the probabilities of both models.
 
-    For a regression, those with the largest difference of the predicted values.
+    Where a text can have several classes, it is half the sum of the differences of their scores. For a regression, those with the largest difference of the predicted values.
     """
     dev = run.dev
     if run.task.regression:
@@ -205,6 +237,14 @@ def _example(run: Run, row: int, texts: list[str]) -> Example:
     if run.task.regression:
         answers = {side: Answer(f"{run.predicted(side)[row]:.2f}") for side in SIDES}
         return Example(texts, f"{dev.labels_N[row]:.2f}", answers)
+    if run.task.multilabel:
+        shown = {side: _names(run, run.predicted(side)[row]) for side in SIDES}
+        truth = dev.labels_N[row] > 0
+        return Example(
+            texts,
+            _names(run, truth),
+            {side: Answer(shown[side], correct=bool((run.predicted(side)[row] == truth).all())) for side in SIDES},
+        )
     label = int(dev.labels_N[row])
     answers = {}
     for side in SIDES:
@@ -213,3 +253,8 @@ def _example(run: Run, row: int, texts: list[str]) -> Example:
             run.class_names[predicted], float(probability_C[predicted]), float(probability_C[label]), predicted == label
         )
     return Example(texts, run.class_names[label], answers)
+
+
+def _names(run: Run, has_C: np.ndarray) -> str:
+    """Return the names of the classes of a text."""
+    return ", ".join(name for name, has in zip(run.class_names, has_C, strict=True) if has) or "none"

@@ -19,6 +19,7 @@ from pkd_dist.evaluation.calibration import Calibration
 from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import SIDES
+from pkd_dist.evaluation.thresholds import MultiLabel
 from pkd_dist.metric_names import METRICS, SHARES
 from pkd_dist.report.format import percent
 
@@ -182,6 +183,7 @@ class Run:
         deployment: the exported files beside the teacher.
         largest_difference: of a logit, between the exported and the trained student.
         calibration: of the student's probabilities; None: it is not calibrated.
+        multilabel: thresholds and scores of each class; None: a text has one class.
     """
 
     config: Config
@@ -201,6 +203,7 @@ class Run:
     deployment: Deployment
     largest_difference: float
     calibration: Calibration | None
+    multilabel: MultiLabel | None = None
 
     @property
     def metric(self) -> str:
@@ -212,15 +215,15 @@ class Run:
         return percent(value) if self.task.main_metric in SHARES else f"{value:.3f}"
 
     def predicted(self, side: str) -> np.ndarray:
-        """Return the (N,) predictions on dev: class indices, or the values of a regression."""
+        """Return the (N,) predictions on dev: class indices, or the values of a regression; for multi-label (N, C) booleans."""
         return self.dev.predicted[side]
 
     @cached_property
     def confusion(self) -> dict[str, np.ndarray]:
-        """(C, C) counts on dev by side, rows are true classes; empty for a regression.
+        """(C, C) counts on dev by side, rows are true classes; empty for a regression and for multi-label.
 
         Without labels the rows are the teacher's classes, and there are counts of the student alone.
         """
-        if self.task.regression:
+        if not self.task.has_single_classes:
             return {}
         return {side: self.dev.confusion(side) for side in (SIDES if self.task.has_labels else ("student",))}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pkd_dist.data.class_mapping import require_distinct_names, require_supported_outputs
+from pkd_dist.data.class_mapping import MULTI_LABEL, require_distinct_names, require_supported_outputs
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import Answer, answer
 from pkd_dist.export import manifest
@@ -43,7 +43,7 @@ class ServedModel:
                 f"{folder}: has no file of the format {format or 'onnx'} (it has {', '.join(made.get('formats', []))}; pkd serve "
                 f"takes {', '.join(ONNX_FILES)}); add one of them to export.formats and export again"
             )
-        self._names = _class_names(folder)
+        self._names, self._multilabel = _classes(folder)
         file = ONNX_FILES[format or available[0]]
         figures: Mapping[str, object] = made.get("files_on_dev", {}).get(file, {})
         # int8 files of 0.1.0 have one scale for a batch: the texts beside it would change the answer to a text.
@@ -61,12 +61,17 @@ class ServedModel:
         if self._one_by_one and len(texts) > 1:
             return [self.answer([text])[0] for text in texts]
         inputs, truncated = self._tokenizer.encode(texts)
-        return [answer(row_C, self._names, cut) for row_C, cut in zip(self._model(inputs), truncated, strict=True)]
+        return [
+            answer(row_C, self._names, cut, self._multilabel)
+            for row_C, cut in zip(self._model(inputs), truncated, strict=True)
+        ]
 
 
-def _class_names(folder: Path) -> dict[int, str]:
+def _classes(folder: Path) -> tuple[dict[int, str], bool]:
+    """Return the class names by index, and whether a text can have several of them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = {int(number): name for number, name in config.get("id2label", _OMITTED_NAMES).items()}
-    require_supported_outputs(config.get("problem_type"), len(names), str(folder), None)
+    kind = config.get("problem_type")
+    require_supported_outputs(kind, len(names), str(folder), None, multilabel=True)
     require_distinct_names(list(names.values()), str(folder), None)
-    return names
+    return names, kind == MULTI_LABEL

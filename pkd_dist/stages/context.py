@@ -275,7 +275,8 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     trackers.require(config.trackers)
     deepspeed = load_deepspeed(config, config_file)
     task = tasks.resolve(config.task)
-    if config.distill.alpha == 1 and not config.teacher.finetune and not config.task.class_weights:
+    may_lack = not config.teacher.finetune and not config.task.class_weights and not task.multilabel
+    if config.distill.alpha == 1 and may_lack:
         task = dataclasses.replace(task, train_may_lack_labels=True)
     if task.regression and config.task.augment and config.task.augment.min_confidence:
         raise UserError(

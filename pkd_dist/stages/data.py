@@ -82,12 +82,15 @@ class DataOutput:
         """Return the fields of a model configuration that describe the classes."""
         if task.regression:
             return {"num_labels": 1, "problem_type": "regression"}
-        return {
+        kind = "multi_label" if task.multilabel else "single_label"
+        fields = {
             "num_labels": len(self.class_names),
             "id2label": dict(enumerate(self.class_names)),
             "label2id": {name: i for i, name in enumerate(self.class_names)},
-            "problem_type": "single_label_classification",
+            "problem_type": f"{kind}_classification",
         }
+        # A model that this one starts from may be an export, with thresholds of its own.
+        return fields | ({"thresholds_in_bias": None} if task.multilabel else {})
 
 
 VERSION = 1

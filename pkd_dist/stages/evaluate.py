@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,12 @@ from pydantic import SkipValidation
 from transformers import PreTrainedModel
 
 from pkd_dist.data import submission
+from pkd_dist.data.examples import is_labelled
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.calibration import ece_sentence
 from pkd_dist.evaluation.compare import ModelComparison, Side, compare_models
 from pkd_dist.evaluation.results import Results, class_facts
+from pkd_dist.evaluation.thresholds import MultiLabel, describe
 from pkd_dist.export import hf
 from pkd_dist.files import make_folder, write_json
 from pkd_dist.model import encoder, vocabulary
@@ -89,6 +92,8 @@ def run(context: Context) -> EvaluateOutput:
         log.info("evaluate: calibration: %s", found.get("unfitted") or ece_sentence(found))
     if classes:
         compared.results.update(class_facts(classes))
+    if classes and compared.thresholds is not None:
+        compared.results["multilabel"] = _of_classes(compared, classes.names)
     context.world.on_main(lambda: _write(context, compared))
     output = EvaluateOutput(
         compared.results,
@@ -97,6 +102,21 @@ def run(context: Context) -> EvaluateOutput:
     )
     republish(context, output)
     return output
+
+
+def _of_classes(compared: ModelComparison, names: Sequence[str]) -> MultiLabel:
+    """Return the thresholds and the scores of each class, and log what dev could not decide."""
+    assert compared.thresholds is not None
+    labels = {split: np.asarray(found.labels_N) for split, found in compared.splits.items()}
+    labels = {split: labels_NC for split, labels_NC in labels.items() if is_labelled(labels_NC).all()}
+    found = describe(compared.thresholds, compared.logits, labels, names)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in found["thresholds"]["student"].items())
+    log.info("evaluate: thresholds of the student, chosen on dev: %s", shown)
+    if found["unfitted"]:
+        log.info(
+            "evaluate: the threshold is 0.5 for classes without an example in dev: %s", ", ".join(found["unfitted"])
+        )
+    return found
 
 
 def _ensemble_line(results: Results) -> str:
@@ -154,6 +174,12 @@ def temperature_of(context: Context) -> float | None:
     """Return the temperature that the student's logits were divided by; None: it is not calibrated."""
     found = context.output(EvaluateOutput).results.get("calibration")
     return found["temperature"] if found else None
+
+
+def thresholds_of(context: Context) -> dict[str, float] | None:
+    """Return the student's threshold of each class, by name; None: a text has one class."""
+    found = context.output(EvaluateOutput).results.get("multilabel")
+    return found["thresholds"]["student"] if found else None
 
 
 def best_student(context: Context) -> PreTrainedModel:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
+
 from pkd_dist import __version__
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.compare import Side
 from pkd_dist.evaluation.deployment import Deployment
 from pkd_dist.evaluation.metrics import labelled_by
+from pkd_dist.evaluation.thresholds import cutoffs
 from pkd_dist.export import build, card, manifest
 from pkd_dist.files import changed_file, digest_of, sha256
 from pkd_dist.model import encoder
-from pkd_dist.model.head import divide_logits
+from pkd_dist.model.head import divide_logits, shift_logits
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import (
@@ -27,7 +30,7 @@ from pkd_dist.stages.data import (
     student_texts,
 )
 from pkd_dist.stages.distill import DistillOutput, length_input, require_weights
-from pkd_dist.stages.evaluate import EvaluateOutput, best_student, temperature_of
+from pkd_dist.stages.evaluate import EvaluateOutput, best_student, temperature_of, thresholds_of
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.run_folder import environment
 from pkd_dist.stages.teacher import teacher_folder
@@ -89,9 +92,14 @@ def _subject(context: Context) -> build.Subject:
     dev = texts.splits["dev"]
     if not run.task.has_labels:
         dev = labelled_by(predictions.read(run.paths.predictions)["dev"].logits["teacher"], dev)
-    student, temperature = best_student(context), temperature_of(context)
+    student, temperature, thresholds = best_student(context), temperature_of(context), thresholds_of(context)
+    if temperature is not None:
+        divide_logits(student, temperature)
+    if thresholds is not None:
+        shift_logits(student, cutoffs(np.asarray(list(thresholds.values()))))
+        student.config.thresholds_in_bias = thresholds
     return build.Subject(
-        student=student if temperature is None else divide_logits(student, temperature),
+        student=student,
         tokenizer=texts.tokenizer,
         task=scored_task(context),
         labels=list(context.output(DataOutput).class_names),
@@ -102,6 +110,7 @@ def _subject(context: Context) -> build.Subject:
         reference=_reference(context, texts),
         kept=(kept.kept, kept.total) if kept else None,
         temperature=temperature,
+        thresholds=thresholds,
     )
 
 

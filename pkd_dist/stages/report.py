@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from pkd_dist.evaluation.deployment import Deployment, closing_table
 from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import ModelResults, Scores, score_rows
 from pkd_dist.files import digest_of, readable_bytes, size_of
-from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC
+from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC, SHARES
 from pkd_dist.report import pages
 from pkd_dist.report import run as shown
 from pkd_dist.report.notices import notices
@@ -173,6 +174,7 @@ def view(
         deployment=deployment,
         largest_difference=outputs.export.largest_difference,
         calibration=outputs.evaluate.results.get("calibration"),
+        multilabel=outputs.evaluate.results.get("multilabel"),
     )
 
 
@@ -210,7 +212,8 @@ def _steps(lines: Sequence[Record]) -> shown.Steps:
 
 
 def _scores(content: Scores) -> shown.Scores:
-    low_high = content.get("accuracy_interval_95", content.get("agreement_interval_95"))
+    intervals = (content.get(f"{key}_interval_95") for key in SHARES)
+    low_high = cast(list[float] | None, next(filter(None, intervals), None))
     return shown.Scores(
         main_metric=content["main_metric"],
         accuracy=content.get("accuracy"),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from pkd_dist.errors import Preempted
 from pkd_dist.evaluation.metrics import agreement, divergence, score
 from pkd_dist.evaluation.scoring import evaluating, predict_logits
+from pkd_dist.evaluation.thresholds import choose, shifted
 from pkd_dist.files import make_folder, sha256, write_atomically
 from pkd_dist.metric_names import AGREEMENT, DIVERGENCE, MAIN_METRIC
 from pkd_dist.telemetry.log import log
@@ -215,8 +216,8 @@ class EvaluationHook(Hook):
     @staticmethod
     def _predict(trainer: Trainer) -> np.ndarray:
         job, engine = trainer.job, trainer.engine
-        # 16-bit numbers have ties that change the ranks of a regression's predictions: no autocast.
-        forward = job.module if job.task.regression else engine
+        # 16-bit numbers have ties that change the ranks of predictions: no autocast where ranks count.
+        forward = engine if job.task.has_single_classes else job.module
         try:
             with evaluating(job.module):
                 return predict_logits(
@@ -297,9 +298,17 @@ def _state(trainer: Trainer) -> checkpoint.TrainingState:
 
 
 def _figures(job: Job, logits_NC: np.ndarray) -> dict[str, float]:
-    """Return the metrics on dev and, if the loss has a teacher, how far the student is from it."""
-    figures = score(logits_NC, np.asarray(job.dev.labels_N), job.task)
-    if job.teacher_dev_NC is None:
+    """Return the metrics on dev and, if the loss has a teacher, how far the student is from it.
+
+    Where a text can have several classes, they are those above thresholds that are chosen for these logits.
+    """
+    labels_N, teacher_NC, multilabel = np.asarray(job.dev.labels_N), job.teacher_dev_NC, job.task.multilabel
+
+    def decided(of_NC: np.ndarray) -> np.ndarray:
+        return shifted(of_NC, choose(of_NC, labels_N)) if multilabel else of_NC
+
+    figures = score(decided(logits_NC), labels_N, job.task)
+    if teacher_NC is None:
         return figures
-    agreed, distance = agreement(job.teacher_dev_NC, logits_NC), divergence(job.teacher_dev_NC, logits_NC)
-    return figures | {AGREEMENT: agreed, DIVERGENCE: distance}
+    agreed = agreement(decided(teacher_NC), decided(logits_NC), multilabel)
+    return figures | {AGREEMENT: agreed, DIVERGENCE: divergence(teacher_NC, logits_NC, multilabel)}

@@ -15,9 +15,9 @@ from pkd_dist.data.class_mapping import (
     require_supported_outputs,
     with_positive,
 )
+from pkd_dist.data.class_values import sorted_classes
 from pkd_dist.data.examples import Split
 from pkd_dist.data.tasks import GLUE, Task
-from pkd_dist.data.text import _sorted_classes
 from pkd_dist.errors import UserError
 
 CUSTOM = Task("custom", ("text",), "label")
@@ -72,7 +72,7 @@ def test_the_order_of_the_classes(task, names, order):
     ],
 )
 def test_numbered_classes_are_ordered_by_number(values, order):
-    assert _sorted_classes(values) == order
+    assert sorted_classes(values) == order
 
 
 @pytest.mark.parametrize(

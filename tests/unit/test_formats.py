@@ -313,7 +313,7 @@ def test_columns_that_are_not_used_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["prepare", "--label", "a", "--label", "b"], "--label"),
+        (["prepare", "--kind", "a", "--kind", "b"], "--kind"),
         (["prepare", "--data=a", "--task", "sst2", "--data=a"], "--data"),
         (["predict", "--model", "a", "--file", "b", "--file", "c"], "--file"),
         (["config", "check"], None),

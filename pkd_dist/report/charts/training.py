@@ -106,7 +106,9 @@ def _divergence(run: Run) -> Iterator[Plot]:
         count_axis(axes, "epoch")
 
     what = (
-        "mean squared difference of the standardized outputs" if run.task.regression else "KL(teacher || student), nats"
+        "mean squared difference of the standardized outputs"
+        if run.task.regression
+        else f"KL(teacher || student), nats{', mean over classes' if run.task.multilabel else ''}"
     )
     title = f"{run.results.split} divergence from the teacher"
     note = f"{what}; ring: best epoch, {best.divergence:.3g}"
