@@ -103,8 +103,8 @@ def run(
             load_in_background()
         torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
         log.info(
-            "%d rank(s) started by %s on %s; training in %s, the teacher in %s", world.size, world.launcher,
-            world.device.type, resolved.precision, resolved.teacher_precision,
+            "%d rank(s) started by %s on %s; training in %s%s", world.size, world.launcher, world.device.type,
+            resolved.precision, "" if resolved.has_answers else f", the teacher in {resolved.teacher_precision}",
         )  # fmt: skip
         with _telemetry(resolved, world, access) as (telemetry, publisher):
             context = Context(resolved, world, telemetry, VERSIONS)

@@ -27,7 +27,7 @@ def answers(
 
     Example: pkd answers runs/demo --output answers.csv
 
-    Then: teacher: {answers: [answers.csv], answers_are: logits}
+    Then: deepspeed launcher/train.py --config my.yaml teacher.answers=answers.csv teacher.answers_are=logits
     """
 
     def work() -> None:
@@ -53,8 +53,8 @@ def answers(
             output, Path(cached) if cached else run / "cache", run / predictions.FILE, names,
             TargetScale(**scale) if scale else None, probabilities,
         )  # fmt: skip
-        kind = "probabilities" if probabilities or not names else "logits"
+        kind = "" if not names else f" teacher.answers_are={'probabilities' if probabilities else 'logits'}"
         columns = ", ".join(names or [PREDICTION])
-        print(f"{output}: {count:,} answers, {columns}; use: teacher.answers=[{output}] teacher.answers_are={kind}")
+        print(f"{output}: {count:,} answers, {columns}; use: teacher.answers={output}{kind}")
 
     run_command(work)

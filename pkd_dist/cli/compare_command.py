@@ -52,7 +52,7 @@ def compare(
             table.add_row(*row)
         console().print(table)
         print(
-            f"{made['metric']} and agreement in percent, ± half of the 95% interval of the mean over {MIN_SEEDS} or more seeds"
+            f"{' and '.join(dict.fromkeys((made['metric'], 'agreement')))} in percent, ± half of the 95% interval of the mean over {MIN_SEEDS} or more seeds"
         )
         print(f"table: {output / 'compare.md'}\nplot:  {output / 'compare.png'}\ndata:  {output / 'compare.json'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -86,14 +87,14 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     from pkd_dist.data import summary, tasks, text
     from pkd_dist.telemetry.markup import console
 
-    task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
+    task = replace(tasks.resolve(load(None, ["run.dir=unused", *overrides]).task), train_may_lack_labels=True)
     token_lengths = _token_lengths(model) if model is not None else None
     splits = text.read_all(data, task)
     print("\n".join(summary.all_notes(splits)) + "\n")
     terminal = console()
     terminal.width = max(terminal.width, 0 if terminal.is_terminal else 140)
     terminal.print(summary.splits_table(splits, max_length, token_lengths))
-    if not task.regression:
+    if not task.regression and task.has_labels:
         terminal.print()
         terminal.print(summary.classes_table(splits, task))
     if model is not None:

@@ -125,6 +125,8 @@ def evaluate(
             "label_separator": label_separator,
         }  # fmt: skip
         options["class_names"] = _class_names(class_name) if class_name else None
+        if task == "custom" and not label:
+            raise UserError("is missing; a score needs labels", "--label")
         overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options), *split_overrides(split_setting)]
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])

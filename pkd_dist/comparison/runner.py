@@ -137,7 +137,7 @@ class Comparison:
         self.folder = encoder.locate(*self._model())
         self.teacher, self.tokenizer = encoder.load_config(self.folder), encoder.load_tokenizer(self.folder)
         self.methods = {name: self._complete(method) for name, method in methods.items()}
-        self.depths = {name: self._checked_depth(method) for name, method in self.methods.items()}
+        self.depths = {name: self._checked_depth(name, method) for name, method in self.methods.items()}
         self.trials = [self._trial(name, seed) for seed in seeds for name in self.methods]
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = threading.Event()
@@ -170,9 +170,12 @@ class Comparison:
             made["student.init"] = self.base.teacher.models[0]
         return made
 
-    def _checked_depth(self, method: Overrides) -> int:
+    def _checked_depth(self, name: str, method: Overrides) -> int:
         """Return the layers of a method's student, if its pairs of layers are possible."""
-        config = self._resolved(method)
+        try:
+            config = self._resolved(method)
+        except UserError as error:
+            raise UserError(f"method {name}: {error}") from None
         depth = self._depth(config)
         self._paired(config, depth)
         return depth

@@ -192,7 +192,7 @@ def rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
         return f"{100 * mean:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
 
     def millions(figures: Figures) -> str:
-        return f"{figures['parameters'] / 1e6:.1f}"
+        return f"{figures['parameters'] / 1e6:.1f}" if "parameters" in figures else "–"
 
     body = [["teacher", "", "", *(percent(teacher[key]) for key in scored), millions(teacher)]]
     for name, method in summary["methods"].items():

@@ -440,6 +440,10 @@ class Config(Section):
             )
         if self.evaluate.calibrate:
             raise ValueError("evaluate.calibrate needs labels, but task.label is null; leave it out")
+        if self.teacher.answers and self.teacher.answers_are == "labels":
+            raise ValueError(
+                "teacher.answers_are labels needs the label column, but task.label is null; name the column, and set distill.alpha to 1"
+            )
         if self.teacher.answers and not self.task.class_names:
             raise ValueError(
                 "teacher.answers without labels need task.class_names: nothing else names the columns of classes"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from pkd_dist.data.examples import Split, example_ids
+from pkd_dist.data.examples import Split, example_ids, text_hashes
 from pkd_dist.data.rows import is_table, read_file
 from pkd_dist.data.tables import Table, TableSpec
 from pkd_dist.data.tasks import Task
@@ -37,6 +37,8 @@ LEAST = 1e-6
 _CERTAIN = 0.999
 """Probability of a class that is given as a label."""
 _SUM_TOLERANCE = 1e-3
+_LARGEST = {"logits": 3e4, PREDICTION: 1e30}
+"""Absolute values that a cache of half precision, or a float32, can hold."""
 
 
 def paths_of(files: Sequence[str]) -> list[Path]:
@@ -119,7 +121,10 @@ def _rows(path: Path, columns: _Columns, splits: Mapping[str, Split]) -> list[tu
     for number, _ in table.rows:
         record, place = table.others, table.at(number)
         if not logits:
-            by_id, by_text = ID in record, all(name in record for name in columns.task.text)
+            by_id, by_text = (
+                ID in record and ID not in columns.reserved,
+                all(name in record for name in columns.task.text),
+            )
             columns.require(record, f"{path}:1" if table.unit == "line" else str(path))
         logits.append(columns.logits_of(record, place))
         places.append(place)
@@ -132,9 +137,26 @@ def _rows(path: Path, columns: _Columns, splits: Mapping[str, Split]) -> list[tu
         raise UserError(f"{path}: has no answers")
     if by_text and not by_id:
         ids = array("q", example_ids(texts).tolist())
+        _require_consistent(ids, text_hashes(texts).tolist(), logits, places, splits)
     if not (by_id or by_text):
         ids = _in_order(path, table, len(logits), splits)
     return list(zip(ids, logits, places, strict=True))
+
+
+def _require_consistent(
+    ids: Sequence[int],
+    hashes: Sequence[int],
+    logits: Sequence[np.ndarray],
+    places: Sequence[str],
+    splits: Mapping[str, Split],
+) -> None:
+    """Raise UserError if a text has more answers than the data has examples of it, and they differ."""
+    known = set[int]().union(*(split.ids_N.tolist() for split in splits.values()))
+    first: dict[int, int] = {}
+    for row, (example, text) in enumerate(zip(ids, hashes, strict=True)):
+        earlier = first.setdefault(text, row)
+        if example not in known and text in known and not np.array_equal(logits[row], logits[earlier]):
+            raise UserError(f"{places[row]}: contradicts {places[earlier]}, the answer to the same text; keep one")
 
 
 def _in_order(path: Path, table: Table, rows: int, splits: Mapping[str, Split]) -> array[int]:
@@ -174,6 +196,11 @@ class _Columns:
     spread: int = 0
     rescaled: int = 0
 
+    @property
+    def reserved(self) -> set[str]:
+        """Names and values of classes."""
+        return {*self.values, *self.values.values()}
+
     def require(self, record: Mapping[str, object], where: str) -> None:
         """Find the columns in the first row of a file."""
         if not self.values or self.kind == "labels":
@@ -181,6 +208,12 @@ class _Columns:
             if wanted not in record:
                 raise UserError(f"{where}: has no column {wanted!r}; it has {_listed(record)}")
             return
+        for name, value in self.values.items():
+            if name != value and name in self.values.values():
+                raise UserError(
+                    f"{where}: the class name {name!r} is the label value of another class, so the column {name!r} could be either; "
+                    "choose other names", "task.class_names",
+                )  # fmt: skip
         missing = [name for name, column in zip(self.values, self._of(record), strict=True) if column is None]
         if missing and (self.kind != "log_probabilities" or len(missing) == len(self.values)):
             raise UserError(
@@ -191,7 +224,7 @@ class _Columns:
     def logits_of(self, record: Mapping[str, object], place: str) -> np.ndarray:
         """Return a row's logits, (C,) float64."""
         if not self.values:
-            return np.array([_number(record.get(PREDICTION), PREDICTION, place)])
+            return _small(np.array([_number(record.get(PREDICTION), PREDICTION, place)]), PREDICTION, place)
         if self.kind == "labels":
             return np.log(self._label(record, place))
         given = [
@@ -204,7 +237,7 @@ class _Columns:
             raise UserError(f"{place}: {list(self.values)[given.index(None)]} is empty; every class needs a number")
         values_C = np.array(given, np.float64)
         if self.kind == "logits":
-            return values_C
+            return _small(values_C, self.kind, place)
         if (values_C < 0).any() or (values_C > 1).any():
             raise UserError(
                 f"{place}: {_shown(values_C)} are not probabilities, which are from 0 to 1; for other numbers set "
@@ -262,6 +295,14 @@ class _Columns:
         if self.kind == "labels":
             found.append(f"the class of an answer counts as a probability of {_CERTAIN}")
         return found
+
+
+def _small(values_C: np.ndarray, kind: str, place: str) -> np.ndarray:
+    if (np.abs(values_C) > _LARGEST[kind]).any():
+        raise UserError(
+            f"{place}: {_shown(values_C)} are no {kind}: the largest that is accepted is {_LARGEST[kind]:g}"
+        )
+    return values_C
 
 
 def _number(value: object, column: str, place: str) -> float:

@@ -156,7 +156,7 @@ length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ ".
   {{ "at most " if config.train.patience_epochs }}{{ config.train.epochs }} was the best by
   {{ "the divergence from the teacher" if config.evaluate.best_by == "divergence" else metric }} on {{ facts.dev.source | files | code }}.
 - Student: {{ facts.initialized_from | text }}. Patience pairs (student layer, teacher layer, counted from 1): {{ pairs }}.
-- Loss: {{ config.distill.formula }} (labels, teacher's predictions, teacher's states
+- Loss: {{ config.distill.formula }} ({{ terms }}
   {{- ", Gram matrices of its token states" if config.distill.gram }}{{ ", relations of its queries, keys and values" if config.distill.relations }}
   {{- ", its attention scores" if config.distill.attention }}), temperature {{ config.distill.temperature }},
   `ds_reduction: {{ config.distill.ds_reduction }}`, `pt_reduction: {{ config.distill.pt_reduction }}` (the same weight of PT is
@@ -228,4 +228,16 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         quantization=int8.get("quantisation") if int8 else None,
         metric=METRICS[facts.main_metric],
         pairs=", ".join(f"({student}, {teacher})" for student, teacher in facts.environment.patience_pairs) or "none",
+        terms=_terms(facts),
     )
+
+
+def _terms(facts: CardFacts) -> str:
+    """Say what the first terms of the loss compare with, as far as they have a weight."""
+    distill = facts.config.distill
+    said = {
+        "labels": distill.alpha < 1,
+        "teacher's predictions": distill.alpha > 0,
+        "teacher's states": distill.beta > 0,
+    }
+    return ", ".join(name for name, used in said.items() if used) or "none"

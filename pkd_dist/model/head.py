@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pkd_dist.errors import UserError
+
+
+def has_classifier(config: PretrainedConfig) -> bool:
+    """Return whether a folder's configuration is that of a fine-tuned classifier or regression."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
@@ -60,3 +68,35 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> PreTrainedModel
             "evaluate.calibrate",
         )
     return model
+
+
+@torch.no_grad()
+def reorder_outputs(model: PreTrainedModel, names: Sequence[str]) -> str | None:
+    """Put the outputs of a classifier into the order of class names, in place, if it has the same names in another order.
+
+    Its configuration is left to the caller.
+
+    Returns:
+        What people should know: the outputs were reordered, or have other names and are taken by position; None: nothing.
+
+    Raises:
+        UserError: The logits are not the output of the last linear layer alone.
+    """
+    own = [str(name) for _, name in sorted((int(index), name) for index, name in (model.config.id2label or {}).items())]
+    if own == list(names) or len(own) != len(names):
+        return None
+    if sorted(own) != sorted(names):
+        unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
+        return None if unnamed else f"its outputs {', '.join(own)} are taken to be {', '.join(names)}, in this order"
+    order = [own.index(name) for name in names]
+    head, probe = output_layer(model), model.dummy_inputs
+    before_BC = model(**probe).logits
+    if head is not None:
+        for parameter in head.parameters():
+            parameter.copy_(parameter[order])
+    if not torch.allclose(model(**probe).logits, before_BC[:, order], rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f"the classes of its classifier are {', '.join(own)}, not {', '.join(names)}, and {type(model).__name__} has no last "
+            "layer that could be reordered; give a folder without a classifier", "student.init",
+        )  # fmt: skip
+    return f"its outputs {', '.join(own)} were put into the order {', '.join(names)}"

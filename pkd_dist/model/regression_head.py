@@ -12,15 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.errors import UserError
-from pkd_dist.model.head import output_layer
+from pkd_dist.model.head import has_classifier, output_layer
 
 _FIELD = "target_scale"
 
 
 def has_trained_head(config: PretrainedConfig) -> bool:
     """Return whether a folder's configuration is that of a fine-tuned regression."""
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    return classifier and len(config.id2label or {}) == 1
+    return has_classifier(config) and len(config.id2label or {}) == 1
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from pkd_dist.model.encoder import (
     planned_model,
 )
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
+from pkd_dist.model.head import has_classifier, reorder_outputs
 from pkd_dist.model.layers import copied_layers
 from pkd_dist.model.narrowing import can_narrow, narrow
 from pkd_dist.model.regression_head import has_trained_head, standardize
@@ -272,10 +273,21 @@ def create(
             model, widths = _narrowed(take_layers(source, layers), config)
             return model, f"the first {len(layers)} layers of {name_of(pretrained)}{widths}"
         folder = locate(config.init, "student.init")
-        trained = has_trained_head(load_config(folder, "student.init"))
-        source = standardize(load_model(folder, "student.init", new_head=True, **labels), scale, trained)
+        own = load_config(folder, "student.init")
+        trained, classifies = has_trained_head(own), has_classifier(own)
+        source = load_model(folder, "student.init", new_head=True, **labels)
+        made_of = f"the folder {name_of(config.init)}"
+        if classifies and own.num_labels != source.config.num_labels:
+            made_of += f", with a new classifier (the folder's has {own.num_labels} outputs)"
+        elif classifies and "id2label" in labels:
+            named = copy.deepcopy(source.config)
+            source.config.id2label = own.id2label
+            note = reorder_outputs(source, list(labels["id2label"].values()))
+            source.config = named
+            made_of += f"; {note}" if note else ""
+        source = standardize(source, scale, trained)
         layers = _selected_layers(config, source.config)
-        return take_layers(source, layers) if config.num_layers else source, f"the folder {name_of(config.init)}"
+        return take_layers(source, layers) if config.num_layers else source, made_of
 
 
 def _narrowed(model: PreTrainedModel, config: StudentConfig) -> tuple[PreTrainedModel, str]:

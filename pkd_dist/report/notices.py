@@ -76,7 +76,7 @@ def _on_classes(run: Run) -> Iterator[str]:
     matrix_CC = run.confusion["student"]
     never = [name for i, name in enumerate(names) if matrix_CC[i].any() and not matrix_CC[:, i].any()]
     if never:
-        yield f"The student never predicts {_shown(never)}, although {results.split} has examples of it."
+        yield f"The student never predicts {_shown(never)}, although {results.split if run.task.has_labels else 'the teacher'} has examples of it."
 
 
 def _on_sets(run: Run, found: MultiLabel) -> Iterator[str]:
@@ -116,7 +116,12 @@ def _on_calibration(run: Run) -> Iterator[str]:
 def _on_data(run: Run) -> Iterator[str]:
     length = run.config.task.max_length
     for sets, key, limit, whose in (
-        (run.data, "task.max_length", length, "tokens"),
+        (
+            {} if run.student_data and not run.environment.teacher_layers else run.data,
+            "task.max_length",
+            length,
+            "tokens",
+        ),
         (
             run.student_data or {},
             "student.max_length",

@@ -71,6 +71,29 @@ def test_its_results_report_and_card_have_no_teachers_size(run, data, tmp_path):
     np.testing.assert_allclose(*shifted, atol=1e-5)
 
 
+def test_two_answers_to_one_text_are_refused_where_they_differ(run, data, tmp_path):
+    text = next(
+        text for text, _ in rows_of(data, "train") if [each for each, _ in rows_of(data, "train")].count(text) == 1
+    )
+    rows = [(text, 0.5, 0.5) for text, _ in [*rows_of(data, "train"), *rows_of(data, "dev")]]
+    for share, status in ((0.5, 0), (0.1, 2)):
+        lines = [f"{text},{share},{1 - share}", *(f"{text},{a},{b}" for text, a, b in rows)]
+        (tmp_path / "answers.csv").write_text("sentence,negative,positive\n" + "\n".join(lines) + "\n")
+        settings = answered(run, tmp_path, data, tmp_path / "answers.csv", answers_are="probabilities")
+        done = launch("--config", write_config(settings, tmp_path), "--stages", "data")
+        assert done.returncode == status, done.stderr
+    assert "contradicts " in done.stderr and "answers.csv:2, the answer to the same text; keep one" in done.stderr
+
+
+def test_a_comparison_of_students_of_answers(run, data, tmp_path):
+    settings = answered(run, tmp_path, data, run / "answers.csv")
+    done = pkd(
+        "compare", "--config", write_config(settings, tmp_path), "--output", tmp_path / "compare", "--methods", "finetune,kd",
+        "--seeds", "1", "train.epochs=1",
+    )  # fmt: skip
+    assert done.returncode == 0 and "kd" in done.stdout, done.stderr
+
+
 def rows_of(data, split):
     lines = (data / f"{split}.tsv").read_text().splitlines()[1:]
     return [line.split("\t") for line in lines]
@@ -176,6 +199,7 @@ BROKEN = {
     "missing rows": (HEAD + GOOD.format(1), "no answer to 203 of 203 examples of train; the first is "),
     "order of no split": ("negative,positive\n0.5,0.5\n", "answers.csv: has neither a column 'id' nor the text, so its name must be that of the split"),
     "wrong count": (("train.csv", "negative,positive\n0.5,0.5\n"), "train.csv: has 1 answers, "),
+    "too large": (("answers.csv", HEAD + "x,1e5,0\n", "logits"), "answers.csv:2: 100000, 0 are no logits: the largest that is accepted is 30000"),
     "empty": ("", "answers.csv: is empty"),
     "header alone": (HEAD, "answers.csv: has no answers"),
     "short row": (HEAD + "x,0.5\n", "answers.csv:2: has 2 field(s) where the header names 3"),

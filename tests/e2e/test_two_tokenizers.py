@@ -1,6 +1,7 @@
 """A student that reads with a tokenizer of its own, by the real command line."""
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -58,6 +59,15 @@ def run(request, data, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "data: the student reads its own tokens, of " in done.stdout + done.stderr
     return folder / "run", folder / "own"
+
+
+@pytest.fixture(scope="module")
+def taught(body, data, tmp_path_factory):
+    """A fine-tuned teacher."""
+    folder = tmp_path_factory.mktemp("taught")
+    done = launch("--config", write_config(whole_run(body, data, folder), folder), "--stages", "data,teacher")
+    assert done.returncode == 0, done.stderr
+    return folder / "run/teacher"
 
 
 def dev_texts(data):
@@ -174,3 +184,27 @@ def test_what_needs_equal_tokens_is_refused(body, data, tmp_path, arguments, mes
     done = launch("--config", write_config(settings, tmp_path), *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["same order", "other order"])
+def test_the_classifier_of_a_folder_is_matched_by_class_name(taught, data, tmp_path, turned):
+    """With a learning rate of almost 0, the student is the folder: it answers as its teacher, whatever the order of its outputs."""
+    own = tmp_path / "own"
+    shutil.copytree(taught, own)
+    if turned:
+        weights = load_file(own / "model.safetensors")
+        flipped = {
+            name: value.flip(0).contiguous() if name.startswith("classifier.") else value
+            for name, value in weights.items()
+        }
+        save_file(flipped, own / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((own / "config.json").read_text())
+        config |= {"id2label": {"0": "positive", "1": "negative"}, "label2id": {"positive": 0, "negative": 1}}
+        (own / "config.json").write_text(json.dumps(config))
+    settings = whole_run("unused", data, tmp_path)
+    settings |= {"teacher": {"model": str(taught)}, "student": {"init": str(own)}}
+    settings["train"] |= {"epochs": 1, "learning_rate": 1e-9}
+    done = launch("--config", write_config(settings, tmp_path), "--stages", "data,teacher,cache,init,distill,evaluate")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "run")["compression"]["agreement"] == 1
+    assert ("its outputs positive, negative were put into the order negative, positive" in done.stdout) == turned
