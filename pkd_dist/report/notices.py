@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pkd_dist.data.examples import present
 from pkd_dist.evaluation.calibration import FITTED_ON
 from pkd_dist.evaluation.intervals import wilson_interval
 from pkd_dist.evaluation.results import BUSY_SPREAD, SIDES
@@ -88,7 +89,7 @@ def _on_sets(run: Run, found: MultiLabel) -> Iterator[str]:
         )
     never = [
         name
-        for name, given in zip(run.class_names, run.predicted("student").any(axis=0), strict=True)
+        for name, given in zip(run.class_names, present(run.predicted("student")), strict=True)
         if not given and name not in found["unfitted"]
     ]
     if never:

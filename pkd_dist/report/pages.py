@@ -145,8 +145,10 @@ def _set_rows(run: Run) -> list[tuple[str, list[ClassRow]]]:
             ClassRow(
                 row["name"],
                 row["support"],
-                *([row[score][side] for side in SIDES] for score in ("precision", "recall", "f1")),  # type: ignore[literal-required]
-                [thresholds[side][row["name"]] for side in SIDES],
+                precision=[row["precision"][side] for side in SIDES],
+                recall=[row["recall"][side] for side in SIDES],
+                f1=[row["f1"][side] for side in SIDES],
+                threshold=[thresholds[side][row["name"]] for side in SIDES],
             )
             for row in rows
         ]
@@ -178,7 +180,7 @@ def _correct(run: Run) -> list[tuple[str, int]]:
 def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return for which examples two answers are the same class, or exactly the same classes, (N,)."""
     same = np.asarray(a == b)
-    return same.all(axis=1) if same.ndim == 2 else same
+    return np.asarray(same.all(axis=1)) if same.ndim == 2 else same
 
 
 def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:

@@ -63,7 +63,6 @@ def test_texts_before_an_invalid_one_are_answered(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "is a multi-label classifier"),
         ({"problem_type": "regression"}, "is a regression with 2 outputs"),
         ({"architectures": ["BertForTokenClassification"]}, "is a model for token classification"),
         ({"architectures": ["BertModel"]}, "is not fine-tuned"),
@@ -80,6 +79,16 @@ def test_a_model_of_another_kind_is_rejected(folder, tmp_path, fields, message):
     result = CliRunner().invoke(app, ["predict", "--model", str(tmp_path / "model"), "good"])
     assert result.exit_code == 2 and message in result.stderr and not result.stdout
     assert result.stderr.startswith("pkd: --model: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_multi_label_model_answers_with_a_list(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["predict", "--model", str(tmp_path / "model"), "good"])
+    answer = json.loads(result.stdout)
+    assert set(answer) == {"text", "labels", "scores"}
+    assert answer["labels"] == [name for name, score in answer["scores"].items() if score > 0.5]
 
 
 def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):

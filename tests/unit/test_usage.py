@@ -21,7 +21,10 @@ CASES = [
     ("evaluate --model x --task rte", "pkd: --data: is missing"),
     ("prepare --data nowhere", "pkd: --data: no such folder: nowhere"),
     ("prepare --data hub:", "pkd: --data: 'hub:' is not of the form hub:NAME"),
-    ("prepare --data x --kind foo", "pkd: --kind: 'foo' is invalid; allowed: classification or regression or null"),
+    (
+        "prepare --data x --kind foo",
+        "pkd: --kind: 'foo' is invalid; allowed: classification or regression or multilabel or null",
+    ),
     ("prepare --data x --task ticket", "pkd: --task: unknown task 'ticket'; allowed: cola"),
 ]
 
