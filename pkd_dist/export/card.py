@@ -93,7 +93,7 @@ The teacher is a file of answers; {{ retention }}; {{ agreement }}.
 
 A text can have several classes, or none: those with a score above 0.5. The score is the sigmoid of the logit, which
 `pipeline("text-classification", FOLDER, top_k=None)` returns. The biases of the last layer contain a threshold for each class, the one
-with the best F1 on {{ chosen_on }}, and nothing else is to be applied; a score of 0.5 is a probability of the threshold. They are in
+with the best F1 on {{ chosen_on }}, and nothing else is to be applied; a score of 0.5 stands for that probability. They are in
 `config.json` (`thresholds_in_bias`) and `manifest.json` (`thresholds`), too. With the logit z, a threshold t and l = log(t / (1 - t)),
 the model's own probability is sigmoid(z + l).
 
