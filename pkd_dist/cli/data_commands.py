@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,7 +86,7 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     from pkd_dist.data import summary, tasks, text
     from pkd_dist.telemetry.markup import console
 
-    task = replace(tasks.resolve(load(None, ["run.dir=unused", *overrides]).task), train_may_lack_labels=True)
+    task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
     token_lengths = _token_lengths(model) if model is not None else None
     splits = text.read_all(data, task)
     print("\n".join(summary.all_notes(splits)) + "\n")

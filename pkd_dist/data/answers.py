@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from pkd_dist.data.examples import Split, example_ids, text_hashes
 from pkd_dist.data.rows import is_table, read_file
@@ -326,9 +325,13 @@ def _shown(values_C: np.ndarray) -> str:
 
 
 def write(path: Path, answers: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file  # not on a machine that only submits jobs
+
     write_atomically(path, partial(save_file, dict(answers)), sum(each.nbytes for each in answers.values()))
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return what `write` wrote."""
+    from safetensors.numpy import load_file
+
     return load_file(path)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-EVAL_METRICS = (MAIN_METRIC, *METRICS, DIVERGENCE)
+_OF_TASK = (MAIN_METRIC, *(name for name in METRICS if name != AGREEMENT))
+EVAL_METRICS = (*_OF_TASK, AGREEMENT, DIVERGENCE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class RunMetrics:
             "Metrics of the last evaluation of the model in training, or of the final student after the evaluate stage",
             stage="`teacher`, `teacher-2`, ..., `distill` or `evaluate`",
             split="`dev`; after the evaluate stage also every other labeled split",
-            metric=f"those of the task among {', '.join(f'`{name}`' for name in (MAIN_METRIC, *METRICS))}; of a student in "
+            metric=f"those of the task among {', '.join(f'`{name}`' for name in _OF_TASK)}; of a student in "
             f"training, also `{AGREEMENT}` with the teacher and `{DIVERGENCE}` from it (`evaluate.best_by`)",
         )
         self.nonfinite = self._counter(
