@@ -142,6 +142,15 @@ def launch(*arguments: str | Path, bare: int = 0, timeout: float = 120) -> subpr
     return forked.run(TRAIN, arguments, ROOT, bare_ranks(bare) if bare else [environment()], timeout)
 
 
+@pytest.fixture(scope="module")
+def taught(body: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that was fine-tuned on the tiny data; read-only."""
+    folder = tmp_path_factory.mktemp("taught")
+    done = launch("--config", write_config(whole_run(body, data, folder), folder), "--stages", "data,teacher")
+    assert done.returncode == 0, done.stderr
+    return folder / "run/teacher"
+
+
 @contextlib.contextmanager
 def started(*arguments: str | Path, ranks: int = 1) -> Iterator[list[forked.Process]]:
     """The processes of a job, by rank, without a launcher; killed at the end, if they have not ended."""

@@ -152,7 +152,7 @@ class Comparison:
 
     def _depth(self, config: Config) -> int:
         own = tokenizer_of(config.student, self.tokenizer)
-        return planned_depth(config.student, self.teacher, own, config.student.max_length or config.task.max_length)
+        return planned_depth(config.student, self.teacher, own, config.student_length)
 
     def _complete(self, method: Overrides) -> Overrides:
         """Add what a method's starting weights need.

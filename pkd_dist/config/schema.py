@@ -401,6 +401,11 @@ class Config(Section):
     metrics: Metrics = Metrics()
     trackers: Trackers = Trackers()
 
+    @property
+    def student_length(self) -> int:
+        """Maximum input length of the student, in its tokens."""
+        return self.student.max_length or self.task.max_length
+
     @model_validator(mode="before")
     @classmethod
     def _answers_have_no_states(cls, given: object) -> object:

@@ -71,10 +71,12 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> PreTrainedModel
 
 
 @torch.no_grad()
-def reorder_outputs(model: PreTrainedModel, names: Sequence[str]) -> str | None:
+def reorder_outputs(model: PreTrainedModel, own: Sequence[str], names: Sequence[str]) -> str | None:
     """Put the outputs of a classifier into the order of class names, in place, if it has the same names in another order.
 
-    Its configuration is left to the caller.
+    Args:
+        own: Names of its outputs, in their order.
+        names: As they should be.
 
     Returns:
         What people should know: the outputs were reordered, or have other names and are taken by position; None: nothing.
@@ -82,8 +84,7 @@ def reorder_outputs(model: PreTrainedModel, names: Sequence[str]) -> str | None:
     Raises:
         UserError: The logits are not the output of the last linear layer alone.
     """
-    own = [str(name) for _, name in sorted((int(index), name) for index, name in (model.config.id2label or {}).items())]
-    if own == list(names) or len(own) != len(names):
+    if list(own) == list(names) or len(own) != len(names):
         return None
     if sorted(own) != sorted(names):
         unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in own)

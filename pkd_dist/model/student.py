@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pkd_dist.config.schema import Student as StudentConfig
+from pkd_dist.data.class_mapping import output_names
 from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.errors import UserError
 from pkd_dist.model.compatibility import require_compatible, require_length, token_difference
@@ -280,10 +281,7 @@ def create(
         if classifies and own.num_labels != source.config.num_labels:
             made_of += f", with a new classifier (the folder's has {own.num_labels} outputs)"
         elif classifies and "id2label" in labels:
-            named = copy.deepcopy(source.config)
-            source.config.id2label = own.id2label
-            note = reorder_outputs(source, list(labels["id2label"].values()))
-            source.config = named
+            note = reorder_outputs(source, output_names(own), list(labels["id2label"].values()))
             made_of += f"; {note}" if note else ""
         source = standardize(source, scale, trained)
         layers = _selected_layers(config, source.config)

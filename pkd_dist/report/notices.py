@@ -126,7 +126,7 @@ def _on_data(run: Run) -> Iterator[str]:
         (
             run.student_data or {},
             "student.max_length",
-            run.config.student.max_length or length,
+            run.config.student_length,
             "of the student's tokens",
         ),
     ):

@@ -194,7 +194,7 @@ class Resolved:
     @property
     def student_length(self) -> int:
         """Maximum input length of the student, in its tokens."""
-        return self.config.student.max_length or self.config.task.max_length
+        return self.config.student_length
 
     @property
     def reads_alike(self) -> bool:
@@ -298,8 +298,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     order = _class_order(config, task, teachers, tokenizer)
     depth = num_layers(source_config)
     student_tokenizer = student.tokenizer_of(config.student, tokenizer)
-    student_length = config.student.max_length or config.task.max_length
-    student_depth = student.planned_depth(config.student, source_config, student_tokenizer, student_length)
+    student_depth = student.planned_depth(config.student, source_config, student_tokenizer, config.student_length)
     if config.student.vocabulary == "used":
         trimming.require_trimmable(student_tokenizer)
         student.require_plain_vocabulary(config.student, source_config)
@@ -335,7 +334,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
 
 def _require_equal_tokens(config: Config, teacher: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
     """Refuse what compares the models token by token where the student reads other tokens than its teacher."""
-    distill, lengths = config.distill, (config.task.max_length, config.student.max_length or config.task.max_length)
+    distill, lengths = config.distill, (config.task.max_length, config.student_length)
     if own is not teacher:
         how = str(token_difference(teacher, own))
     elif lengths[0] != lengths[1]:

@@ -13,15 +13,6 @@ from pkd_dist.evaluation import predictions
 from pkd_dist.export import manifest
 
 
-@pytest.fixture(scope="module")
-def taught(body, data, tmp_path_factory):
-    """A fine-tuned teacher."""
-    folder = tmp_path_factory.mktemp("taught")
-    done = launch("--config", write_config(whole_run(body, data, folder), folder), "--stages", "data,teacher")
-    assert done.returncode == 0, done.stderr
-    return folder / "run/teacher"
-
-
 def unlabelled(taught, folder, count=300, columns=("text",)):
     """Settings of a run on one file of texts."""
     with (folder / "texts.csv").open("w", newline="") as file:

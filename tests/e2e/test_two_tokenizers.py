@@ -61,15 +61,6 @@ def run(request, data, tmp_path_factory):
     return folder / "run", folder / "own"
 
 
-@pytest.fixture(scope="module")
-def taught(body, data, tmp_path_factory):
-    """A fine-tuned teacher."""
-    folder = tmp_path_factory.mktemp("taught")
-    done = launch("--config", write_config(whole_run(body, data, folder), folder), "--stages", "data,teacher")
-    assert done.returncode == 0, done.stderr
-    return folder / "run/teacher"
-
-
 def dev_texts(data):
     return [line.split("\t")[0] for line in (data / "dev.tsv").read_text().splitlines()[1:]]
 
