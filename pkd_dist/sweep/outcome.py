@@ -19,7 +19,7 @@ from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.sweep.processes import Processes
 from pkd_dist.sweep.shared import SweepConfig
 from pkd_dist.sweep.space import as_overrides
-from pkd_dist.sweep.study import REASON, SEED, Study, seeds_of
+from pkd_dist.sweep.study import REASON, SEED, STATES, Study, seeds_of
 
 BEST, TABLE, FINAL = "best.yaml", "trials.parquet", "final"
 
@@ -93,7 +93,7 @@ def write_outcome(sweep: SweepConfig, study: Study, objective: str, processes: P
     winner = points[0]
     _write_best(sweep, study, winner)
     finals = {seed: _final_run(sweep, seed, processes) for seed in study.settings.final.seeds}
-    states = [trial.state.name.lower() for trial in study.trials]
+    states = [STATES[trial.state] for trial in study.trials]
     return Outcome(
         winner, objective, finals, tuple(study.settings.seeds), {state: states.count(state) for state in dict.fromkeys(states)},
         sum(trial.user_attrs.get("seconds", 0.0) for trial in study.trials), sweep.folder,
@@ -125,7 +125,7 @@ def write_table(study: Study, folder: Path) -> None:
         {
             "number": trial.number,
             "seed": trial.user_attrs.get(SEED),
-            "state": trial.state.name.lower(),
+            "state": STATES[trial.state],
             **{key: trial.params.get(key) for key in study.space.distributions},
             "value": trial.value,
             "epoch": trial.user_attrs.get("epoch"),

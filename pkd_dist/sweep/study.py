@@ -37,6 +37,11 @@ SEED, WORKER, REASON, POINT = "seed", "worker", "reason", "point"
 """Attributes of a trial: seed of the student, folder name of its worker, why it failed, number of the trial of the same point
 with the first seed."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+STATES = {
+    TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}  # fmt: skip
+"""What people read of a state."""
 _NAME = "sweep"
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -68,13 +73,13 @@ class Study:
         self.folder, self.settings, self.space = folder, settings, space
         path = str(folder / JOURNAL)
         _drop_torn_line(path)
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(path)),
-            study_name=_NAME,
-            load_if_exists=True,
-            direction="maximize",
-            pruner=_pruner(settings),
-        )
+        storage, pruner = JournalStorage(JournalFileBackend(path)), _pruner(settings)
+        try:
+            self._study = optuna.load_study(study_name=_NAME, storage=storage, pruner=pruner)
+        except KeyError:
+            self._study = optuna.create_study(
+                study_name=_NAME, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
+            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -14,7 +14,12 @@ ORDER = [
 ]  # fmt: skip
 """Modules and folders of the package; each imports only from those before it, and from its own folder."""
 
-ONLY_USER = {"deepspeed": {"training"}, "mpi4py": {"distributed"}, "optuna": {"sweep"}, "torch.distributed": {"distributed"}}
+ONLY_USER = {
+    "deepspeed": {"training"},
+    "mpi4py": {"distributed"},
+    "optuna": {"sweep"},
+    "torch.distributed": {"distributed"},
+}
 """Package -> the folders that may import it."""
 SHARED_BY_STAGES = {"labels", "changes", "base", "context", "run_folder", "progress", "translation"}
 
