@@ -15,7 +15,7 @@ from pkd_dist.telemetry.output import keep_going
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
-    from pkd_dist.sweep.runner import Opened
+    from pkd_dist.search.runner import Opened
 
 
 def sweep(
@@ -51,7 +51,7 @@ def sweep(
         file, folder = config, output
 
         def train(world: World) -> None:
-            from pkd_dist.sweep.worker import work
+            from pkd_dist.search.worker import work
 
             found = _opened(file, given, folder)
             work(found.sweep, found.study(), worker, found.objective, world)
@@ -75,8 +75,8 @@ def sweep(
         else:
             folder = output
             found = _opened(config, given, folder)
-            from pkd_dist.sweep.runner import run
-            from pkd_dist.sweep.summary import describe
+            from pkd_dist.search.runner import run
+            from pkd_dist.search.summary import describe
 
             outcome = run(found, workers, trials_only)
             print(describe(outcome) if outcome else f"sweep: no trial is left; {folder}")
@@ -86,7 +86,7 @@ def sweep(
 
 def _opened(config: str, overrides: list[str], output: Path) -> Opened:
     with requires_extra("sweep"):
-        from pkd_dist.sweep.runner import open_sweep
+        from pkd_dist.search.runner import open_sweep
 
         return open_sweep(config, overrides, output)
 
@@ -101,8 +101,8 @@ def _show(arguments: list[str], options: list[tuple[str, object]]) -> None:
     from rich.table import Table
 
     with requires_extra("sweep"):
-        from pkd_dist.sweep import summary
-        from pkd_dist.sweep.study import read
+        from pkd_dist.search import summary
+        from pkd_dist.search.study import read
     from pkd_dist.telemetry.markup import console
 
     found = read(Path(arguments[0]))

@@ -7,10 +7,10 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from pkd_dist.config.sweep import Sweep
-from pkd_dist.sweep import page, summary
-from pkd_dist.sweep.outcome import Final, Outcome, ranked
-from pkd_dist.sweep.space import Space
-from pkd_dist.sweep.study import Study
+from pkd_dist.search import page, summary
+from pkd_dist.search.outcome import Final, Outcome, ranked
+from pkd_dist.search.space import Space
+from pkd_dist.search.study import Study
 
 POINTS = 24
 OVERFLOWING = """() => [...document.querySelectorAll('main *')].filter(element =>

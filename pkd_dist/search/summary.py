@@ -9,9 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration
-from pkd_dist.sweep.outcome import BEST, PAGE, TABLE, Outcome, Point, ranked, scores_of
-from pkd_dist.sweep.space import as_overrides
-from pkd_dist.sweep.study import STATES, Reading
+from pkd_dist.search.outcome import BEST, PAGE, TABLE, Outcome, Point, ranked, scores_of
+from pkd_dist.search.space import as_overrides
+from pkd_dist.search.study import STATES, Reading
 
 
 def describe(outcome: Outcome) -> str:

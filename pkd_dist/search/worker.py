@@ -14,9 +14,9 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
-from pkd_dist.sweep.shared import SweepConfig
-from pkd_dist.sweep.study import REASON, WORKERS, Claim, Study
-from pkd_dist.sweep.trial import Bases, Found, TooLargeError, clean, train
+from pkd_dist.search.shared import SweepConfig
+from pkd_dist.search.study import REASON, WORKERS, Claim, Study
+from pkd_dist.search.trial import Bases, Found, TooLargeError, clean, train
 from pkd_dist.telemetry.log import log, to_file
 
 _FAILURES_IN_A_ROW = 5

@@ -19,6 +19,10 @@ from pkd_dist.errors import UserError
 from pkd_dist.files import discard, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE
+from pkd_dist.search.footprint import Footprint, footprint
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig
+from pkd_dist.search.space import as_overrides
+from pkd_dist.search.study import WORKERS, Claim, objective_value
 from pkd_dist.stages import distill, init
 from pkd_dist.stages.base import fingerprint_of, inputs_of
 from pkd_dist.stages.cache import CacheOutput
@@ -27,10 +31,6 @@ from pkd_dist.stages.data import DataOutput
 from pkd_dist.stages.distill import TeacherDev
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.teacher import TeacherOutput
-from pkd_dist.sweep.footprint import Footprint, footprint
-from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
-from pkd_dist.sweep.space import as_overrides
-from pkd_dist.sweep.study import WORKERS, Claim, objective_value
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics

@@ -22,6 +22,12 @@ _RUN_MODULE = (
 STOPPED = "sweep: stopped; finished trials are kept, rerun the same command to resume"
 
 
+def python(module: str) -> list[str]:
+    """Return the command of a module, as `python -m` but never of a package of the same name in the working folder."""
+    code = "import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", code, module]
+
+
 class Processes:
     """The running processes of a sweep. To be used in the main thread."""
 
@@ -38,7 +44,7 @@ class Processes:
         """
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", _RUN_MODULE, module, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                [*python(module), *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, **variables},
             )  # fmt: skip
         self._running.append(process)

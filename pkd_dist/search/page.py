@@ -17,9 +17,9 @@ from pkd_dist.evaluation.intervals import Interval, wilson_interval
 from pkd_dist.files import write_atomically
 from pkd_dist.metric_names import DIVERGENCE, METRICS, SHARES
 from pkd_dist.report.format import duration
-from pkd_dist.sweep import summary
-from pkd_dist.sweep.outcome import Outcome, Point, scores_of
-from pkd_dist.sweep.study import Study
+from pkd_dist.search import summary
+from pkd_dist.search.outcome import Outcome, Point, scores_of
+from pkd_dist.search.study import Study
 
 _TEMPLATES = [Path(__file__).parent / "templates", Path(__file__).parents[1] / "report" / "templates"]
 _STUDENT, _TEACHER, _BEST, _OTHER, _GRAY = "#1c6e8c", "#b4602a", "#2b7a4b", "#59b8d9", "#8a94a3"

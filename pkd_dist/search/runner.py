@@ -26,13 +26,13 @@ from pkd_dist.files import first_free, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.model import digests, encoder
+from pkd_dist.search import page
+from pkd_dist.search.outcome import PAGE, Outcome, find
+from pkd_dist.search.processes import Processes, last_error
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig
+from pkd_dist.search.space import Space
+from pkd_dist.search.study import ENDED, STATES, WORKERS, Study
 from pkd_dist.stages.context import resolve
-from pkd_dist.sweep import page
-from pkd_dist.sweep.outcome import PAGE, Outcome, find
-from pkd_dist.sweep.processes import Processes, last_error
-from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
-from pkd_dist.sweep.space import Space
-from pkd_dist.sweep.study import ENDED, STATES, WORKERS, Study
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics

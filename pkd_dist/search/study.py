@@ -29,7 +29,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.files import make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE
-from pkd_dist.sweep.space import Point, Space
+from pkd_dist.search.space import Point, Space
 
 JOURNAL, WORKERS = "study.journal", "workers"
 DEFAULT_POINTS = 100

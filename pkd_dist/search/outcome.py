@@ -20,11 +20,11 @@ from pkd_dist.export.manifest import ExportManifest
 from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.files import make_folder, read_object, write_atomically
 from pkd_dist.metric_names import DIVERGENCE
-from pkd_dist.sweep.footprint import Footprint
-from pkd_dist.sweep.processes import Processes
-from pkd_dist.sweep.shared import SweepConfig
-from pkd_dist.sweep.space import as_overrides
-from pkd_dist.sweep.study import REASON, SEED, STATES, Study, seeds_of
+from pkd_dist.search.footprint import Footprint
+from pkd_dist.search.processes import Processes
+from pkd_dist.search.shared import SweepConfig
+from pkd_dist.search.space import as_overrides
+from pkd_dist.search.study import REASON, SEED, STATES, Study, seeds_of
 from pkd_dist.telemetry.log import log
 
 BEST, TABLE, FINAL, PAGE = "best.yaml", "trials.parquet", "final", "sweep.html"
