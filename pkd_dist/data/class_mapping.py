@@ -141,9 +141,10 @@ def require_supported_outputs(
     else:
         return
     classes = "classes of each text" if multilabel else "one class for each text"
+    kind = "set task.kind to multilabel, or " if problem_type == MULTI_LABEL else ""
     raise UserError(
         f"{name} {problem} (problem_type {problem_type} in its config.json); supported: {classes}, or a "
-        f"regression with one output; {_remedy(key)}",
+        f"regression with one output; {kind}{_remedy(key)}",
         key,
     )
 

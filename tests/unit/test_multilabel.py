@@ -11,7 +11,7 @@ from scipy.special import expit
 from sklearn import metrics as sk
 
 from pkd_dist.config.load import load
-from pkd_dist.data import tasks, text
+from pkd_dist.data import submission, tasks, text
 from pkd_dist.data.examples import is_labelled, unlabelled_like
 from pkd_dist.distillation.losses import hard_loss, multilabel_soft_loss
 from pkd_dist.errors import UserError
@@ -138,7 +138,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, label, train, message):
 def test_a_class_that_train_does_not_have_is_named(tmp_path):
     written(tmp_path, "delimited")
     (tmp_path / "dev.csv").write_text("text,topics\nx,a\ny,a|d\n")
-    with pytest.raises(UserError, match=r"dev.csv:3: topics 'd' is not one of the classes: a, b, c"):
+    with pytest.raises(UserError, match=r"dev.csv:3: topics 'd' is not one of the labels seen in training: a, b, c"):
         text.read_all(str(tmp_path), task())
     for value, message in (
         ('["a", null]', "null or NaN"),
@@ -149,6 +149,51 @@ def test_a_class_that_train_does_not_have_is_named(tmp_path):
         (tmp_path / "dev.csv").unlink(missing_ok=True)
         with pytest.raises(UserError, match=rf"dev.jsonl:1: a value of topics .*{message}"):
             text.read_all(str(tmp_path), task())
+
+
+def test_a_class_that_cannot_be_written_is_refused(tmp_path):
+    """Before the training, and not when the report is written."""
+    for labels in ('["a", "b\\ud800"]', '"a|b\\ud800"'):
+        (tmp_path / "train.jsonl").write_text(
+            f'{{"text": "x", "topics": {labels}}}\n{{"text": "y", "topics": ["a"]}}\n'
+        )
+        with pytest.raises(UserError, match=r"train.jsonl:1: topics contains an unpaired surrogate"):
+            text.read(str(tmp_path), "train", task())
+
+
+def test_classes_that_a_split_lacks_are_noted_and_dev_needs_some(tmp_path):
+    for form in ("delimited", "columns"):
+        label = written(tmp_path, form)
+        none = ["x,b|c"] if form == "delimited" else ["x,0,1,1"]
+        head = (tmp_path / "dev.csv").read_text().splitlines()[0]
+        (tmp_path / "dev.csv").write_text("\n".join([head, *none]) + "\n")
+        splits = text.read_all(str(tmp_path), task(label=label))
+        assert splits["train"].notes == () and splits["dev"].notes == ("has no example of a",)
+        empty = ["x,", "y,"] if form == "delimited" else ["x,0,0,0"]
+        (tmp_path / "dev.csv").write_text("\n".join([head, *empty]) + "\n")
+        with pytest.raises(UserError, match=r"dev.csv: no example has a class; dev selects the best epoch"):
+            text.read_all(str(tmp_path), task(label=label))
+
+
+def test_the_classes_of_a_teacher_are_named(tmp_path):
+    written(tmp_path, "delimited")
+    with pytest.raises(
+        UserError, match=r"topics 'a' is not one of the labels of the teacher: x, y; task.class_names maps"
+    ):
+        text.read(str(tmp_path), "train", task(), ("x", "y"))
+
+
+def test_a_submission_can_be_read_back(tmp_path):
+    logits = np.array([[1, 1, -1], [-1, -1, -1], [-1, 1, 1]])
+    for classes, expected in (
+        (("a", "b", "c d"), ["a|b", "", "b|c d"]),
+        (("a", "b|c", "d"), ['"[""a"", ""b|c""]"', "[]", '"[""b|c"", ""d""]"']),
+    ):
+        lines = submission.write(tmp_path, "test", task(), logits, classes).read_text().splitlines()
+        assert lines == ["index\tprediction", *(f"{i}\t{each}" for i, each in enumerate(expected))]
+        rows = [f"text {i}\t{each}" for i, each in enumerate(expected)]
+        (tmp_path / "train.tsv").write_text("\n".join(["text\ttopics", *rows]) + "\n")
+        assert text.read(str(tmp_path), "train", task(), classes).labels_N.tolist() == (logits > 0).tolist()
 
 
 def test_a_separator_that_looks_wrong_is_noted(tmp_path):
