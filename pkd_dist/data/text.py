@@ -24,7 +24,7 @@ from pkd_dist.config.task import FileSplit
 from pkd_dist.data import duplicates, multilabel, splitting
 from pkd_dist.data.class_values import ClassIndex, class_value, sorted_classes
 from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, example_ids, select, unlabelled, unlabelled_sets
+from pkd_dist.data.examples import Split, example_ids, is_labelled, select, unlabelled, unlabelled_sets
 from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec
@@ -34,6 +34,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.telemetry.markup import printable
 
 _HUB_UNLABELLED = "-1"
+_WITHOUT_LABELS = "with distill.alpha: 1, the student learns from a given teacher alone, which needs none"
 _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
@@ -56,9 +57,29 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     source = require(data, split, task)
     if source.is_part:
         return _read_parts(source, task, classes)[split]
-    labels_optional = (
-        split.startswith("test") or not task.has_labels or (split == "train" and task.train_may_lack_labels)
-    )
+    if split != "train" or task.unlabelled_train != "explain":
+        return _read_split(source, split, task, classes)
+    try:
+        return _read_split(source, split, task, classes)
+    except UserError as error:
+        if _lacks_labels(source, split, task, classes):
+            raise UserError(f"{error.message}; {_WITHOUT_LABELS}") from None
+        raise
+
+
+def _lacks_labels(source: Source, split: str, task: Task, classes: Sequence[str] | None) -> bool:
+    """Return whether a split can be read, but has no label at all."""
+    try:
+        found = _read_split(source, split, replace(task, unlabelled_train="accept"), classes)
+    except UserError:
+        return False
+    return not is_labelled(found.labels_N).any()
+
+
+def _read_split(source: Source, split: str, task: Task, classes: Sequence[str] | None) -> Split:
+    """Read a split that has a table of its own."""
+    may_lack = split == "train" and task.unlabelled_train == "accept" and task.has_labels
+    labels_optional = split.startswith("test") or not task.has_labels or may_lack
     found = _content(source, split, task, labels_optional)
     known, notes = tuple(classes or task.classes or ()), found.notes
     no_labels_N = _unlabelled(len(found.numbers), task, known)
@@ -67,6 +88,8 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         if found.skipped and split.startswith("test"):
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
+        if may_lack:
+            examples = replace(examples, notes=(*notes, f"has no labels; {_WITHOUT_LABELS}"))
         return examples
     labels_N, known = _read_labels(found, known, split, task)
     if split == "train":

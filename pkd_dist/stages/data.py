@@ -195,7 +195,8 @@ def _prepare(context: Context) -> DataOutput:
     own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
-        scale = TargetScale.of(np.asarray(train.labels_N))
+        labelled = train if is_labelled(train.labels_N).any() else splits["dev"]
+        scale = TargetScale.of(np.asarray(labelled.labels_N))
         log.info(
             "data: targets are learned as (target - %.6g) / %.6g; every model predicts in their own unit",
             scale.mean,

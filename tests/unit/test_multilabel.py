@@ -11,7 +11,7 @@ from scipy.special import expit
 from sklearn import metrics as sk
 
 from pkd_dist.config.load import load
-from pkd_dist.data import submission, tasks, text
+from pkd_dist.data import answers, submission, tasks, text
 from pkd_dist.data.examples import is_labelled, unlabelled_like
 from pkd_dist.distillation.losses import hard_loss, multilabel_soft_loss
 from pkd_dist.errors import UserError
@@ -212,6 +212,42 @@ def test_parts_of_one_file_and_duplicates(tmp_path):
     assert len(repeated) == 1 and "'text 1'" in repeated[0]
 
 
+# ------------------------------------------------------------------------------------------------- a teacher's answers
+
+
+def answered(folder, kind, head, rows):
+    """Return the answers of a table to the examples of train, as logits."""
+    train = text.read(str(folder), "train", task())
+    lines = [["text", *head], *([name, *row] for (name, _), row in zip(ROWS, rows, strict=True))]
+    (folder / "answers.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    found, notes = answers.read([str(folder / "answers.csv")], kind, task(), {"train": train}, ["a", "b", "c"])
+    assert not notes and found["train"].dtype == np.float32
+    return found["train"].astype(np.float64)
+
+
+def test_probabilities_and_logits_of_several_classes_need_no_sum(tmp_path):
+    written(tmp_path, "lists")
+    shares = [[0.9, 0.8, 0.7], [0, 0.1, 0], [1, 0.5, 1e-9], [0.2, 0.3, 0.4]]
+    found = answered(tmp_path, "probabilities", "abc", shares)
+    np.testing.assert_allclose(expit(found), np.clip(shares, 1e-6, 1 - 1e-6), rtol=1e-5)
+    logits = RNG.normal(0, 5, (4, 3)).astype(np.float32)
+    assert (answered(tmp_path, "logits", "cab", logits[:, [2, 0, 1]].tolist()) == logits).all()
+    with pytest.raises(
+        UserError, match=r"answers.csv:2: 2, 0, 0 are not probabilities.*set teacher.answers_are to logits$"
+    ):
+        answered(tmp_path, "probabilities", "abc", [[2, 0, 0], *shares[1:]])
+
+
+@pytest.mark.parametrize("form", ["lists", "delimited", "JSON in a table", "Parquet", "columns"])
+def test_labels_as_answers_have_every_form_of_the_data(tmp_path, form):
+    own = task(label=written(tmp_path, form))
+    train = text.read(str(tmp_path), "train", own)
+    [path] = tmp_path.glob("train.*")
+    found, notes = answers.read([str(path)], "labels", own, {"train": train}, ["a", "b", "c"])
+    np.testing.assert_allclose(expit(found["train"]), np.where(EXPECTED, 0.999, 0.001), rtol=1e-4)
+    assert notes == ["the class of an answer counts as a probability of 0.999, any other as 0.001"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -401,7 +437,10 @@ def test_several_teachers_are_the_mean_of_their_probabilities():
             "task.augment.min_confidence cannot be used with task.kind multilabel",
         ),
         (["evaluate.calibrate=true"], "evaluate.calibrate cannot be used with task.kind multilabel"),
-        (["teacher={answers: [a.csv]}"], "teacher.answers cannot be used with task.kind multilabel"),
+        (
+            ["teacher={answers: [a.csv], answers_are: log_probabilities}"],
+            "teacher.answers_are log_probabilities cannot be used with task.kind multilabel",
+        ),
         (["task.label=null"], "task.kind multilabel needs labels, but task.label is null"),
         (["task.metric=accuracy"], "task.metric accuracy cannot be used with task.kind multilabel; allowed: f1_micro"),
         (["task.label=[a]"], "task.label must name two or more different columns"),
