@@ -62,15 +62,15 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     try:
         return _read_split(source, split, task, classes)
     except UserError as error:
-        if _lacks_labels(source, split, task, classes):
+        if _lacks_labels(source, task, classes):
             raise UserError(f"{error.message}; {_WITHOUT_LABELS}") from None
         raise
 
 
-def _lacks_labels(source: Source, split: str, task: Task, classes: Sequence[str] | None) -> bool:
-    """Return whether a split can be read, but has no label at all."""
+def _lacks_labels(source: Source, task: Task, classes: Sequence[str] | None) -> bool:
+    """Return whether a train split can be read, but has no label at all."""
     try:
-        found = _read_split(source, split, replace(task, unlabelled_train="accept"), classes)
+        found = _read_split(source, "train", replace(task, unlabelled_train="accept"), classes)
     except UserError:
         return False
     return not is_labelled(found.labels_N).any()

@@ -172,6 +172,13 @@ def test_a_given_teacher_and_one_column_for_each_class(run, body, tmp_path):
     lines = (tmp_path / "run/predictions/student/test.tsv").read_text().splitlines()
     given = [[sorted(TOPICS)[i] for i in np.flatnonzero(row)] for row in answers["test"].predicted["student"]]
     assert lines == ["index\tprediction", *(f"{i}\t{'|'.join(topics)}" for i, topics in enumerate(given))]
+    shifted = [f"teacher.model={run[0] / 'export'}", "student.layers=[1]", f"run.dir={tmp_path / 'second'}"]
+    done = launch("--config", tmp_path / "run.yaml", "--stages", "data", *shifted)
+    assert (
+        done.returncode == 0
+        and "/export contain thresholds (thresholds_in_bias in its config" in done.stdout + done.stderr
+    )
+    assert "contain thresholds" not in (tmp_path / "run/logs/rank-0.log").read_text()
 
 
 def test_a_student_of_the_answers_equals_that_of_the_cache(run, body, tmp_path):

@@ -230,7 +230,7 @@ def test_probabilities_and_logits_of_several_classes_need_no_sum(tmp_path):
     shares = [[0.9, 0.8, 0.7], [0, 0.1, 0], [1, 0.5, 1e-9], [0.2, 0.3, 0.4]]
     found = answered(tmp_path, "probabilities", "abc", shares)
     np.testing.assert_allclose(expit(found), np.clip(shares, 1e-6, 1 - 1e-6), rtol=1e-5)
-    logits = RNG.normal(0, 5, (4, 3)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(0, 5, (4, 3)).astype(np.float32)
     assert (answered(tmp_path, "logits", "cab", logits[:, [2, 0, 1]].tolist()) == logits).all()
     with pytest.raises(
         UserError, match=r"answers.csv:2: 2, 0, 0 are not probabilities.*set teacher.answers_are to logits$"
