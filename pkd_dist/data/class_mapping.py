@@ -140,11 +140,10 @@ def require_supported_outputs(
         problem = "is a classifier with a single output"
     else:
         return
-    classes = "classes of each text" if multilabel else "one class for each text"
-    kind = "set task.kind to multilabel, or " if problem_type == MULTI_LABEL else ""
+    classes = "classes of each text" if multilabel else "one class for each text (with task.kind multilabel: several)"
     raise UserError(
         f"{name} {problem} (problem_type {problem_type} in its config.json); supported: {classes}, or a "
-        f"regression with one output; {kind}{_remedy(key)}",
+        f"regression with one output; {_remedy(key)}",
         key,
     )
 
