@@ -142,6 +142,14 @@ def launch(*arguments: str | Path, bare: int = 0, timeout: float = 120) -> subpr
     return forked.run(TRAIN, arguments, ROOT, bare_ranks(bare) if bare else [environment()], timeout)
 
 
+def refused(*arguments: str | Path, bare: int = 0) -> str:
+    """Runs launcher/train.py, which must end with status 2 and one line on stderr; returns the line."""
+    done = launch(*arguments, bare=bare)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.stderr.startswith("pkd: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr.rstrip("\n")
+
+
 @pytest.fixture(scope="module")
 def taught(body: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that was fine-tuned on the tiny data; read-only."""

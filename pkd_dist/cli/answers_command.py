@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from pkd_dist.cli.options import run_command
 from pkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from pkd_dist.evaluation.results import Results
 
 
 def answers(
@@ -39,19 +42,21 @@ def answers(
         from pkd_dist.stages.base import Markers
         from pkd_dist.stages.translation import translate
 
-        marker = Markers(run, translate).read("data") if (run / "config.yaml").is_file() else None
+        markers = Markers(run, translate)
+        marker = markers.read("data") if (run / "config.yaml").is_file() else None
         if marker is None or not marker.outputs:
             raise UserError(f"{run}: is not the folder of a run; give one, such as runs/demo")
-        if load(str(run / "config.yaml")).task.is_multilabel:
-            raise UserError(
-                f"{run}: is a multilabel task, which teacher.answers cannot teach; give a run with one class a text"
-            )
         names = list(map(str, cast(list[str], marker.outputs["class_names"])))
         scale = cast(dict[str, float] | None, marker.outputs.get("scale"))
+        evaluated = markers.read("evaluate")
+        if evaluated is None or not evaluated.outputs:
+            raise UserError(f"{run}: is not evaluated yet; rerun the run's command to resume it")
+        found = cast("Results", evaluated.outputs["results"]).get("multilabel")
+        thresholds = list(found["thresholds"]["teacher"].values()) if found else None
         cached = load(str(run / "config.yaml")).cache.dir
         count = write_table(
             output, Path(cached) if cached else run / "cache", run / predictions.FILE, names,
-            TargetScale(**scale) if scale else None, probabilities,
+            TargetScale(**scale) if scale else None, probabilities, thresholds,
         )  # fmt: skip
         kind = "" if not names else f" teacher.answers_are={'probabilities' if probabilities else 'logits'}"
         columns = ", ".join(names or [PREDICTION])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,6 +88,8 @@ def _prepare(data: str, overrides: list[str], model: str | None, max_length: int
     from pkd_dist.telemetry.markup import console
 
     task = tasks.resolve(load(None, ["run.dir=unused", *overrides]).task)
+    if not task.multilabel:
+        task = replace(task, unlabelled_train="accept")
     token_lengths = _token_lengths(model) if model is not None else None
     splits = text.read_all(data, task)
     print("\n".join(summary.all_notes(splits)) + "\n")

@@ -73,8 +73,8 @@ class Teacher(Section):
     answers_are: Literal["probabilities", "logits", "log_probabilities", "labels"] = Field(
         "probabilities",
         description="What teacher.answers holds. `log_probabilities`: of all classes or of some, as APIs return the likeliest; "
-        "what they leave of 1 is spread over the others. `labels`: the class alone, in the label column. A regression has one "
-        "column, `prediction`.",
+        "what they leave of 1 is spread over the others; not for `multilabel`. `labels`: the class alone, in the label column, or "
+        "several as in the data. A regression has one column, `prediction`.",
     )
 
     @property
@@ -466,10 +466,10 @@ class Config(Section):
                 "evaluate.calibrate cannot be used with task.kind multilabel: the thresholds of the classes move its scores; set it "
                 "to false"
             )
-        if self.teacher.answers:
+        if self.teacher.answers_are == "log_probabilities":
             raise ValueError(
-                "teacher.answers cannot be used with task.kind multilabel: the probabilities of its classes have no sum; give a "
-                "teacher.model"
+                "teacher.answers_are log_probabilities cannot be used with task.kind multilabel: the probabilities of its classes "
+                "have no sum, so nothing tells those that are missing; give probabilities"
             )
         return self
 

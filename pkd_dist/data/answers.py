@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pkd_dist.data import multilabel
+from pkd_dist.data.class_values import ClassIndex
 from pkd_dist.data.examples import Split, example_ids, text_hashes
 from pkd_dist.data.rows import is_table, read_file
-from pkd_dist.data.tables import Table, TableSpec
+from pkd_dist.data.tables import Fields, Table, TableSpec
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_atomically
@@ -32,7 +34,7 @@ KEY = "teacher.answers"
 ID, PREDICTION = "id", "prediction"
 """The columns of the example id, and of a regression's value."""
 LEAST = 1e-6
-"""A probability that is smaller counts as this much, so that its logarithm is finite."""
+"""A probability that is smaller counts as this much, so that its logarithm is finite; of multi-label also one that is nearer to 1."""
 _CERTAIN = 0.999
 """Probability of a class that is given as a label."""
 _SUM_TOLERANCE = 1e-3
@@ -72,19 +74,27 @@ def read(
     """
     classes = next(iter(splits.values())).classes
     columns = _Columns(kind, task, dict(zip(names, classes, strict=True)) if names else {})
+    known = set[int]().union(*(split.ids_N.tolist() for split in splits.values()))
     found: dict[str, dict[int, tuple[np.ndarray, str]]] = {}
     for path in paths_of(files):
         own = found.setdefault(_split_of(path, splits), {})
-        for example, logits_C, place in _rows(path, columns, splits):
+        for example, logits_C, place in _rows(path, columns, splits, known):
             if example in own:
                 raise UserError(f"{place}: answers the same example as {own[example][1]}; keep one")
             own[example] = logits_C, place
-    answers = {name: _matched(name, split, found, files) for name, split in splits.items()}
-    known = set[int]().union(*(split.ids_N.tolist() for split in splits.values()))
-    extra = len(set[int]().union(*found.values()) - known)
-    return answers, [
+    matched = {name: _matched(name, split, found, files) for name, split in splits.items()}
+    used = {place for answers in matched.values() for _, place in answers}
+    extra = sum(example not in known for own in found.values() for example in own)
+    overridden = sum(map(len, found.values())) - extra - len(used)
+    logits = {name: np.stack([logits_C for logits_C, _ in answers]) for name, answers in matched.items()}
+    return {name: logits_NC.astype(np.float32) for name, logits_NC in logits.items()}, [
         *columns.notes(),
         *([f"{extra:,} answers belong to no example; they are ignored"] if extra else []),
+        *(
+            [f"{overridden:,} answers are ignored: the file named after the split answers the same examples"]
+            if overridden
+            else []
+        ),
     ]
 
 
@@ -96,8 +106,8 @@ def _split_of(path: Path, splits: Collection[str]) -> str:
 
 def _matched(
     name: str, split: Split, found: Mapping[str, Mapping[int, tuple[np.ndarray, str]]], files: Sequence[str]
-) -> np.ndarray:
-    """Return the answers to a split, (N, C) float32: those of a file of its name before any other, as two may differ."""
+) -> list[tuple[np.ndarray, str]]:
+    """Return the answer to each example of a split, and its place: that of a file of its name before any other, as two may differ."""
     by_preference = {example: answer for own in found.values() for example, answer in own.items()} | dict(
         found.get(name, {})
     )
@@ -108,35 +118,38 @@ def _matched(
             f"{', '.join(files)}: no answer to {len(missing):,} of {len(split):,} examples of {name}; the first is {text} "
             f"({split.source}, example {missing[0] + 1}); every example needs one", KEY,
         )  # fmt: skip
-    return np.stack([by_preference[example][0] for example in split.ids_N.tolist()]).astype(np.float32)
+    return [by_preference[example] for example in split.ids_N.tolist()]
 
 
-def _rows(path: Path, columns: _Columns, splits: Mapping[str, Split]) -> list[tuple[int, np.ndarray, str]]:
-    """Return (example id, logits (C,), place) of each row of a file."""
-    table = read_file(path, TableSpec((), keep_others=True))
+def _rows(
+    path: Path, columns: _Columns, splits: Mapping[str, Split], known: set[int]
+) -> list[tuple[int, np.ndarray, str]]:
+    """Return (example id, logits (C,), place) of each row of a file; `known`: the ids of all examples."""
+    task, labels = columns.task, columns.label_columns
+    table = read_file(path, TableSpec(labels, keep_others=True, lists=task.list_columns))
     ids, logits, places = array("q"), list[np.ndarray](), list[str]()
-    texts: list[list[str]] = [[] for _ in columns.task.text]
+    texts: list[list[str]] = [[] for _ in task.text]
     by_id = by_text = False
-    for number, _ in table.rows:
+    for number, cells in table.rows:
         record, place = table.others, table.at(number)
         if not logits:
             by_id, by_text = (
                 ID in record and ID not in columns.reserved,
-                all(name in record for name in columns.task.text),
+                all(name in record for name in task.text),
             )
             columns.require(record, f"{path}:1" if table.unit == "line" else str(path))
-        logits.append(columns.logits_of(record, place))
+        logits.append(columns.logits_of(record, cells, place))
         places.append(place)
         if by_id:
             ids.append(_id_of(record, place))
         elif by_text:
-            for column, name in zip(texts, columns.task.text, strict=True):
+            for column, name in zip(texts, task.text, strict=True):
                 column.append("" if record.get(name) is None else str(record[name]))
     if not logits:
         raise UserError(f"{path}: has no answers")
     if by_text and not by_id:
         ids = array("q", example_ids(texts).tolist())
-        _require_consistent(ids, text_hashes(texts).tolist(), logits, places, splits)
+        _require_consistent(ids, text_hashes(texts).tolist(), logits, places, known)
     if not (by_id or by_text):
         ids = _in_order(path, table, len(logits), splits)
     return list(zip(ids, logits, places, strict=True))
@@ -147,10 +160,9 @@ def _require_consistent(
     hashes: Sequence[int],
     logits: Sequence[np.ndarray],
     places: Sequence[str],
-    splits: Mapping[str, Split],
+    known: set[int],
 ) -> None:
     """Raise UserError if a text has more answers than the data has examples of it, and they differ."""
-    known = set[int]().union(*(split.ids_N.tolist() for split in splits.values()))
     first: dict[int, int] = {}
     for row, (example, text) in enumerate(zip(ids, hashes, strict=True)):
         earlier = first.setdefault(text, row)
@@ -195,6 +207,14 @@ class _Columns:
     spread: int = 0
     rescaled: int = 0
 
+    def __post_init__(self) -> None:
+        self._index = ClassIndex(tuple(self.values.values()), self.task, KEY)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels, which are read as those of the data."""
+        return self.task.label_columns if self.values and self.kind == "labels" else ()
+
     @property
     def reserved(self) -> set[str]:
         """Names and values of classes."""
@@ -202,10 +222,9 @@ class _Columns:
 
     def require(self, record: Mapping[str, object], where: str) -> None:
         """Find the columns in the first row of a file."""
+        if not self.values and PREDICTION not in record:
+            raise UserError(f"{where}: has no column {PREDICTION!r}; it has {_listed(record)}")
         if not self.values or self.kind == "labels":
-            wanted = self.task.label if self.values else PREDICTION
-            if wanted not in record:
-                raise UserError(f"{where}: has no column {wanted!r}; it has {_listed(record)}")
             return
         for name, value in self.values.items():
             if name != value and name in self.values.values():
@@ -220,12 +239,17 @@ class _Columns:
                 f"as the classes: {', '.join(self.values)}"
             )
 
-    def logits_of(self, record: Mapping[str, object], place: str) -> np.ndarray:
-        """Return a row's logits, (C,) float64."""
+    def logits_of(self, record: Mapping[str, object], labels: Fields, place: str) -> np.ndarray:
+        """Return a row's logits, (C,) float64.
+
+        Args:
+            record: column -> value, without `label_columns`.
+            labels: the values of these.
+        """
         if not self.values:
             return _small(np.array([_number(record.get(PREDICTION), PREDICTION, place)]), PREDICTION, place)
         if self.kind == "labels":
-            return np.log(self._label(record, place))
+            return self._of_labels([cell or "" for cell in labels], place)
         given = [
             None if column is None or record[column] in (None, "") else _number(record[column], column, place)
             for column in self._of(record)
@@ -238,10 +262,13 @@ class _Columns:
         if self.kind == "logits":
             return _small(values_C, self.kind, place)
         if (values_C < 0).any() or (values_C > 1).any():
+            other = "logits" if self.task.multilabel else "logits or log_probabilities"
             raise UserError(
-                f"{place}: {_shown(values_C)} are not probabilities, which are from 0 to 1; for other numbers set "
-                f"{KEY}_are to logits or log_probabilities"
+                f"{place}: {_shown(values_C)} are not probabilities, which are from 0 to 1; for other numbers set {KEY}_are "
+                f"to {other}"
             )
+        if self.task.multilabel:
+            return _log_odds(np.clip(values_C, LEAST, 1 - LEAST))
         if abs(values_C.sum() - 1) > _SUM_TOLERANCE:
             raise UserError(f"{place}: the probabilities {_shown(values_C)} sum to {values_C.sum():.4g}, not to 1")
         return np.log(np.maximum(values_C, LEAST))
@@ -272,15 +299,14 @@ class _Columns:
         known_C = np.maximum(known_C, LEAST)
         return np.log(known_C / known_C.sum())
 
-    def _label(self, record: Mapping[str, object], place: str) -> np.ndarray:
-        given = record.get(self.task.label)
-        text = "" if given is None else str(given).strip()
-        for index, pair in enumerate(self.values.items()):
-            if text in pair:
-                share_C = np.full(len(self.values), (1 - _CERTAIN) / max(1, len(self.values) - 1))
-                share_C[index] = _CERTAIN
-                return share_C
-        raise UserError(f"{place}: {self.task.label} {text!r} is not a class; allowed: {', '.join(self.values)}")
+    def _of_labels(self, cells: Sequence[str], place: str) -> np.ndarray:
+        """Return the logits of a class, or of any number of classes, that are given as in the data."""
+        several, count = self.task.multilabel, len(self.values)
+        given = multilabel.given(cells, lambda: place, self.task) if several else [cells[0].strip()]
+        share_C = np.full(count, (1 - _CERTAIN) / (1 if several else max(1, count - 1)))
+        for label in given:
+            share_C[self._index.of(label, lambda: place)] = _CERTAIN
+        return _log_odds(share_C) if several else np.log(share_C)
 
     def notes(self) -> list[str]:
         """Return what people should know of the answers that were read."""
@@ -292,8 +318,13 @@ class _Columns:
         if self.rescaled:
             found.append(f"the probabilities of {self.rescaled:,} answers sum to less than 1; they were scaled to 1")
         if self.kind == "labels":
-            found.append(f"the class of an answer counts as a probability of {_CERTAIN}")
+            other = f", any other as {1 - _CERTAIN:.3f}" if self.task.multilabel else ""
+            found.append(f"the class of an answer counts as a probability of {_CERTAIN}{other}")
         return found
+
+
+def _log_odds(share_C: np.ndarray) -> np.ndarray:
+    return np.asarray(np.log(share_C) - np.log1p(-share_C))
 
 
 def _small(values_C: np.ndarray, kind: str, place: str) -> np.ndarray:

@@ -140,7 +140,7 @@ def require_supported_outputs(
         problem = "is a classifier with a single output"
     else:
         return
-    classes = "classes of each text" if multilabel else "one class for each text"
+    classes = "classes of each text" if multilabel else "one class for each text (with task.kind multilabel: several)"
     raise UserError(
         f"{name} {problem} (problem_type {problem_type} in its config.json); supported: {classes}, or a "
         f"regression with one output; {_remedy(key)}",

@@ -1,9 +1,13 @@
-"""Values of a label column as classes: how a number is written, and in which order classes are."""
+"""Values of a label column as classes: how a number is written, in which order classes are, and which class a label is."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
+
+from pkd_dist.data.tasks import Task
+from pkd_dist.errors import UserError
 
 _WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 _NUMBERED = re.compile(r"(.*[^\W\d]\W*)([0-9]{1,9})", re.DOTALL)
@@ -34,3 +38,34 @@ def _numbered(values: set[str]) -> dict[str, int] | None:
     if len(found) < len(values) or len({prefix for prefix, _ in found.values()}) != 1:
         return None
     return {value: number for value, (_, number) in found.items()}
+
+
+class ClassIndex:
+    """Finds the class of a label, which is the value of a class or its name.
+
+    Args:
+        known: the values of the classes, in class order.
+        split: the one that the labels are from, for messages.
+    """
+
+    def __init__(self, known: Sequence[str], task: Task, split: str):
+        self._known, self._task, self._split = known, task, split
+        index = {value: i for values in (task.names_of(known), known) for i, value in enumerate(values)}
+        self._index = {class_value(value): i for value, i in index.items()} | index
+
+    def of(self, label: str, where: Callable[[], str]) -> int:
+        """Return the index of a label's class.
+
+        Args:
+            where: returns the place of the label, for messages.
+
+        Raises:
+            UserError: it is no class.
+        """
+        found = self._index.get(label)
+        if found is None and (found := self._index.get(class_value(label))) is None:
+            allowed = ", ".join(self._known[:10]) + (", ..." if len(self._known) > 10 else "")
+            own = "" if self._task.classes else " of the teacher" if self._split == "train" else " seen in training"
+            remedy = "; task.class_names maps labels to its classes" if own == " of the teacher" else ""
+            raise UserError(f"{where()}: {self._task.label} {label!r} is not one of the labels{own}: {allowed}{remedy}")
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: 
         split: name of the split.
         task: its file names and kind.
         logits_NC: one row per example, in the order of the data file; (N, 1) for regression. A text has the classes with logits
-            above 0, if it can have several.
+            above 0, if it can have several: separated as in a label column, or as a JSON list where a class has the separator.
         classes: values of the label column in the order of the logits.
 
     Returns:
@@ -39,8 +40,10 @@ def write(folder: Path, split: str, task: Task, logits_NC: np.ndarray, classes: 
 
 def _predictions(task: Task, logits_NC: np.ndarray, classes: Sequence[str]) -> Iterator[str]:
     if task.multilabel:
+        plain = not any(task.label_separator in name or name.startswith("[") for name in classes)
         for logits_C in logits_NC:
-            yield task.label_separator.join(name for name, logit in zip(classes, logits_C, strict=True) if logit > 0)
+            found = [name for name, logit in zip(classes, logits_C, strict=True) if logit > 0]
+            yield task.label_separator.join(found) if plain else json.dumps(found, ensure_ascii=False)
     elif not task.regression:
         yield from (classes[i] for i in logits_NC.argmax(axis=1))
     elif task.value_range:

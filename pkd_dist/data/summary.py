@@ -63,7 +63,10 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     rest = order[_MAX_CLASSES:]
     if len(rest):
         low, high = count_SC[0, rest].min(), count_SC[0, rest].max()
-        add(f"{len(rest)} more, {low:,} to {high:,} each in train", count_SC[:, rest].sum(axis=1))
+        rest_S = count_SC[:, rest].sum(axis=1)
+        if task.multilabel:  # a text that has several of them counts once
+            rest_S = np.array([int(split.labels_N[:, rest].any(axis=1).sum()) for split in labelled.values()])
+        add(f"{len(rest)} more, {low:,} to {high:,} each in {next(iter(labelled))}", rest_S)
     if task.multilabel:
         add("no class", np.array([int((split.labels_N.sum(axis=1) == 0).sum()) for split in labelled.values()]))
     return table

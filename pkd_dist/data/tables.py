@@ -50,6 +50,17 @@ class Table:
         """Return the place of a row, for messages."""
         return place(self.name, number, self.unit)
 
+    def require_unicode(self, number: int, column: str, value: str) -> None:
+        """Raise UserError if a value of a row cannot be written as UTF-8."""
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{self.at(number)}: {column} contains an unpaired surrogate, which is not valid text; fix the escape"
+            ) from None
+
 
 def place(name: str, number: int, unit: str) -> str:
     """Return the place of a line or row of a table, for messages."""

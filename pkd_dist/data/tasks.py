@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pkd_dist.config.task import METRICS_OF, FileSplit
 from pkd_dist.config.task import Task as TaskConfig
@@ -75,7 +76,8 @@ class Task:
         submissions: split -> file name that GLUE's server expects.
         file_split: how one file is split; None: as `FileSplit` does by default.
         duplicates: what to do with texts that are in several splits.
-        train_may_lack_labels: accept a train split without any label: the student learns from the teacher alone.
+        unlabelled_train: what to do with a train split without any label, from which a student can learn with its teacher alone:
+            `refuse` it, `explain` what would accept it, or `accept` it.
     """
 
     name: str
@@ -103,7 +105,7 @@ class Task:
     submissions: Mapping[str, str] = field(default_factory=dict)
     file_split: FileSplit | None = None
     duplicates: str = "keep"
-    train_may_lack_labels: bool = False
+    unlabelled_train: Literal["refuse", "explain", "accept"] = "refuse"
 
     @property
     def has_labels(self) -> bool:

@@ -15,15 +15,16 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pkd_dist.config.task import FileSplit
 from pkd_dist.data import duplicates, multilabel, splitting
-from pkd_dist.data.class_values import class_value, sorted_classes
+from pkd_dist.data.class_values import ClassIndex, class_value, sorted_classes
 from pkd_dist.data.columns import TextColumn
-from pkd_dist.data.examples import Split, example_ids, select, unlabelled, unlabelled_sets
+from pkd_dist.data.examples import Split, example_ids, is_labelled, select, unlabelled, unlabelled_sets
 from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec
@@ -33,6 +34,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.telemetry.markup import printable
 
 _HUB_UNLABELLED = "-1"
+_WITHOUT_LABELS = "with distill.alpha: 1, the student learns from a given teacher alone, which needs none"
 _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
@@ -55,9 +57,29 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     source = require(data, split, task)
     if source.is_part:
         return _read_parts(source, task, classes)[split]
-    labels_optional = (
-        split.startswith("test") or not task.has_labels or (split == "train" and task.train_may_lack_labels)
-    )
+    if split != "train" or task.unlabelled_train != "explain":
+        return _read_split(source, split, task, classes)
+    try:
+        return _read_split(source, split, task, classes)
+    except UserError as error:
+        if _lacks_labels(source, task, classes):
+            raise UserError(f"{error.message}; {_WITHOUT_LABELS}") from None
+        raise
+
+
+def _lacks_labels(source: Source, task: Task, classes: Sequence[str] | None) -> bool:
+    """Return whether a train split can be read, but has no label at all."""
+    try:
+        found = _read_split(source, "train", replace(task, unlabelled_train="accept"), classes)
+    except UserError:
+        return False
+    return not is_labelled(found.labels_N).any()
+
+
+def _read_split(source: Source, split: str, task: Task, classes: Sequence[str] | None) -> Split:
+    """Read a split that has a table of its own."""
+    may_lack = split == "train" and task.unlabelled_train == "accept" and task.has_labels
+    labels_optional = split.startswith("test") or not task.has_labels or may_lack
     found = _content(source, split, task, labels_optional)
     known, notes = tuple(classes or task.classes or ()), found.notes
     no_labels_N = _unlabelled(len(found.numbers), task, known)
@@ -66,12 +88,14 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
         if found.skipped and split.startswith("test"):
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
+        if may_lack:
+            examples = replace(examples, notes=(*notes, f"has no labels; {_WITHOUT_LABELS}"))
         return examples
     labels_N, known = _read_labels(found, known, split, task)
     if split == "train":
         _require_two_classes(labels_N, found, task)
-    if split == "train" and task.multilabel:
-        examples = replace(examples, notes=(*notes, *multilabel.doubts(labels_N, task, known)))
+    if task.multilabel:
+        examples = replace(examples, notes=(*notes, *multilabel.doubts(labels_N, task, known, split)))
     return replace(examples, labels_N=labels_N, classes=known)
 
 
@@ -118,6 +142,8 @@ def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> di
     if task.multilabel:
         for i, name in enumerate(splitting.parts(task.file_split)):
             notes[name] += multilabel.lacking(labels_N[part_N == i], labels_N, task.names_of(known))
+            if name == "dev":
+                multilabel.require_any(labels_N[part_N == i], f"{found.table.name} (dev)")
     if task.has_labels:
         _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
     whole = Split(example_ids(found.texts), found.texts, labels_N, known, found.table.name, rows=found.numbers)
@@ -273,7 +299,7 @@ def _with_text(table: Table, task: Task, skipped: list[str]) -> Iterator[Row]:
     for number, fields in rows:
         for column, value, empty_rows in zip(task.text, fields, empty, strict=False):
             if value and not value.isspace():
-                _require_unicode(table, number, column, value)
+                table.require_unicode(number, column, value)
             elif any(map(_has_text, fields[:width])):
                 empty_rows.add(number)
             else:
@@ -336,17 +362,6 @@ def _has_text(value: str | None) -> bool:
     return bool(value and not value.isspace())
 
 
-def _require_unicode(table: Table, number: int, column: str, value: str) -> None:
-    if value.isascii():
-        return
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{table.at(number)}: {column} contains an unpaired surrogate, which is not valid text; fix the escape"
-        ) from None
-
-
 def _store(rows: Iterator[Row], width: int) -> tuple[array[int], tuple[TextColumn, ...]]:
     """Return the row numbers and the first `width` values of all rows; a missing value becomes an empty text."""
     numbers: array[int] = array("q")
@@ -385,14 +400,14 @@ class _LabelColumn:
                 raise UserError(
                     f"{where}: {self.name} is empty, null or NaN; give it a value or remove the {self.table.unit}"
                 )
-            _require_unicode(self.table, number, self.name, value)
+            self.table.require_unicode(number, self.name, value)
             yield number, value.strip()
 
 
 def _read_labels(found: _Content, known: tuple[str, ...], split: str, task: Task) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the label of each row as a number, and the classes: the known ones, else those of the rows."""
     if task.multilabel:
-        return multilabel.read(found.table, found.numbers, found.labels, task, known)
+        return multilabel.read(found.table, found.numbers, found.labels, task, known, split)
     labels = _LabelColumn(found.table, found.numbers, task.label, found.labels[0])
     if task.regression:
         return _numbers(labels, task), known
@@ -420,20 +435,9 @@ def _all_empty(values: Sequence[str], known: tuple[str, ...]) -> bool:
 
 def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
     """Return int64 (N,) class indices. A label may be the value of a class or its name."""
-    index = {value: i for values in (task.names_of(known), known) for i, value in enumerate(values)}
-    index = {class_value(value): i for value, i in index.items()} | index
-    out = np.empty(len(labels), np.int64)
-    for i, (number, value) in enumerate(labels):
-        found = index.get(value)
-        if found is None and (found := index.get(class_value(value))) is None:
-            allowed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            origin = "" if task.classes else " of the teacher" if split == "train" else " seen in training"
-            remedy = "; task.class_names maps labels to its classes" if origin == " of the teacher" else ""
-            raise UserError(
-                f"{labels.table.at(number)}: {task.label} {value!r} is not one of the labels{origin}: {allowed}{remedy}"
-            )
-        out[i] = found
-    return out
+    index = ClassIndex(known, task, split)
+    found = (index.of(value, partial(labels.table.at, number)) for number, value in labels)
+    return np.fromiter(found, np.int64, len(labels))
 
 
 def _numbers(labels: _LabelColumn, task: Task) -> np.ndarray:

@@ -15,13 +15,20 @@ from pkd_dist.distillation import cache
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.calibration import log_softmax
+from pkd_dist.evaluation.thresholds import cutoffs
 from pkd_dist.files import write_atomically
 
 KINDS = (".csv", ".jsonl", ".parquet")
 
 
 def write_table(
-    output: Path, cached: Path, evaluated: Path, names: Sequence[str], scale: TargetScale | None, probabilities: bool
+    output: Path,
+    cached: Path,
+    evaluated: Path,
+    names: Sequence[str],
+    scale: TargetScale | None,
+    probabilities: bool,
+    thresholds: Sequence[float] | None = None,
 ) -> int:
     """Write one row for each example that a teacher answered, and return their number.
 
@@ -32,6 +39,7 @@ def write_table(
         names: class names in the order of the logits; empty for a regression.
         scale: of a regression's targets.
         probabilities: write these instead of logits.
+        thresholds: of each class, where a text can have several; `evaluated` has logits that are shifted by them.
 
     Raises:
         UserError: there are no complete answers, or the table cannot be written.
@@ -45,15 +53,18 @@ def write_table(
     if probabilities and not names:
         raise UserError("a regression has values, not probabilities; leave it out", "--probabilities")
     found: dict[int, list[float]] = {}
-    for ids_N, values_NC in _answers(cached, evaluated, scale):
-        values_NC = np.exp(log_softmax(values_NC)) if probabilities else values_NC
+    for ids_N, values_NC in _answers(cached, evaluated, scale, thresholds):
+        if probabilities:
+            values_NC = np.exp(log_softmax(values_NC)) if thresholds is None else 1 / (1 + np.exp(-values_NC))
         for example, values in zip(ids_N.tolist(), values_NC.tolist(), strict=True):
             found.setdefault(example, values)  # the same text in two splits
     write_atomically(output, lambda tmp: _write(tmp, output.suffix, [ID, *(names or [PREDICTION])], found))
     return len(found)
 
 
-def _answers(cached: Path, evaluated: Path, scale: TargetScale | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _answers(
+    cached: Path, evaluated: Path, scale: TargetScale | None, thresholds: Sequence[float] | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield example ids (N,) and logits (N, C) float64, of a regression values in its own unit."""
     manifest = cache.read_manifest(cached)
     if manifest is None:
@@ -61,8 +72,9 @@ def _answers(cached: Path, evaluated: Path, scale: TargetScale | None) -> Iterat
     for ids_N, logits in cache.CacheReader(cached, manifest.fingerprint, range(len(manifest.shards))).logits():
         values_NC = logits.double().numpy()
         yield ids_N, values_NC if scale is None else values_NC * scale.std + scale.mean
+    shift = 0.0 if thresholds is None else cutoffs(np.array(thresholds))
     for answered in predictions.read(evaluated).values():
-        yield answered.ids_N, answered.logits["teacher"].astype(np.float64)
+        yield answered.ids_N, answered.logits["teacher"].astype(np.float64) + shift
 
 
 def _write(path: Path, kind: str, columns: Sequence[str], found: dict[int, list[float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -109,8 +110,9 @@ def _read(data: str, split: str, task: tasks.Task, classes: Sequence[str] | None
         task.positive_class is None and len(classes or ()) in (0, 2) and not task.regression and not task.class_columns
     )
     if two_of_data and sources.locate(data, "train", task):
-        train = text.read(data, "train", task, classes)
-        classes, per_class = train.classes, class_counts(train.labels_N, len(train.classes)).tolist()
+        train = text.read(data, "train", replace(task, unlabelled_train="accept"), classes)
+        if is_labelled(train.labels_N).any():
+            classes, per_class = train.classes, class_counts(train.labels_N, len(train.classes)).tolist()
     examples = text.read(data, split, task, classes)
     if not is_labelled(examples.labels_N).all():
         raise UserError(f"{examples.source} has no labels to score; `pkd predict` answers it", "--split")

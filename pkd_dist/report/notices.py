@@ -15,6 +15,9 @@ from pkd_dist.metric_names import METRICS, MULTILABEL_METRICS, SHARES
 from pkd_dist.report.format import duration, percent
 from pkd_dist.report.run import Run
 
+_MEANS_OVER_CLASSES = ("f1_macro", "map")
+"""The values of `task.metric` in which a rare class counts as much as any other."""
+
 
 def notices(run: Run) -> Iterator[str]:
     """Yield the remarks, one or two sentences each."""
@@ -142,10 +145,11 @@ def _on_data(run: Run) -> Iterator[str]:
     counts = run.data["train"].per_class
     if counts and max(counts) > 10 * min(counts):
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
+        metric = run.metric[:1].upper() + run.metric[1:] if run.task.multilabel else "Accuracy"
+        see = "See" if run.task.metric in _MEANS_OVER_CLASSES else f"{metric} says little about rare classes; see"
         yield (
             f"The classes are imbalanced: {counts[most]:,} training examples of {run.class_names[most]}, {counts[least]:,} "
-            f"of {run.class_names[least]}. {'Micro F1' if run.task.multilabel else 'Accuracy'} says little about rare "
-            "classes; see the F1 of each class."
+            f"of {run.class_names[least]}. {see} the F1 of each class."
         )
 
 

@@ -277,9 +277,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     trackers.require(config.trackers)
     deepspeed = load_deepspeed(config, config_file)
     task = tasks.resolve(config.task)
-    may_lack = not config.teacher.finetune and not config.task.class_weights and not task.multilabel
-    if config.distill.alpha == 1 and may_lack:
-        task = dataclasses.replace(task, train_may_lack_labels=True)
+    if not (config.teacher.finetune or config.task.class_weights or task.multilabel):
+        accepted = config.distill.alpha == 1
+        task = dataclasses.replace(task, unlabelled_train="accept" if accepted else "explain")
     if task.regression and config.task.augment and config.task.augment.min_confidence:
         raise UserError(
             "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"

@@ -184,12 +184,19 @@ def _prepare(context: Context) -> DataOutput:
             "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
             " and ".join(run.config.teacher.models), ", ".join(names),
         )  # fmt: skip
+    for teacher in run.teachers:
+        if not (run.finetunes or run.has_answers) and getattr(teacher.source_config, "thresholds_in_bias", None):
+            log.warning(
+                "data: teacher.model: the biases of %s contain thresholds (thresholds_in_bias in its config.json), so its scores are "
+                "no probabilities, and the student learns them as they are; the teacher of its run has none", teacher.model,
+            )  # fmt: skip
     write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
     answered = _answers(context, splits, names) if run.has_answers else None
     own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
     if run.task.regression:
-        scale = TargetScale.of(np.asarray(train.labels_N))
+        labelled = train if is_labelled(train.labels_N).any() else splits["dev"]
+        scale = TargetScale.of(np.asarray(labelled.labels_N))
         log.info(
             "data: targets are learned as (target - %.6g) / %.6g; every model predicts in their own unit",
             scale.mean,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pkd_dist.data import submission
 from pkd_dist.data.examples import is_labelled
+from pkd_dist.data.multilabel import listed
 from pkd_dist.evaluation import predictions
 from pkd_dist.evaluation.calibration import ece_sentence
 from pkd_dist.evaluation.compare import ModelComparison, Side, compare_models
@@ -110,12 +111,10 @@ def _of_classes(compared: ModelComparison, names: Sequence[str]) -> MultiLabel:
     labels = {split: np.asarray(found.labels_N) for split, found in compared.splits.items()}
     labels = {split: labels_NC for split, labels_NC in labels.items() if is_labelled(labels_NC).all()}
     found = describe(compared.thresholds, compared.logits, labels, names)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in found["thresholds"]["student"].items())
-    log.info("evaluate: thresholds of the student, chosen on dev: %s", shown)
+    shown = [f"{name} {value:.3f}" for name, value in found["thresholds"]["student"].items()]
+    log.info("evaluate: thresholds of the student, chosen on dev: %s", listed(shown))
     if found["unfitted"]:
-        log.info(
-            "evaluate: the threshold is 0.5 for classes without an example in dev: %s", ", ".join(found["unfitted"])
-        )
+        log.info("evaluate: the threshold is 0.5 for classes without an example in dev: %s", listed(found["unfitted"]))
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import launch, sentences, started, until, write_config, write_tsv
+from conftest import launch, refused, sentences, started, until, write_config, write_tsv
 
 from pkd_dist.stages.base import Markers
 from pkd_dist.stages.translation import translate
@@ -26,16 +26,6 @@ PAIRS = "sentence1\tsentence2\tscore\n"
 def contents(folder):
     """Every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def refused(*arguments, bare=0):
-    """Runs the launcher, which must refuse; returns its one line on stderr."""
-    done = launch(*arguments, bare=bare)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("pkd: "), done.stderr
-    return lines[0]
 
 
 CONFIGURATION = {

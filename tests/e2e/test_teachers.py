@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import torch
-from conftest import launch, results, write_config
+from conftest import launch, refused, results, write_config
 from families import make_folder
 from test_kill import kill_at
 from transformers import AutoModelForSequenceClassification
@@ -98,13 +98,6 @@ def test_two_seeds_one_cache_and_only_texts_that_the_teacher_is_sure_of(settings
     assert samples == len(train) - int(line[1])
 
 
-def refusal(*arguments):
-    done = launch(*arguments)
-    assert done.returncode == 2 and not done.stdout, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    return line
-
-
 def test_teachers_that_do_not_fit_and_settings_that_exclude_each_other(settings, tmp_path):
     names = ("negative", "positive")
     good = make_folder(tmp_path / "good", "bert", classifier=True, names=names)
@@ -121,17 +114,17 @@ def test_teachers_that_do_not_fit_and_settings_that_exclude_each_other(settings,
         f"teacher.model=[{good},{good}]": r"teacher\.model must name at least one model, each once",
     }
     for argument, expected in cases.items():
-        line = refusal(*given, argument)
+        line = refused(*given, argument)
         assert re.search(expected, line), line
     augment = "task.augment={copies: 1, min_confidence: 0.9}"
-    line = refusal("--config", config, augment, "cache.enabled=false")
+    line = refused("--config", config, augment, "cache.enabled=false")
     assert re.search(
         r"task\.augment\.min_confidence needs the teacher's answers before .* set it to 0, or cache\.enabled", line
     )
     table = "sentence1\tsentence2\tscore\na film\ta plot\t1.5\n"
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text(table)
-    line = refusal("--config", config, augment, "task.name=stsb", f"task.data={tmp_path}")
+    line = refused("--config", config, augment, "task.name=stsb", f"task.data={tmp_path}")
     assert (
         "task.augment.min_confidence: compares class probabilities, which a regression does not have; set it to 0"
         in line

@@ -11,7 +11,7 @@ from scipy.special import expit
 from sklearn import metrics as sk
 
 from pkd_dist.config.load import load
-from pkd_dist.data import tasks, text
+from pkd_dist.data import answers, submission, tasks, text
 from pkd_dist.data.examples import is_labelled, unlabelled_like
 from pkd_dist.distillation.losses import hard_loss, multilabel_soft_loss
 from pkd_dist.errors import UserError
@@ -138,7 +138,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, label, train, message):
 def test_a_class_that_train_does_not_have_is_named(tmp_path):
     written(tmp_path, "delimited")
     (tmp_path / "dev.csv").write_text("text,topics\nx,a\ny,a|d\n")
-    with pytest.raises(UserError, match=r"dev.csv:3: topics 'd' is not one of the classes: a, b, c"):
+    with pytest.raises(UserError, match=r"dev.csv:3: topics 'd' is not one of the labels seen in training: a, b, c"):
         text.read_all(str(tmp_path), task())
     for value, message in (
         ('["a", null]', "null or NaN"),
@@ -149,6 +149,51 @@ def test_a_class_that_train_does_not_have_is_named(tmp_path):
         (tmp_path / "dev.csv").unlink(missing_ok=True)
         with pytest.raises(UserError, match=rf"dev.jsonl:1: a value of topics .*{message}"):
             text.read_all(str(tmp_path), task())
+
+
+def test_a_class_that_cannot_be_written_is_refused(tmp_path):
+    """Before the training, and not when the report is written."""
+    for labels in ('["a", "b\\ud800"]', '"a|b\\ud800"'):
+        (tmp_path / "train.jsonl").write_text(
+            f'{{"text": "x", "topics": {labels}}}\n{{"text": "y", "topics": ["a"]}}\n'
+        )
+        with pytest.raises(UserError, match=r"train.jsonl:1: topics contains an unpaired surrogate"):
+            text.read(str(tmp_path), "train", task())
+
+
+def test_classes_that_a_split_lacks_are_noted_and_dev_needs_some(tmp_path):
+    for form in ("delimited", "columns"):
+        label = written(tmp_path, form)
+        none = ["x,b|c"] if form == "delimited" else ["x,0,1,1"]
+        head = (tmp_path / "dev.csv").read_text().splitlines()[0]
+        (tmp_path / "dev.csv").write_text("\n".join([head, *none]) + "\n")
+        splits = text.read_all(str(tmp_path), task(label=label))
+        assert splits["train"].notes == () and splits["dev"].notes == ("has no example of a",)
+        empty = ["x,", "y,"] if form == "delimited" else ["x,0,0,0"]
+        (tmp_path / "dev.csv").write_text("\n".join([head, *empty]) + "\n")
+        with pytest.raises(UserError, match=r"dev.csv: no example has a class; dev selects the best epoch"):
+            text.read_all(str(tmp_path), task(label=label))
+
+
+def test_the_classes_of_a_teacher_are_named(tmp_path):
+    written(tmp_path, "delimited")
+    with pytest.raises(
+        UserError, match=r"topics 'a' is not one of the labels of the teacher: x, y; task.class_names maps"
+    ):
+        text.read(str(tmp_path), "train", task(), ("x", "y"))
+
+
+def test_a_submission_can_be_read_back(tmp_path):
+    logits = np.array([[1, 1, -1], [-1, -1, -1], [-1, 1, 1]])
+    for classes, expected in (
+        (("a", "b", "c d"), ["a|b", "", "b|c d"]),
+        (("a", "b|c", "d"), ['"[""a"", ""b|c""]"', "[]", '"[""b|c"", ""d""]"']),
+    ):
+        lines = submission.write(tmp_path, "test", task(), logits, classes).read_text().splitlines()
+        assert lines == ["index\tprediction", *(f"{i}\t{each}" for i, each in enumerate(expected))]
+        rows = [f"text {i}\t{each}" for i, each in enumerate(expected)]
+        (tmp_path / "train.tsv").write_text("\n".join(["text\ttopics", *rows]) + "\n")
+        assert text.read(str(tmp_path), "train", task(), classes).labels_N.tolist() == (logits > 0).tolist()
 
 
 def test_a_separator_that_looks_wrong_is_noted(tmp_path):
@@ -165,6 +210,42 @@ def test_parts_of_one_file_and_duplicates(tmp_path):
     assert sum(map(len, splits.values())) == 42 and splits["dev"].labels_N.shape[1] == 2
     repeated = [note for split in splits.values() for note in split.notes if "repeated texts" in note]
     assert len(repeated) == 1 and "'text 1'" in repeated[0]
+
+
+# ------------------------------------------------------------------------------------------------- a teacher's answers
+
+
+def answered(folder, kind, head, rows):
+    """Return the answers of a table to the examples of train, as logits."""
+    train = text.read(str(folder), "train", task())
+    lines = [["text", *head], *([name, *row] for (name, _), row in zip(ROWS, rows, strict=True))]
+    (folder / "answers.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    found, notes = answers.read([str(folder / "answers.csv")], kind, task(), {"train": train}, ["a", "b", "c"])
+    assert not notes and found["train"].dtype == np.float32
+    return found["train"].astype(np.float64)
+
+
+def test_probabilities_and_logits_of_several_classes_need_no_sum(tmp_path):
+    written(tmp_path, "lists")
+    shares = [[0.9, 0.8, 0.7], [0, 0.1, 0], [1, 0.5, 1e-9], [0.2, 0.3, 0.4]]
+    found = answered(tmp_path, "probabilities", "abc", shares)
+    np.testing.assert_allclose(expit(found), np.clip(shares, 1e-6, 1 - 1e-6), rtol=1e-5)
+    logits = np.random.default_rng(1).normal(0, 5, (4, 3)).astype(np.float32)
+    assert (answered(tmp_path, "logits", "cab", logits[:, [2, 0, 1]].tolist()) == logits).all()
+    with pytest.raises(
+        UserError, match=r"answers.csv:2: 2, 0, 0 are not probabilities.*set teacher.answers_are to logits$"
+    ):
+        answered(tmp_path, "probabilities", "abc", [[2, 0, 0], *shares[1:]])
+
+
+@pytest.mark.parametrize("form", ["lists", "delimited", "JSON in a table", "Parquet", "columns"])
+def test_labels_as_answers_have_every_form_of_the_data(tmp_path, form):
+    own = task(label=written(tmp_path, form))
+    train = text.read(str(tmp_path), "train", own)
+    [path] = tmp_path.glob("train.*")
+    found, notes = answers.read([str(path)], "labels", own, {"train": train}, ["a", "b", "c"])
+    np.testing.assert_allclose(expit(found["train"]), np.where(EXPECTED, 0.999, 0.001), rtol=1e-4)
+    assert notes == ["the class of an answer counts as a probability of 0.999, any other as 0.001"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -356,7 +437,10 @@ def test_several_teachers_are_the_mean_of_their_probabilities():
             "task.augment.min_confidence cannot be used with task.kind multilabel",
         ),
         (["evaluate.calibrate=true"], "evaluate.calibrate cannot be used with task.kind multilabel"),
-        (["teacher={answers: [a.csv]}"], "teacher.answers cannot be used with task.kind multilabel"),
+        (
+            ["teacher={answers: [a.csv], answers_are: log_probabilities}"],
+            "teacher.answers_are log_probabilities cannot be used with task.kind multilabel",
+        ),
         (["task.label=null"], "task.kind multilabel needs labels, but task.label is null"),
         (["task.metric=accuracy"], "task.metric accuracy cannot be used with task.kind multilabel; allowed: f1_micro"),
         (["task.label=[a]"], "task.label must name two or more different columns"),

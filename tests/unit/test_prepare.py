@@ -86,6 +86,8 @@ def test_many_classes_and_regression(tmp_path, count):
     assert status == 0 and f"{count} classes" in output
     assert row(output, "intent 7")[0].startswith("3 (")
     assert row(output, f"{count - 20} more, 2 to 2 each in train")[0].startswith(f"{2 * (count - 20)} (")
+    status, output, _ = pkd("prepare", *own, "--kind", "multilabel")
+    assert row(output, f"{count - 20} more, 2 to 2 each in train")[0].endswith(f"({(count - 20) / (count + 0.5):.1%})")
     for name in ("train", "dev"):
         (tmp_path / f"{name}.jsonl").write_text('{"a": "x", "y": 1}\n{"a": "y", "y": 4}\n')
     status, output, _ = pkd("prepare", *own, "--kind", "regression")

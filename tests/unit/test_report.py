@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ from run_folders import EXAMPLES, change, figures, make_run, read, rewrite, writ
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.calibration import calibrate
 from pkd_dist.report import pages
-from pkd_dist.report.notices import notices
+from pkd_dist.report.notices import _on_data, notices
 
 VOID = {"meta", "br", "img", "link", "input"}
 
@@ -248,6 +249,15 @@ class TestWarnings:
     def test_imbalanced(self, run, counts, warned):
         change(run, "data", lambda out: out["sets"]["train"].update(per_class=counts))
         assert ("imbalanced" in self.shown(run)) == warned
+
+    @pytest.mark.parametrize(
+        ("metric", "said"),
+        [("f1_samples", "Samples F1 says little about rare classes; see the F1"), ("map", "of negative. See the F1")],
+    )
+    def test_imbalanced_where_a_text_can_have_several_classes(self, run, metric, said):
+        change(run, "data", lambda out: out["sets"]["train"].update(per_class=[3, 300]))
+        found = read(run)
+        assert said in " ".join(_on_data(replace(found, task=replace(found.task, multilabel=True, metric=metric))))
 
     def test_much_worse(self, run):
         change(run, "evaluate", lambda out: out["results"]["student"].update(main_metric=0.78))
