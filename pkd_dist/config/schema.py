@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pkd_dist.config import multiple_choice
 from pkd_dist.config.distill import Distill
 from pkd_dist.config.section import Count, Fraction, NonNegative, Positive, Section
 from pkd_dist.config.task import Task
@@ -469,6 +470,12 @@ class Config(Section):
                 "teacher.answers cannot be used with task.kind multilabel: the probabilities of its classes have no sum; give a "
                 "teacher.model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_multiple_choice_cannot_do(self) -> Config:
+        if self.task.is_multiple_choice:
+            multiple_choice.refuse(self)
         return self
 
     @model_validator(mode="after")

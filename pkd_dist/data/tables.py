@@ -56,6 +56,18 @@ def place(name: str, number: int, unit: str) -> str:
     return f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
 
 
+def require_unicode(table: Table, number: int, column: str, value: str) -> None:
+    """Raise UserError if a value of a row is not valid text."""
+    if value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{table.at(number)}: {column} contains an unpaired surrogate, which is not valid text; fix the escape"
+        ) from None
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """The columns to read from a table.

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,7 +36,7 @@ from pkd_dist.model.encoder import (
     planned_model,
 )
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
-from pkd_dist.model.head import has_classifier, reorder_outputs
+from pkd_dist.model.head import has_classifier, new_model, reorder_outputs
 from pkd_dist.model.layers import copied_layers
 from pkd_dist.model.narrowing import can_narrow, narrow
 from pkd_dist.model.regression_head import has_trained_head, standardize
@@ -214,9 +213,7 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
                 value = weights.pop(name)
                 if int(match[1]) in layers:
                     weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
-    model = AutoModelForSequenceClassification.from_config(
-        _with_layers(source.config, layers), dtype=torch.float32, trust_remote_code=False
-    )
+    model = new_model(_with_layers(source.config, layers))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -264,7 +261,7 @@ def create(
             layers = _selected_layers(config, shape)
             shape = _with_layers(_with_widths(shape, config), layers)
             _set_fields(shape, labels)
-            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+            model = new_model(shape)
             made_of = f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
             return standardize(model, scale, trained_head=False), made_of
         if config.init == "first_k":

@@ -382,15 +382,22 @@ def _class_order(
     """Check that the teachers can be used, and return the label values in the order of their outputs; None: the data decides."""
     key, orders = "student.init" if config.teacher.answers else "teacher.model", []
     for teacher in teachers:
-        require_compatible(teacher.source_config, tokenizer, config.task.max_length, teacher.model, key)
+        require_compatible(
+            teacher.source_config,
+            tokenizer,
+            config.task.max_length,
+            teacher.model,
+            key,
+            multiple_choice=bool(task.options),
+        )
         if config.teacher.finetune is not None or config.teacher.answers:
             orders.append(task.classes)
             continue
-        encoder.require_classifier(teacher.source, teacher.model, key)
+        encoder.require_classifier(teacher.source, teacher.model, key, multiple_choice=bool(task.options))
         class_mapping.require_outputs(task, teacher.source_config, teacher.model, key)
         try:
             orders.append(class_mapping.class_order(task, teacher.source_config, key))
-            if orders[-1] is None and not task.has_labels:
+            if orders[-1] is None and not task.has_labels and task.has_named_classes:
                 orders[-1] = tuple(class_mapping.output_names(teacher.source_config))
         except UserError as error:
             raise UserError(f"{teacher.model}: {error.message}", error.setting) from None
