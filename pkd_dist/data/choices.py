@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,11 @@ class Choices:
     gap: str | None = None
 
     def count(self, columns: Sequence[object]) -> int:
-        """Return the number of options C of examples with these columns."""
+        """Return the number of options C of examples with these columns, or of an example with these texts."""
         return len(columns) - 1 - self.question
 
-    def options(self, columns: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-        """Return the columns of the options."""
+    def options(self, columns: Sequence[T]) -> Sequence[T]:
+        """Return the columns of the options, or of the columns of one example its options."""
         return columns[1 + self.question :]
 
     def pairs(self, columns: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -40,7 +43,7 @@ class Choices:
         contexts: list[str] = []
         seconds: list[str] = []
         for fields in zip(*columns, strict=True):
-            options = fields[1 + self.question :]
+            options = self.options(fields)
             contexts += [fields[0]] * len(options)
             seconds += [self._second(fields[1], option) for option in options] if self.question else options
         return [contexts, seconds]

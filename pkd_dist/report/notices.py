@@ -140,7 +140,7 @@ def _on_data(run: Run) -> Iterator[str]:
         for note in data.notes:
             yield f"{name.capitalize().replace('_', ' ')} data: {note}."
     counts = run.data["train"].per_class
-    if counts and max(counts) > 10 * min(counts):
+    if counts and run.task.has_named_classes and max(counts) > 10 * min(counts):
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         yield (
             f"The classes are imbalanced: {counts[most]:,} training examples of {run.class_names[most]}, {counts[least]:,} "
