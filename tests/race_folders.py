@@ -14,7 +14,7 @@ COUNTS = {"train": (5, 30), "dev": (3, 8), "test": (2, 6)}
 
 
 def article(rng: random.Random, questions: int) -> dict[str, Any]:
-    """A text with questions, every second one with a gap; the right option is the one with a good word."""
+    """A text with questions, every second one with a gap; mostly the right option is the one with a good word."""
     found: dict[str, Any] = {"article": " ".join(rng.choices(PLAIN, k=rng.randrange(6, 40)))}
     found |= {"questions": [], "options": [], "answers": []}
     for i in range(questions):
@@ -22,7 +22,7 @@ def article(rng: random.Random, questions: int) -> dict[str, Any]:
         words = [rng.choice(GOOD if option == right else BAD) for option in range(4)]
         found["questions"].append(f"the film was {rng.choice(['_ .', '_'])}" if i % 2 else "what was the story ?")
         found["options"].append([" ".join([*rng.choices(PLAIN, k=rng.randrange(3)), word]) for word in words])
-        found["answers"].append("ABCD"[right])
+        found["answers"].append("ABCD"[right if rng.random() < 0.85 else rng.randrange(4)])
     return found
 
 
@@ -50,8 +50,8 @@ def rows(count: int, seed: int = 3) -> list[dict[str, Any]]:
     found = []
     for _ in range(count):
         text = article(rng, 1)
-        right = "ABCD".index(text["answers"][0])
         options, question = text["options"][0], text["questions"][0]
+        right = next(i for i, option in enumerate(options) if option.split()[-1] in GOOD)
         found.append({"context": text["article"], "question": question, "options": options, "right": right})
     return found
 
@@ -61,11 +61,11 @@ def settings(body: Path, data: Path, folder: Path) -> dict[str, Any]:
     return {
         "run": {"dir": str(folder / "run"), "timeout_seconds": 120},
         "task": {"name": "race", "data": str(data), "max_length": 40},
-        "teacher": {"model": str(body), "finetune": {"epochs": 3, "learning_rate": 3e-3, "batch_size": 16}},
+        "teacher": {"model": str(body), "finetune": {"epochs": 1, "learning_rate": 3e-3, "batch_size": 4}},
         "student": {"layers": [1, 3]},
-        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 3e-3, "deepspeed": "ds_configs/zero1.json"},
+        "train": {"epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "deepspeed": "ds_configs/zero1.json"},
         "cache": {"shard_rows": 50},
-        "checkpoint": {"every_steps": 3, "min_seconds": 0},
+        "checkpoint": {"every_steps": 5, "min_seconds": 0},
         "evaluate": {"latency_samples": 10},
         "export": {"formats": ["safetensors"]},
         "metrics": {"enabled": False},
