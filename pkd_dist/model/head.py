@@ -58,8 +58,11 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return inputs on which logits before and after a change are compared."""
-    inputs = model.dummy_inputs
-    return {name: value[None] for name, value in inputs.items()} if is_multiple_choice(model.config) else inputs
+    inputs: dict[str, torch.Tensor] = model.dummy_inputs
+    if not is_multiple_choice(model.config):
+        return inputs
+    ids_1OL = inputs["input_ids"][None]
+    return {"input_ids": ids_1OL, "attention_mask": torch.ones_like(ids_1OL)}
 
 
 @torch.no_grad()
