@@ -80,8 +80,11 @@ def refuse(config: Config) -> None:
 
 def _refused(config: Config) -> Iterator[tuple[str, str]]:
     distill: Any = config.distill
-    if config.teacher.answers:
-        yield "teacher.answers", "its tables have a column for each class; give a teacher.model"
+    if config.teacher.answers and config.teacher.answers_are == "labels" and config.task.label_is == "text":
+        yield (
+            "teacher.answers_are labels",
+            "task.label_is is text, and answers name options by index or letter; give probabilities",
+        )
     if distill.beta > 0 and distill.states == "tokens":
         yield "distill.states tokens", "the states of the first token of each option are compared; use cls"
     for key in ("gram", "relations", "attention"):

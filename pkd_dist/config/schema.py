@@ -450,7 +450,7 @@ class Config(Section):
             raise ValueError(
                 "teacher.answers_are labels needs the label column, but task.label is null; name the column, and set distill.alpha to 1"
             )
-        if self.teacher.answers and not self.task.class_names:
+        if self.teacher.answers and not self.task.class_names and not self.task.is_multiple_choice:
             raise ValueError(
                 "teacher.answers without labels need task.class_names: nothing else names the columns of classes"
             )

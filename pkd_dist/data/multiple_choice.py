@@ -17,7 +17,7 @@ import numpy as np
 
 from pkd_dist.config.multiple_choice import MOST_OPTIONS
 from pkd_dist.data.class_values import class_value
-from pkd_dist.data.tables import Fields, Row, Table, require_unicode
+from pkd_dist.data.tables import Row, Table, require_unicode
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 
@@ -46,11 +46,13 @@ def with_option_columns(rows: Iterator[Row], table: Table, task: Task, known: in
     first = next(rows, None)
     if first is None:
         return iter(()), known
-    count = known or len(_options(first, start, table, task))
+    count = known or len(options_of(first[1][start], table.at(first[0]), task))
 
     def spread() -> Iterator[Row]:
         for number, fields in itertools.chain([first], rows):
-            options = _options((number, fields), start, table, task)
+            options = options_of(fields[start], table.at(number), task)
+            for option in options:
+                require_unicode(table, number, task.options[0], option)
             if len(options) != count:
                 whose = "the training split" if known else "the first example"
                 raise UserError(
@@ -76,23 +78,25 @@ def _complete(rows: Iterable[Row], table: Table, task: Task) -> Iterator[Row]:
         yield number, fields
 
 
-def _options(row: Row, at: int, table: Table, task: Task) -> Fields:
-    number, cell = row[0], (row[1][at] or "").strip()
-    try:
-        found = json.loads(cell)
-    except (ValueError, RecursionError):
-        found = None
+def options_of(cell: object, where: str, task: Task) -> list[str]:
+    """Return the options in a value of a column of lists: a list of texts, also as JSON.
+
+    Raises:
+        UserError: it is no such list; the message begins with `where`.
+    """
+    found, cell = cell, cell if isinstance(cell, str) else json.dumps(cell)
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):
+            found = None
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise UserError(
-            f'{table.at(number)}: {task.options[0]} {_short(cell)} is not a list of texts, such as ["a", "b"]; write one, or give a '
+            f'{where}: {task.options[0]} {_short(cell)} is not a list of texts, such as ["a", "b"]; write one, or give a '
             "column for each option as task.options"
         )
     if not 2 <= len(found) <= MOST_OPTIONS:
-        raise UserError(
-            f"{table.at(number)}: {task.options[0]} has {len(found)} option(s); an example needs 2 to {MOST_OPTIONS}"
-        )
-    for each in found:
-        require_unicode(table, number, task.options[0], each)
+        raise UserError(f"{where}: {task.options[0]} has {len(found)} option(s); an example needs 2 to {MOST_OPTIONS}")
     return found
 
 

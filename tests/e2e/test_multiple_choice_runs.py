@@ -268,10 +268,42 @@ def test_one_file_of_ones_own_with_a_given_teacher_and_no_labels(run, tmp_path):
     assert sets[0]["dev"]["digest"] == sets[1]["dev"]["digest"]
 
 
+def answers_by_id(race, run, table):
+    made = pkd("answers", run, "--output", table)
+    assert made.returncode == 0 and "A, B, C, D" in made.stdout, made.stderr
+
+
+def answers_by_text(race, run, table):
+    """Probabilities of 0.91 for the right option."""
+    with table.open("w") as file:
+        for split in ("train", "dev", "test"):
+            for article, question, options, right in questions(race, split):
+                shares = {letter: 0.91 if i == right else 0.03 for i, letter in enumerate("ABCD")}
+                file.write(json.dumps({"article": article, "question": question, "options": options, **shares}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "kind"),
+    [(answers_by_id, "answers.csv", "logits"), (answers_by_text, "answers.jsonl", "probabilities")],
+)
+def test_answers_instead_of_a_teacher(run, race, tmp_path, write, name, kind):
+    folder, _ = run
+    write(race, folder, tmp_path / name)
+    config = settings(folder / "teacher", race, tmp_path)
+    config["teacher"] = {"answers": [str(tmp_path / name)], "answers_are": kind}
+    config["student"] = {"init": str(folder / "student_init")}
+    done = launch("--config", write_config(config, tmp_path), *TO_EXPORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(tmp_path / "run")
+    expected = results(folder)["teacher"]["accuracy"] if kind == "logits" else 1.0
+    assert found["teacher"]["accuracy"] == pytest.approx(expected) and found["student"]["accuracy"] > 0.6
+
+
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert"])
 def test_a_run_of_each_family(family, race, tmp_path):
     config = settings(make_folder(tmp_path / "model", family), race, tmp_path)
-    config["export"]["formats"] = ["safetensors", "onnx"]
+    if family in ("roberta", "distilbert", "electra"):
+        config["export"]["formats"].append("onnx")
     config["student"] = {"layers": [0, 3]}
     done = launch("--config", write_config(config, tmp_path), *TO_EXPORT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -303,3 +335,52 @@ def test_every_way_to_start_a_student(body, tmp_path, student):
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(tmp_path / "run")["ensemble"]["teachers"] == 2
     AutoModelForMultipleChoice.from_pretrained(tmp_path / "run/export")
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(config, folder, *overrides):
+    """The one line of a run that is refused before it writes anything."""
+    done = launch("--config", write_config(config, folder), *overrides)
+    assert done.returncode == 2 and not (folder / "run").exists(), done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_what_cannot_work_ends_with_one_line_before_anything_is_written(run, body, race, tmp_path):
+    folder, _ = run
+    config = settings(body, race, tmp_path)
+    for override, message in (
+        ("task.class_weights=balanced", "task.class_weights cannot be used with task.name race"),
+        ("distill.gram=1", "distill.gram cannot be used with task.name race"),
+        ("export.formats=[triton]", "export.formats triton cannot be used with task.name race"),
+        ("task.augment={copies: 1}", "task.augment cannot be used with task.name race"),
+        ("task.data=" + str(folder), "has no split 'train'; expected one of train.tsv"),
+        ("teacher.finetune=null", "teacher.model: " + str(body) + " is a BertModel, which does not score options"),
+    ):
+        assert message in refused(config, tmp_path, override)
+    config["task"] |= {"name": "sst2"}
+    config["task"]["data"] = "data/movie-reviews"
+    config["teacher"] = {"model": str(folder / "export")}
+    line = refused(config, tmp_path)
+    assert "is a model for multiple choice (BertForMultipleChoice), whose outputs are not classes of a text" in line
+
+
+def test_commands_say_what_they_need(run, tmp_path):
+    folder, _ = run
+    as_text = pkd("predict", "--model", folder / "export", "a text")
+    assert as_text.returncode == 2 and "--file: the model chooses among options; give a table" in as_text.stderr
+    (tmp_path / "bad.jsonl").write_text('{"article": "a", "question": "b", "options": "c"}\n')
+    bad = pkd("predict", "--model", folder / "export", "--file", tmp_path / "bad.jsonl")
+    assert bad.returncode == 2 and "bad.jsonl:1: options 'c' is not a list of texts" in bad.stderr, bad.stderr
+    shutil.copytree(folder / "export", tmp_path / "plain")
+    (tmp_path / "plain/manifest.json").unlink()
+    plain = pkd("predict", "--model", tmp_path / "plain", "--file", tmp_path / "bad.jsonl", "--text", "article")
+    assert plain.returncode == 2 and "--options: is missing" in plain.stderr, plain.stderr
+
+
+def test_pkd_prepare_counts_tokens_of_the_longest_option(body, race):
+    done = pkd("prepare", "--task", "race", "--data", race, "--model", body, "--max-length", "40")
+    assert done.returncode == 0, done.stderr
+    assert "tokens p50, p95; over 40" in done.stdout and "student.vocabulary: used keeps" in done.stdout

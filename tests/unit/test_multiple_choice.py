@@ -428,7 +428,7 @@ def test_other_requests_are_refused(body, pair, message):
         (["task.augment={copies: 2}"], "task.augment cannot be used with task.kind multiple_choice"),
         (["distill.preset=strong"], "task.augment cannot be used with task.kind multiple_choice"),
         (["task.split={stratify: true}"], "task.split.stratify cannot be used with task.kind multiple_choice"),
-        (["teacher={answers: [a.csv]}"], "teacher.answers cannot be used with task.kind multiple_choice"),
+        (["teacher={answers: [a.csv], answers_are: labels}", "task.label_is=text", "student.init=x"], "teacher.answers_are labels cannot be used with task.kind multiple_choice"),
         (["distill.states=tokens"], "distill.states tokens cannot be used with task.kind multiple_choice"),
         (["distill.preset=seed"], "distill.states tokens cannot be used with task.kind multiple_choice"),
         (["distill.gram=1"], "distill.gram cannot be used with task.kind multiple_choice"),
