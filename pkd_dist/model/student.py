@@ -55,7 +55,11 @@ def tokenizer_of(config: StudentConfig, teacher: PreTrainedTokenizerBase) -> Pre
 
 
 def planned_depth(
-    config: StudentConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: StudentConfig,
+    teacher: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    multiple_choice: bool = False,
 ) -> int:
     """Return the number of layers that the student will have.
 
@@ -64,6 +68,7 @@ def planned_depth(
         teacher: Configuration of the teacher's model.
         tokenizer: The student's.
         max_length: Of the student's inputs, in tokens.
+        multiple_choice: The student is to score the options of an example.
 
     Raises:
         UserError: The student cannot be created, as far as this can be checked in advance.
@@ -79,7 +84,7 @@ def planned_depth(
         require_length(_with_widths(teacher, config), max_length, "the student", "student.max_length")
         return len(_selected_layers(config, teacher))
     own = load_config(_located(config), "student.init")
-    require_compatible(own, tokenizer, max_length, config.init, "student.init", "student.max_length")
+    require_compatible(own, tokenizer, max_length, config.init, "student.init", "student.max_length", multiple_choice)
     return len(_selected_layers(config, own))
 
 

@@ -298,7 +298,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     order = _class_order(config, task, teachers, tokenizer)
     depth = num_layers(source_config)
     student_tokenizer = student.tokenizer_of(config.student, tokenizer)
-    student_depth = student.planned_depth(config.student, source_config, student_tokenizer, config.student_length)
+    student_depth = student.planned_depth(
+        config.student, source_config, student_tokenizer, config.student_length, multiple_choice=bool(task.options)
+    )
     if config.student.vocabulary == "used":
         trimming.require_trimmable(student_tokenizer)
         student.require_plain_vocabulary(config.student, source_config)

@@ -150,6 +150,29 @@ def test_every_tool_chooses_the_same_options(run, race, tmp_path):
     assert any(answer.get("truncated") for answer in served) and not all(answer.get("truncated") for answer in served)
 
 
+def test_an_option_that_is_too_long_is_read_alike_by_predict_and_serve(run, race, tmp_path):
+    folder, _ = run
+    given = [question[:3] for question in questions(race, "test")][:5]
+    given[2][2][1] = "great " * 60
+    table = [{"article": a, "question": q, "options": [*o, "a fifth"]} for a, q, o in given]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, table)))
+    said = pkd("predict", "--model", folder / "export", "--file", tmp_path / "long.jsonl")
+    assert said.returncode == 0, said.stderr
+    predicted = [json.loads(line)["probabilities"] for line in said.stdout.splitlines()]
+    served = ServedModel(folder / "export", "onnx", 1).answer([(a, q, *o, "a fifth") for a, q, o in given])
+    np.testing.assert_allclose([answer["probabilities"] for answer in served], predicted, atol=1e-4)
+    assert served[2]["truncated"] and np.shape(predicted) == (5, 5)
+
+
+def test_the_student_at_a_checkpoint_can_be_exported(run, tmp_path):
+    folder, _ = run
+    step = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    done = pkd("export", "--from-checkpoint", step, "--output", tmp_path / "made")
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForMultipleChoice.from_pretrained(tmp_path / "made").classifier.out_features == 1
+    assert json.loads((tmp_path / "made/manifest.json").read_text())["options"] == ["options"]
+
+
 def test_pkd_evaluate_finds_the_scores_of_the_run(run, race, tmp_path):
     folder, _ = run
     as_tables(race, tmp_path)
