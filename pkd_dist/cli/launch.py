@@ -24,7 +24,7 @@ from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.distributed.ranks import discover, first_of_node, speaks_without_rank_0
+from pkd_dist.distributed.ranks import Ranks, discover, first_of_node, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_denied, is_full
@@ -94,30 +94,11 @@ def launch(
     dry_run: bool = False,
 ) -> int:
     """Run the stages `names` on this rank among the others, and return the exit status. To be called in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        print(
-            "pkd: a run needs the main thread, for its signals; start it there or in a process of its own",
-            file=sys.stderr,
-        )
-        return UserError.exit_status
-    open_missing()
-    if not dry_run:
-        keep_going()
-    _keep_freed_blocks()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
-    process = _Process(StopSignals().install())
 
-    def work() -> None:
-        ranks = discover()
-        to_terminal(ranks.main)
-        config = load(config_file, overrides)
-        load_deepspeed(config, config_file)  # checked here, before torch is imported
-        gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
-        world_type = _import_world()
+    def work(world: World) -> None:
         from pkd_dist import pipeline
 
-        gc.enable()
-        process.world = world = world_type(ranks, config.run.timeout_seconds, process.signals)
+        config = load(config_file, overrides)
         if dry_run:
             plan = pipeline.plan(config, config_file, world, names, fresh)
             if world.main:
@@ -129,7 +110,50 @@ def launch(
 
             print(f"\n{summary(context)}", flush=True)
 
-    status = guarded(work, process.agree_on_end)
+    return in_world(config_file, overrides, work, keeps_going=not dry_run)
+
+
+def in_world(
+    config_file: str,
+    overrides: Sequence[str],
+    work: Callable[[World], None],
+    keeps_going: bool = True,
+    alone: bool = False,
+) -> int:
+    """Connect this rank with the others, do some work there, and return the exit status. To be called in the main thread.
+
+    Args:
+        work: Called with the ranks of the run.
+        keeps_going: Continue where nobody reads the output any more.
+        alone: Be a single rank, whatever started the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        print(
+            "pkd: a run needs the main thread, for its signals; start it there or in a process of its own",
+            file=sys.stderr,
+        )
+        return UserError.exit_status
+    open_missing()
+    if keeps_going:
+        keep_going()
+    _keep_freed_blocks()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
+    process = _Process(StopSignals().install())
+
+    def connected() -> None:
+        ranks = Ranks(0, 0, 1, 1, "pkd") if alone else discover()
+        to_terminal(ranks.main)
+        config = load(config_file, overrides)
+        load_deepspeed(config, config_file)  # checked here, before torch is imported
+        gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
+        world_type = _import_world()
+        from pkd_dist import pipeline  # noqa: F401 - the rest of what is imported
+
+        gc.enable()
+        process.world = world = world_type(ranks, config.run.timeout_seconds, process.signals)
+        work(world)
+
+    status = guarded(connected, process.agree_on_end)
     process.finish(status)
     return status
 

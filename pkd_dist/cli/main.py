@@ -19,6 +19,7 @@ from pkd_dist.cli import (
     model_commands,
     run_commands,
     runs_commands,
+    sweep_command,
 )
 from pkd_dist.cli.launch import leave, unprinted
 from pkd_dist.cli.run_commands import stage_command
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": model_commands.serve,
     "cascade": cascade_command.cascade,
     "compare": compare_command.compare,
+    "sweep": sweep_command.sweep,
 }
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "config": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
@@ -33,7 +34,10 @@ def reference() -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+    if field.is_required():
+        default = "required"
+    else:
+        default = "" if isinstance(field.default, BaseModel) else f"`{json.dumps(field.default)}`"
     type_name = " or ".join(type_names(field.annotation, field.metadata))
     description = (field.description or "").replace("|", "\\|")
     return f"| `{name}` | {type_name} | {default} | {description} |"

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from pkd_dist.config import multiple_choice
 from pkd_dist.config.distill import Distill
 from pkd_dist.config.section import Count, Fraction, NonNegative, Positive, Section
+from pkd_dist.config.sweep import Sweep
 from pkd_dist.config.task import Task
 
 
@@ -401,6 +402,7 @@ class Config(Section):
     export: Export = Export()
     metrics: Metrics = Metrics()
     trackers: Trackers = Trackers()
+    sweep: Sweep = Sweep()
 
     @property
     def student_length(self) -> int:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_TYPE_NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true/false"}
+_TYPE_NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true/false", object: "value"}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

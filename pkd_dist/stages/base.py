@@ -347,9 +347,7 @@ class Markers:
             self._set_aside(stage.name, artifacts.kept)
         marker = self.read(stage.name) if state in (State.STARTED, State.EXTENDED) else None
         if marker is None:
-            extendable = stage.extendable(inputs)
-            identity = {key: value for key, value in inputs.items() if key not in extendable}
-            marker = Marker(done=False, inputs=inputs, fingerprint=digest_of(identity))
+            marker = Marker(done=False, inputs=inputs, fingerprint=fingerprint_of(stage, inputs))
         elif state is State.EXTENDED:
             fresh = Marker(False, inputs, marker.fingerprint)
             marker = dataclasses.replace(fresh, seconds=marker.seconds)
@@ -419,6 +417,12 @@ def inputs_of(stage: Stage[Output], context: Context) -> Inputs:
     """Return all that decides a stage's outcome: its inputs, its version and those of the stages before it."""
     reached = NAMES[: NAMES.index(stage.name) + 1]
     return {f"version.{name}": context.versions[name] for name in reached} | stage.inputs(context)
+
+
+def fingerprint_of(stage: Stage[Output], inputs: Inputs) -> str:
+    """Return the fingerprint of a stage with these inputs, which its checkpoints carry."""
+    extendable = stage.extendable(inputs)
+    return digest_of({key: value for key, value in inputs.items() if key not in extendable})
 
 
 def absent(path: Path) -> str | None:

@@ -39,15 +39,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run keeps what; the folders that settings can move elsewhere are given."""
+    """Where a run keeps what; the folders that can be elsewhere are given."""
 
     run: Path
+    data: Path
     cache: Path
     results: Path
-
-    @property
-    def data(self) -> Path:
-        return self.run / "data"
 
     @property
     def other_teachers(self) -> list[Path]:
@@ -86,7 +83,7 @@ class RunPaths:
 def paths_of(config: Config) -> RunPaths:
     run = Path(config.run.dir)
     cache = Path(config.cache.dir) if config.cache.dir else run / "cache"
-    return RunPaths(run, cache, Path(config.evaluate.result_dir or run) / "results_eval.json")
+    return RunPaths(run, run / "data", cache, Path(config.evaluate.result_dir or run) / "results_eval.json")
 
 
 def teacher_name(number: int) -> str:
@@ -257,6 +254,11 @@ class Context:
         found = self._outputs[kind]
         assert isinstance(found, kind)
         return found
+
+    def known(self, kind: type[T]) -> T | None:
+        """Return what was handed on, by its type; None where nothing was."""
+        found = self._outputs.get(kind)
+        return found if isinstance(found, kind) else None
 
     def hand_on(self, output: object) -> None:
         """Keep a stage's output for the stages after it."""

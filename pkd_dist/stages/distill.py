@@ -77,6 +77,13 @@ class DistillOutput:
     tokens: int
 
 
+@dataclass(frozen=True)
+class TeacherDev:
+    """What the teacher answers on dev: (N, C) float32, as a cache would hold it. Trainings with the same teacher share it."""
+
+    logits_NC: np.ndarray
+
+
 VERSION = 1
 _TRAIN_KEYS = {
     "epochs", "patience_epochs", "batch_size", "learning_rate", "schedule", "decay_ratio", "weight_decay", "warmup_ratio",
@@ -213,6 +220,8 @@ def _teacher_dev(context: Context) -> np.ndarray | None:
     run = context.resolved
     if not run.needs_teacher:
         return None
+    if found := context.known(TeacherDev):
+        return found.logits_NC
     if run.has_answers:
         return torch.from_numpy(learned_answers(context, "dev")).to(DTYPES[run.config.cache.dtype]).float().numpy()
     context.world.at("distill, the teacher on dev", loop=False)
@@ -223,6 +232,7 @@ def _teacher_dev(context: Context) -> np.ndarray | None:
     )  # fmt: skip
     logits = torch.from_numpy(logits_NC)
     context.world.on_main(lambda: require_finite(logits, logits) and None)
+    context.hand_on(TeacherDev(logits_NC))
     return logits_NC
 
 

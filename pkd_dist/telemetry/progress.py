@@ -68,6 +68,12 @@ class Bar:
         if self._rich:
             self._rich.update(self._task, total=self._done)
 
+    def grow(self, total: int) -> None:
+        """Set the units of work, where there are more than was known."""
+        self._total = total
+        if self._rich:
+            self._rich.update(self._task, total=total)
+
     def advance(self, units: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown after the bar."""
         self._done += units

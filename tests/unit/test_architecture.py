@@ -10,11 +10,16 @@ from pkd_dist.stages.base import NAMES
 PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
     "errors", "files", "network", "limits", "metric_names", "environment", "config", "telemetry", "kernels", "lock", "distributed", "data", "model",
-    "evaluation", "distillation", "training", "export", "report", "stages", "disk_space", "pipeline", "serve", "comparison", "cli", "train",
+    "evaluation", "distillation", "training", "export", "report", "stages", "disk_space", "pipeline", "serve", "comparison", "sweep", "cli", "train",
 ]  # fmt: skip
 """Modules and folders of the package; each imports only from those before it, and from its own folder."""
 
-ONLY_USER = {"deepspeed": {"training"}, "mpi4py": {"distributed"}, "torch.distributed": {"distributed"}}
+ONLY_USER = {
+    "deepspeed": {"training"},
+    "mpi4py": {"distributed"},
+    "optuna": {"sweep"},
+    "torch.distributed": {"distributed"},
+}
 """Package -> the folders that may import it."""
 SHARED_BY_STAGES = {"labels", "changes", "base", "context", "run_folder", "progress", "translation"}
 

@@ -1,0 +1,95 @@
+"""The processes of a sweep: workers, and runs of the launcher. A stop signal reaches all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pkd_dist.distributed.signals import SIGNALS
+from pkd_dist.errors import DivergedError, Preempted, UserError
+
+STOPPED = "sweep: stopped; finished trials are kept, rerun the same command to resume"
+
+
+class Processes:
+    """The running processes of a sweep. To be used in the main thread."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start a process of this Python; its output is appended to a file.
+
+        Args:
+            command: Arguments of the interpreter.
+            variables: Of the environment, beside those of this process.
+        """
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**os.environ, **variables},
+            )  # fmt: skip
+        self._running.append(process)
+        return process
+
+    def run(self, command: Sequence[str], log: Path) -> None:
+        """Run a process to its end.
+
+        Raises:
+            UserError, DivergedError, Preempted: As it ended.
+        """
+        process = self.start(command, log, {})
+        self.require_success(process, log, process.wait())
+
+    def require_success(self, process: subprocess.Popen[bytes], log: Path, status: int) -> None:
+        """Raise what a process ended with, unless it ended well."""
+        self._running.remove(process)
+        if status == Preempted.exit_status:
+            raise Preempted(STOPPED, signal.SIGTERM)
+        if status:
+            kind = DivergedError if status == DivergedError.exit_status else UserError
+            raise kind(f"{last_error(log)} (full output: {log})")
+
+    def forget(self, process: subprocess.Popen[bytes]) -> None:
+        """Leave out a process that has ended."""
+        self._running.remove(process)
+
+    def stop(self) -> None:
+        """Ask all processes to stop, and wait for them: they commit a checkpoint."""
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            process.wait()
+
+    @contextmanager
+    def stopped_on_signal(self) -> Iterator[None]:
+        """Stop all processes when the block ends early, and raise Preempted on the signals that stop a run."""
+
+        def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+            raise Preempted(STOPPED, number)
+
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, interrupt) for number in numbers}
+        try:
+            yield
+        finally:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+            self.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def last_error(log: Path) -> str:
+    """Return the last error that a process of this package printed."""
+    lines = log.read_bytes()[-100_000:].decode(errors="replace").splitlines()
+    return next(
+        (line for line in reversed(lines) if line.startswith("pkd: ")), "pkd: it printed no error"
+    ).removeprefix("pkd: ")

@@ -1,0 +1,98 @@
+"""What all points of a sweep share: the teacher, the data and the cache of the teacher's outputs.
+
+A *base* is a run with the stages data, teacher and cache. Points have the same base unless they differ in settings that these
+stages depend on, such as `task.augment.copies` or `student.vocabulary`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd_dist.config.load import load
+from pkd_dist.config.schema import Config
+from pkd_dist.files import digest_of
+from pkd_dist.stages.context import teacher_name
+
+BASE_STAGES = ("data", "teacher", "cache")
+_STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
+"""Of the section `student`: they decide which tokens the student reads."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The configuration of a sweep as it was given, and the folder.
+
+    Attributes:
+        file: The YAML file.
+        given: `section.key=value` overrides of it.
+        folder: Of the sweep.
+    """
+
+    file: str
+    given: tuple[str, ...]
+    folder: Path
+
+    def load(self, overrides: Sequence[str] = ()) -> Config:
+        """Return the configuration with more overrides.
+
+        Raises:
+            UserError: They contradict each other, or a value is invalid.
+        """
+        return load(self.file, [*self.given, f"run.dir={json.dumps(str(self.folder))}", *overrides])
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The run that fine-tunes the teacher."""
+        return self.folder / "teacher"
+
+    def of_teacher(self) -> list[str]:
+        """Return the overrides of that run."""
+        return [_override("run.dir", str(self.teacher_folder)), "metrics.enabled=false"]
+
+    def of_point(self, point: Sequence[str], folder: Path, seed: int) -> list[str]:
+        """Return the overrides of a run of the student, on the sweep's teacher and cache.
+
+        Args:
+            point: Overrides of the point.
+            folder: Of the run.
+        """
+        plain = self.load()
+        overrides = [*point, _override("run.dir", str(folder)), f"run.seed={seed}", "evaluate.result_dir=null"]
+        if plain.teacher.finetune:
+            count = max(len(plain.teacher.models), len(plain.teacher.finetune.seeds or ()))
+            folders = [str((self.teacher_folder / teacher_name(number)).absolute()) for number in range(1, count + 1)]
+            overrides += [_override("teacher.model", folders[0] if count == 1 else folders), "teacher.finetune=null"]
+        config = self.load(overrides)
+        if config.teacher.answers or not config.cache.enabled:
+            return overrides
+        by_token = config.distill.all_tokens and config.distill.compares_states
+        if not by_token and config.cache.layers is None:
+            overrides.append("cache.layers=all")  # for points that pair other layers
+        return [*overrides, _override("cache.dir", str((self.base_folder(config) / "cache").absolute()))]
+
+    def of_base(self, point: Sequence[str]) -> tuple[Path, list[str]]:
+        """Return the folder and the overrides of the base of a point."""
+        config = self.load(self.of_point(point, self.folder, self.load().run.seed))
+        folder = self.base_folder(config)
+        return folder, [*self.of_point(point, folder, self.load().run.seed), "metrics.enabled=false"]
+
+    def base_folder(self, config: Config) -> Path:
+        """Return where the base of a point's configuration is: another for each value of what its stages depend on."""
+        distill = config.distill
+        by_token = distill.all_tokens and distill.compares_states
+        pairs = (
+            [config.student.layers, config.student.num_layers, distill.model_dump(mode="json")] if by_token else None
+        )
+        content = config.model_dump(
+            mode="json", include={"task", "teacher", "cache"}, exclude={"cache": {"dir", "layers"}}
+        )
+        student = config.student.model_dump(mode="json", include=_STUDENT_KEYS)
+        needed = distill.alpha > 0 or distill.compares_states
+        return self.folder / "bases" / digest_of([content, student, pairs, needed])[:8]
+
+
+def _override(key: str, value: object) -> str:
+    return f"{key}={json.dumps(value)}"

@@ -1,0 +1,263 @@
+"""The study of a sweep: its points, who trains them, and what came out, in a journal that any number of processes share.
+
+Storage, sampling and pruning are Optuna's. A point is a trial of the study for one seed. Its state:
+
+    waiting -> running (the worker's name is in `worker`) -> complete | pruned | failed (`reason`)
+
+A running trial whose worker no longer holds its lock is continued by the next worker that looks for work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import get_lock_file
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from pkd_dist.config.sweep import Sweep
+from pkd_dist.errors import UserError
+from pkd_dist.files import make_folder
+from pkd_dist.lock import Lock
+from pkd_dist.metric_names import DIVERGENCE
+from pkd_dist.sweep.space import Point, Space
+
+JOURNAL, WORKERS = "study.journal", "workers"
+DEFAULT_POINTS = 100
+SEED, WORKER, REASON, POINT = "seed", "worker", "reason", "point"
+"""Attributes of a trial: seed of the student, folder name of its worker, why it failed, number of the trial of the same point
+with the first seed."""
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+STATES = {
+    TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}  # fmt: skip
+"""What people read of a state."""
+_NAME = "sweep"
+
+optuna.logging.set_verbosity(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker is to train."""
+
+    trial: Trial
+    seed: int
+
+    @property
+    def number(self) -> int:
+        return self.trial.number
+
+
+class Study:
+    """The study in a folder.
+
+    Args:
+        folder: Of the sweep.
+        settings: The section `sweep`.
+        space: Of the configuration.
+    """
+
+    def __init__(self, folder: Path, settings: Sweep, space: Space):
+        make_folder(folder / WORKERS / "study")
+        self.folder, self.settings, self.space = folder, settings, space
+        path = str(folder / JOURNAL)
+        _drop_torn_line(path)
+        storage, pruner = JournalStorage(JournalFileBackend(path)), _pruner(settings)
+        try:
+            self._study = optuna.load_study(study_name=_NAME, storage=storage, pruner=pruner)
+        except KeyError:
+            self._study = optuna.create_study(
+                study_name=_NAME, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let one process at a time change which trials there are, and whose they are."""
+        held = Lock(self.folder / WORKERS / "study").acquire(wait=True)
+        try:
+            yield
+        finally:
+            held.release()
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number."""
+        return self._study.get_trials(deepcopy=False)
+
+    def prepare(self, identity: Mapping[str, object]) -> None:
+        """Add the points that are known in advance: all of a grid, or as many as `sweep.trials` asks for.
+
+        Args:
+            identity: What decides the results; a study with another one is rejected.
+
+        Raises:
+            UserError: The folder has the study of another configuration, other data or another teacher.
+        """
+        with self._locked():
+            self._require_same(identity)
+            first, known = self.settings.seeds[0], sum(1 for trial in self.trials if trial.user_attrs[POINT] is None)
+            points = list(self._points())
+            for point in points[known:]:
+                self._study.enqueue_trial(point, {SEED: first, POINT: None})
+            self._study.set_user_attr("began", self._study.user_attrs.get("began") or time.time())
+
+    def _require_same(self, identity: Mapping[str, object]) -> None:
+        content = json.loads(json.dumps(identity))
+        before = self._study.user_attrs.get("identity")
+        if before is None:
+            self._study.set_user_attr("identity", content)
+            return
+        changed = [key for key in {**before, **content} if before.get(key) != content.get(key)]
+        if changed:
+            raise UserError(
+                f"{self.folder}: has a sweep with another {', '.join(sorted(changed)[:5])}; choose another folder, or restore "
+                "what was changed",
+                "--output",
+            )
+
+    def _points(self) -> Iterator[Point]:
+        if self.settings.sampler == "grid":
+            yield from self.space.points()
+        elif not self._open_ended:
+            yield from ({} for _ in range(self.settings.trials or DEFAULT_POINTS))
+
+    def claim(self, worker: str) -> Claim | None:
+        """Return a trial to train: one that a worker left, else one that waits, else a new one within the budget.
+
+        Args:
+            worker: Name of the folder whose lock the caller holds.
+        """
+        with self._locked():
+            trials = self.trials
+            left = next((trial for trial in trials if self._is_left(trial)), None)
+            waiting = next((trial.number for trial in trials if trial.state is TrialState.WAITING), None)
+            if left is not None:
+                trial = Trial(self._study, left._trial_id)
+            elif self.out_of_time or (waiting is None and not self._open_ended):
+                return None
+            else:
+                number = len(trials) if waiting is None else waiting
+                self._study.sampler = _sampler(self.settings, number)  # so that no two workers draw the same point
+                trial = self._study.ask(self.space.distributions)
+                if waiting is None:
+                    trial.set_user_attr(SEED, self.settings.seeds[0])
+                    trial.set_user_attr(POINT, None)
+            trial.set_user_attr(WORKER, worker)
+        return Claim(trial, int(trial.user_attrs[SEED]))
+
+    @property
+    def _open_ended(self) -> bool:
+        """Whether the number of points depends on the time alone."""
+        settings = self.settings
+        return settings.budget is not None and settings.trials is None and settings.sampler != "grid"
+
+    def _is_left(self, trial: FrozenTrial) -> bool:
+        return trial.state is TrialState.RUNNING and not self.is_alive(trial.user_attrs.get(WORKER))
+
+    def is_alive(self, worker: str | None) -> bool:
+        """Return whether a worker still holds its lock."""
+        folder = self.folder / WORKERS / str(worker)
+        if worker is None or not folder.exists():
+            return False
+        try:
+            Lock(folder).acquire().release()
+        except UserError:
+            return True
+        return False
+
+    @property
+    def out_of_time(self) -> bool:
+        limit = self.settings.budget_seconds
+        return limit is not None and time.time() - float(self._study.user_attrs["began"]) > limit
+
+    def complete(self, claim: Claim, value: float, found: Mapping[str, object]) -> None:
+        """Note a finished training, and have its point trained with its other seeds.
+
+        Args:
+            value: To maximize.
+            found: Attributes of the trial.
+        """
+        for key, each in found.items():
+            claim.trial.set_user_attr(key, each)
+        with self._locked():
+            trials = self.trials
+            if claim.trial.user_attrs[POINT] is None and not any(
+                trial.user_attrs.get(POINT) == claim.number for trial in trials
+            ):
+                for seed in self.settings.seeds[1:]:
+                    self._study.enqueue_trial(claim.trial.params, {SEED: seed, POINT: claim.number})
+            self._study.tell(claim.trial, value)
+
+    def prune(self, claim: Claim, found: Mapping[str, object]) -> None:
+        """Note that the pruner ended a training."""
+        for key, each in found.items():
+            claim.trial.set_user_attr(key, each)
+        self._study.tell(claim.trial, state=TrialState.PRUNED)
+
+    def fail(self, claim: Claim, reason: str) -> None:
+        """Note that a trial cannot be trained, and why."""
+        claim.trial.set_user_attr(REASON, reason)
+        self._study.tell(claim.trial, state=TrialState.FAIL)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        trials, out_of_time = self.trials, self.out_of_time
+        left = [
+            trial
+            for trial in trials
+            if trial.state not in ENDED and (trial.state is TrialState.RUNNING or not out_of_time)
+        ]
+        return bool(trials) and not left and (out_of_time or not self._open_ended)
+
+
+def objective_value(figures: Mapping[str, float], objective: str) -> float:
+    """Return the value of an evaluation on dev that the study maximizes."""
+    return -figures[DIVERGENCE] if objective == DIVERGENCE else figures[objective]
+
+
+def _sampler(settings: Sweep, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of a trial; the points of a grid are in the study from the start."""
+    seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
+    if settings.sampler == "tpe":
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True, warn_independent_sampling=False
+        )
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _pruner(settings: Sweep) -> optuna.pruners.BasePruner:
+    if settings.pruner == "none":
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=settings.reduction)
+
+
+def _drop_torn_line(path: str) -> None:
+    """Cut the end of a journal that a power loss left incomplete; Optuna would append to it."""
+    file = Path(path)
+    if not file.exists():
+        return
+    with get_lock_file(JournalFileSymlinkLock(path)), open(file, "r+b") as journal:
+        content = journal.read()
+        if content and not content.endswith(b"\n"):
+            journal.truncate(content.rfind(b"\n") + 1)
+
+
+def seeds_of(trials: Sequence[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
+    """Group the trials of each point: number of its first trial -> its trials, by number."""
+    groups: dict[int, list[FrozenTrial]] = {}
+    for trial in trials:
+        first = trial.user_attrs.get(POINT)
+        groups.setdefault(trial.number if first is None else first, []).append(trial)
+    return groups

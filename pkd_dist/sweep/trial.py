@@ -1,0 +1,178 @@
+"""Train one point of a sweep in this process: the same training as that of a run of its own, on data and a cache that are open.
+
+What a run would do beside its training is done once for all points (`Bases`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd_dist import pipeline
+from pkd_dist.config.schema import Config
+from pkd_dist.distributed.world import World
+from pkd_dist.files import discard, make_folder
+from pkd_dist.lock import Lock
+from pkd_dist.metric_names import DIVERGENCE
+from pkd_dist.stages import distill, init
+from pkd_dist.stages.base import fingerprint_of, inputs_of
+from pkd_dist.stages.cache import CacheOutput
+from pkd_dist.stages.context import Context, resolve, with_fingerprint
+from pkd_dist.stages.data import DataOutput
+from pkd_dist.stages.distill import TeacherDev
+from pkd_dist.stages.init import InitOutput
+from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
+from pkd_dist.sweep.space import as_overrides
+from pkd_dist.sweep.study import WORKERS, Claim, objective_value
+from pkd_dist.telemetry import Telemetry
+from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.metrics import RunMetrics
+from pkd_dist.training.hooks import Hook
+from pkd_dist.training.trainer import Trainer, open_trainer
+
+TRIALS = "trials"
+
+
+class Pruned(Exception):  # noqa: N818 - not an error
+    """The pruner ended a training."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a trial.
+
+    Attributes:
+        pruned: The pruner ended it.
+        value: To maximize; that of the best epoch.
+        scores: Figures on dev after the best epoch.
+        history: Figures on dev after each evaluated epoch.
+        seconds: Of this process's work on it.
+    """
+
+    pruned: bool
+    value: float
+    epoch: int
+    scores: dict[str, float]
+    history: list[dict[str, float]]
+    parameters: int
+    seconds: float
+
+    @property
+    def attributes(self) -> dict[str, object]:
+        """Return what the study keeps of a trial."""
+        kept = ("epoch", "scores", "history", "parameters", "seconds")
+        return {key: value for key, value in vars(self).items() if key in kept}
+
+
+class Bases:
+    """The bases of a sweep, each opened once in this process.
+
+    Args:
+        world: A single rank.
+    """
+
+    def __init__(self, sweep: SweepConfig, world: World):
+        self._sweep, self._world = sweep, world
+        self._opened: dict[Path, Context] = {}
+
+    def of(self, point: list[str]) -> Context:
+        """Return the base of a point, with the outputs of its stages; it is made where it is missing.
+
+        Raises:
+            UserError, Preempted: See `pipeline.run`.
+        """
+        folder, overrides = self._sweep.of_base(point)
+        if folder not in self._opened:
+            make_folder(self._sweep.folder / WORKERS / "bases")
+            held = Lock(self._sweep.folder / WORKERS / "bases")
+            held.acquire(wait=True, tick=lambda: self._world.interrupt("preparing a sweep"))
+            try:
+                config = self._sweep.load(overrides)
+                self._opened[folder] = pipeline.run(config, self._sweep.file, self._world, BASE_STAGES)
+            finally:
+                held.release()
+        return self._opened[folder]
+
+
+def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Found:
+    """Train the student of a trial, from its newest checkpoint if there is one.
+
+    Args:
+        objective: A key of the figures on dev.
+
+    Raises:
+        UserError, DivergedError, Preempted: See `training.trainer.train`.
+    """
+    began = time.monotonic()
+    point, folder = as_overrides(claim.trial.params), sweep.folder / TRIALS / str(claim.number)
+    base = bases.of(point)
+    config = sweep.load([*sweep.of_point(point, folder, claim.seed), "metrics.enabled=false"])
+    make_folder(folder)
+    context = _context(base, config, sweep)
+    context.hand_on(init.run(context))
+    fingerprint = fingerprint_of(distill.STAGE, inputs_of(distill.STAGE, context))
+    job = distill.training_job(with_fingerprint(context, fingerprint))
+    if found := context.known(TeacherDev):
+        base.hand_on(found)
+    trainer = open_trainer(job, context.world, context.telemetry)
+    trainer.hooks = [*trainer.hooks, _Report(claim, objective, config.train.epochs)]
+    pruned = False
+    try:
+        trainer.run()
+    except Pruned:
+        pruned = True
+    progress = trainer.progress
+    best = next(entry for entry in progress.history if entry["epoch"] == progress.best_epoch)
+    return Found(
+        pruned=pruned,
+        value=objective_value(best, objective),
+        epoch=progress.best_epoch,
+        scores=_figures(best),
+        history=progress.history,
+        parameters=context.output(InitOutput).parameters,
+        seconds=time.monotonic() - began,
+    )
+
+
+def clean(sweep: SweepConfig, number: int) -> None:
+    """Remove what a trial that has ended no longer needs: all but its metrics."""
+    for name in ("checkpoints", "student_init"):
+        discard(sweep.folder / TRIALS / str(number) / name)
+
+
+def _context(base: Context, config: Config, sweep: SweepConfig) -> Context:
+    """Return the context of a run on the data and the cache of a base."""
+    resolved = resolve(config, sweep.file, base.world.device)
+    paths = dataclasses.replace(resolved.paths, data=base.resolved.paths.data)
+    resolved = dataclasses.replace(resolved, paths=paths)
+    context = Context(resolved, base.world, Telemetry(RunMetrics(), show=False), pipeline.VERSIONS)
+    for kind in (DataOutput, TeacherOutput, CacheOutput, TeacherDev):
+        if (output := base.known(kind)) is not None:
+            context.hand_on(output)
+    return context
+
+
+def _figures(entry: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in entry.items() if key not in ("epoch", "step")}
+
+
+class _Report(Hook):
+    """Reports each evaluation to the study, and ends the training if the pruner says so."""
+
+    def __init__(self, claim: Claim, objective: str, epochs: int):
+        self._claim, self._objective, self._epochs = claim, objective, epochs
+
+    def on_evaluation(self, trainer: Trainer, figures: dict[str, float], seconds: float) -> None:
+        epoch, trial = trainer.progress.evaluated_epochs, self._claim.trial
+        value = objective_value(figures, DIVERGENCE if DIVERGENCE in figures else self._objective)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an epoch that is trained again after a kill was reported before
+            trial.report(value, epoch)
+        if epoch < self._epochs and trial.should_prune():
+            log.info("trial %d: pruned after epoch %d", self._claim.number, epoch)
+            raise Pruned

@@ -1,0 +1,99 @@
+"""A worker of a sweep: it trains one point after the other until none is left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optuna.trial import TrialState
+
+from pkd_dist.distributed.world import World
+from pkd_dist.errors import DivergedError, UserError
+from pkd_dist.files import is_full, make_folder
+from pkd_dist.lock import Lock
+from pkd_dist.sweep.shared import SweepConfig
+from pkd_dist.sweep.study import REASON, WORKERS, Claim, Study
+from pkd_dist.sweep.trial import Bases, Found, clean, train
+from pkd_dist.telemetry.log import log, to_file
+
+_FAILURES_IN_A_ROW = 5
+_POLL_SECONDS = 1.0
+
+
+def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: World) -> None:
+    """Train points until none is left, or the time is up.
+
+    Args:
+        name: Of this worker, unique in the sweep.
+        objective: A key of the figures on dev.
+
+    Raises:
+        Preempted: A stop signal arrived. The trial's checkpoint is committed; another worker continues it.
+        UserError: Points fail one after the other, and none has succeeded.
+    """
+    with _alive(sweep, name):
+        bases, parent = Bases(sweep, world), os.getppid()
+        while os.getppid() == parent:  # a worker whose `pkd sweep` was killed ends after its trial
+            world.stop_here("between two trials")
+            claim = study.claim(name)
+            if claim is None:
+                if study.done:
+                    return
+                time.sleep(
+                    _POLL_SECONDS
+                )  # what other workers finish may bring more seeds, and what they leave is continued
+                continue
+            found = _train(claim, study, bases, sweep, objective)
+            if found is None:
+                _require_some_success(study)
+                continue
+            log.info(
+                "trial %d: %s, %s %.4g after epoch %d, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
+                abs(found.value), found.epoch, found.seconds,
+            )  # fmt: skip
+            if found.pruned:
+                study.prune(claim, found.attributes)
+            else:
+                study.complete(claim, found.value, found.attributes)
+            clean(sweep, claim.number)
+
+
+@contextmanager
+def _alive(sweep: SweepConfig, name: str) -> Iterator[None]:
+    """Hold the lock by which others know that this worker is alive, and log to its folder."""
+    folder = sweep.folder / WORKERS / name
+    make_folder(folder)
+    held = Lock(folder).acquire()
+    to_file(folder, 0)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _train(claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str) -> Found | None:
+    """Train a trial; None if it failed, which the study notes."""
+    try:
+        return train(claim, bases, sweep, objective)
+    except (UserError, DivergedError) as error:
+        reason = str(error)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        reason = f"the disk is full ({error})"
+    log.info("trial %d: failed: %s", claim.number, reason)
+    study.fail(claim, reason)
+    clean(sweep, claim.number)
+    return None
+
+
+def _require_some_success(study: Study) -> None:
+    """Raise UserError if nothing but failures came out of the first trials."""
+    ended = [trial for trial in study.trials if trial.state.is_finished()]
+    failed = [trial for trial in ended if trial.state is TrialState.FAIL]
+    if len(failed) == len(ended) >= _FAILURES_IN_A_ROW:
+        raise UserError(
+            f"the first {len(failed)} points failed; the last one: {failed[-1].user_attrs[REASON]}", "sweep.space"
+        )

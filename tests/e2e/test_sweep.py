@@ -1,0 +1,236 @@
+"""`pkd sweep` through the command line: each point is trained as a run of its own would be, whatever is killed meanwhile."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, environment, pkd, results, whole_run, write_config
+
+from pkd_dist.telemetry.records import read
+
+TIMES = {"seconds"}
+
+
+def searched(taught, data, folder, **sweep):
+    """A sweep over six points, on a given teacher, without final runs."""
+    settings = whole_run(taught, data, folder)
+    settings["teacher"] = {"model": str(taught)}
+    settings["sweep"] = {
+        "space": {"train.learning_rate": [3e-3, 1e-3], "distill.alpha": [0.3, 0.5, 0.7]},
+        "sampler": "grid",
+        "pruner": "none",
+        "final": {"seeds": []},
+        **sweep,
+    }
+    return write_config(settings, folder)
+
+
+def sweep(config, folder, *arguments):
+    return pkd("sweep", "--config", config, "--output", folder, "--workers", 2, *arguments)
+
+
+def table(folder):
+    return pd.read_parquet(folder / "trials.parquet")
+
+
+def without_times(folder):
+    return table(folder).drop(columns=list(TIMES))
+
+
+def steps(metrics):
+    """All that a training recorded, but for times."""
+    return [
+        {key: value for key, value in row.items() if key not in ("time", "seconds", "samples_per_second")}
+        for row in read(metrics)
+    ]
+
+
+@pytest.fixture(scope="module")
+def done(taught, data, tmp_path_factory):
+    """A finished sweep with one final run: its configuration, folder, and output."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config = searched(taught, data, folder, final={"seeds": [2]})
+    ended = sweep(config, folder / "out")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return config, folder / "out", ended.stdout
+
+
+def test_a_point_is_trained_as_a_run_of_its_own(done):
+    _, folder, out = done
+    made = table(folder)
+    assert list(made["number"]) == [0, 1, 2, 3, 4, 5] and set(made["state"]) == {"complete"}
+    points = list(zip(made["train.learning_rate"], made["distill.alpha"], strict=True))
+    assert points == [(3e-3, 0.3), (1e-3, 0.3), (3e-3, 0.5), (1e-3, 0.5), (3e-3, 0.7), (1e-3, 0.7)]
+    best = made.sort_values(["value", "dev_divergence"], ascending=[False, True]).iloc[0]
+    assert f"winner: point {best['number']}, accuracy {best['value']:.4f} on dev" in out
+    command = [
+        sys.executable,
+        "launcher/train.py",
+        "--config",
+        folder / "best.yaml",
+        "--stages",
+        "data,teacher,cache,init,distill",
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert steps(folder / "best/metrics.jsonl") == steps(folder / f"trials/{best['number']}/metrics.jsonl")
+
+
+def test_only_the_metrics_of_a_point_are_kept(done):
+    assert {path.name for path in (done[1] / "trials/0").iterdir()} == {"metrics.jsonl"}
+
+
+def test_the_winner_is_trained_again_and_exported(done):
+    _, folder, out = done
+    found = results(folder / "final/seed-2")
+    assert f"seed 2: dev {found['main_metric']:.4f}: {folder / 'final/seed-2/export'}" in out
+    assert (folder / "final/seed-2/export/model.safetensors").exists()
+
+
+def test_the_same_command_finds_everything_done(done):
+    config, folder, _ = done
+    before = table(folder)
+    again = sweep(config, folder)
+    assert again.returncode == 0, again.stderr
+    pd.testing.assert_frame_equal(table(folder), before)
+
+
+@contextlib.contextmanager
+def sweeping(config, folder, log):
+    command = [sys.executable, "-m", "pkd_dist.cli", "sweep", "--config", config, "--output", folder, "--workers", "2"]
+    with open(log, "ab") as output:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def workers_of(process):
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "--worker" in child.cmdline()]
+
+
+def wait_for(happens, process, timeout_seconds=120):
+    deadline = time.monotonic() + timeout_seconds
+    while not happens():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_workers_and_sweeps_change_nothing(done, taught, data, tmp_path):
+    config, folder, log = searched(taught, data, tmp_path), tmp_path / "out", tmp_path / "log"
+    with sweeping(config, folder, log) as process:
+        for number in (0, 2):
+            wait_for((folder / f"trials/{number}/metrics.jsonl").exists, process)
+            for worker in workers_of(process)[: 1 + number // 2]:
+                worker.kill()
+        wait_for((folder / "trials/3/metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with sweeping(config, folder, log) as process:
+        wait_for(lambda: workers_of(process), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert "another one continues its trial" in log.read_text() and "rerun the same command" in log.read_text()
+    ended = sweep(config, folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    pd.testing.assert_frame_equal(without_times(folder), without_times(done[1]))
+
+
+def test_a_point_that_fails_is_kept_with_its_reason(taught, data, tmp_path):
+    space = {"train.learning_rate": [3e-3, 1e30], "student.layers": [[1, 3], [1, 9]]}
+    config = searched(taught, data, tmp_path, space=space)
+    ended = sweep(config, tmp_path / "out", "train.epochs=1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    made = table(tmp_path / "out").set_index(["train.learning_rate", "student.layers"])
+    assert made["state"].tolist() == ["complete", "failed", "failed", "failed"]
+    assert "not finite" in made.loc[(1e30, "[1, 3]"), "reason"]
+    assert "student.layers" in made.loc[(3e-3, "[1, 9]"), "reason"]
+
+
+def test_halving_prunes_by_the_divergence_and_seeds_follow_a_completed_point(taught, data, tmp_path):
+    config = searched(
+        taught, data, tmp_path, sampler="tpe", pruner="asha", trials=7, seeds=[1, 2],
+        space={"train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "distill.temperature": [1.0, 5.0]},
+    )  # fmt: skip
+    ended = sweep(config, tmp_path / "out")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    made = table(tmp_path / "out")
+    first, further = made[made["seed"] == 1], made[made["seed"] == 2]
+    assert len(first) == 7 and set(first["state"]) == {"complete", "pruned"}
+    assert len(further) == (first["state"] == "complete").sum()
+    for params in ("train.learning_rate", "distill.temperature"):
+        assert sorted(further[params]) == sorted(first[first["state"] == "complete"][params])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sweep.space={}"], "sweep.space: is missing; name the keys to search"),
+        (["sweep.space={train.lr: [1.0]}"], "sweep.space: train.lr: unknown key; did you mean train.learning_rate?"),
+        (["sweep.space={run.seed: [1, 2]}"], "sweep.space: run.seed: cannot be searched: use sweep.seeds"),
+        (["sweep.space={train.epochs: [0, 1]}"], "sweep.space: train.epochs: 0 is invalid"),
+        (["sweep.space={train.epochs: []}"], "train.epochs: must list at least one value"),
+        (["sweep.space={distill.alpha: {low: 0.1, high: 0.9}}"], "a grid needs a list of values"),
+        (["sweep.space={train.epochs: {low: 1, high: 3, step: 0.5}}"], "train.epochs: must be whole numbers"),
+        (["sweep.space={train: [1]}"], "sweep.space: train: is a section"),
+        (["sweep.objective=f1"], "sweep.objective: 'f1' is not scored on dev; allowed: accuracy"),
+        (["sweep.budget=2 weeks"], "sweep.budget: '2 weeks' is no time; allowed"),
+        (["sweep.seeds=[1, 1]"], "must name each seed once"),
+    ],
+)
+def test_what_cannot_be_searched_is_rejected_before_anything_is_written(taught, data, tmp_path, overrides, message):
+    config = searched(taught, data, tmp_path)
+    ended = sweep(config, tmp_path / "out", *overrides)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert message in ended.stderr, ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("distill.temperature=3", "distill.temperature"),
+        ("sweep.pruner=asha", "sweep.pruner"),
+        ("task.data={copy}", "data"),
+    ],
+)
+def test_a_study_of_something_else_is_rejected(done, data, tmp_path, changed, message):
+    config, folder, _ = done
+    (tmp_path / "copy").mkdir()
+    for path in data.iterdir():
+        (tmp_path / "copy" / path.name).write_text(path.read_text() + "one more film\t1\n")
+    before = (folder / "study.journal").read_bytes()
+    ended = sweep(config, folder, changed.format(copy=tmp_path / "copy"))
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert f"has a sweep with another {message}" in ended.stderr
+    assert (folder / "study.journal").read_bytes() == before
+
+
+def test_a_torn_journal_is_repaired(done):
+    config, folder, _ = done
+    journal = folder / "study.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content + b'{"op_code":4,"worker_id":"x","trial')
+    try:
+        ended = sweep(config, folder)
+        assert ended.returncode == 0, ended.stderr
+    finally:
+        journal.write_bytes(content)
+
+
+def test_best_yaml_is_a_complete_configuration(done):
+    content = yaml.safe_load((done[1] / "best.yaml").read_text())
+    assert "sweep" not in content and content["run"]["seed"] == 1
+    assert json.dumps(content["teacher"]["model"])
