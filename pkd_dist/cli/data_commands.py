@@ -116,8 +116,7 @@ def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:
     tokenizer = encoder.load_tokenizer(encoder.locate(model, "--model"))
 
     def lengths(split: Split) -> np.ndarray:
-        texts = split.choices.pairs(split.texts) if split.choices else map(list, split.texts)
-        encoded = tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
+        encoded = tokenizer(*split.inputs(), truncation=False, verbose=False)["input_ids"]
         return np.array([len(ids) for ids in encoded]).reshape(-1, split.options).max(axis=1)
 
     return lengths
@@ -137,8 +136,7 @@ def _vocabulary_line(model: str, train: Split, max_length: int) -> str:
         trimming.require_trimmable(tokenizer)
     except UserError as refused:
         return str(refused)
-    texts = train.choices.pairs(train.texts) if train.choices else [list(column) for column in train.texts]
-    encoded, _ = tokens.encode(tokenizer, texts, 1, max_length, only_first=train.choices is not None)
+    encoded, _ = tokens.encode(tokenizer, train.inputs(), 1, max_length, only_first=train.choices is not None)
     counts_V = trimming.count_tokens([np.concatenate(encoded[0])], config.vocab_size)
     kept = len(trimming.kept_ids(tokenizer, counts_V, 1, vocabulary.required_ids(config)))
     width = getattr(config, "embedding_size", None) or config.hidden_size

@@ -86,7 +86,7 @@ def _positive(
         if given is not None:
             raise UserError(f"{given!r}: only two classes have a positive one, not {len(classes)}", "task.positive")
         return None, ""
-    if not task.has_labels or task.multilabel or task.options:
+    if not task.has_labels or task.multilabel or task.multiple_choice:
         return None, ""
     if given is not None:
         index = {key: i for keys in (names, classes) for i, key in enumerate(keys)}
@@ -172,7 +172,7 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The kind or the number of its outputs differs.
     """
-    if task.options:
+    if task.multiple_choice:
         return
     kind, names = getattr(config, "problem_type", None), output_names(config)
     outputs = len(names)

@@ -62,6 +62,14 @@ class Split:
         """Options of each example; 1: it is no multiple choice."""
         return self.choices.count(self.texts) if self.choices else 1
 
+    def inputs(self, rows: slice = slice(None)) -> list[Sequence[str]]:
+        """Return the texts of some examples as a tokenizer takes them: one column, or two of pairs.
+
+        The pairs of the options of an example follow each other.
+        """
+        columns = [column[rows] for column in self.texts]
+        return [*self.choices.pairs(columns)] if self.choices else columns
+
     def __len__(self) -> int:
         return len(self.ids_N)
 

@@ -71,7 +71,7 @@ def read_labels(
     if task.multilabel:
         return multilabel.read(table, numbers, columns, task, known)
     labels = _LabelColumn(table, numbers, task.label, columns[0])
-    if task.options:
+    if task.multiple_choice:
         return multiple_choice.read_labels(table, labels, options, task), known
     if task.regression:
         return _numbers(labels, task), known
@@ -81,7 +81,7 @@ def read_labels(
 
 def require_different(labels_N: np.ndarray, table: Table, columns: Sequence[Sequence[str]], task: Task) -> None:
     """Raise UserError if all training examples have the same label; of options, the first may always be the right one."""
-    if task.regression or task.options or not (labels_N == labels_N[0]).all():
+    if task.regression or task.multiple_choice or not (labels_N == labels_N[0]).all():
         return
     if task.multilabel:
         raise UserError(f"{table.name}: every example has the same classes, or none; training needs different ones")

@@ -11,6 +11,7 @@ import bisect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pkd_dist.data.tables import Row, Table, TableSpec
@@ -56,7 +57,7 @@ def _rows(folder: Path, spec: TableSpec, starts: list[int], files: list[Path]) -
         starts.append(number)
         files.append(path)
         for own, record in enumerate(_records(path, spec), start=1):
-            yield number, spec.fields(record, lambda path=path, own=own: _place(path, own))  # type: ignore[misc]
+            yield number, spec.fields(record, partial(_place, path, own))
             number += 1
 
 

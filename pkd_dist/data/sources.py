@@ -173,7 +173,7 @@ def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
             )
         if not is_table(path) and path.suffix != ".txt":
             raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
-        if path.suffix == ".txt" and task.options:
+        if path.suffix == ".txt" and task.multiple_choice:
             raise UserError(
                 f"task.unlabeled: {name}: a .txt file contains single texts; give a table with the columns "
                 f"{', '.join(task.inputs)}"

@@ -50,7 +50,7 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
     count_SC = np.array([class_counts(s.labels_N, len(classes)) for s in labelled.values()])
     total_S = [len(split) for split in labelled.values()]
-    table = _table("right option" if task.options else "class", *labelled)
+    table = _table("right option" if task.multiple_choice else "class", *labelled)
 
     def add(name: str, count_S: np.ndarray) -> None:
         shares = zip(count_S, total_S, strict=True)

@@ -139,9 +139,14 @@ class Task:
         return (*lists, *((self.label,) if self.multilabel and not self.class_columns else ()))
 
     @property
+    def multiple_choice(self) -> bool:
+        """Whether each example has options of its own, one of which is right."""
+        return bool(self.options)
+
+    @property
     def choices(self) -> Choices | None:
         """How options become pairs of texts; None: it is no multiple-choice task."""
-        return Choices(len(self.text) > 1, self.gap) if self.options else None
+        return Choices(len(self.text) > 1, self.gap) if self.multiple_choice else None
 
     @property
     def has_single_classes(self) -> bool:
@@ -151,7 +156,7 @@ class Task:
     @property
     def has_named_classes(self) -> bool:
         """Whether the outputs are classes with names of their own, the same for all examples: neither a number nor options."""
-        return not (self.regression or self.options)
+        return not (self.regression or self.multiple_choice)
 
     @property
     def main_metric(self) -> str:
@@ -278,7 +283,7 @@ def _named(config: TaskConfig) -> Task:
         ) from None
     if own := [key for key in _COLUMN_KEYS if getattr(config, key) is not None]:
         raise UserError(f"is allowed only with task.name custom; {task.name} defines its own", f"task.{own[0]}")
-    kind = "regression" if task.regression else "multiple_choice" if task.options else "classification"
+    kind = "regression" if task.regression else "multiple_choice" if task.multiple_choice else "classification"
     if config.metric and config.metric not in METRICS_OF[kind]:
         raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
     if task.classes and len(task.classes) == 2:

@@ -150,7 +150,7 @@ def read_unlabeled(files: Sequence[str], task: Task, classes: Sequence[str] = ()
     Raises:
         UserError: invalid data; the message names the file and line.
     """
-    texts = tuple(TextColumn() for _ in (*task.text, *(classes if task.options else ())))
+    texts = tuple(TextColumn() for _ in (*task.text, *(classes if task.multiple_choice else ())))
     spec = TableSpec(task.inputs, (), task.headerless, task.skip_broken, lists=task.list_columns)
     notes: list[str] = []
     for path in unlabeled_paths(files, task):
@@ -158,7 +158,7 @@ def read_unlabeled(files: Sequence[str], task: Task, classes: Sequence[str] = ()
         skipped: list[str] = []
         before = len(texts[0])
         rows = _with_text(table, task, skipped)
-        if task.options:
+        if task.multiple_choice:
             rows, _ = multiple_choice.with_option_columns(rows, table, task, len(classes))
         _append(texts, rows)
         if len(texts[0]) == before:
@@ -220,7 +220,7 @@ def _content(
     table = _open(source, split, task, labels_optional, group)
     skipped: list[str] = []
     rows, inputs = _select(table, source, task, labels_optional, skipped), len(task.text)
-    if task.options:
+    if task.multiple_choice:
         rows, options = multiple_choice.with_option_columns(rows, table, task, options)
         inputs += options
     width = inputs + len(task.label_columns)

@@ -122,13 +122,11 @@ def tokenize(
         for start in range(0, len(split), _CHUNK_EXAMPLES):
             check()
             rows = slice(start, start + _CHUNK_EXAMPLES)
-            columns: Sequence[Sequence[str]] = [column[rows] for column in split.texts]
+            columns = split.inputs(rows)
             if mask_token:
                 columns = [
                     [text.replace(mask_token, tokenizer.mask_token or "") for text in column] for column in columns
                 ]
-            if split.choices:
-                columns = split.choices.pairs(columns)
             encoded, long = encode(tokenizer, columns, len(dtypes), max_length, only_first=split.choices is not None)
             arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):

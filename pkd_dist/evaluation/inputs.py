@@ -198,7 +198,7 @@ def _rows(path: Path, columns: tuple[str, ...], form: Form, notes: list[str]) ->
     spec = TableSpec(task.inputs, headerless=task.headerless, keep_others=True, lists=task.list_columns)
     table = read_file(path, spec)
     rows = table.rows
-    if task.options:
+    if task.multiple_choice:
         rows, _ = multiple_choice.with_option_columns(rows, table, task, 0)
     for number, values in rows:
         yield checked(Example(table.at(number), tuple(value or "" for value in values), dict(table.others)))

@@ -38,7 +38,7 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
         return dict.fromkeys((AGREEMENT, MAIN_METRIC), float((logits_NC.argmax(axis=1) == labels_N).mean()))
     if task.multilabel:
         metrics = _of_sets(logits_NC, labels_N)
-    elif task.options:
+    elif task.multiple_choice:
         metrics = {"accuracy": float((logits_NC.argmax(axis=1) == labels_N).mean())}
     elif task.regression:
         from scipy.stats import pearsonr, spearmanr  # slow to import, so only on the rank that scores
@@ -94,7 +94,7 @@ def undefined(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> list[s
     `task.positive`, there is nothing to find, and precision, recall and F1 of two classes are undefined as well. Without any class,
     all but the subset accuracy and F1 of the texts are undefined.
     """
-    if not task.has_labels or task.options:
+    if not task.has_labels or task.multiple_choice:
         return []
     if task.multilabel:
         found = [] if labels_N.any() else ["f1_micro", "f1_macro", "mAP"]

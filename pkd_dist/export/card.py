@@ -245,7 +245,9 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         metric=METRICS[facts.main_metric],
         options=facts.results.get("options"),
         second=_second(facts.task),
-        model_class="AutoModelForMultipleChoice" if facts.task.options else "AutoModelForSequenceClassification",
+        model_class="AutoModelForMultipleChoice"
+        if facts.task.multiple_choice
+        else "AutoModelForSequenceClassification",
         pairs=", ".join(f"({student}, {teacher})" for student, teacher in facts.environment.patience_pairs) or "none",
         terms=_terms(facts),
     )

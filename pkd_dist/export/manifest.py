@@ -149,7 +149,7 @@ def of_task(task: Task, max_length: int) -> ExportManifest:
         "pair": len(task.text) > 1,
         "text_columns": list(task.text),
     }
-    if task.options:
+    if task.multiple_choice:
         read |= {"options": list(task.options), "option_lists": task.has_option_lists, "gap": task.gap}
     return read
 

@@ -166,7 +166,7 @@ def _correct(run: Run) -> list[tuple[str, int]]:
     teacher, student = (_equal(predicted[side], run.dev.labels_N) for side in SIDES)
     both_wrong = ~teacher & ~student
     same = int((both_wrong & _equal(predicted["teacher"], predicted["student"])).sum())
-    singular, kind = ("option", "options") if run.task.options else ("class", "classes")
+    singular, kind = ("option", "options") if run.task.multiple_choice else ("class", "classes")
     rows = [
         ("both correct", int((teacher & student).sum())),
         ("only teacher correct", int((teacher & ~student).sum())),
@@ -229,7 +229,7 @@ def _disagreements(run: Run) -> list[Example]:
         distance_N = np.abs(dev.probabilities["teacher"] - dev.probabilities["student"]).sum(axis=1) / 2
     split = text.read(run.config.task.data, "dev", run.task, run.classes or None)
     place = {int(example): i for i, example in enumerate(split.ids_N)}
-    names = ["", ""][: len(run.task.text)] + [f"{name}: " for name in run.classes if run.task.options]
+    names = ["", ""][: len(run.task.text)] + [f"{name}: " for name in run.classes if run.task.multiple_choice]
     return [
         _example(
             run,

@@ -301,7 +301,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     depth = num_layers(source_config)
     student_tokenizer = student.tokenizer_of(config.student, tokenizer)
     student_depth = student.planned_depth(
-        config.student, source_config, student_tokenizer, config.student_length, multiple_choice=bool(task.options)
+        config.student, source_config, student_tokenizer, config.student_length, multiple_choice=task.multiple_choice
     )
     if config.student.vocabulary == "used":
         trimming.require_trimmable(student_tokenizer)
@@ -392,12 +392,12 @@ def _class_order(
             config.task.max_length,
             teacher.model,
             key,
-            multiple_choice=bool(task.options),
+            multiple_choice=task.multiple_choice,
         )
         if config.teacher.finetune is not None or config.teacher.answers:
             orders.append(task.classes)
             continue
-        encoder.require_classifier(teacher.source, teacher.model, key, multiple_choice=bool(task.options))
+        encoder.require_classifier(teacher.source, teacher.model, key, multiple_choice=task.multiple_choice)
         class_mapping.require_outputs(task, teacher.source_config, teacher.model, key)
         try:
             orders.append(class_mapping.class_order(task, teacher.source_config, key))

@@ -81,7 +81,7 @@ class DataOutput:
 
     def model_fields(self, task: Task) -> dict[str, Any]:
         """Return the fields of a model configuration that describe the outputs, and the head if it is not a classifier's."""
-        if task.options:
+        if task.multiple_choice:
             return {"num_labels": 1, "architectures": [MULTIPLE_CHOICE]}
         if task.regression:
             return {"num_labels": 1, "problem_type": "regression"}
@@ -187,7 +187,7 @@ def _prepare(context: Context) -> DataOutput:
             "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
             " and ".join(run.config.teacher.models), ", ".join(names),
         )  # fmt: skip
-    write_json(folder / SAMPLE, {"texts": _sample(splits["dev"])})
+    write_json(folder / SAMPLE, {"texts": splits["dev"].inputs(slice(SAMPLE_TEXTS))})
     answered = _answers(context, splits, names) if run.has_answers else None
     own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
@@ -202,17 +202,11 @@ def _prepare(context: Context) -> DataOutput:
     output = DataOutput(
         tuple(train.classes), tuple(names), summaries, vocabulary=kept, student_sets=own, answers=answered
     )
-    if run.task.options:
+    if run.task.multiple_choice:
         log.info("data: %d options, which labels call %s", len(names), ", ".join(names))
     else:
         log.info("data: %s", _classes(run, output).sentence())
     return output
-
-
-def _sample(dev: Split) -> list[list[str]]:
-    """Return the first texts of dev, by column, as a tokenizer takes them."""
-    columns = [list(column[:SAMPLE_TEXTS]) for column in dev.texts]
-    return dev.choices.pairs(columns) if dev.choices else columns
 
 
 def _answers(context: Context, splits: dict[str, Split], names: Sequence[str]) -> str:
