@@ -197,7 +197,6 @@ def predict(
     """
 
     def work() -> None:
-        from pkd_dist.data.tasks import GLUE
         from pkd_dist.evaluation import inputs
         from pkd_dist.evaluation.predict import Predictor
         from pkd_dist.export import manifest
@@ -210,12 +209,7 @@ def predict(
         if texts and file != "-":
             raise UserError("--file: give texts or a file, not both")
         trained = manifest.find(encoder.locate(model, "--model"))
-        task = GLUE.get(trained.get("task", ""))
-        known = inputs.Form(
-            trained.get("pair"), tuple(trained.get("text_columns", ())), task.headerless if task else (),
-            tuple(options or trained.get("options", ())), len(options) == 1 if options else trained.get("option_lists", False),
-            gap or trained.get("gap"),
-        )  # fmt: skip
+        known = inputs.form_of(trained, options, gap)
         notes: list[str] = []
         given = inputs.read(texts or (), file, text or (), pair, known, notes)
         choices = known.task(tuple(text or known.columns)).choices

@@ -37,8 +37,8 @@ class Split:
     Attributes:
         ids_N: int64, unique; see `example_ids`.
         texts: one or two columns of N strings; of multiple choice the context, the question if there is one, and each option.
-        labels_N: int64 class indices or places of the right option, float32 values for regression, or (N, C) float32 of 0 and 1 for multi-label; see
-            `is_labelled`.
+        labels_N: int64 class indices or places of the right option, float32 values for regression, or (N, C) float32 of 0 and 1
+            for multi-label; see `is_labelled`.
         classes: values of the label column in class order; empty for regression.
         source: file or hub split that it was read from.
         notes: what was skipped and why, for people.

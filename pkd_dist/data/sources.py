@@ -1,9 +1,9 @@
 """Find the files of a data set.
 
 A split is a table in a folder under the split's name or under another name that is common for it (`validation.csv`,
-`dev_matched.tsv`), a folder of texts in RACE's layout (`race.py`), a part of one file (`splitting.py`), a part of the authors' original release, or a split of a Hugging Face
-data set (`hub:NAME`). `tasks.py` holds the names of each task, `rows.py` the kinds of table. Nothing is read here except the
-contents that `digests` hashes.
+`dev_matched.tsv`), a folder of texts in RACE's layout (`race.py`), a part of one file (`splitting.py`), a part of the authors'
+original release, or a split of a Hugging Face data set (`hub:NAME`). `tasks.py` holds the names of each task, `rows.py` the kinds of
+table. Nothing is read here except the contents that `digests` hashes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks: columns, classes, the metric that selects the best epoch, and the file layouts of GLUE, RACE and the hub.
 
-Each task that is known by name is one entry of `GLUE` or `OTHERS`, which holds everything that is special about its files; `sources.py` and `text.py`
-read all of them.
+Each task that is known by name is one entry of `GLUE` or `OTHERS`, which holds everything that is special about its files;
+`sources.py` and `text.py` read all of them.
 """
 
 from __future__ import annotations

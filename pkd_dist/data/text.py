@@ -1,8 +1,8 @@
 """Read a split: files -> rows -> examples.
 
 `sources.py` finds the file, `rows.py` reads its rows, and `read` drops rows that the task excludes, gives each option a column of
-its own (`multiple_choice.py`), stores the text on disk (`columns.py`), and turns labels into numbers (`labels.py`). Invalid rows raise `UserError` with file and line. Rows that a task
-allows to skip are counted in the split's notes.
+its own (`multiple_choice.py`), stores the text on disk (`columns.py`), and turns labels into numbers (`labels.py`). Invalid rows
+raise `UserError` with file and line. Rows that a task allows to skip are counted in the split's notes.
 
 Rows are streamed: memory holds only ids, labels, and the end of each text. One file that is split (`splitting.py`) is read once
 for all its parts.

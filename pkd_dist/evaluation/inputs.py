@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pkd_dist.data import multiple_choice
 from pkd_dist.data.rows import FILE_EXTENSIONS, is_table, read_file
 from pkd_dist.data.tables import TableSpec
-from pkd_dist.data.tasks import NO_LABEL, Task
+from pkd_dist.data.tasks import GLUE, NO_LABEL, Task
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import is_empty
 
@@ -65,6 +66,25 @@ class Form:
         if self.pair not in (None, pair):
             takes, given = ("pairs of texts", "single texts") if self.pair else ("single texts", "pairs of texts")
             raise UserError(f"{where}: the model takes {takes}, not {given}; give it the form that it was trained on")
+
+
+def form_of(trained: Mapping[str, Any], options: Sequence[str] | None = None, gap: str | None = None) -> Form:
+    """Return what a model was trained to read.
+
+    Args:
+        trained: The manifest of its export; empty: unknown.
+        options: The columns of the options, one of lists or one for each; None: as trained.
+        gap: See `Form`; None: as trained.
+    """
+    task = GLUE.get(trained.get("task", ""))
+    return Form(
+        pair=trained.get("pair"),
+        columns=tuple(trained.get("text_columns", ())),
+        headerless=task.headerless if task else (),
+        options=tuple(options or trained.get("options", ())),
+        option_lists=len(options) == 1 if options else trained.get("option_lists", False),
+        gap=gap or trained.get("gap"),
+    )
 
 
 def read(

@@ -176,9 +176,10 @@ def verify(
     config = load_config(str(folder))
     reloaded = model_class(config).from_pretrained(folder, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    read = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     if is_multiple_choice(config):
         (read,), _ = encode(tokenizer, texts, 1, max_length, only_first=True)
+    else:
+        read = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     for i, ids in enumerate(read):
         if ids != dev.input_ids_T[dev.offsets_N1[i] : dev.offsets_N1[i + 1]].tolist():
             raise UserError(

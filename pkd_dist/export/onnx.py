@@ -3,8 +3,9 @@
     live model -> last layer at [CLS] alone, fused attention -> torch.onnx -> ONNX Runtime's fusions -> float16 | int8
 
 A graph takes the tokenizer's outputs (`input_ids`, `attention_mask`, ... int64, (B, L), both axes dynamic) and returns
-`logits` (B, C) in float32. Of multiple choice, it takes (B, C, L), all axes dynamic, with the C options of each example. Attention uses ONNX Runtime's own operators, with query, key and value in one matrix
-multiplication. The last layer of a family that reads [CLS] alone computes that row alone.
+`logits` (B, C) in float32. Of multiple choice, it takes (B, C, L), all axes dynamic, with the C options of each example. Attention
+uses ONNX Runtime's own operators, with query, key and value in one matrix multiplication. The last layer of a family that reads
+[CLS] alone computes that row alone.
 
 Shapes: B examples, L tokens, H hidden size, Q = 3H, C classes, A heads, d head size.
 """
