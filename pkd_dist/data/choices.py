@@ -51,4 +51,4 @@ class Choices:
     def _second(self, question: str, option: str) -> str:
         if self.gap is not None and self.gap in question:
             return question.replace(self.gap, option)
-        return f"{question} {option}".strip()
+        return f"{question} {option}" if question else option
