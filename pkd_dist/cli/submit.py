@@ -30,6 +30,7 @@ from pkd_dist.data import answers, sources, tasks, text
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
 
+DEFAULT_WORKERS = 4
 PACKAGE = Path(__file__).resolve().parents[1]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
@@ -86,11 +87,17 @@ def _make_parser() -> _Parser:
     parser = _Parser(
         prog="pkd-submit",
         description="Submit a run to SLURM. The job is stopped, requeued and resumed until the run is done.",
-        epilog="example: pkd-submit --config configs/demo.yaml --nodes 2 --gpus-per-node 4 --time 8:00:00",
+        epilog="example: pkd-submit --config configs/demo.yaml --nodes 2 --gpus-per-node 4 --time 8:00:00; "
+        "pkd-submit --sweep configs/sweep.yaml --workers 16 --gpus-per-node 1 --time 2:00:00",
         allow_abbrev=False,
     )
     parser.register("action", None, OneValue)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="YAML of the run")
+    what.add_argument(
+        "--sweep", metavar="FILE", help="YAML of a sweep: a job array of its workers, and a job that trains the winner"
+    )
+    parser.add_argument("--workers", type=_count(1), metavar="W", help="--sweep: jobs of the array (default 4)")
     parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or MIN-MAX (default 1)")
     parser.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]G", help="GPUs per node, one rank each")
     parser.add_argument("--tasks-per-node", type=_count(1), metavar="T", help="ranks per node without GPUs (default 1)")
@@ -122,6 +129,10 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(joined)
     if options.gpus_per_node and options.tasks_per_node:
         parser.error("--tasks-per-node is for nodes without GPUs; --gpus-per-node starts one rank per GPU")
+    if options.workers and not options.sweep:
+        parser.error("--workers is for --sweep")
+    if options.sweep and (options.nodes != "1" or options.tasks_per_node):
+        parser.error("--sweep: each job of the array has one node and one task; leave --nodes and --tasks-per-node out")
     if options.time and options.signal_seconds >= _seconds(options.time):
         parser.error(
             f"--signal-seconds {options.signal_seconds} is not less than --time {options.time} "
@@ -131,10 +142,20 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _tasks_per_node(options: argparse.Namespace) -> int:
+    if options.sweep:  # one `pkd sweep`, with a worker for each GPU
+        return 1
     return int(options.gpus_per_node.rpartition(":")[2]) if options.gpus_per_node else options.tasks_per_node or 1
 
 
-def _sbatch_command(options: argparse.Namespace, folder: Path) -> list[str]:
+def _sbatch_command(
+    options: argparse.Namespace, folder: Path, own: Sequence[str] = (), program: Sequence[str] = ()
+) -> list[str]:
+    """Return the command that submits a job.
+
+    Args:
+        own: Options of sbatch for this job.
+        program: A file in the snapshot and its arguments; empty: the launcher.
+    """
     tasks = _tasks_per_node(options)
     # With a number of tasks SLURM allocates only the smallest number of a range of nodes.
     size = {"mincpus": tasks * (options.cpus_per_task or 1)} if "-" in options.nodes else {"ntasks-per-node": tasks}
@@ -154,9 +175,26 @@ def _sbatch_command(options: argparse.Namespace, folder: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"--sbatch: {' '.join(options.sbatch)!r} cannot be parsed: {error}") from None
     return [
-        "sbatch", "--parsable", *(f"--{name}={value}" for name, value in given.items() if value is not None), *extra,
-        *map(str, (folder / "train.sbatch", folder, sys.executable, tasks, options.max_restarts)),
+        "sbatch", "--parsable", *(f"--{name}={value}" for name, value in given.items() if value is not None), *own, *extra,
+        *map(str, (folder / "train.sbatch", folder, sys.executable, tasks, options.max_restarts)), *program,
     ]  # fmt: skip
+
+
+def _sweep(folder: Path, *more: str) -> list[str]:
+    """Return the program of a job that takes part in a sweep, whose output folder is run.dir."""
+    output = str(folder.parents[1])
+    return ["pkd_dist/cli/__main__.py", "sweep", "--config", str(folder / "run.yaml"), "--output", output, *more]
+
+
+def _commands(options: argparse.Namespace, folder: Path) -> list[list[str]]:
+    """Return the commands that submit a run's job, or a sweep's array and, after it, the job that trains the winner."""
+    if not options.sweep:
+        return [_sbatch_command(options, folder)]
+    array = [f"--array=0-{(options.workers or DEFAULT_WORKERS) - 1}"]
+    return [
+        _sbatch_command(options, folder, array, _sweep(folder, "--trials-only")),
+        _sbatch_command(options, folder, ["--dependency=afterany:ARRAY"], _sweep(folder)),
+    ]
 
 
 def _revision() -> str:
@@ -195,8 +233,11 @@ def _snapshot(config: Config, folder: Path) -> None:
 
 def _checked_config(options: argparse.Namespace) -> Config:
     """Load the configuration and check what a job would otherwise fail on after hours in the queue."""
-    config = load(options.config, options.overrides)
-    load_deepspeed(config, options.config)
+    file = options.sweep or options.config
+    config = load(file, options.overrides)
+    if options.sweep and not config.sweep.space:
+        raise UserError("is missing; name the keys to search and their values", "sweep.space", file)
+    load_deepspeed(config, file)
     task = tasks.resolve(config.task)
     sources.require(config.task.data, "train", task)
     if sources.is_file(config.task.data):
@@ -240,10 +281,10 @@ def submit(argv: Sequence[str]) -> None:
     _require_training()
     config = _checked_config(options)
     folder = _next_folder(config)
-    command = _sbatch_command(options, folder)
+    commands = _commands(options, folder)
     if options.dry_run:
         script = packaged_path("slurm/train.sbatch").read_text(encoding="utf-8")
-        print(shlex.join(command), script, sep="\n\n", end="")
+        print(*map(shlex.join, commands), script, sep="\n\n", end="")
         return
     if not shutil.which("sbatch"):
         raise UserError("sbatch is not on PATH; submit from a SLURM login node (--dry-run works without)")
@@ -252,13 +293,36 @@ def submit(argv: Sequence[str]) -> None:
         _snapshot(config, folder)
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written ({error.strerror}); choose another run.dir") from None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(folder)
-        raise UserError(f"sbatch rejected the job: {'; '.join(done.stderr.split(chr(10))).strip('; ')}")
-    job = done.stdout.strip().split(";")[0]
-    write_json(folder / "job.json", {"job": job, "command": command, "config": options.config})
-    _print_job(job, options, folder)
+    jobs: list[str] = []
+    for command in commands:
+        done = subprocess.run(
+            [argument.replace("afterany:ARRAY", f"afterany:{''.join(jobs[:1])}") for argument in command],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            if jobs:
+                subprocess.run(["scancel", *jobs], check=False)
+            shutil.rmtree(folder)
+            raise UserError(f"sbatch rejected the job: {'; '.join(done.stderr.split(chr(10))).strip('; ')}")
+        jobs.append(done.stdout.strip().split(";")[0])
+    write_json(folder / "job.json", {"job": jobs[0], "command": commands[0], "config": options.sweep or options.config})
+    if options.sweep:
+        _print_sweep(jobs, options, folder)
+    else:
+        _print_job(jobs[0], options, folder)
+
+
+def _print_sweep(jobs: Sequence[str], options: argparse.Namespace, folder: Path) -> None:
+    logs, output = folder / "logs", shlex.quote(str(folder.parents[1]))
+    print(
+        f"job {jobs[0]}: an array of {options.workers or DEFAULT_WORKERS} workers; then job {jobs[1]}: the winner",
+        f"snapshot: {folder}",
+        f"logs:     {logs}/JOB.log and JOB-rank0.log, a JOB for each worker",
+        f"watch:    pkd sweep show {output}",
+        f"state:    squeue --jobs={','.join(jobs)}",
+        f"cancel:   scancel {' '.join(jobs)}    (submit the same sweep again to resume)",
+        sep="\n",
+    )
 
 
 def _print_job(job: str, options: argparse.Namespace, folder: Path) -> None:

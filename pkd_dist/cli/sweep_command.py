@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pkd_dist.cli.launch import in_world, requires_extra
-from pkd_dist.cli.options import ConfigFile, Overrides, run_command
+from pkd_dist.cli.options import run_command
+from pkd_dist.errors import UserError
+from pkd_dist.telemetry.output import keep_going
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
@@ -16,48 +19,97 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    config: ConfigFile,
-    output: Annotated[Path, typer.Option(help="Folder of the study and of what comes out.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="`show DIR`; or settings that override the file's.", metavar="[show DIR | section.key=value]"
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="The sweep's YAML.", metavar="FILE")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study and of what comes out.")] = None,
     workers: Annotated[
         int | None,
         typer.Option(
             min=1, help="Processes on this machine; default: one for each GPU, without GPUs one for each core."
         ),
     ] = None,
+    trials_only: Annotated[
+        bool, typer.Option("--trials-only", help="End when no trial is left; another call trains the winner.")
+    ] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Search the space of `sweep.space` for the best student, train the winner again and export it.
 
-    The same command resumes, and adds workers where the folder is shared. docs/sweep.md has examples.
+    The same command resumes, and adds workers where the folder is shared.
 
     Example: pkd sweep --config configs/sweep.yaml --output runs/sweep
+
+    Example: pkd sweep show runs/sweep
     """
-
-    def opened() -> Opened:
-        with requires_extra("sweep"):
-            from pkd_dist.sweep.runner import open_sweep
-
-            return open_sweep(config, overrides or [], output)
-
-    if worker is not None:
+    given = overrides or []
+    if worker is not None and config is not None and output is not None:
+        file, folder = config, output
 
         def train(world: World) -> None:
             from pkd_dist.sweep.worker import work
 
-            found = opened()
+            found = _opened(file, given, folder)
             work(found.sweep, found.study(), worker, found.objective, world)
 
-        raise typer.Exit(in_world(config, [*(overrides or []), f"run.dir={output}"], train, alone=True))
+        raise typer.Exit(in_world(file, [*given, f"run.dir={json.dumps(str(folder))}"], train, alone=True))
 
     def search() -> None:
-        from pkd_dist.telemetry.output import keep_going
-
         keep_going()  # the outcome is also in the folder
-        found = opened()
-        from pkd_dist.sweep.runner import run
-        from pkd_dist.sweep.summary import describe
+        if given[:1] == ["show"]:
+            _show(
+                given[1:],
+                [
+                    ("--config", config),
+                    ("--output", output),
+                    ("--workers", workers),
+                    ("--trials-only", trials_only or None),
+                ],
+            )
+        elif config is None or output is None:
+            raise UserError("is missing", "--config" if config is None else "--output")
+        else:
+            folder = output
+            found = _opened(config, given, folder)
+            from pkd_dist.sweep.runner import run
+            from pkd_dist.sweep.summary import describe
 
-        print(describe(run(found, workers)))
+            outcome = run(found, workers, trials_only)
+            print(describe(outcome) if outcome else f"sweep: no trial is left; {folder}")
 
     run_command(search)
+
+
+def _opened(config: str, overrides: list[str], output: Path) -> Opened:
+    with requires_extra("sweep"):
+        from pkd_dist.sweep.runner import open_sweep
+
+        return open_sweep(config, overrides, output)
+
+
+def _show(arguments: list[str], options: list[tuple[str, object]]) -> None:
+    """Print how far the sweep in a folder is, and its best points."""
+    for option, value in options:
+        if value is not None:
+            raise UserError("is not allowed with show DIR", option)
+    if len(arguments) != 1:
+        raise UserError("give one folder: pkd sweep show DIR")
+    from rich.table import Table
+
+    with requires_extra("sweep"):
+        from pkd_dist.sweep import summary
+        from pkd_dist.sweep.study import read
+    from pkd_dist.telemetry.markup import console
+
+    found = read(Path(arguments[0]))
+    print(summary.progress(found))
+    header, body = summary.best(found, rows=20)
+    if body:
+        table = Table(*header)
+        for row in body:
+            table.add_row(*row)
+        console().print(table)

@@ -12,16 +12,23 @@ import numpy as np
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from pkd_dist.config.sweep import Constraints
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.results import Results
+from pkd_dist.export import manifest
+from pkd_dist.export.manifest import ExportManifest
+from pkd_dist.export.runtime import ONNX_FILES
 from pkd_dist.files import make_folder, read_object, write_atomically
 from pkd_dist.metric_names import DIVERGENCE
+from pkd_dist.sweep.footprint import Footprint
 from pkd_dist.sweep.processes import Processes
 from pkd_dist.sweep.shared import SweepConfig
 from pkd_dist.sweep.space import as_overrides
 from pkd_dist.sweep.study import REASON, SEED, STATES, Study, seeds_of
+from pkd_dist.telemetry.log import log
 
-BEST, TABLE, FINAL = "best.yaml", "trials.parquet", "final"
+BEST, TABLE, FINAL, PAGE = "best.yaml", "trials.parquet", "final", "sweep.html"
+_INT8 = ONNX_FILES["onnx-int8"]
 
 
 @dataclass(frozen=True)
@@ -42,27 +49,65 @@ class Point:
     def number(self) -> int:
         return self.trials[0].number
 
+    @property
+    def overrides(self) -> list[str]:
+        return as_overrides(self.trials[0].params)
+
+    @property
+    def footprint(self) -> Footprint:
+        return _footprint(self.trials[0])
+
+
+@dataclass(frozen=True)
+class Final:
+    """The winner, trained again with another seed in a run of its own."""
+
+    folder: Path
+    results: Results
+    manifest: ExportManifest
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What a sweep found.
 
     Attributes:
-        winner: The best point.
+        points: The best first; the first that meets the constraints is the winner.
         objective: What was maximized (`divergence`: minimized).
-        finals: Seed -> results of the winner, trained again.
+        finals: Seed -> the winner, trained again.
         searched: Seeds on which it was chosen.
-        states: State -> number of trials.
-        seconds: Of all workers' trials.
+        trials: All of the study.
     """
 
-    winner: Point
-    objective: str
-    finals: dict[int, Results]
-    searched: tuple[int, ...]
-    states: dict[str, int]
-    seconds: float
     folder: Path
+    winner: Point
+    points: list[Point]
+    objective: str
+    finals: dict[int, Final]
+    searched: tuple[int, ...]
+    trials: list[FrozenTrial]
+
+    @property
+    def states(self) -> dict[str, int]:
+        """State -> number of trials."""
+        names = [STATES[trial.state] for trial in self.trials]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    @property
+    def seconds(self) -> float:
+        """Of all workers' trials."""
+        return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials))
+
+    @property
+    def fresh(self) -> dict[int, Final]:
+        """The final runs with seeds on which the winner was not chosen."""
+        return {seed: final for seed, final in self.finals.items() if seed not in self.searched}
+
+
+def scores_of(results: Results) -> dict[str, float]:
+    """Return the student's main metric on each labeled split."""
+    found = {results["split"]: results["student"]["main_metric"]}
+    return found | {split: scores["student"]["main_metric"] for split, scores in results["splits"].items()}
 
 
 def ranked(trials: Sequence[FrozenTrial], seeds: int) -> list[Point]:
@@ -78,43 +123,83 @@ def ranked(trials: Sequence[FrozenTrial], seeds: int) -> list[Point]:
     return sorted(points, key=lambda point: (-point.value, point.divergence, point.number))
 
 
-def write_outcome(sweep: SweepConfig, study: Study, objective: str, processes: Processes) -> Outcome:
-    """Write best.yaml and trials.parquet, and train the winner with the final seeds.
+def find(sweep: SweepConfig, study: Study, objective: str, processes: Processes) -> Outcome:
+    """Write trials.parquet and best.yaml, and train the winner with the final seeds.
+
+    The winner is the best point whose exported int8 file meets the constraints.
 
     Raises:
-        UserError: No point was trained to its end, or a final run failed.
+        UserError: No point was trained to its end or meets the constraints, or a final run failed.
     """
     write_table(study, sweep.folder)
-    points = ranked(study.trials, len(study.settings.seeds))
-    if not points:
-        failed = [trial for trial in study.trials if trial.state is TrialState.FAIL]
+    trials, limits = study.trials, study.settings.constraints
+    points = ranked(trials, len(study.settings.seeds))
+    for point in points:
+        _write_best(sweep, study, point)
+        finals: dict[int, Final] = {}
+        problem = point.footprint.problem(limits) if not study.settings.final.seeds else None
+        for seed in study.settings.final.seeds:
+            finals[seed] = _final_run(sweep, seed, processes)
+            if problem := _exported(finals[seed]).problem(limits, slack=1.0):
+                break
+        if problem is None:
+            return Outcome(sweep.folder, point, points, objective, finals, tuple(study.settings.seeds), trials)
+        log.info("sweep: point %d is left out: %s", point.number, problem)
+    (sweep.folder / BEST).unlink(missing_ok=True)
+    raise UserError(_why_none(sweep.folder, trials, limits))
+
+
+def _why_none(folder: Path, trials: Sequence[FrozenTrial], limits: Constraints) -> str:
+    """Return why there is no winner, with the point that came closest to the constraints."""
+    failed = [trial for trial in trials if trial.state is TrialState.FAIL]
+    measured = [trial for trial in trials if "bytes" in trial.user_attrs]
+    if limits == Constraints() or not measured:
         why = f"; the last failure: {failed[-1].user_attrs[REASON]}" if failed else ""
-        raise UserError(f"{sweep.folder}: no point was trained to its end{why}")
-    winner = points[0]
-    _write_best(sweep, study, winner)
-    finals = {seed: _final_run(sweep, seed, processes) for seed in study.settings.final.seeds}
-    states = [STATES[trial.state] for trial in study.trials]
-    return Outcome(
-        winner, objective, finals, tuple(study.settings.seeds), {state: states.count(state) for state in dict.fromkeys(states)},
-        sum(trial.user_attrs.get("seconds", 0.0) for trial in study.trials), sweep.folder,
-    )  # fmt: skip
+        return f"{folder}: no point was trained to its end{why}"
+
+    def excess(trial: FrozenTrial) -> float:
+        found = _footprint(trial)
+        return max(
+            found.bytes / 1e6 / limits.size_mb if limits.size_mb else 0.0,
+            found.latency_ms / limits.latency_ms if limits.latency_ms else 0.0,
+        )
+
+    closest = min(measured, key=excess)
+    found = _footprint(closest)
+    return (
+        f"{folder}: no point meets sweep.constraints; point {closest.number} came closest, with {found.bytes / 1e6:.2f} MB and "
+        f"{found.latency_ms:.3g} ms: {' '.join(as_overrides(closest.params))}"
+    )
 
 
-def _write_best(sweep: SweepConfig, study: Study, winner: Point) -> None:
-    """Write the configuration of the winner's first trial: a run of it has the same scores."""
-    seed, point = study.settings.seeds[0], as_overrides(winner.trials[0].params)
-    config = sweep.load(sweep.of_point(point, (sweep.folder / "best").absolute(), seed))
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude={"sweep"}), sort_keys=False, allow_unicode=True)
-    head = f"# Point {winner.number} of a sweep. deepspeed launcher/train.py --config {BEST}\n"
+def _footprint(trial: FrozenTrial) -> Footprint:
+    return Footprint(**{key: trial.user_attrs[key] for key in ("bytes", "latency_ms", "processor")})
+
+
+def _exported(final: Final) -> Footprint:
+    """Return the footprint of the int8 file of a final run, as its export measured it."""
+    figures, processor = final.manifest["files_on_dev"][_INT8], final.manifest["measured_on"]["processor"]
+    return Footprint(figures["bytes"], figures["latency_ms_p50"], processor)
+
+
+def _write_best(sweep: SweepConfig, study: Study, point: Point) -> None:
+    """Write the configuration of a point's first trial: a run of it has the same scores."""
+    overrides = sweep.of_point(point.overrides, (sweep.folder / "best").absolute(), study.settings.seeds[0])
+    config = sweep.load(overrides)
+    content = config.model_dump(mode="json", exclude={"sweep"})
+    content["export"]["formats"] = list(dict.fromkeys([*config.export.formats, "onnx-int8"]))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    head = f"# Point {point.number} of a sweep. deepspeed launcher/train.py --config {BEST}\n"
     write_atomically(sweep.folder / BEST, lambda path: path.write_text(head + text, encoding="utf-8"))
 
 
-def _final_run(sweep: SweepConfig, seed: int, processes: Processes) -> Results:
+def _final_run(sweep: SweepConfig, seed: int, processes: Processes) -> Final:
     folder = (sweep.folder / FINAL / f"seed-{seed}").absolute()
     make_folder(folder)
+    log.info("sweep: %s: the winner with seed %d, exported", folder, seed)
     arguments = ["--config", str(sweep.folder / BEST), f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
-    processes.run(["-m", "pkd_dist.train", *arguments], folder / "log.txt")
-    return cast(Results, read_object(folder / "results_eval.json"))
+    processes.run(arguments, folder / "log.txt")
+    return Final(folder, cast(Results, read_object(folder / "results_eval.json")), manifest.read(folder / "export"))
 
 
 def write_table(study: Study, folder: Path) -> None:
@@ -130,7 +215,7 @@ def write_table(study: Study, folder: Path) -> None:
             "value": trial.value,
             "epoch": trial.user_attrs.get("epoch"),
             **{f"dev_{key}": value for key, value in trial.user_attrs.get("scores", {}).items()},
-            "parameters": trial.user_attrs.get("parameters"),
+            **{key: trial.user_attrs.get(key) for key in ("parameters", "bytes", "latency_ms")},
             "reason": trial.user_attrs.get(REASON),
             "seconds": trial.user_attrs.get("seconds"),
         }

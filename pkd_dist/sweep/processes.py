@@ -15,6 +15,10 @@ from typing import NoReturn
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 
+_RUN_MODULE = (
+    "import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+"""As `python -m`, but never with a package of the same name that is in the working folder."""
 STOPPED = "sweep: stopped; finished trials are kept, rerun the same command to resume"
 
 
@@ -24,28 +28,29 @@ class Processes:
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a process of this Python; its output is appended to a file.
+    def start(
+        self, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start a module in a process of this Python; its output is appended to a file.
 
         Args:
-            command: Arguments of the interpreter.
             variables: Of the environment, beside those of this process.
         """
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                [sys.executable, "-c", _RUN_MODULE, module, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, **variables},
             )  # fmt: skip
         self._running.append(process)
         return process
 
-    def run(self, command: Sequence[str], log: Path) -> None:
-        """Run a process to its end.
+    def run(self, arguments: Sequence[str], log: Path) -> None:
+        """Run the launcher with these arguments to its end.
 
         Raises:
             UserError, DivergedError, Preempted: As it ended.
         """
-        process = self.start(command, log, {})
+        process = self.start("pkd_dist.train", arguments, log, {})
         self.require_success(process, log, process.wait())
 
     def require_success(self, process: subprocess.Popen[bytes], log: Path, status: int) -> None:

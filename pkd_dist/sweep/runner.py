@@ -27,7 +27,8 @@ from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.model import digests, encoder
 from pkd_dist.stages.context import resolve
-from pkd_dist.sweep.outcome import Outcome, write_outcome
+from pkd_dist.sweep import page
+from pkd_dist.sweep.outcome import PAGE, Outcome, find
 from pkd_dist.sweep.processes import Processes, last_error
 from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
 from pkd_dist.sweep.space import Space
@@ -87,11 +88,12 @@ def _metrics(task: tasks.Task) -> list[str]:
     return [*(correlations if task.regression else single), DIVERGENCE]
 
 
-def run(opened: Opened, workers: int | None) -> Outcome:
+def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outcome | None:
     """Run a sweep to its end.
 
     Args:
         workers: Processes on this machine; None: one for each GPU, without GPUs one for each core.
+        trials_only: End when no trial is left, and return None: another call finds the winner.
 
     Raises:
         UserError, DivergedError, Preempted: See `errors.py`.
@@ -100,12 +102,16 @@ def run(opened: Opened, workers: int | None) -> Outcome:
     devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))
     count = workers or len(devices) or len(cores)
     study = opened.study()
-    study.prepare(_identity(opened))
+    study.prepare(_identity(opened), opened.objective)
     with processes.stopped_on_signal():
         _prepare(opened, processes)
         _train_all(opened, study, processes, shares(count, devices, cores, one_rank=True))
+        if trials_only:
+            return None
         with _locked(sweep.folder / WORKERS / "final"):
-            return write_outcome(sweep, study, opened.objective, processes)
+            outcome = find(sweep, study, opened.objective, processes)
+            page.write(outcome, study, sweep.folder / PAGE)
+            return outcome
 
 
 def _identity(opened: Opened) -> dict[str, object]:
@@ -142,7 +148,7 @@ def _prepare(opened: Opened, processes: Processes) -> None:
             make_folder(folder)
             log.info("sweep: %s: %s", folder, stages.replace(",", ", "))
             arguments = ["--config", sweep.file, *sweep.given, *overrides, "--stages", stages]
-            processes.run(["-m", "pkd_dist.train", *arguments], folder / "log.txt")
+            processes.run(arguments, folder / "log.txt")
 
 
 @contextmanager
@@ -198,7 +204,7 @@ def _start(opened: Opened, processes: Processes, share: Share) -> _Worker:
     if share.devices:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
     arguments = ["--config", sweep.file, "--output", str(sweep.folder), "--worker", folder.name, *sweep.given]
-    process = processes.start(["-m", "pkd_dist.cli", "sweep", *arguments], folder / "log.txt", variables)
+    process = processes.start("pkd_dist.cli", ["sweep", *arguments], folder / "log.txt", variables)
     return _Worker(process, folder / "log.txt", share)
 
 

@@ -95,11 +95,16 @@ class Study:
         """All trials, by number."""
         return self._study.get_trials(deepcopy=False)
 
-    def prepare(self, identity: Mapping[str, object]) -> None:
+    def as_optuna(self) -> optuna.Study:
+        """Return the study for Optuna's own analyses."""
+        return self._study
+
+    def prepare(self, identity: Mapping[str, object], objective: str) -> None:
         """Add the points that are known in advance: all of a grid, or as many as `sweep.trials` asks for.
 
         Args:
             identity: What decides the results; a study with another one is rejected.
+            objective: See `Reading`.
 
         Raises:
             UserError: The folder has the study of another configuration, other data or another teacher.
@@ -110,6 +115,7 @@ class Study:
             points = list(self._points())
             for point in points[known:]:
                 self._study.enqueue_trial(point, {SEED: first, POINT: None})
+            self._study.set_user_attr("objective", objective)
             self._study.set_user_attr("began", self._study.user_attrs.get("began") or time.time())
 
     def _require_same(self, identity: Mapping[str, object]) -> None:
@@ -133,26 +139,25 @@ class Study:
             yield from ({} for _ in range(self.settings.trials or DEFAULT_POINTS))
 
     def claim(self, worker: str) -> Claim | None:
-        """Return a trial to train: one that a worker left, else one that waits, else a new one within the budget.
+        """Return a trial to train: one that waits or a new one, while there is time, else one that a worker left.
 
         Args:
             worker: Name of the folder whose lock the caller holds.
         """
         with self._locked():
             trials = self.trials
-            left = next((trial for trial in trials if self._is_left(trial)), None)
             waiting = next((trial.number for trial in trials if trial.state is TrialState.WAITING), None)
-            if left is not None:
-                trial = Trial(self._study, left._trial_id)
-            elif self.out_of_time or (waiting is None and not self._open_ended):
-                return None
-            else:
+            if not self.out_of_time and (waiting is not None or self._open_ended):
                 number = len(trials) if waiting is None else waiting
                 self._study.sampler = _sampler(self.settings, number)  # so that no two workers draw the same point
                 trial = self._study.ask(self.space.distributions)
                 if waiting is None:
                     trial.set_user_attr(SEED, self.settings.seeds[0])
                     trial.set_user_attr(POINT, None)
+            elif left := next((trial for trial in trials if self._is_left(trial)), None):
+                trial = Trial(self._study, left._trial_id)
+            else:
+                return None
             trial.set_user_attr(WORKER, worker)
         return Claim(trial, int(trial.user_attrs[SEED]))
 
@@ -220,6 +225,38 @@ class Study:
             if trial.state not in ENDED and (trial.state is TrialState.RUNNING or not out_of_time)
         ]
         return bool(trials) and not left and (out_of_time or not self._open_ended)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A study as another process finds it.
+
+    Attributes:
+        objective: What is maximized, a key of the figures on dev (`divergence`: minimized).
+        seeds: Of each point.
+    """
+
+    folder: Path
+    trials: list[FrozenTrial]
+    objective: str
+    seeds: tuple[int, ...]
+
+
+def read(folder: Path) -> Reading:
+    """Read the study in a folder; writes nothing.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"{folder}: no {JOURNAL}; give a folder that `pkd sweep` wrote")
+    try:
+        study = optuna.load_study(study_name=_NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+        identity = study.user_attrs["identity"]
+        seeds = tuple(identity["sweep.seeds"])
+        return Reading(folder, study.get_trials(deepcopy=False), study.user_attrs["objective"], seeds)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / JOURNAL}: is damaged, or has no study yet ({error})") from None
 
 
 def objective_value(figures: Mapping[str, float], objective: str) -> float:

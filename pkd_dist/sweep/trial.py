@@ -9,12 +9,13 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pkd_dist import pipeline
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
+from pkd_dist.errors import UserError
 from pkd_dist.files import discard, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE
@@ -26,6 +27,7 @@ from pkd_dist.stages.data import DataOutput
 from pkd_dist.stages.distill import TeacherDev
 from pkd_dist.stages.init import InitOutput
 from pkd_dist.stages.teacher import TeacherOutput
+from pkd_dist.sweep.footprint import Footprint, footprint
 from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
 from pkd_dist.sweep.space import as_overrides
 from pkd_dist.sweep.study import WORKERS, Claim, objective_value
@@ -51,6 +53,8 @@ class Found:
         value: To maximize; that of the best epoch.
         scores: Figures on dev after the best epoch.
         history: Figures on dev after each evaluated epoch.
+        footprint: Of the student's int8 file.
+        examples: Of dev.
         seconds: Of this process's work on it.
     """
 
@@ -60,13 +64,27 @@ class Found:
     scores: dict[str, float]
     history: list[dict[str, float]]
     parameters: int
+    footprint: Footprint
+    examples: int
     seconds: float
 
     @property
     def attributes(self) -> dict[str, object]:
         """Return what the study keeps of a trial."""
-        kept = ("epoch", "scores", "history", "parameters", "seconds")
-        return {key: value for key, value in vars(self).items() if key in kept}
+        kept = ("epoch", "scores", "history", "parameters", "examples", "seconds")
+        return {key: value for key, value in vars(self).items() if key in kept} | asdict(self.footprint)
+
+
+class TooLargeError(UserError):
+    """The student does not meet the constraints.
+
+    Attributes:
+        footprint: Of its int8 file.
+    """
+
+    def __init__(self, problem: str, footprint: Footprint):
+        super().__init__(problem)
+        self.footprint = footprint
 
 
 class Bases:
@@ -106,6 +124,7 @@ def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Fou
         objective: A key of the figures on dev.
 
     Raises:
+        TooLargeError: The student does not meet the constraints.
         UserError, DivergedError, Preempted: See `training.trainer.train`.
     """
     began = time.monotonic()
@@ -115,6 +134,9 @@ def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Fou
     make_folder(folder)
     context = _context(base, config, sweep)
     context.hand_on(init.run(context))
+    size = footprint(context, sweep.folder)
+    if problem := size.problem(config.sweep.constraints):
+        raise TooLargeError(problem, size)
     fingerprint = fingerprint_of(distill.STAGE, inputs_of(distill.STAGE, context))
     job = distill.training_job(with_fingerprint(context, fingerprint))
     if found := context.known(TeacherDev):
@@ -135,6 +157,8 @@ def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Fou
         scores=_figures(best),
         history=progress.history,
         parameters=context.output(InitOutput).parameters,
+        footprint=size,
+        examples=len(job.dev),
         seconds=time.monotonic() - began,
     )
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from optuna.trial import TrialState
 
@@ -15,7 +16,7 @@ from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.sweep.shared import SweepConfig
 from pkd_dist.sweep.study import REASON, WORKERS, Claim, Study
-from pkd_dist.sweep.trial import Bases, Found, clean, train
+from pkd_dist.sweep.trial import Bases, Found, TooLargeError, clean, train
 from pkd_dist.telemetry.log import log, to_file
 
 _FAILURES_IN_A_ROW = 5
@@ -77,6 +78,11 @@ def _train(claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objecti
     """Train a trial; None if it failed, which the study notes."""
     try:
         return train(claim, bases, sweep, objective)
+    except TooLargeError as problem:
+        log.info("trial %d: left out: %s", claim.number, problem)
+        study.prune(claim, {REASON: str(problem)} | asdict(problem.footprint))
+        clean(sweep, claim.number)
+        return None
     except (UserError, DivergedError) as error:
         reason = str(error)
     except OSError as error:

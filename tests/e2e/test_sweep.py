@@ -15,7 +15,7 @@ from conftest import ROOT, environment, pkd, results, whole_run, write_config
 
 from pkd_dist.telemetry.records import read
 
-TIMES = {"seconds"}
+TIMES = {"seconds", "latency_ms"}
 
 
 def searched(taught, data, folder, **sweep):
@@ -228,6 +228,48 @@ def test_a_torn_journal_is_repaired(done):
         assert ended.returncode == 0, ended.stderr
     finally:
         journal.write_bytes(content)
+
+
+def test_show_reads_the_study(done):
+    shown = pkd("sweep", "show", done[1])
+    assert shown.returncode == 0, shown.stderr
+    assert f"{done[1]}: 6 trials (6 complete)" in shown.stdout and "divergence" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nowhere"], "nowhere: no study.journal; give a folder that `pkd sweep` wrote"),
+        (["show"], "give one folder"),
+        (["show", "x", "--workers", 2], "--workers: is not allowed with show DIR"),
+        (["--output", "x"], "--config: is missing"),
+        (["--config", "x"], "--output: is missing"),
+    ],
+)
+def test_usage(arguments, message):
+    ended = pkd("sweep", *arguments)
+    assert ended.returncode == 2 and message in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_constraints_leave_points_out(taught, data, tmp_path):
+    """The limit is between the sizes of the two shapes, so it is known after a first sweep; a second one has only it."""
+    space = {"student.layers": [[1, 3], [3]]}
+    first = sweep(searched(taught, data, tmp_path, space=space), tmp_path / "out", "train.epochs=1")
+    assert first.returncode == 0, first.stderr
+    large, small = table(tmp_path / "out")["bytes"]
+    limit = (large + small) / 2e6
+    config = searched(taught, data, tmp_path, space=space, constraints={"size_mb": limit}, final={"seeds": [4]})
+    ended = sweep(config, tmp_path / "small", "train.epochs=1")
+    assert ended.returncode == 0, ended.stderr
+    made = table(tmp_path / "small")
+    assert list(made["state"]) == ["pruned", "complete"] and "sweep.constraints.size_mb" in made["reason"][0]
+    exported = tmp_path / "small/final/seed-4/export/onnx/model.int8.onnx"
+    assert exported.stat().st_size == small <= 1e6 * limit
+    none = sweep(config, tmp_path / "none", "train.epochs=1", "sweep.constraints.size_mb=0.001")
+    assert none.returncode == 2 and len(none.stderr.splitlines()) == 1
+    assert (
+        "no point meets sweep.constraints; point 1 came closest" in none.stderr and "student.layers=[3]" in none.stderr
+    )
 
 
 def test_best_yaml_is_a_complete_configuration(done):
