@@ -109,6 +109,11 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Remaining examples", "pkd_cache_rows_expected",
               [(f"{series('pkd_cache_rows_expected')} - {series('pkd_cache_rows_total')}", "{{instance}}")]),
     ],
+    "Sweeps": [
+        gauge("Trials", "pkd_sweep_trials"),
+        gauge("Best score", "pkd_sweep_best_value"),
+        gauge("Workers", "pkd_sweep_workers"),
+    ],
     "Reliability": [
         Panel("Time since the last checkpoint", "pkd_checkpoint_last_success_timestamp_seconds",
               [(f"time() - ({series('pkd_checkpoint_last_success_timestamp_seconds')} > 0)", "{{instance}}")], "s"),

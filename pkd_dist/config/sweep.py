@@ -63,8 +63,11 @@ class Sweep(Section):
         "from the teacher is among the best third of those that came so far. `none`: each point is trained to its end.",
     )
     reduction: Annotated[int, Field(ge=2)] = Field(3, description="`asha` only: one of this many points continues.")
-    constraints: Constraints = Constraints()
-    final: Final = Final()
+    constraints: Constraints = Field(
+        Constraints(),
+        description="Limits of the winner's int8 file. Larger or slower points are left out before they are trained.",
+    )
+    final: Final = Field(Final(), description="What is done with the winner.")
 
     @field_validator("space")
     @classmethod

@@ -32,9 +32,12 @@ from pkd_dist.sweep.outcome import PAGE, Outcome, find
 from pkd_dist.sweep.processes import Processes, last_error
 from pkd_dist.sweep.shared import BASE_STAGES, SweepConfig
 from pkd_dist.sweep.space import Space
-from pkd_dist.sweep.study import ENDED, WORKERS, Study
+from pkd_dist.sweep.study import ENDED, STATES, WORKERS, Study
+from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.telemetry.progress import Bar
+from pkd_dist.telemetry.publish import publishing
 
 _POLL_SECONDS = 0.5
 _RESTARTS = 10
@@ -101,11 +104,13 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
     sweep, processes = opened.sweep, Processes()
     devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))
     count = workers or len(devices) or len(cores)
+    access = load_access(opened.config.metrics) if opened.config.metrics.enabled else Access()
     study = opened.study()
     study.prepare(_identity(opened), opened.objective)
-    with processes.stopped_on_signal():
+    metrics = RunMetrics()
+    with processes.stopped_on_signal(), publishing(metrics, opened.config.metrics, access, sweep.folder, 0):
         _prepare(opened, processes)
-        _train_all(opened, study, processes, shares(count, devices, cores, one_rank=True))
+        _train_all(opened, study, processes, shares(count, devices, cores, one_rank=True), metrics)
         if trials_only:
             return None
         with _locked(sweep.folder / WORKERS / "final"):
@@ -168,10 +173,18 @@ class _Worker:
     share: Share
 
 
-def _train_all(opened: Opened, study: Study, processes: Processes, parts: list[Share]) -> None:
+def _show(study: Study, opened: Opened, workers: int, metrics: RunMetrics) -> None:
+    """Set the metrics of the study."""
+    states = [trial.state for trial in study.trials]
+    counts = {name: states.count(state) for state, name in STATES.items()}
+    metrics.show_sweep(counts, workers, opened.objective, _best_value(study))
+
+
+def _train_all(opened: Opened, study: Study, processes: Processes, parts: list[Share], metrics: RunMetrics) -> None:
     """Have workers train all trials; a worker that is killed is replaced, and its trial continued."""
     workers = [_start(opened, processes, share) for share in parts] if not study.done else []
     ended, died = _ended(study), 0
+    _show(study, opened, len(workers), metrics)
     with Bar("sweep", len(study.trials), ended) as bar:
         while workers:
             time.sleep(_POLL_SECONDS)
@@ -180,6 +193,7 @@ def _train_all(opened: Opened, study: Study, processes: Processes, parts: list[S
                 bar.grow(total)
                 bar.advance(now - ended, _best_so_far(study, opened.objective))
                 ended, died = now, 0
+            _show(study, opened, len(workers), metrics)
             for worker in [worker for worker in workers if worker.process.poll() is not None]:
                 workers.remove(worker)
                 status = worker.process.returncode
@@ -212,6 +226,11 @@ def _ended(study: Study) -> int:
     return sum(trial.state in ENDED for trial in study.trials)
 
 
-def _best_so_far(study: Study, objective: str) -> str:
+def _best_value(study: Study) -> float | None:
     values = [trial.value for trial in study.trials if trial.value is not None]
-    return f"best {objective} {abs(max(values)):.4f}" if values else ""
+    return abs(max(values)) if values else None
+
+
+def _best_so_far(study: Study, objective: str) -> str:
+    best = _best_value(study)
+    return "" if best is None else f"best {objective} {best:.4f}"

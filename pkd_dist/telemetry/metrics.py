@@ -73,6 +73,7 @@ class RunMetrics:
         self._declare_run()
         self._declare_training()
         self._declare_resources()
+        self._declare_sweep()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -170,6 +171,21 @@ class RunMetrics:
         self.documented.append(MetricDoc(name, kind, text, labels))
         return name, text, list(labels)
 
+    def _declare_sweep(self) -> None:
+        self._sweep_trials = self._gauge(
+            "pkd_sweep_trials",
+            "Trials of a sweep, by state",
+            state="`waiting`, `running`, `complete`, `pruned` or `failed`",
+        )
+        self._sweep_best = self._gauge(
+            "pkd_sweep_best_value",
+            "Best score of a sweep so far",
+            objective="what the sweep looks at, as `sweep.objective`",
+        )
+        self._sweep_workers = self._gauge(
+            "pkd_sweep_workers", "Workers of a sweep that run on this host", host="name of the host"
+        )
+
     def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
         return Gauge(*self._document(name, "gauge", text, labels), registry=self._own)
 
@@ -185,6 +201,14 @@ class RunMetrics:
     def show_end(self, status: int) -> None:
         """Set `pkd_run_end_status`."""
         self._end_status.labels(stage=self.stage_name, host=socket.gethostname()).set(status)
+
+    def show_sweep(self, trials: Mapping[str, int], workers: int, objective: str, best: float | None) -> None:
+        """Show how far a sweep is: state -> number of trials, workers of this host, and the best score."""
+        for state, number in trials.items():
+            self._sweep_trials.labels(state).set(number)
+        self._sweep_workers.labels(socket.gethostname()).set(workers)
+        if best is not None:
+            self._sweep_best.labels(objective).set(best)
 
     def start_training(self, stage: str, step: int, epoch: float, total_steps: int) -> None:
         """Show where a training starts or resumes, and nothing of an earlier one."""

@@ -6,11 +6,13 @@ import re
 import shutil
 import sys
 
+import pandas as pd
 import pytest
 from cluster import Cluster, until
-from conftest import ROOT, launch, losses, write_config
+from conftest import ROOT, launch, losses, whole_run, write_config
 
 from pkd_dist.files import sha256
+from pkd_dist.telemetry.records import read
 
 PROJECT = ("launcher", "pkd_dist", "ds_configs", "slurm")
 
@@ -144,3 +146,29 @@ def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(cluster, config, tmp
     line = cluster(*argv, cwd=tmp_path, check=False)
     assert re.fullmatch(r"pkd-submit: sbatch rejected the job: .*invalid partition.*\n", line)
     assert not list((tmp_path / "run/slurm").iterdir())
+
+
+def test_an_array_of_workers_ends_with_a_winner_whatever_is_killed(cluster, data, taught, tmp_path):
+    """Four workers on two nodes; one of them is killed, another is preempted and requeued."""
+    settings = whole_run(taught, data, tmp_path)
+    settings["teacher"] = {"model": str(taught)}
+    settings["run"]["dir"] = "sweep"
+    space = {"train.learning_rate": [3e-3, 2e-3, 1e-3], "distill.alpha": [0.3, 0.7]}
+    settings["sweep"] = {"space": space, "sampler": "grid", "pruner": "none", "final": {"seeds": [2]}}
+    config = write_config(settings, tmp_path)
+    out = cluster(ROOT / "slurm/pkd-submit", "--sweep", config, "--workers", "4", cwd=tmp_path)
+    array, last = re.search(r"^job (\d+): an array of 4 workers; then job (\d+): the winner$", out, re.M).groups()
+    folder, trials = tmp_path / "sweep", tmp_path / "sweep/trials"
+    until((trials / "0/metrics.jsonl").exists, "the first trial")
+    cluster("scancel", "--signal=KILL", f"{array}_1", check=False)
+    cluster("scancel", "--signal=USR1", "--batch", f"{array}_2", check=False)
+    until(lambda: ended(cluster, last), "the end of the last job", 600)
+    assert cluster.job(last)["JobState"] == "COMPLETED", (folder / f"slurm/1/logs/{last}.log").read_text()
+    made = pd.read_parquet(folder / "trials.parquet")
+    assert list(made["state"]) == ["complete"] * 6
+    best = made.sort_values(["value", "dev_divergence"], ascending=[False, True]).iloc[0]
+    again = launch("--config", folder / "best.yaml", "--stages", "data,teacher,cache,init,distill", bare=0)
+    assert again.returncode == 0, again.stderr
+    history = [row["main_metric"] for row in read(folder / "best/metrics.jsonl") if row.get("split") == "dev"]
+    assert max(history) == best["value"]
+    assert (folder / "final/seed-2/export/model.safetensors").exists()

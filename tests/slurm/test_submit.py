@@ -25,7 +25,14 @@ def pkd_submit(*arguments, cwd, python=(sys.executable,), **extra):
 
 REFUSED = {
     "no configuration": (["--config", "none.yaml"], r"none\.yaml: no such configuration file"),
-    "no option": ([], r"the following arguments are required: --config"),
+    "no option": ([], r"one of the arguments --config --sweep is required"),
+    "workers without a sweep": (["--workers=2"], r"--workers is for --sweep"),
+    "a sweep of nothing": (["--sweep", "run.yaml"], r"run\.yaml: sweep\.space: is missing; name the keys to search"),
+    "a sweep on nodes": (
+        ["--sweep", "run.yaml", "--nodes=2"],
+        r"--sweep: each job of the array has one node and one task",
+    ),
+    "a sweep and a run": (["--sweep", "run.yaml", "--config", "run.yaml"], r"not allowed with argument"),
     "unknown key": (["distill.alpah=1"], r"distill\.alpah: unknown key; did you mean distill\.alpha\?"),
     "unknown key in the file": (["--config", "bad.yaml"], r"bad\.yaml:2: train\.epoch: unknown key; .*train\.epochs\?"),
     "value": (["train.epochs=many"], r"train\.epochs: 'many' is invalid; allowed: integer >= 1"),
@@ -61,7 +68,7 @@ REFUSED = {
 def test_bad_input_is_one_line_and_status_2(config, tmp_path, name):
     arguments, line = REFUSED[name]
     (tmp_path / "bad.yaml").write_text("run: {dir: r}\ntrain: {epoch: 1}\n")
-    given = [] if "--config" in arguments or name == "no option" else ["--config", "run.yaml"]
+    given = [] if {"--config", "--sweep"} & set(arguments) or name == "no option" else ["--config", "run.yaml"]
     check_refused(pkd_submit(*given, *arguments, cwd=tmp_path), line)
     assert not (tmp_path / "run").exists()
 
@@ -110,3 +117,22 @@ def test_dry_run_prints_the_command_and_the_script_and_writes_nothing(config, tm
     ]  # fmt: skip
     assert script == (ROOT / "slurm/train.sbatch").read_text()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sweep_is_an_array_and_a_job_after_it(config, tmp_path):
+    options = [
+        "--workers=16",
+        "--gpus-per-node=1",
+        "--time=2:00:00",
+        "sweep.space={distill.alpha: [0.1, 0.9]}",
+        "--dry-run",
+    ]
+    done = pkd_submit("--sweep", config, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    array, last, _ = done.stdout.split("\n\n", 2)
+    assert "--array=0-15" in array and array.endswith(f"--output {tmp_path}/run --trials-only")
+    assert "--dependency=afterany:ARRAY" in last and last.endswith(f"--output {tmp_path}/run")
+    for command in (array, last):
+        assert "--gpus-per-node=1" in command and "--ntasks-per-node=1" in command
+        assert " 1 50 pkd_dist/cli/__main__.py sweep --config " in command
+    assert not (tmp_path / "run").exists()

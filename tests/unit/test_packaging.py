@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-USERS_EXTRAS = ("train", "serve", "tensorboard", "wandb")
+USERS_EXTRAS = ("train", "serve", "sweep", "tensorboard", "wandb")
 FOR_TYPES = {"_typeshed", "google", "pydantic_core"}
 """Imported for annotations alone; pydantic requires its core, onnx protobuf."""
 IMPORTED_BY_TORCH = {"onnxscript", "tensorboard"}
@@ -26,7 +26,7 @@ IMPORTED_BY_TORCH = {"onnxscript", "tensorboard"}
 
 def declared(*extras: str) -> set[str]:
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
-    return {canonicalize_name(Requirement(line).name) for line in lines}
+    return {canonicalize_name(Requirement(line).name) for line in lines} - {"pkd-dist"}
 
 
 def imported() -> set[str]:
