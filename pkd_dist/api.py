@@ -69,7 +69,7 @@ class Distilled:
 
         trained = manifest.read(self.export)
         count = 2 if trained.get("pair") else 1
-        examples = []
+        examples: list[Example] = []
         for text in texts:
             given = (text,) if isinstance(text, str) else tuple(text)
             if len(given) != count:

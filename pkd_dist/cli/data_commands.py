@@ -10,12 +10,15 @@ import typer
 from pkd_dist.cli.options import (
     DEMO_DATA,
     FileSplitSettings,
+    Gap,
     LabelColumn,
+    LabelIs,
     LabelSeparator,
+    OptionColumns,
     TaskKind,
     TextColumns,
+    columns_of,
     data_or_demo,
-    label_of,
     named_as_options,
     run_command,
     split_overrides,
@@ -32,12 +35,12 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    task: Annotated[str, typer.Option(help=f"A GLUE task ({', '.join(GLUE)}), or `custom`.")] = "sst2",
+    task: Annotated[str, typer.Option(help=f"A GLUE task ({', '.join(GLUE)}), race, or `custom`.")] = "sst2",
     data: Annotated[
         str | None,
         typer.Option(
             help="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
-            "but the last also as .gz, or in GLUE's layout; one such file, which is split; or "
+            "but the last also as .gz, or in the layout of GLUE or RACE; one such file, which is split; or "
             f"hub:NAME or hub:NAME:CONFIGURATION. Default, for sst2 only: the demo data, {DEMO_DATA}."
         ),
     ] = None,
@@ -45,6 +48,9 @@ def prepare(
     label: LabelColumn = None,
     kind: TaskKind = None,
     label_separator: LabelSeparator = None,
+    options: OptionColumns = None,
+    label_is: LabelIs = None,
+    gap: Gap = None,
     split_setting: FileSplitSettings = None,
     duplicates: Annotated[
         str, typer.Option(help="Texts in several splits: keep and report them, drop them, or refuse.")
@@ -69,11 +75,12 @@ def prepare(
 
     def work() -> None:
         folder = data_or_demo(data, task)
-        options = {
-            "name": task, "data": folder, "text": text, "label": label_of(label), "kind": kind,
-            "label_separator": label_separator, "duplicates": duplicates,
+        settings = {
+            "name": task, "data": folder, "text": text, "label": columns_of(label), "kind": kind,
+            "label_separator": label_separator, "options": columns_of(options), "label_is": label_is, "gap": gap,
+            "duplicates": duplicates,
         }  # fmt: skip
-        overrides = [*task_overrides(options), *split_overrides(split_setting)]
+        overrides = [*task_overrides(settings), *split_overrides(split_setting)]
         if task == "custom" and not label:
             overrides.append("task.label=null")
         with named_as_options():
@@ -112,8 +119,8 @@ def _token_lengths(model: str) -> Callable[[Split], np.ndarray]:
     tokenizer = encoder.load_tokenizer(encoder.locate(model, "--model"))
 
     def lengths(split: Split) -> np.ndarray:
-        encoded = tokenizer(*map(list, split.texts), truncation=False, verbose=False)["input_ids"]
-        return np.array([len(ids) for ids in encoded])
+        encoded = tokenizer(*split.inputs(), truncation=False, verbose=False)["input_ids"]
+        return np.array([len(ids) for ids in encoded]).reshape(-1, split.options).max(axis=1)
 
     return lengths
 
@@ -132,7 +139,7 @@ def _vocabulary_line(model: str, train: Split, max_length: int) -> str:
         trimming.require_trimmable(tokenizer)
     except UserError as refused:
         return str(refused)
-    encoded, _ = tokens.encode(tokenizer, [list(column) for column in train.texts], 1, max_length)
+    encoded, _ = tokens.encode(tokenizer, train.inputs(), 1, max_length, only_first=train.choices is not None)
     counts_V = trimming.count_tokens([np.concatenate(encoded[0])], config.vocab_size)
     kept = len(trimming.kept_ids(tokenizer, counts_V, 1, vocabulary.required_ids(config)))
     width = getattr(config, "embedding_size", None) or config.hidden_size

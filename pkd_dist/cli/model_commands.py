@@ -14,13 +14,16 @@ from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import (
     DEMO_DATA,
     FileSplitSettings,
+    Gap,
     LabelColumn,
+    LabelIs,
     LabelSeparator,
+    OptionColumns,
     TaskKind,
     TaskName,
     TextColumns,
+    columns_of,
     data_or_demo,
-    label_of,
     named_as_options,
     numbers,
     run_command,
@@ -87,6 +90,9 @@ def evaluate(
     label: LabelColumn = None,
     kind: TaskKind = None,
     label_separator: LabelSeparator = None,
+    options: OptionColumns = None,
+    label_is: LabelIs = None,
+    gap: Gap = None,
     split_setting: FileSplitSettings = None,
     class_name: Annotated[
         list[str] | None,
@@ -120,14 +126,14 @@ def evaluate(
         from pkd_dist.model import encoder
 
         folder = data_or_demo(data, task)
-        options: dict[str, object] = {
-            "name": task, "data": folder, "text": text, "label": label_of(label), "kind": kind, "positive": positive,
-            "label_separator": label_separator,
+        settings: dict[str, object] = {
+            "name": task, "data": folder, "text": text, "label": columns_of(label), "kind": kind, "positive": positive,
+            "label_separator": label_separator, "options": columns_of(options), "label_is": label_is, "gap": gap,
         }  # fmt: skip
-        options["class_names"] = _class_names(class_name) if class_name else None
+        settings["class_names"] = _class_names(class_name) if class_name else None
         if task == "custom" and not label:
             raise UserError("is missing; a score needs labels", "--label")
-        overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(options), *split_overrides(split_setting)]
+        overrides = [f"evaluate.batch_size={batch_size}", *task_overrides(settings), *split_overrides(split_setting)]
         with named_as_options():
             config = load(None, ["run.dir=unused", *overrides])
             trained = manifest.find(encoder.locate(model, "--model"))
@@ -169,12 +175,15 @@ def predict(
     pair: Annotated[
         bool, typer.Option("--pair", help="Each line is a pair, separated by a tab. Default: as an export was trained.")
     ] = False,
+    options: OptionColumns = None,
+    gap: Gap = None,
     max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")] = 32,
 ) -> None:
     """Classify texts with any fine-tuned folder: one JSON object a line, with label names and probabilities.
 
-    Where a text can have several classes, an answer has `labels`, those with a score above 0.5, and the `scores` of all.
+    Where a text can have several classes, an answer has `labels`, those with a score above 0.5, and the `scores` of all. A model of
+    multiple choice needs a table; its answers have the index of the chosen option (`choice`), its text and all probabilities.
 
     The other columns of a table are kept; one that has the name of a key of the answer, such as label, becomes input_label. Values that
     JSON does not have, such as dates, become text, infinity and NaN become null.
@@ -188,7 +197,6 @@ def predict(
     """
 
     def work() -> None:
-        from pkd_dist.data.tasks import GLUE
         from pkd_dist.evaluation import inputs
         from pkd_dist.evaluation.predict import Predictor
         from pkd_dist.export import manifest
@@ -201,13 +209,11 @@ def predict(
         if texts and file != "-":
             raise UserError("--file: give texts or a file, not both")
         trained = manifest.find(encoder.locate(model, "--model"))
-        task = GLUE.get(trained.get("task", ""))
-        known = inputs.Form(
-            trained.get("pair"), tuple(trained.get("text_columns", ())), task.headerless if task else ()
-        )
+        known = inputs.form_of(trained, options, gap)
         notes: list[str] = []
         given = inputs.read(texts or (), file, text or (), pair, known, notes)
-        predictor = Predictor(model, max_length or trained.get("max_length"))
+        choices = known.task(tuple(text or known.columns)).choices
+        predictor = Predictor(model, max_length or trained.get("max_length"), choices)
         if predictor.regression_by_default and not trained:
             print(
                 f"pkd: --model: {model} has one output and no problem_type in its config.json; it is taken for a regression",

@@ -20,7 +20,7 @@ ConfigFile = Annotated[str, typer.Option("--config", help="The run's YAML.", met
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that override the file's.", metavar="section.key=value")
 ]
-TaskName = Annotated[str, typer.Option(help="A GLUE task (`pkd prepare --help` lists them), or `custom`.")]
+TaskName = Annotated[str, typer.Option(help="A GLUE task (`pkd prepare --help` lists them), race, or `custom`.")]
 TextColumns = Annotated[
     list[str] | None, typer.Option(help="`custom`: a text column; give it twice for pairs of texts.")
 ]
@@ -31,7 +31,21 @@ LabelColumn = Annotated[
 LabelSeparator = Annotated[
     str | None, typer.Option(help="`multilabel`: what separates the classes in a label; default: |.")
 ]
-TaskKind = Annotated[str | None, typer.Option(help="`custom`: classification, regression or multilabel.")]
+TaskKind = Annotated[
+    str | None, typer.Option(help="`custom`: classification, regression, multilabel or multiple_choice.")
+]
+OptionColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--options", help="`multiple_choice`: the column of lists of options, or one for each option: repeat it."
+    ),
+]
+LabelIs = Annotated[
+    str | None, typer.Option(help="`multiple_choice`: what a label is: index (from 0, the default), letter or text.")
+]
+Gap = Annotated[
+    str | None, typer.Option(help="`multiple_choice`: text in the question whose place an option takes, such as _.")
+]
 
 FileSplitSettings = Annotated[
     list[str] | None,
@@ -42,6 +56,7 @@ FileSplitSettings = Annotated[
 
 OPTIONS = {
     "task.name": "--task", "task.data": "--data", "task.text": "--text", "task.label": "--label", "task.label_separator": "--label-separator", "task.kind": "--kind",
+    "task.options": "--options", "task.label_is": "--label-is", "task.gap": "--gap",
     "task.class_names": "--class-name", "task.positive": "--positive", "task.max_length": "--max-length",
     **{f"task.split.{key}": f"--split-setting {key}" for key in ("dev", "test", "seed", "stratify", "group")},
     "task.split": "--split-setting", "task.duplicates": "--duplicates",
@@ -58,8 +73,8 @@ def task_overrides(options: Mapping[str, object]) -> list[str]:
     return [f"task.{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
 
 
-def label_of(columns: Sequence[str] | None) -> str | list[str] | None:
-    """Return the value of `task.label`: one column, or a list."""
+def columns_of(columns: Sequence[str] | None) -> str | list[str] | None:
+    """Return the value of `task.label` or `task.options`: one column, or a list."""
     return columns[0] if columns and len(columns) == 1 else list(columns) if columns else None
 
 

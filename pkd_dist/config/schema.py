@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pkd_dist.config import multiple_choice
 from pkd_dist.config.distill import Distill
 from pkd_dist.config.section import Count, Fraction, NonNegative, Positive, Section
 from pkd_dist.config.sweep import Sweep
@@ -451,7 +452,7 @@ class Config(Section):
             raise ValueError(
                 "teacher.answers_are labels needs the label column, but task.label is null; name the column, and set distill.alpha to 1"
             )
-        if self.teacher.answers and not self.task.class_names:
+        if self.teacher.answers and not self.task.class_names and not self.task.is_multiple_choice:
             raise ValueError(
                 "teacher.answers without labels need task.class_names: nothing else names the columns of classes"
             )
@@ -471,6 +472,12 @@ class Config(Section):
                 "teacher.answers_are log_probabilities cannot be used with task.kind multilabel: the probabilities of its classes "
                 "have no sum, so nothing tells those that are missing; give probabilities"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_multiple_choice_cannot_do(self) -> Config:
+        if self.task.is_multiple_choice:
+            multiple_choice.refuse(self)
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pkd_dist.config import multiple_choice
 from pkd_dist.config.section import Count, Fraction, Positive, Section
 
 METRICS_OF = {
     "classification": ("accuracy", "mcc", "f1"),
     "regression": ("pearson_spearman",),
     "multilabel": ("f1_micro", "f1_macro", "f1_samples", "map", "subset_accuracy"),
+    "multiple_choice": ("accuracy",),
 }
 """`task.kind` -> the values of `task.metric` that it has, the default first."""
 
@@ -92,11 +94,11 @@ class FileSplit(Section):
 
 
 class Task(Section):
-    name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them) or `custom`.")
+    name: str = Field("sst2", description="A GLUE task (`pkd prepare --help` lists them), `race`, or `custom`.")
     data: str = Field(
         "data/movie-reviews",
         description="Folder with train, dev (or validation) and optionally test as .tsv, .csv, .jsonl, .json or .parquet, all "
-        "but the last also as .gz, or in GLUE's layout; or one such file, see task.split; or a Hugging Face data set, "
+        "but the last also as .gz, or in the layout of GLUE or RACE; or one such file, see task.split; or a Hugging Face data set, "
         "`hub:NAME` or `hub:NAME:CONFIGURATION`, such as `hub:nyu-mll/glue:cola`.",
     )
     split: FileSplit | None = Field(
@@ -111,7 +113,25 @@ class Task(Section):
     max_length: Annotated[int, Field(ge=4, le=8192)] = Field(
         128, description="Maximum input length in tokens. Longer inputs are truncated."
     )
-    text: list[str] | None = Field(None, description="`custom` only: one or two text columns.")
+    text: list[str] | None = Field(
+        None,
+        description="`custom` only: one or two text columns. `multiple_choice`: the context and, optionally, the question.",
+    )
+    options: str | list[str] | None = Field(
+        None,
+        description="`multiple_choice` only: the column that has a list of options, or a list of columns, one for each option. "
+        "All examples have the same number of options.",
+    )
+    label_is: Literal["index", "letter", "text"] | None = Field(
+        None,
+        description="`multiple_choice` only: how a label names the right option. `index`: its number, from 0. `letter`: A, B, ... "
+        "`text`: the option itself. null: index.",
+    )
+    gap: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="`multiple_choice` only: text that stands for a gap in the question, such as `_`: each option is read in its "
+        "place. null, and in questions without it: the option is read after the question.",
+    )
     label: str | list[str] | None = Field(
         None,
         description="`custom` only: the label column. An explicit null: there are no labels. The student then learns from a given "
@@ -122,9 +142,10 @@ class Task(Section):
         None,
         description="`multilabel` only: what separates the classes in the text of a label column. null: a vertical bar. Lists need none.",
     )
-    kind: Literal["classification", "regression", "multilabel"] | None = Field(
+    kind: Literal["classification", "regression", "multilabel", "multiple_choice"] | None = Field(
         None,
-        description="`custom` only: kind of the label. `multilabel`: a text can have several classes, or none (docs/data.md).",
+        description="`custom` only: kind of the label. `multilabel`: a text can have several classes, or none. `multiple_choice`: "
+        "each example has options of its own, one of which is right (docs/data.md).",
     )
     metric: (
         Literal[
@@ -217,6 +238,16 @@ class Task(Section):
         return self.kind == "multilabel"
 
     @property
+    def is_multiple_choice(self) -> bool:
+        """Whether each example has options of its own, one of which is right."""
+        return self.kind == multiple_choice.KIND or self.canonical_name in multiple_choice.TASKS
+
+    @property
+    def canonical_name(self) -> str:
+        """The task's name as it is looked up: `SST-2` is `sst2`."""
+        return self.name.lower().replace("-", "").replace("_", "")
+
+    @property
     def label_columns(self) -> list[str]:
         """The label columns: one, or one for each class; empty without labels."""
         if self.label is None:
@@ -263,12 +294,15 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _custom_keys(self) -> Task:
+        if self.is_multiple_choice:
+            multiple_choice.refuse_in_task(self)
         if self.name == "custom":
             if not self.text or not (self.label or self.is_label_free):
                 raise ValueError(
                     "task.name custom needs task.text: [column] or [column_a, column_b], and task.label: column, or null where "
                     "there are no labels"
                 )
+            multiple_choice.require_columns(self)
             if self.is_label_free:
                 return self._label_free()
             if len(self.text) > 2 or len(set(self.text)) < len(self.text):

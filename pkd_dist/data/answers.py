@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pkd_dist.data import multilabel
+from pkd_dist.data import multilabel, multiple_choice
 from pkd_dist.data.class_values import ClassIndex
 from pkd_dist.data.examples import Split, example_ids, text_hashes
 from pkd_dist.data.rows import is_table, read_file
@@ -128,14 +128,14 @@ def _rows(
     task, labels = columns.task, columns.label_columns
     table = read_file(path, TableSpec(labels, keep_others=True, lists=task.list_columns))
     ids, logits, places = array("q"), list[np.ndarray](), list[str]()
-    texts: list[list[str]] = [[] for _ in task.text]
+    texts: list[list[str]] = [[] for _ in next(iter(splits.values())).texts]
     by_id = by_text = False
     for number, cells in table.rows:
         record, place = table.others, table.at(number)
         if not logits:
             by_id, by_text = (
                 ID in record and ID not in columns.reserved,
-                all(name in record for name in task.text),
+                all(name in record for name in task.inputs),
             )
             columns.require(record, f"{path}:1" if table.unit == "line" else str(path))
         logits.append(columns.logits_of(record, cells, place))
@@ -143,8 +143,8 @@ def _rows(
         if by_id:
             ids.append(_id_of(record, place))
         elif by_text:
-            for column, name in zip(texts, task.text, strict=True):
-                column.append("" if record.get(name) is None else str(record[name]))
+            for column, value in zip(texts, _texts_of(record, task, len(texts), place), strict=True):
+                column.append(value)
     if not logits:
         raise UserError(f"{path}: has no answers")
     if by_text and not by_id:
@@ -153,6 +153,19 @@ def _rows(
     if not (by_id or by_text):
         ids = _in_order(path, table, len(logits), splits)
     return list(zip(ids, logits, places, strict=True))
+
+
+def _texts_of(record: Mapping[str, object], task: Task, count: int, place: str) -> list[str]:
+    """Return the texts of a row, `count` of them with its options."""
+    columns = task.text if task.has_option_lists else task.inputs
+    texts = ["" if record.get(name) is None else str(record[name]) for name in columns]
+    if task.has_option_lists:
+        texts += multiple_choice.options_of(record[task.options[0]], place, task)
+    if len(texts) != count:
+        raise UserError(
+            f"{place}: {task.options[0]} has {len(texts) - len(columns)} options, the data has {count - len(columns)}"
+        )
+    return texts
 
 
 def _require_consistent(

@@ -6,7 +6,8 @@ depend on the number of ranks. Rank r of R takes rows r, r + R, ... of the globa
 weight 0, so that all ranks compute the same number of micro-batches of the same size.
 
 Shapes (suffixes of names, see docs/architecture.md): N examples, B examples of one micro-batch, L its longest length rounded up
-to `MULTIPLE`, C classes, M layers, H hidden size.
+to `MULTIPLE`, C classes, M layers, H hidden size. Of multiple choice, (B, L) stands for (B, O, L) with the O options of each
+example, which are its C classes; (B, M, H) for (B, O, M, H).
 """
 
 from __future__ import annotations
@@ -123,10 +124,10 @@ def micro_batches(batch_size: int, world_size: int, micro_batch_size: int | str)
 
 def collate(tokens: TokenSet, rows_B: np.ndarray, weight_B: np.ndarray, pad_id: int) -> Batch:
     """Return rows of the flat arrays as one padded batch. Vectorized: no Python code per example or token."""
-    starts_B, lengths_B = tokens.starts_of(rows_B), tokens.lengths_of(rows_B)
+    starts_B, lengths_B = tokens.spans_of(rows_B)
     within_L = np.arange(padded_length(lengths_B))
-    mask_BL = within_L < lengths_B[:, None]
-    index_BL = np.where(mask_BL, starts_B[:, None] + within_L, 0)
+    mask_BL = within_L < lengths_B[..., None]
+    index_BL = np.where(mask_BL, starts_B[..., None] + within_L, 0)
     ids_BL = np.where(mask_BL, tokens.input_ids_T[index_BL], pad_id)
     types_BL = None if tokens.type_ids_T is None else np.where(mask_BL, tokens.type_ids_T[index_BL], 0)
     return Batch(

@@ -86,7 +86,7 @@ def _positive(
         if given is not None:
             raise UserError(f"{given!r}: only two classes have a positive one, not {len(classes)}", "task.positive")
         return None, ""
-    if not task.has_labels or task.multilabel:
+    if not task.has_labels or task.multilabel or task.multiple_choice:
         return None, ""
     if given is not None:
         index = {key: i for keys in (names, classes) for i, key in enumerate(keys)}
@@ -163,7 +163,7 @@ def is_regression_by_default(config: PretrainedConfig) -> bool:
 
 
 def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -> None:
-    """Check that a model has the outputs that a task needs, as far as the task fixes its classes.
+    """Check that a model has the outputs that a task needs, as far as the task fixes its classes; options have one output.
 
     Args:
         config: Configuration of the model.
@@ -172,6 +172,8 @@ def require_outputs(task: Task, config: PretrainedConfig, name: str, key: str) -
     Raises:
         UserError: The kind or the number of its outputs differs.
     """
+    if task.multiple_choice:
+        return
     kind, names = getattr(config, "problem_type", None), output_names(config)
     outputs = len(names)
     require_supported_outputs(kind, outputs, name, key, task.multilabel)
@@ -203,7 +205,7 @@ def require_outputs_for_split(task: Task, config: PretrainedConfig, split: Split
         UserError: The numbers differ.
     """
     outputs = len(output_names(config))
-    if not task.regression and len(split.classes) != outputs:
+    if task.has_named_classes and len(split.classes) != outputs:
         raise UserError(
             f"{name} has {outputs} classes, {split.source} has {len(split.classes)} "
             f"({', '.join(split.classes[:10])}); {_remedy(key)}",
@@ -217,12 +219,12 @@ def class_order(task: Task, config: PretrainedConfig, key: str) -> tuple[str, ..
     `LABEL_i`, as transformers calls unnamed outputs, is the task's class number i.
 
     Returns:
-        The label values; None for a regression, and where neither the model nor the task names the classes.
+        The label values; None for a regression, for options, and where neither the model nor the task names the classes.
 
     Raises:
         UserError: The class names are not those of the task.
     """
-    if task.regression:
+    if not task.has_named_classes:
         return task.classes
     names = output_names(config)
     numbers = [int(found[1]) for name in names if (found := _UNNAMED.fullmatch(name))]

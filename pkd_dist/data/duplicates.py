@@ -168,7 +168,7 @@ def _dropped(name: str, hashed: Mapping[str, Hashed], task: Task) -> Hashed:
 
 def _require_left(name: str, split: Split, keep_N: np.ndarray, task: Task, note: str) -> None:
     lost: set[int] = set()
-    if name == "train" and not task.regression and split.classes:
+    if name == "train" and task.has_named_classes and split.classes:
         before_C, left_C = (class_counts(of_N, len(split.classes)) for of_N in (split.labels_N, split.labels_N[keep_N]))
         lost = set(np.flatnonzero((before_C > 0) & (left_C == 0)).tolist())
     if lost or not keep_N.any():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from pkd_dist.data.choices import Choices
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.errors import UserError
 
@@ -35,14 +36,15 @@ class Split:
 
     Attributes:
         ids_N: int64, unique; see `example_ids`.
-        texts: one or two columns of N strings.
-        labels_N: int64 class indices, float32 values for regression, or (N, C) float32 of 0 and 1 for multi-label; see
-            `is_labelled`.
+        texts: one or two columns of N strings; of multiple choice the context, the question if there is one, and each option.
+        labels_N: int64 class indices or places of the right option, float32 values for regression, or (N, C) float32 of 0 and 1
+            for multi-label; see `is_labelled`.
         classes: values of the label column in class order; empty for regression.
         source: file or hub split that it was read from.
         notes: what was skipped and why, for people.
         augmented: number of examples, the last ones, that are changed copies of others.
         rows: line or row number of each example in the one file that is split; empty for other data.
+        choices: how options become pairs of texts; None: an example is one text or pair.
     """
 
     ids_N: np.ndarray
@@ -53,6 +55,20 @@ class Split:
     notes: tuple[str, ...] = ()
     augmented: int = 0
     rows: Sequence[int] = ()
+    choices: Choices | None = None
+
+    @property
+    def options(self) -> int:
+        """Options of each example; 1: it is no multiple choice."""
+        return self.choices.count(self.texts) if self.choices else 1
+
+    def inputs(self, rows: slice = slice(None)) -> list[Sequence[str]]:
+        """Return the texts of some examples as a tokenizer takes them: one column, or two of pairs.
+
+        The pairs of the options of an example follow each other.
+        """
+        columns = [column[rows] for column in self.texts]
+        return [*self.choices.pairs(columns)] if self.choices else columns
 
     def __len__(self) -> int:
         return len(self.ids_N)

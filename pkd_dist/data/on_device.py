@@ -83,12 +83,13 @@ class DeviceTokens:
 
     def __init__(self, tokens: TokenSet, teacher: TeacherRows | None, pad_id: int, device: torch.device):
         def upload(array: np.ndarray) -> torch.Tensor:
-            chunks = _chunks(array, _CHUNK_BYTES // array.itemsize)
+            chunks = _chunks(array, _CHUNK_BYTES * len(array) // max(1, array.nbytes))
             return _upload(((torch.from_numpy(np.array(chunk)),) for chunk in chunks), len(array), device)[0]
 
-        self._pad_id, self._host_lengths_N = pad_id, tokens.lengths_N
+        starts_N, self._host_lengths_N = tokens.spans_of(np.arange(len(tokens)))
+        self._pad_id = pad_id
         self._input_ids_T, self._starts_N, self._lengths_N, self._labels_N = map(
-            upload, (tokens.input_ids_T, tokens.starts_N, self._host_lengths_N, tokens.labels_N)
+            upload, (tokens.input_ids_T, starts_N, self._host_lengths_N, tokens.labels_N)
         )
         self._type_ids_T = None if tokens.type_ids_T is None else upload(tokens.type_ids_T)
         self._logits_NC: torch.Tensor | None = None
@@ -113,8 +114,8 @@ class DeviceTokens:
         rows_B = pending.rows_B
         starts_B, lengths_B = self._starts_N[rows_B], self._lengths_N[rows_B]
         within_L = torch.arange(pending.length, device=rows_B.device)
-        mask_BL = within_L < lengths_B[:, None]
-        index_BL = torch.where(mask_BL, starts_B[:, None] + within_L, 0)
+        mask_BL = within_L < lengths_B[..., None]
+        index_BL = torch.where(mask_BL, starts_B[..., None] + within_L, 0)
         types_BL = None if self._type_ids_T is None else torch.where(mask_BL, self._type_ids_T[index_BL], 0).long()
         return Batch(
             rows_B=_EMPTY,
@@ -171,8 +172,9 @@ def open_device_tokens(
     """
     if teacher is not None and not isinstance(teacher, TeacherRows):
         return None
-    arrays = (tokens.input_ids_T, tokens.type_ids_T, tokens.starts_N, tokens.lengths_N, tokens.labels_N)
+    arrays = (tokens.input_ids_T, tokens.type_ids_T, tokens.labels_N)
     needed = sum(array.nbytes for array in arrays if array is not None)
+    needed += 2 * tokens.options * len(tokens) * tokens.offsets_N1.itemsize
     needed += teacher.nbytes(len(tokens)) if teacher else 0
     free, _ = torch.cuda.mem_get_info(device)
     return DeviceTokens(tokens, teacher, pad_id, device) if needed <= _MAX_MEMORY_SHARE * free else None

@@ -32,7 +32,7 @@ def write(folder: Path, data: str, splits: Mapping[str, Split], task: Task) -> N
     part_of = np.full(1 + max(max(split.rows) for split in splits.values()), -1, np.int8)  # by row number
     for part, split in enumerate(splits.values()):
         part_of[np.asarray(split.rows)] = part
-    columns = (*task.text, *(task.label_columns if task.has_labels else ()))
+    columns = (*task.inputs, *(task.label_columns if task.has_labels else ()))
     spec = TableSpec(
         columns, headerless=task.headerless, allow_short=task.skip_broken, keep_others=True, lists=task.list_columns
     )

@@ -45,9 +45,9 @@ class TokenSetSummary:
         labelled: number of examples with a label.
         digest, input_digest, truncated: see `TokenSet`.
         tokens: total number of tokens.
-        longest: tokens of the longest example.
+        longest: tokens of the longest example, or option of one.
         notes: what was skipped and why, for people.
-        per_class: labeled examples of each class, in class order; None for a regression.
+        per_class: labeled examples of each class, or place of the right option, in order; None for a regression.
     """
 
     source: str
@@ -147,6 +147,7 @@ def _concatenate(splits: Sequence[Split]) -> Split:
         splits[0].classes,
         " + ".join(split.source for split in splits),
         tuple(note for split in splits[1:] for note in split.notes),
+        choices=splits[0].choices,
     )
 
 
@@ -169,7 +170,7 @@ def _tokenize(
         labelled=int(labelled_N.sum()),
         digest=token_set.digest,
         input_digest=token_set.input_digest,
-        tokens=int(token_set.lengths_N.sum()),
+        tokens=len(token_set.input_ids_T),
         longest=int(token_set.lengths_N.max()),
         truncated=token_set.truncated,
         notes=list(split.notes),

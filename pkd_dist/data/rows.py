@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pkd_dist.data.delimited import read_delimited
 from pkd_dist.data.json_rows import read_json
+from pkd_dist.data.race import read_race
 from pkd_dist.data.tables import Table, TableSpec, lines
 from pkd_dist.data.typed import read_parquet
 
@@ -25,11 +26,13 @@ def is_table(path: Path) -> bool:
 
 
 def read_file(path: Path, spec: TableSpec) -> Table:
-    """Open a table of a format in `FILE_EXTENSIONS`, by the file's name; any other file as TSV.
+    """Open a table of a format in `FILE_EXTENSIONS`, by the file's name; any other file as TSV, a folder as texts of RACE.
 
     Raises:
         UserError: invalid content, with file and line; mostly while the rows are iterated.
     """
+    if path.is_dir():
+        return read_race(path, spec)
     extension = path.name.removesuffix(".gz").rpartition(".")[2]
     if extension == "parquet":
         return read_parquet(path, spec)

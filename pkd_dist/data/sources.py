@@ -1,9 +1,9 @@
 """Find the files of a data set.
 
 A split is a table in a folder under the split's name or under another name that is common for it (`validation.csv`,
-`dev_matched.tsv`), a part of one file (`splitting.py`), a part of the authors' original release, or a split of a Hugging Face
-data set (`hub:NAME`). `tasks.py` holds the names of each task, `rows.py` the kinds of table. Nothing is read here except the
-contents that `digests` hashes.
+`dev_matched.tsv`), a folder of texts in RACE's layout (`race.py`), a part of one file (`splitting.py`), a part of the authors'
+original release, or a split of a Hugging Face data set (`hub:NAME`). `tasks.py` holds the names of each task, `rows.py` the kinds of
+table. Nothing is read here except the contents that `digests` hashes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from pkd_dist.config.paths import project_path
 from pkd_dist.data import splitting
 from pkd_dist.data.delimited import is_quoted
+from pkd_dist.data.race import PATTERN
 from pkd_dist.data.rows import EXTENSIONS, FILE_EXTENSIONS, is_table
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.typed import load_hub
 from pkd_dist.errors import UserError
-from pkd_dist.files import sha256
+from pkd_dist.files import digest_of, sha256
 
 _HUB = "hub:"
 _OTHER_NAMES = {"dev": ("validation", "valid", "val")}
@@ -32,7 +33,7 @@ class Source:
     """Where the rows of one split are.
 
     Attributes:
-        place: a file, or the name of a hub data set (`NAME` or `NAME:CONFIGURATION`).
+        place: a file, or a folder of files that together are a table, or the name of a hub data set (`NAME` or `NAME:CONFIGURATION`).
         dev_ids: file with the id pairs of the dev examples; None if no list decides which rows belong to the split.
         is_dev: whether the split is the rows of `place` that `dev_ids` lists, or the others.
         is_part: whether the split is a part of `place`, as `splitting.py` splits it.
@@ -85,6 +86,8 @@ def locate(data: str, split: str, task: Task) -> Source | None:
         raise UserError(f"{files[0]} and {files[1].name} both contain the split {split}; keep one", "task.data")
     if files:
         return Source(files[0])
+    if any((folder / split / name).is_dir() for name in task.folders):
+        return Source(folder / split)
     if task.release is None or any(_split_files(folder, name, task) for name in task.splits):
         return None
     return _locate_in_release(folder, split, task)
@@ -110,6 +113,7 @@ def require(data: str, split: str, task: Task) -> Source:
         stem, *others = _stems(split, task)
         names = [f"{stem}.{extension}" for extension in EXTENSIONS]
         names += [f"{other}.*" for other in others] + ([task.release.train] if task.release else [])
+        names += [f"{split}/{name}/{PATTERN}" for name in task.folders]
         tables = sorted(path.name for path in project_path(data).iterdir() if is_table(path))
         more = ", ..." if len(tables) > _MAX_FILES_IN_MESSAGE else ""
         found = f"; it contains {', '.join(tables[:_MAX_FILES_IN_MESSAGE])}{more}" if tables else ""
@@ -139,6 +143,8 @@ def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     """Return what identifies a file's content and, of a TSV file, how it is read: earlier versions never removed quotes."""
+    if path.is_dir():
+        return digest_of([[str(each.relative_to(path)), sha256(each)] for each in sorted(path.rglob(PATTERN))])
     quoted = False
     if path.name.endswith((".tsv", ".tsv.gz")):
         with contextlib.suppress(UserError):  # reading the rows reports it
@@ -167,6 +173,11 @@ def unlabeled_paths(files: Sequence[str], task: Task) -> list[Path]:
             )
         if not is_table(path) and path.suffix != ".txt":
             raise UserError(f"task.unlabeled: {name} is not one of .txt, {', '.join(f'.{e}' for e in EXTENSIONS)}")
+        if path.suffix == ".txt" and task.multiple_choice:
+            raise UserError(
+                f"task.unlabeled: {name}: a .txt file contains single texts; give a table with the columns "
+                f"{', '.join(task.inputs)}"
+            )
         if path.suffix == ".txt" and len(task.text) > 1:
             raise UserError(
                 f"task.unlabeled: {name}: a .txt file contains single texts, but {task.name} needs pairs; give a table "

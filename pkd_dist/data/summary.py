@@ -42,7 +42,7 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: To
 
 
 def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
-    """Return a table with one row per class: count and share in each labeled split.
+    """Return a table with one row per class, or place of the right option: count and share in each labeled split.
 
     Beyond 20 classes, only the most frequent are shown.
     """
@@ -50,7 +50,7 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
     count_SC = np.array([class_counts(s.labels_N, len(classes)) for s in labelled.values()])
     total_S = [len(split) for split in labelled.values()]
-    table = _table("class", *labelled)
+    table = _table("right option" if task.multiple_choice else "class", *labelled)
 
     def add(name: str, count_S: np.ndarray) -> None:
         shares = zip(count_S, total_S, strict=True)
@@ -95,7 +95,7 @@ def _labels(split: Split) -> str:
         return f"{int(labels_N.any(axis=0).sum())} classes, {labels_N.sum(axis=1).mean():.2f} a text"
     if labels_N.dtype.kind == "f":
         return f"{labels_N.min():g} to {labels_N.max():g}, mean {labels_N.mean():.2f}"
-    return f"{len(np.unique(labels_N))} classes"
+    return f"{split.options} options" if split.choices else f"{len(np.unique(labels_N))} classes"
 
 
 def all_notes(splits: Mapping[str, Split]) -> Iterator[str]:

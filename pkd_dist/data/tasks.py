@@ -1,7 +1,7 @@
-"""Tasks: columns, classes, the metric that selects the best epoch, and the file layouts of GLUE and of the hub.
+"""Tasks: columns, classes, the metric that selects the best epoch, and the file layouts of GLUE, RACE and the hub.
 
-Each GLUE task is one entry of `GLUE`, which holds everything that is special about its files; `sources.py` and `text.py`
-read all of them.
+Each task that is known by name is one entry of `GLUE` or `OTHERS`, which holds everything that is special about its files;
+`sources.py` and `text.py` read all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 
 from pkd_dist.config.task import METRICS_OF, FileSplit
 from pkd_dist.config.task import Task as TaskConfig
+from pkd_dist.data.choices import Choices
 from pkd_dist.errors import UserError
 from pkd_dist.metric_names import AGREEMENT
 
@@ -64,9 +65,15 @@ class Task:
         multilabel: whether a text can have several classes, or none.
         class_columns: the label columns of a multi-label task with one for each class; empty: there is a single one.
         label_separator: what separates the classes in the text of a single one.
+        options: the columns of the options of a multiple-choice task, or the one that has lists; empty: it is none. Such a task's
+            `text` is the context and, where it has one, the question.
+        has_option_lists: whether it is one column of lists.
+        label_is: how the label names the right option: `index`, `letter` or `text`.
+        gap: text in the question whose place an option takes.
         splits: names of its splits, train first. Labels are optional in those that start with `test`.
         value_range: least and greatest regression target; None: any.
         files: split -> GLUE's file names without extension, where they differ from the split's name.
+        folders: subfolders of a split's folder that have its texts, a file each, in RACE's layout; empty: a split is a table.
         headerless: all columns of a file that has no header line.
         release: the original release, used if a folder has no file of any split.
         skip_broken: whether lines with too few fields or an empty text are skipped and counted instead of being an error.
@@ -93,9 +100,14 @@ class Task:
     multilabel: bool = False
     class_columns: tuple[str, ...] = ()
     label_separator: str = "|"
+    options: tuple[str, ...] = ()
+    has_option_lists: bool = False
+    label_is: str = "index"
+    gap: str | None = None
     splits: tuple[str, ...] = ("train", "dev", "test")
     value_range: tuple[float, float] | None = None
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()
     release: Release | None = None
     skip_broken: bool = False
@@ -118,14 +130,35 @@ class Task:
         return self.class_columns or (self.label,)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that a model reads: text and options."""
+        return (*self.text, *self.options)
+
+    @property
     def list_columns(self) -> tuple[str, ...]:
-        """Those of them whose value may be a list."""
-        return (self.label,) if self.multilabel and not self.class_columns else ()
+        """The columns whose value may be a list."""
+        lists = self.options if self.has_option_lists else ()
+        return (*lists, *((self.label,) if self.multilabel and not self.class_columns else ()))
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether each example has options of its own, one of which is right."""
+        return bool(self.options)
+
+    @property
+    def choices(self) -> Choices | None:
+        """How options become pairs of texts; None: it is no multiple-choice task."""
+        return Choices(len(self.text) > 1, self.gap) if self.multiple_choice else None
 
     @property
     def has_single_classes(self) -> bool:
-        """Whether each example has one of several classes: neither a number nor a set of classes."""
+        """Whether one of several outputs is right: the label is neither a number nor a set of classes."""
         return not (self.regression or self.multilabel)
+
+    @property
+    def has_named_classes(self) -> bool:
+        """Whether the outputs are classes with names of their own, the same for all examples: neither a number nor options."""
+        return not (self.regression or self.multiple_choice)
 
     @property
     def main_metric(self) -> str:
@@ -179,6 +212,18 @@ GLUE = {
     )
 }  # fmt: skip
 
+OTHERS = {
+    task.name: task
+    for task in (
+        Task(
+            "race", ("article", "question"), "answer", options=("options",), has_option_lists=True, label_is="letter", gap="_",
+            folders=("middle", "high"),
+        ),
+    )
+}  # fmt: skip
+"""Tasks that are known by name and not of GLUE. RACE: Lai et al. 2017, arXiv:1704.04683."""
+BY_NAME = GLUE | OTHERS
+
 GLUE_COLUMNS = frozenset(
     [
         *("index", "id", "idx", "qid1", "qid2", "#1 ID", "#2 ID", "genre", "filename", "year", "old_index", "source1", "source2"),
@@ -189,6 +234,10 @@ GLUE_COLUMNS = frozenset(
 """Columns of GLUE's files that no task uses."""
 
 
+_COLUMN_KEYS = ("text", "label", "kind", "label_separator", "options", "label_is", "gap")
+"""Settings of `custom` alone."""
+
+
 def resolve(config: TaskConfig) -> Task:
     """Return the task that a configuration names.
 
@@ -196,8 +245,9 @@ def resolve(config: TaskConfig) -> Task:
         UserError: unknown name, or a setting that does not suit the task.
     """
     task = replace(_named(config), file_split=config.split, duplicates=config.duplicates)
-    if config.split and config.split.group in task.label_columns:
-        raise UserError(f"{config.split.group} is the label column; name another column", "task.split.group")
+    if config.split and config.split.group in (*task.label_columns, *task.options):
+        what = "the label column" if config.split.group in task.label_columns else "a column of options"
+        raise UserError(f"{config.split.group} is {what}; name another column", "task.split.group")
     if config.split and config.split.stratify and (task.regression or not task.has_labels):
         what = "a regression has no classes" if task.regression else "needs labels, but task.label is null"
         raise UserError(f"{what}; remove it", "task.split.stratify")
@@ -217,21 +267,26 @@ def _named(config: TaskConfig) -> Task:
             regression=config.kind == "regression",
             multilabel=config.is_multilabel,
             label_separator=config.label_separator or Task.label_separator,
+            options=(config.options,) if isinstance(config.options, str) else tuple(config.options or ()),
+            has_option_lists=isinstance(config.options, str),
+            label_is=config.label_is or Task.label_is,
+            gap=config.gap,
         )
         if isinstance(config.label, list):
             task = replace(task, class_columns=tuple(columns), classes=tuple(columns), class_names=tuple(columns))
         return _with_classes(task, config)
     try:
-        task = GLUE[config.name.lower().replace("-", "").replace("_", "")]
+        task = BY_NAME[config.canonical_name]
     except KeyError:
-        similar = difflib.get_close_matches(config.name.lower(), [*GLUE, "custom"], n=1)
+        similar = difflib.get_close_matches(config.name.lower(), [*BY_NAME, "custom"], n=1)
         nearest = f"did you mean {similar[0]}? " if similar else ""
         raise UserError(
-            f"unknown task {config.name!r}; {nearest}allowed: {', '.join(sorted(GLUE))}, custom", "task.name"
+            f"unknown task {config.name!r}; {nearest}allowed: {', '.join(sorted(BY_NAME))}, custom", "task.name"
         ) from None
-    if own := [key for key in ("text", "label", "kind", "label_separator") if getattr(config, key) is not None]:
+    if own := [key for key in _COLUMN_KEYS if getattr(config, key) is not None]:
         raise UserError(f"is allowed only with task.name custom; {task.name} defines its own", f"task.{own[0]}")
-    if config.metric and config.metric not in METRICS_OF["regression" if task.regression else "classification"]:
+    kind = "regression" if task.regression else "multiple_choice" if task.multiple_choice else "classification"
+    if config.metric and config.metric not in METRICS_OF[kind]:
         raise UserError(f"{config.metric} cannot be used with {task.name}; use {task.metric}", "task.metric")
     if task.classes and len(task.classes) == 2:
         task = replace(task, positive_class=task.classes[1])

@@ -1,8 +1,8 @@
 """Read a split: files -> rows -> examples.
 
-`sources.py` finds the file, `rows.py` reads its rows, and `read` drops rows that the task excludes, stores the text on disk
-(`columns.py`), and turns labels into numbers. Invalid rows raise `UserError` with file and line. Rows that a task
-allows to skip are counted in the split's notes.
+`sources.py` finds the file, `rows.py` reads its rows, and `read` drops rows that the task excludes, gives each option a column of
+its own (`multiple_choice.py`), stores the text on disk (`columns.py`), and turns labels into numbers (`labels.py`). Invalid rows
+raise `UserError` with file and line. Rows that a task allows to skip are counted in the split's notes.
 
 Rows are streamed: memory holds only ids, labels, and the end of each text. One file that is split (`splitting.py`) is read once
 for all its parts.
@@ -11,20 +11,18 @@ for all its parts.
 from __future__ import annotations
 
 import itertools
-import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pkd_dist.config.task import FileSplit
-from pkd_dist.data import duplicates, multilabel, splitting
-from pkd_dist.data.class_values import ClassIndex, class_value, sorted_classes
+from pkd_dist.data import duplicates, multilabel, multiple_choice, splitting
 from pkd_dist.data.columns import TextColumn
 from pkd_dist.data.examples import Split, example_ids, is_labelled, select, unlabelled, unlabelled_sets
+from pkd_dist.data.labels import all_empty, read_labels, require_different
 from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
 from pkd_dist.data.tables import Fields, Row, Table, TableSpec
@@ -33,13 +31,10 @@ from pkd_dist.data.typed import read_hub
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.markup import printable
 
-_HUB_UNLABELLED = "-1"
 _WITHOUT_LABELS = "with distill.alpha: 1, the student learns from a given teacher alone, which needs none"
 _MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
-_PLAIN_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-"""Of what `float` reads, neither `1_000` nor digits of other scripts."""
 
 
 def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None) -> Split:
@@ -80,20 +75,22 @@ def _read_split(source: Source, split: str, task: Task, classes: Sequence[str] |
     """Read a split that has a table of its own."""
     may_lack = split == "train" and task.unlabelled_train == "accept" and task.has_labels
     labels_optional = split.startswith("test") or not task.has_labels or may_lack
-    found = _content(source, split, task, labels_optional)
-    known, notes = tuple(classes or task.classes or ()), found.notes
+    found = _content(source, split, task, labels_optional, options=len(classes or ()))
+    known, notes = _known(found, task, classes), found.notes
     no_labels_N = _unlabelled(len(found.numbers), task, known)
-    examples = Split(example_ids(found.texts), found.texts, no_labels_N, known, found.table.name, notes)
-    if labels_optional and all(_all_empty(column, known) for column in found.labels):
+    examples = Split(
+        example_ids(found.texts), found.texts, no_labels_N, known, found.table.name, notes, choices=task.choices
+    )
+    if labels_optional and all(all_empty(column, known) for column in found.labels):
         if found.skipped and split.startswith("test"):
             warning = "GLUE requires a prediction for every line and will reject a submission without the skipped ones"
             examples = replace(examples, notes=(*notes, warning))
         if may_lack:
             examples = replace(examples, notes=(*notes, f"has no labels; {_WITHOUT_LABELS}"))
         return examples
-    labels_N, known = _read_labels(found, known, split, task)
+    labels_N, known = _labels(found, known, split, task)
     if split == "train":
-        _require_two_classes(labels_N, found, task)
+        require_different(labels_N, found.table, found.labels, task)
     if task.multilabel:
         examples = replace(examples, notes=(*notes, *multilabel.doubts(labels_N, task, known, split)))
     return replace(examples, labels_N=labels_N, classes=known)
@@ -129,12 +126,12 @@ def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> di
     """Read one file, and return its parts."""
     settings = task.file_split or FileSplit()
     found = _content(source, "train", task, labels_optional=not task.has_labels, group=settings.group)
-    known = tuple(classes or task.classes or ())
+    known = _known(found, task, classes)
     if task.has_labels:
-        labels_N, known = _read_labels(found, known, "train", task)
+        labels_N, known = _labels(found, known, "train", task)
     else:
         labels_N = unlabelled(len(found.numbers), regression=False)
-    is_classified = task.has_labels and task.has_single_classes
+    is_classified = task.has_labels and task.has_single_classes and task.has_named_classes
     class_N = labels_N if is_classified else np.zeros(len(labels_N), np.int64)
     names = task.names_of(known) if is_classified else []
     table = splitting.Table(found.table.name, found.texts, class_N, names, found.groups)
@@ -145,8 +142,16 @@ def _read_parts(source: Source, task: Task, classes: Sequence[str] | None) -> di
             if name == "dev":
                 multilabel.require_any(labels_N[part_N == i], f"{found.table.name} (dev)")
     if task.has_labels:
-        _require_two_classes(labels_N[part_N == splitting.TRAIN], found, task)
-    whole = Split(example_ids(found.texts), found.texts, labels_N, known, found.table.name, rows=found.numbers)
+        require_different(labels_N[part_N == splitting.TRAIN], found.table, found.labels, task)
+    whole = Split(
+        example_ids(found.texts),
+        found.texts,
+        labels_N,
+        known,
+        found.table.name,
+        rows=found.numbers,
+        choices=task.choices,
+    )
     splits = {name: select(whole, part_N == i) for i, name in enumerate(splitting.parts(task.file_split))}
     return {
         name: replace(
@@ -170,19 +175,35 @@ def read_unlabeled(files: Sequence[str], task: Task, classes: Sequence[str] = ()
     Raises:
         UserError: invalid data; the message names the file and line.
     """
-    texts = tuple(TextColumn() for _ in task.text)
-    spec = TableSpec(task.text, (), task.headerless, task.skip_broken)
+    texts = tuple(TextColumn() for _ in (*task.text, *(classes if task.multiple_choice else ())))
+    spec = TableSpec(task.inputs, (), task.headerless, task.skip_broken, lists=task.list_columns)
     notes: list[str] = []
     for path in unlabeled_paths(files, task):
         table = read_lines(path) if path.suffix == ".txt" else read_file(path, spec)
         skipped: list[str] = []
         before = len(texts[0])
-        _append(texts, _with_text(table, task, skipped))
+        rows = _with_text(table, task, skipped)
+        if task.multiple_choice:
+            rows, _ = multiple_choice.with_option_columns(rows, table, task, len(classes))
+        _append(texts, rows)
         if len(texts[0]) == before:
             raise UserError(f"{path}: has no examples; at least one is needed")
         notes += [f"{path.name}: {note}" for note in (*table.notes, *skipped)]
     labels_N = _unlabelled(len(texts[0]), task, tuple(classes) or task.classes or ())
-    return Split(example_ids(texts), texts, labels_N, task.classes or (), ", ".join(files), tuple(notes))
+    known = task.classes or ()
+    return Split(example_ids(texts), texts, labels_N, known, ", ".join(files), tuple(notes), choices=task.choices)
+
+
+def _known(found: _Content, task: Task, classes: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the classes that are known before labels are read; of options, what labels call them."""
+    if task.choices:
+        return multiple_choice.classes_of(task.choices.count(found.texts), task)
+    return tuple(classes or task.classes or ())
+
+
+def _labels(found: _Content, known: tuple[str, ...], split: str, task: Task) -> tuple[np.ndarray, tuple[str, ...]]:
+    options = task.choices.options(found.texts) if task.choices else ()
+    return read_labels(found.table, found.numbers, found.labels, options, known, split, task)
 
 
 def _unlabelled(count: int, task: Task, classes: Sequence[str]) -> np.ndarray:
@@ -198,6 +219,7 @@ class _Content:
 
     Attributes:
         numbers: line or row number of each.
+        texts: the text columns, then one for each option.
         labels: one column, or one for each class.
         groups: values of `task.split.group`; None: not read.
         skipped: notes about the rows that were left out.
@@ -212,16 +234,26 @@ class _Content:
     skipped: tuple[str, ...]
 
 
-def _content(source: Source, split: str, task: Task, labels_optional: bool, group: str | None = None) -> _Content:
-    """Read the text, the label and the group of each row that belongs to a split."""
+def _content(
+    source: Source, split: str, task: Task, labels_optional: bool, group: str | None = None, options: int = 0
+) -> _Content:
+    """Read the text, the label and the group of each row that belongs to a split.
+
+    Args:
+        options: how many each example must have, of a multiple-choice task; 0: as many as the first.
+    """
     table = _open(source, split, task, labels_optional, group)
     skipped: list[str] = []
-    width = len(task.text) + len(task.label_columns)
+    rows, inputs = _select(table, source, task, labels_optional, skipped), len(task.text)
+    if task.multiple_choice:
+        rows, options = multiple_choice.with_option_columns(rows, table, task, options)
+        inputs += options
+    width = inputs + len(task.label_columns)
     more = group is not None and group not in task.text
-    numbers, columns = _store(_select(table, source, task, labels_optional, skipped), width + more)
+    numbers, columns = _store(rows, width + more)
     if not numbers:
         raise UserError(f"{table.name}: has no examples; at least one is needed")
-    texts, labels, groups = columns[: len(task.text)], columns[len(task.text) : width], None
+    texts, labels, groups = columns[:inputs], columns[inputs:width], None
     if group is not None:
         groups = columns[width] if more else texts[task.text.index(group)]
     notes = (*source.notes, *table.notes, *_unused(table, task), *skipped)
@@ -230,7 +262,7 @@ def _content(source: Source, split: str, task: Task, labels_optional: bool, grou
 
 def _open(source: Source, split: str, task: Task, labels_optional: bool, group: str | None) -> Table:
     """Open a table with the text columns, the label, the group and, if the source lists dev pairs, the two id columns."""
-    columns = (*task.text, *task.label_columns)
+    columns = (*task.inputs, *task.label_columns)
     optional = task.label_columns if labels_optional else ()
     if isinstance(source.place, str):
         hub_columns = {name: task.hub_columns.get(name, name) for name in columns}
@@ -255,7 +287,7 @@ def _select(table: Table, source: Source, task: Task, labels_optional: bool, ski
     if isinstance(source.place, str) and not labels_optional and not task.multilabel:
         no_label.add(None)  # -1 of a class label on the hub
     if no_label:
-        at = len(task.text)
+        at = len(task.inputs)
         shown = " or ".join("missing" if value is None else repr(value) for value in sorted(no_label, key=str))
         reason = f"without a label ({task.label} is {shown})"
         rows = _skip(rows, lambda fields: fields[at] in no_label, reason, table.unit, skipped)
@@ -376,79 +408,3 @@ def _append(columns: Sequence[TextColumn], rows: Iterator[Row], numbers: array[i
             numbers.extend([number for number, _ in chunk])
         for i, column in enumerate(columns):
             column.extend([fields[i] or "" for _, fields in chunk])
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
-
-
-@dataclass(frozen=True)
-class _LabelColumn:
-    """The label column. Iterating yields (line or row number, value) and raises UserError for an empty value."""
-
-    table: Table
-    numbers: Sequence[int]
-    name: str
-    values: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        for number, value in zip(self.numbers, self.values, strict=True):
-            if not _has_text(value):
-                where = self.table.at(number)
-                raise UserError(
-                    f"{where}: {self.name} is empty, null or NaN; give it a value or remove the {self.table.unit}"
-                )
-            self.table.require_unicode(number, self.name, value)
-            yield number, value.strip()
-
-
-def _read_labels(found: _Content, known: tuple[str, ...], split: str, task: Task) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the label of each row as a number, and the classes: the known ones, else those of the rows."""
-    if task.multilabel:
-        return multilabel.read(found.table, found.numbers, found.labels, task, known, split)
-    labels = _LabelColumn(found.table, found.numbers, task.label, found.labels[0])
-    if task.regression:
-        return _numbers(labels, task), known
-    known = known or tuple(sorted_classes(set(map(class_value, {value for _, value in labels}))))
-    return _class_indices(labels, known, split, task), known
-
-
-def _require_two_classes(labels_N: np.ndarray, found: _Content, task: Task) -> None:
-    if task.regression or not (labels_N == labels_N[0]).all():
-        return
-    if task.multilabel:
-        raise UserError(
-            f"{found.table.name}: every example has the same classes, or none; training needs different ones"
-        )
-    raise UserError(
-        f"{found.table.name}: every example has the label {found.labels[0][0].strip()!r}; training needs at least two classes"
-    )
-
-
-def _all_empty(values: Sequence[str], known: tuple[str, ...]) -> bool:
-    """Return whether no label is set: all are empty, or -1 as on the hub unless -1 is a class."""
-    empty = {"", _HUB_UNLABELLED} - set(known)
-    return all(class_value(value.strip()) in empty for value in values)
-
-
-def _class_indices(labels: _LabelColumn, known: tuple[str, ...], split: str, task: Task) -> np.ndarray:
-    """Return int64 (N,) class indices. A label may be the value of a class or its name."""
-    index = ClassIndex(known, task, split)
-    found = (index.of(value, partial(labels.table.at, number)) for number, value in labels)
-    return np.fromiter(found, np.int64, len(labels))
-
-
-def _numbers(labels: _LabelColumn, task: Task) -> np.ndarray:
-    """Return float32 (N,) regression targets."""
-    out = np.empty(len(labels), dtype=np.float32)
-    low, high = task.value_range or (-np.inf, np.inf)
-    for i, (number, value) in enumerate(labels):
-        where = labels.table.at(number)
-        out[i] = float(value) if _PLAIN_NUMBER.fullmatch(value) else np.nan
-        if not np.isfinite(out[i]):
-            raise UserError(f"{where}: {task.label} {value!r} is not a number; a regression needs one")
-        if not low <= out[i] <= high:
-            raise UserError(f"{where}: {task.label} {value} is not between {low:g} and {high:g}")
-    return out

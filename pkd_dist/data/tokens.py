@@ -4,12 +4,14 @@ A token set is a folder of `.npy` files, which are read by memory map:
 
     input_ids.npy  int32 (T,)     all tokens, example after example
     type_ids.npy   uint8 (T,)     only if the tokenizer has token types
-    offsets.npy    int64 (N+1,)   example i has the tokens offsets[i]:offsets[i+1]
+    offsets.npy    int64 (N+1,)   example i has the tokens offsets[i]:offsets[i+1]; of multiple choice (NO+1,), option after option
     ids.npy        int64 (N,)     example ids, see `examples.py`
     labels.npy     int64 or float32 (N,); float32 (N, C) for multi-label
     meta.json      digests and counts, written last
 
 Text is tokenized in chunks, and the tokens of each chunk are written at once.
+
+Shapes: N examples of a set, B of a batch, O options of each example of multiple choice, T tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class TokenSet:
         input_digest: of ids and tokens in any order, which is all that teacher outputs depend on.
         truncated: number of examples truncated to the maximum length.
         rows_N: of a subset, the positions of its examples in `offsets_N1`; None: all. Digests are those of the whole set.
+        options: texts of each example that are read on their own: O of multiple choice, else 1.
     """
 
     input_ids_T: np.ndarray
@@ -55,36 +58,38 @@ class TokenSet:
     input_digest: str
     truncated: int
     rows_N: np.ndarray | None = None
+    options: int = 1
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
     @property
-    def starts_N(self) -> np.ndarray:
-        """The position of the first token of each example, int64 (N,)."""
-        return self.offsets_N1[:-1] if self.rows_N is None else self.offsets_N1[self.rows_N]
-
-    @property
     def lengths_N(self) -> np.ndarray:
-        """Tokens of each example, int64 (N,)."""
-        return np.diff(self.offsets_N1) if self.rows_N is None else self.lengths_of(np.arange(len(self)))
-
-    def starts_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the positions of the first tokens of some examples."""
-        return np.asarray(self.offsets_N1[self._positions(rows)])
+        """Tokens of each example, or of its longest option, int64 (N,): what it takes in a batch."""
+        if self.rows_N is not None:
+            return self.lengths_of(np.arange(len(self)))
+        lengths = np.diff(self.offsets_N1)
+        return lengths if self.options == 1 else np.asarray(lengths.reshape(-1, self.options).max(axis=1))
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens of some examples without reading the offsets of the others."""
-        positions = self._positions(rows)
-        return np.asarray(self.offsets_N1[positions + 1] - self.offsets_N1[positions])
+        """Return `lengths_N` of some examples without reading the offsets of the others."""
+        lengths = self.spans_of(rows)[1]
+        return lengths if lengths.ndim == 1 else np.asarray(lengths.max(axis=1))
 
-    def _positions(self, rows: np.ndarray) -> np.ndarray:
-        return rows if self.rows_N is None else self.rows_N[rows]
+    def spans_of(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the position of the first token and the number of tokens of some examples, int64 (B,), or (B, O) of their options."""
+        positions = rows_B if self.rows_N is None else self.rows_N[rows_B]
+        if self.options > 1:
+            positions = positions[:, None] * self.options + np.arange(self.options)
+        starts = np.asarray(self.offsets_N1[positions])
+        return starts, np.asarray(self.offsets_N1[positions + 1]) - starts
 
     def subset(self, rows_n: np.ndarray) -> TokenSet:
         """Return the examples of some rows, in this order; the tokens are shared."""
         ids_n, labels_n = np.asarray(self.ids_N[rows_n]), np.asarray(self.labels_N[rows_n])
-        return replace(self, ids_N=ids_n, labels_N=labels_n, rows_N=self._positions(rows_n))
+        return replace(
+            self, ids_N=ids_n, labels_N=labels_n, rows_N=rows_n if self.rows_N is None else self.rows_N[rows_n]
+        )
 
 
 def tokenize(
@@ -98,7 +103,7 @@ def tokenize(
     """Tokenize a split into `folder` and open the result.
 
     Args:
-        split: one or two text columns; a pair of texts becomes a pair of segments.
+        split: one or two text columns; a pair of texts becomes a pair of segments. Of multiple choice, each option becomes one.
         tokenizer: a Hugging Face tokenizer.
         max_length: in tokens, including special tokens; longer examples are truncated.
         folder: created if missing.
@@ -111,26 +116,28 @@ def tokenize(
         dtypes["type_ids"] = np.uint8
     lengths: list[np.ndarray] = []
     truncated = hash_sum = 0
+    options = split.options
     with contextlib.ExitStack() as files:
         appends = [files.enter_context(_open_npy(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()]
         for start in range(0, len(split), _CHUNK_EXAMPLES):
             check()
             rows = slice(start, start + _CHUNK_EXAMPLES)
-            columns = [column[rows] for column in split.texts]
+            columns = split.inputs(rows)
             if mask_token:
                 columns = [
                     [text.replace(mask_token, tokenizer.mask_token or "") for text in column] for column in columns
                 ]
-            encoded, long = encode(tokenizer, columns, len(dtypes), max_length)
+            encoded, long = encode(tokenizer, columns, len(dtypes), max_length, only_first=split.choices is not None)
             arrays = [_flatten(lists, dtype) for lists, dtype in zip(encoded, dtypes.values(), strict=True)]
             for append, array in zip(appends, arrays, strict=True):
                 append(array)
             lengths.append(np.fromiter(map(len, encoded[0]), np.int32, len(encoded[0])))
-            truncated += len(long)
-            hash_sum += _sum_of_hashes(split.ids_N[rows], arrays, lengths[-1])
+            truncated += len({row // options for row in long})
+            lengths_B = lengths[-1].reshape(-1, options).sum(axis=1)
+            hash_sum += _sum_of_hashes(split.ids_N[rows], arrays, lengths_B)
     if "type_ids" not in dtypes:
         remove(folder / "type_ids.npy")  # left by another tokenizer
-    offsets_N1 = np.zeros(len(split) + 1, np.int64)
+    offsets_N1 = np.zeros(len(split) * options + 1, np.int64)
     np.cumsum(np.concatenate(lengths), out=offsets_N1[1:])
     per_example = {"offsets": offsets_N1, "ids": split.ids_N, "labels": split.labels_N}
     for name, array in per_example.items():
@@ -141,29 +148,49 @@ def tokenize(
         "truncated": truncated,
         "examples": len(split),
         "tokens": int(per_example["offsets"][-1]),
+        **({"options": options} if options > 1 else {}),
     }
     write_json(folder / "meta.json", meta)
     return open_tokens(folder)
 
 
+LONGEST_FIRST, ONLY_FIRST = "longest_first", "only_first"
+"""Which text of a pair is truncated: the longer one, token by token, or the first."""
 Encoded = list[list[list[int]]]
 """Token ids and, if the tokenizer has them, token types: [kind][example][token]."""
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], kinds: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[Sequence[str]],
+    kinds: int,
+    max_length: int,
+    only_first: bool = False,
 ) -> tuple[Encoded, list[int]]:
     """Return the tokens of each text or pair, truncated to `max_length`, and the rows that were truncated.
 
     Everything is tokenized in full first, and long examples again with truncation, because truncated output does not show
     whether it was truncated.
+
+    Args:
+        only_first: truncate only the first text of a pair, unless the second is too long for that.
     """
     encoded = _call_tokenizer(tokenizer, columns, kinds)
     long = [row for row, tokens in enumerate(encoded[0]) if len(tokens) > max_length]
-    if long:
-        texts = [[column[row] for row in long] for column in columns]
-        for full, truncated in zip(encoded, _call_tokenizer(tokenizer, texts, kinds, max_length), strict=True):
-            for row, tokens in zip(long, truncated, strict=True):
+    excess = {row: len(encoded[0][row]) - max_length for row in long}
+    strategies = {LONGEST_FIRST: long}
+    if only_first and long:
+        firsts = _call_tokenizer(tokenizer, [[columns[0][row] for row in long]], 1, special_tokens=False)[0]
+        enough = {row for row, first in zip(long, firsts, strict=True) if len(first) > excess[row]}
+        strategies = {ONLY_FIRST: sorted(enough), LONGEST_FIRST: [row for row in long if row not in enough]}
+    for strategy, rows in strategies.items():
+        if not rows:
+            continue
+        texts = [[column[row] for row in rows] for column in columns]
+        for full, truncated in zip(
+            encoded, _call_tokenizer(tokenizer, texts, kinds, max_length, strategy), strict=True
+        ):
+            for row, tokens in zip(rows, truncated, strict=True):
                 full[row] = tokens
     return encoded, long
 
@@ -173,6 +200,8 @@ def _call_tokenizer(
     columns: Sequence[Sequence[str]],
     kinds: int,
     max_length: int | None = None,
+    strategy: str = LONGEST_FIRST,
+    special_tokens: bool = True,
 ) -> Encoded:
     """Return what calling the tokenizer gives for each text or pair.
 
@@ -185,8 +214,9 @@ def _call_tokenizer(
     if own.__call__ is not Fast.__call__ or getattr(own, "_encode_plus", None) is not Fast._encode_plus:
         result = tokenizer(
             *columns,
-            truncation=max_length is not None,
+            truncation=strategy if max_length is not None else False,
             max_length=max_length,
+            add_special_tokens=special_tokens,
             return_attention_mask=False,
             verbose=False,
         )
@@ -195,9 +225,10 @@ def _call_tokenizer(
     backend.no_padding()
     backend.no_truncation()
     if max_length is not None:
-        backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+        backend.enable_truncation(max_length, strategy=strategy, direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    encodings = backend.encode_batch_fast(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
+    given = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    encodings = backend.encode_batch_fast(given, add_special_tokens=special_tokens)
     return [[getattr(encoding, name) for encoding in encodings] for name in ("ids", "type_ids")[:kinds]]
 
 
@@ -295,4 +326,5 @@ def open_tokens(folder: Path) -> TokenSet:
         meta["digest"],
         meta["input_digest"],
         meta["truncated"],
+        options=meta.get("options", 1),
     )

@@ -237,9 +237,10 @@ def require_exact(full: TokenSet, trimmed: TokenSet, kept_K: np.ndarray, unknown
     """
     new_T = np.searchsorted(kept_K, full.input_ids_T)
     new_T[kept_K[np.minimum(new_T, len(kept_K) - 1)] != full.input_ids_T] = -1
-    kept_N = np.minimum.reduceat(new_T, full.offsets_N1[:-1]) >= 0
-    same = np.array_equal(full.lengths_N[kept_N], trimmed.lengths_N[kept_N]) and np.array_equal(
-        new_T[np.repeat(kept_N, full.lengths_N)], trimmed.input_ids_T[np.repeat(kept_N, trimmed.lengths_N)]
+    kept_N = np.minimum.reduceat(new_T, full.offsets_N1[:-1]) >= 0  # of multiple choice, N is the number of all options
+    full_N, trimmed_N = np.diff(full.offsets_N1), np.diff(trimmed.offsets_N1)
+    same = np.array_equal(full_N[kept_N], trimmed_N[kept_N]) and np.array_equal(
+        new_T[np.repeat(kept_N, full_N)], trimmed.input_ids_T[np.repeat(kept_N, trimmed_N)]
     )
     if same and unknown is not None:
         before_N, after_N = (

@@ -1,8 +1,8 @@
 """The teacher cache on disk: format, manifest and reader.
 
     FOLDER/manifest.json              committed last: fingerprint, shapes, and each shard's rows, bytes, sha256 and id range
-    FOLDER/shard-00000.safetensors    ids (R,) int64 ascending; logits (R, C); states (R, M, H) of [CLS], or (T, M, H) of
-                                      all tokens with offsets (R+1,) int64
+    FOLDER/shard-00000.safetensors    ids (R,) int64 ascending; logits (R, C); states (R, M, H) of [CLS], (R, C, M, H) of [CLS] of
+                                      each option of multiple choice, or (T, M, H) of all tokens with offsets (R+1,) int64
 
 Shards hold ascending, disjoint ranges of example ids. The reader finds a row by its example id with two binary searches,
 never by its position. It memory-maps the shards, so its memory does not grow with the number of examples.
@@ -270,7 +270,7 @@ class CacheReader:
             length: L, to which states of all tokens are padded with 0.
 
         Returns:
-            Logits (B, C), and states (B, M, H), or (B, L, M, H) of all tokens, for the layers of `expected`.
+            Logits (B, C), and states (B, M, H), (B, C, M, H) of options, or (B, L, M, H) of all tokens, for the layers of `expected`.
 
         Raises:
             UserError: the cache lacks an example.
@@ -288,7 +288,9 @@ class CacheReader:
             if self.all_tokens:
                 shard_states = _tensor(self._padded_states(arrays, rows, length), dtypes["states"])
             else:
-                shard_states = _tensor(arrays["states"][rows[:, None], self._layer_positions], dtypes["states"])
+                every_option = map(np.arange, arrays["states"].shape[1:-2])
+                wanted = np.ix_(rows, *every_option, np.asarray(self._layer_positions, np.int64))
+                shard_states = _tensor(arrays["states"][wanted], dtypes["states"])
             if logits is None or states is None:
                 logits = shard_logits.new_empty((len(ids_B), *shard_logits.shape[1:]))
                 states = shard_states.new_empty((len(ids_B), *shard_states.shape[1:]))

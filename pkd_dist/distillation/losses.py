@@ -100,7 +100,8 @@ def patience_loss(
     """Return PT (B,): the squared distance between paired hidden states (section 3.2, equation 7).
 
     Args:
-        student, teacher: states of the paired layers: (B, M, H) of [CLS], or (B, L, M, H) of all tokens.
+        student, teacher: states of the paired layers: (B, M, H) of [CLS], (B, O, M, H) of [CLS] of the O options of each example, over
+            which it averages, or (B, L, M, H) of all tokens.
         normalize: L2-normalize each state first.
         reduction: Over M and H: `mean` (default; the authors' code), `sum` (the paper), or `pair_sum`: sum over M, mean
             over H (the OneFlow reference). For the same loss, beta_pair_sum = beta_mean / M = beta_sum * H.
@@ -114,7 +115,7 @@ def patience_loss(
     if reduction == "pair_sum":
         distance = distance / student.shape[-1]
     if mask_BL is None:
-        return distance
+        return distance if distance.ndim == 1 else distance.mean(dim=1)
     mask_BL = mask_BL.to(distance.dtype)
     return (distance * mask_BL).sum(dim=1) / mask_BL.sum(dim=1)
 

@@ -132,7 +132,8 @@ def _patience(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs)
     assert mine.states is not None and its.states is not None
     if d.states == "tokens":
         return patience_loss(mine.states, its.states, d.normalize, d.pt_reduction, batch.attention_mask_BL)
-    return patience_loss(_first(mine.states), _first(its.states), d.normalize, d.pt_reduction)
+    first, second = _first(mine.states, d.compares_tokens), _first(its.states, d.all_tokens)
+    return patience_loss(first, second, d.normalize, d.pt_reduction)
 
 
 def _gram(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs) -> torch.Tensor:
@@ -151,9 +152,9 @@ def _attention(loss: DistillationLoss, batch: Batch, mine: Outputs, its: Outputs
     return attention_loss(mine.attention, its.attention, loss.attention.heads, batch.attention_mask_BL)
 
 
-def _first(states: torch.Tensor) -> torch.Tensor:
-    """Return the states of [CLS], (B, M, H), also of states of all tokens."""
-    return states[:, 0] if states.ndim == 4 else states
+def _first(states: torch.Tensor, of_tokens: bool) -> torch.Tensor:
+    """Return the states of [CLS], (B, M, H) or (B, O, M, H), also from states of all tokens."""
+    return states[:, 0] if of_tokens else states
 
 
 _TERMS: dict[str, Callable[[DistillationLoss, Batch, Outputs, Outputs], torch.Tensor]] = {

@@ -3,7 +3,7 @@
 `LiveTeacher` runs one batch. `run_teacher` runs many rows of a token set in batches of similar length, for the cache.
 
 Shapes: B examples of a batch, R rows of a token set, T tokens of these rows without padding, L padded length of a batch,
-C classes, M layers, H hidden size.
+C classes, M layers, H hidden size. Of multiple choice, inputs are (B, O, L), and the states of [CLS] of the O options (B, O, M, H).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class LiveTeacher:
         if self.others:
             logits = mean_logits([logits, *(other(inputs)[0] for other in self.others)], self._multilabel)
         if states is None:
-            rows, length = inputs["input_ids"].shape
-            states = logits.new_empty((rows, *([length] if self.all_tokens else []), 0, self.hidden_size))
+            *rows, length = inputs["input_ids"].shape
+            states = logits.new_empty((*rows, *([length] if self.all_tokens else []), 0, self.hidden_size))
         return logits.to(self.dtype), states.to(self.dtype)
 
 
@@ -164,7 +164,7 @@ def run_teacher(
     keep_on = torch.device("cpu") if teacher.all_tokens else teacher.device
     outputs: tuple[torch.Tensor, torch.Tensor] | None = None
     done = 0
-    for index_B in _batches_by_length(lengths_R, _BATCH_TOKENS[keep_on.type]):
+    for index_B in _batches_by_length(lengths_R, _BATCH_TOKENS[keep_on.type] // batches.tokens.options):
         logits, states = teacher.unchecked(batches.of(rows_R[index_B]).inputs)
         state_index = index_B
         if teacher.all_tokens:

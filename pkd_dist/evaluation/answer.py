@@ -6,7 +6,7 @@ Serving machines have no PyTorch, so this module needs NumPy alone.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,11 +39,37 @@ def answer(logits_C: np.ndarray, names: Mapping[int, str], truncated: bool = Fal
         return {"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name} | note
     if len(logits_C) == 1:
         return {"value": float(logits_C[0])} | note
-    powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
-    probabilities = (powers_C / powers_C.sum()).astype(np.float32).tolist()
-    best = int(logits_C.argmax())
+    probabilities, best = _probabilities(logits_C), int(logits_C.argmax())
     return {
         "label": names[best],
         "probability": probabilities[best],
         "probabilities": {names[i]: probability for i, probability in enumerate(probabilities)},
     } | note
+
+
+def choice(logits_C: np.ndarray, options: Sequence[str], truncated: bool = False) -> Answer:
+    """Turn the scores of the options of an example into its answer.
+
+    Args:
+        logits_C: float32 (C,).
+        options: The C options.
+        truncated: Whether the model read only the beginning of a text with an option.
+
+    Returns:
+        `choice`, the index of the chosen option; `option`, its text; its `probability`; the `probabilities` of all options, in their
+        order; then `truncated: true` where it was.
+    """
+    probabilities, best = _probabilities(logits_C), int(logits_C.argmax())
+    found: Answer = {
+        "choice": best,
+        "option": options[best],
+        "probability": probabilities[best],
+        "probabilities": probabilities,
+    }
+    return found | ({"truncated": True} if truncated else {})
+
+
+def _probabilities(logits_C: np.ndarray) -> list[float]:
+    powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
+    probabilities: list[float] = (powers_C / powers_C.sum()).astype(np.float32).tolist()
+    return probabilities

@@ -71,14 +71,14 @@ def evaluate_folder(
         raise UserError(f"{task_settings.data} has no split {split!r}; it has {found}", "--split")
     tokenizer = encoder.load_tokenizer(folder, MODEL_OPTION)
     max_length = max_length or usual_length(config, tokenizer)
-    require_compatible(config, tokenizer, max_length, model, MODEL_OPTION)
-    encoder.require_classifier(folder, model, MODEL_OPTION)
+    require_compatible(config, tokenizer, max_length, model, MODEL_OPTION, multiple_choice=task.multiple_choice)
+    encoder.require_classifier(folder, model, MODEL_OPTION, multiple_choice=task.multiple_choice)
     require_outputs(task, config, model, MODEL_OPTION)
     order = class_order(task, config, MODEL_OPTION)
     examples, per_class = _read(task_settings.data, split, task, order)
     require_outputs_for_split(task, config, examples, model, MODEL_OPTION)
     about: Mapping[str, object] = {}
-    if not task.regression:
+    if task.has_named_classes:
         classes = match(task, examples.classes, per_class, output_names(config))
         task, about = with_positive(task, classes), class_facts(classes)
     classifier = encoder.load_model(folder, MODEL_OPTION)

@@ -10,16 +10,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from pkd_dist.data import multiple_choice
 from pkd_dist.data.rows import FILE_EXTENSIONS, is_table, read_file
 from pkd_dist.data.tables import TableSpec
+from pkd_dist.data.tasks import GLUE, NO_LABEL, Task
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import is_empty
 
 
 @dataclass(frozen=True)
 class Example:
-    """The one or two texts of an input.
+    """The one or two texts of an input, and its options where it has some.
 
     Attributes:
         place: For messages.
@@ -39,17 +42,49 @@ class Form:
         pair: Whether an input is two texts; None: unknown.
         columns: The text columns of its data; empty: unknown.
         headerless: All columns of a TSV file of its data that has no header line.
+        options: The columns of the options that it chooses among; empty: it does not choose.
+        option_lists: Whether that is one column of lists.
+        gap: Text in a question whose place an option takes.
     """
 
     pair: bool | None = None
     columns: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    option_lists: bool = False
+    gap: str | None = None
+
+    def task(self, columns: tuple[str, ...]) -> Task:
+        """Return what reads these text columns, and the options."""
+        return Task(
+            "custom", columns, NO_LABEL, headerless=self.headerless, options=self.options, has_option_lists=self.option_lists,
+            gap=self.gap,
+        )  # fmt: skip
 
     def require(self, pair: bool, where: str) -> None:
         """Raise UserError if the model takes single texts and is given pairs, or the other way round."""
         if self.pair not in (None, pair):
             takes, given = ("pairs of texts", "single texts") if self.pair else ("single texts", "pairs of texts")
             raise UserError(f"{where}: the model takes {takes}, not {given}; give it the form that it was trained on")
+
+
+def form_of(trained: Mapping[str, Any], options: Sequence[str] | None = None, gap: str | None = None) -> Form:
+    """Return what a model was trained to read.
+
+    Args:
+        trained: The manifest of its export; empty: unknown.
+        options: The columns of the options, one of lists or one for each; None: as trained.
+        gap: See `Form`; None: as trained.
+    """
+    task = GLUE.get(trained.get("task", ""))
+    return Form(
+        pair=trained.get("pair"),
+        columns=tuple(trained.get("text_columns", ())),
+        headerless=task.headerless if task else (),
+        options=tuple(options or trained.get("options", ())),
+        option_lists=len(options) == 1 if options else trained.get("option_lists", False),
+        gap=gap or trained.get("gap"),
+    )
 
 
 def read(
@@ -68,6 +103,11 @@ def read(
         UserError: The file cannot be read, or an input is empty or has not the form that the model takes.
     """
     table = not texts and is_table(Path(file))
+    if form.options and not table:
+        raise UserError(
+            f"the model chooses among options; give a table (.{', .'.join(FILE_EXTENSIONS)}) with their columns, "
+            f"{', '.join(form.options)}, and those of the texts", "--file",
+        )  # fmt: skip
     if not (texts or table or Path(file).suffix in ("", ".txt")):
         raise UserError(
             f"--file: {file} is neither a table (.{', .'.join(FILE_EXTENSIONS)}) nor .txt, a text a line; rename it"
@@ -82,7 +122,7 @@ def read(
         form.require(pair or len(columns) == 2, "--text" if columns else "--pair")
     if table:
         _require_readable(file)
-        return _rows(Path(file), tuple(columns) or form.columns, form.headerless, notes)
+        return _rows(Path(file), tuple(columns) or form.columns, form, notes)
     given = (
         ((f"text {i}", text) for i, text in enumerate(texts, start=1))
         if texts
@@ -170,11 +210,16 @@ def checked(example: Example) -> Example:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _rows(path: Path, columns: tuple[str, ...], headerless: tuple[str, ...], notes: list[str]) -> Iterator[Example]:
-    """Yield the rows of a table: the text columns as training reads them, the others as they are."""
+def _rows(path: Path, columns: tuple[str, ...], form: Form, notes: list[str]) -> Iterator[Example]:
+    """Yield the rows of a table: the columns that the model reads as training reads them, the others as they are."""
     if not columns:
         raise UserError(f"name the text column of {path}, or give it twice for the two of a pair", "--text")
-    table = read_file(path, TableSpec(columns, headerless=headerless, keep_others=True))
-    for number, values in table.rows:
+    task = form.task(columns)
+    spec = TableSpec(task.inputs, headerless=task.headerless, keep_others=True, lists=task.list_columns)
+    table = read_file(path, spec)
+    rows = table.rows
+    if task.multiple_choice:
+        rows, _ = multiple_choice.with_option_columns(rows, table, task, 0)
+    for number, values in rows:
         yield checked(Example(table.at(number), tuple(value or "" for value in values), dict(table.others)))
     notes.extend(f"{path}: {note}" for note in table.notes)

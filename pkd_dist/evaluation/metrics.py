@@ -31,13 +31,15 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> dict[str, 
             for multi-label, where a text has the classes with logits above 0.
 
     Returns:
-        accuracy, MCC, precision, recall and f_1; pearson, spearman and pearson_spearman; or those of `MULTILABEL_METRICS`;
-        without labels, agreement; and `main_metric`.
+        accuracy, MCC, precision, recall and f_1; of multiple choice, whose options are no classes, accuracy alone; pearson,
+        spearman and pearson_spearman; or those of `MULTILABEL_METRICS`; without labels, agreement; and `main_metric`.
     """
     if not task.has_labels:
         return dict.fromkeys((AGREEMENT, MAIN_METRIC), float((logits_NC.argmax(axis=1) == labels_N).mean()))
     if task.multilabel:
         metrics = _of_sets(logits_NC, labels_N)
+    elif task.multiple_choice:
+        metrics = {"accuracy": float((logits_NC.argmax(axis=1) == labels_N).mean())}
     elif task.regression:
         from scipy.stats import pearsonr, spearmanr  # slow to import, so only on the rank that scores
 
@@ -92,7 +94,7 @@ def undefined(logits_NC: np.ndarray, labels_N: np.ndarray, task: Task) -> list[s
     `task.positive`, there is nothing to find, and precision, recall and F1 of two classes are undefined as well. Without any class,
     all but the subset accuracy and F1 of the texts are undefined.
     """
-    if not task.has_labels:
+    if not task.has_labels or task.multiple_choice:
         return []
     if task.multilabel:
         found = [] if labels_N.any() else ["f1_micro", "f1_macro", "mAP"]

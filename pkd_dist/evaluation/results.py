@@ -118,7 +118,8 @@ class Results(TypedDict):
     `ensemble` is there where there are several teachers. The teacher's scores are then those of their mean answer; its size and
     speed are those of the first.
 
-    `calibration` is there with `evaluate.calibrate`, `multilabel` where a text can have several classes.
+    `calibration` is there with `evaluate.calibrate`, `multilabel` where a text can have several classes, and `options`, their number,
+    where each example has options of its own.
     """
 
     task: str
@@ -133,6 +134,7 @@ class Results(TypedDict):
     multilabel: NotRequired[MultiLabel]
     classes: NotRequired[list[dict[str, str]]]
     positive: NotRequired[str | None]
+    options: NotRequired[int]
 
 
 class ClassFacts(TypedDict):
@@ -224,6 +226,8 @@ def agreement_sentence(results: Results) -> str:
     share = results["compression"]["agreement"]
     if "multilabel" in results:
         return f"both give exactly the same classes to {100 * share:.1f}% of the examples"
+    if "options" in results:
+        return f"both choose the same option in {100 * share:.1f}% of the examples"
     if "pearson" not in results["student"]:
         return f"both predict the same class for {100 * share:.1f}% of the examples"
     return f"the correlation of their predictions is {share:.3f}"

@@ -10,6 +10,7 @@ import jinja2
 from pkd_dist.config.schema import Config
 from pkd_dist.data.class_mapping import ClassMapping
 from pkd_dist.data.prepare import TokenSetSummary
+from pkd_dist.data.tasks import Task
 from pkd_dist.environment import Environment
 from pkd_dist.evaluation.calibration import BINS, FITTED_ON
 from pkd_dist.evaluation.results import Results, agreement_sentence, retention_sentence, score_rows
@@ -23,7 +24,7 @@ from pkd_dist.telemetry.markup import markdown, markdown_code
 _TEMPLATE = """\
 ---
 library_name: transformers
-pipeline_tag: text-classification
+pipeline_tag: {{ "multiple-choice" if options else "text-classification" }}
 tags: [knowledge-distillation, patient-knowledge-distillation]
 ---
 # {{ results.task }}: a {{ environment.student_layers }}-layer student
@@ -32,9 +33,9 @@ Distilled from {{ teacher | code }} with Patient Knowledge Distillation (arXiv 1
 {{ environment.versions.pkd_dist }}. It loads with plain `transformers` (oldest version tried: 4.57.6):
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {{ model_class }}, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+model = {{ model_class }}.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
@@ -43,9 +44,22 @@ The tokenizer and the word embedding hold {{ "{:,}".format(figures.vocabulary.ke
 every single character, which spell all other words. The student is scored with them.
 
 {% endif %}
+{% if options %}
+It scores the options of an example, {{ options }} in the training data. Each option is read as a pair of texts, the context and {{ second }}:
+
+```python
+pairs = [(context, second) for second in seconds]  # one for each option
+tokens = tokenizer(pairs, truncation="only_first", padding=True, return_tensors="pt")
+scores = model(**{name: value[None] for name, value in tokens.items()}).logits[0]  # softmax: probabilities of the options
+```
+
+Training truncated the context where a pair has more than {{ facts.max_length }} tokens, the limit of the tokenizer.
+{% else %}
 Training truncated inputs to {{ facts.max_length }} tokens; do the same when serving: `tokenizer(text, truncation=True)`, whose limit
 is that length.
-{% if facts.classes %}
+{% endif %}
+{% if options %}
+{% elif facts.classes %}
 Classes, in the order of the logits: {{ facts.classes.names | map("code") | join(", ") }}.
 
 | output of the teacher | label in the data | class |
@@ -134,7 +148,7 @@ negative log-likelihood of the labels. By chance: the mean ECE of exact probabil
 ## Files
 
 Each file was run on all of {{ results.split }}, on which the best epoch was selected, too. Difference and agreement are those from the
-student in PyTorch in float32, the difference the largest of any logit. The batch effect is the largest change of a {{ "probability" if facts.classes else "value (as a share of their range)" }}
+student in PyTorch in float32, the difference the largest of any logit. The batch effect is the largest change of a {{ "probability" if facts.classes or options else "value (as a share of their range)" }}
 when a text is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
 
 | file | MB | {{ metric }} | difference | batch effect | agreement |{{ " ECE |" if calibration }}
@@ -144,8 +158,8 @@ when a text is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
 {% endfor %}
 
 {% if onnx %}
-ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators (oldest version tried: 1.18.1). Inputs are the tokenizer's outputs (int64, any batch size and
-length), the output is `logits`.{{ " Quantization to int8: " ~ quantization ~ "." if quantization }}
+ONNX files use opset {{ figures.opset }} and ONNX Runtime's own operators (oldest version tried: 1.18.1). Inputs are the tokenizer's outputs (int64, {{ "(batch, options, length), each of any size" if options else "any batch size and
+length" }}), the output is `logits`{{ " (batch, options)" if options }}.{{ " Quantization to int8: " ~ quantization ~ "." if quantization }}
 
 {% endif %}
 `manifest.json` holds the sha256 of every file; `pkd export verify FOLDER` checks them.
@@ -179,7 +193,8 @@ class CardFacts:
 
     Attributes:
         main_metric: key of the metric that selected the best epoch.
-        classes: what the outputs mean; None for a regression.
+        task: what the student was trained for.
+        classes: what the outputs mean; None where they are no classes with names.
         initialized_from: one line on the student's initial weights.
         max_length: of the student's inputs, in tokens.
     """
@@ -188,6 +203,7 @@ class CardFacts:
     results: Results
     environment: Environment
     main_metric: str
+    task: Task
     classes: ClassMapping | None
     train: TokenSetSummary
     dev: TokenSetSummary
@@ -227,9 +243,22 @@ def render(facts: CardFacts, figures: ExportFigures) -> str:
         onnx=any(name in ONNX_FILES for name in figures["formats"]),
         quantization=int8.get("quantisation") if int8 else None,
         metric=METRICS[facts.main_metric],
+        options=facts.results.get("options"),
+        second=_second(facts.task),
+        model_class="AutoModelForMultipleChoice"
+        if facts.task.multiple_choice
+        else "AutoModelForSequenceClassification",
         pairs=", ".join(f"({student}, {teacher})" for student, teacher in facts.environment.patience_pairs) or "none",
         terms=_terms(facts),
     )
+
+
+def _second(task: Task) -> str:
+    """Say what the second text of a pair is, of multiple choice."""
+    if len(task.text) < 2:
+        return "the option"
+    gap = f"; a {markdown_code(task.gap)} in the question is replaced by the option instead" if task.gap else ""
+    return f"the question, a space and the option{gap}"
 
 
 def _terms(facts: CardFacts) -> str:

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from pkd_dist.data import trimming
-from pkd_dist.data.tokens import TokenSet
+from pkd_dist.data.tokens import TokenSet, encode
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.scoring import forward_of, predict_logits_single
 from pkd_dist.export import manifest
 from pkd_dist.files import folder_written_atomically, require_unaltered
 from pkd_dist.model.digests import weights_digest
-from pkd_dist.model.encoder import USED_IDS, load_model, load_tokenizer, save_model
+from pkd_dist.model.encoder import USED_IDS, load_config, load_model, load_tokenizer, save_model
+from pkd_dist.model.head import is_multiple_choice, model_class
 from pkd_dist.model.regression_head import restore
 from pkd_dist.model.vocabulary import full_embedding, trim_embedding
 from pkd_dist.training import checkpoint
@@ -147,9 +148,9 @@ def _save(model: PreTrainedModel, tokenizer: Path, output: Path, about: manifest
     """Write a model with the tokenizer in a folder, after checking that it reloads unchanged."""
     with folder_written_atomically(output) as temporary:
         save_model(model, load_tokenizer(str(tokenizer), "student_init"), temporary, about.get("max_length"))
-        reloaded = AutoModelForSequenceClassification.from_pretrained(
-            temporary, dtype="auto", trust_remote_code=False
-        ).state_dict()
+        reloaded = (
+            model_class(model.config).from_pretrained(temporary, dtype="auto", trust_remote_code=False).state_dict()
+        )
         for key, value in model.state_dict().items():
             if reloaded[key].dtype != value.dtype or not torch.equal(reloaded[key], value):
                 raise UserError(f"{output}: {key} reads back differently; the export is not usable")
@@ -164,7 +165,7 @@ def verify(
 
     Args:
         logits_NC: Expected logits.
-        texts: The first texts of dev, by column; the reloaded tokenizer must turn them into dev's tokens.
+        texts: The first texts of dev, or pairs of its options, by column; the reloaded tokenizer must turn them into dev's tokens.
 
     Returns:
         The largest difference of a logit.
@@ -172,9 +173,14 @@ def verify(
     Raises:
         UserError: The reloaded model or tokenizer differs.
     """
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+    config = load_config(str(folder))
+    reloaded = model_class(config).from_pretrained(folder, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for i, ids in enumerate(tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]):
+    if is_multiple_choice(config):
+        (read,), _ = encode(tokenizer, texts, 1, max_length, only_first=True)
+    else:
+        read = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+    for i, ids in enumerate(read):
         if ids != dev.input_ids_T[dev.offsets_N1[i] : dev.offsets_N1[i + 1]].tolist():
             raise UserError(
                 f"{folder}: the reloaded tokenizer splits dev example {i} into other tokens; the export is not usable"

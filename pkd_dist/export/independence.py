@@ -38,7 +38,7 @@ def measure(
         inputs = collate(dev, rows_B, np.ones(len(rows_B)), pad_id).inputs
         together.append(np.asarray(forward(inputs), np.float32))
         for i, length in enumerate(dev.lengths_N[rows_B]):
-            alone.append(np.asarray(forward({k: v[i : i + 1, :length] for k, v in inputs.items()}), np.float32))
+            alone.append(np.asarray(forward({k: v[i : i + 1, ..., :length] for k, v in inputs.items()}), np.float32))
     return compare(np.concatenate(alone), np.concatenate(together), multilabel=dev.labels_N.ndim == 2)
 
 

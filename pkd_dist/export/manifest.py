@@ -99,7 +99,9 @@ class ExportManifest(TypedDict, total=False):
     """manifest.json. An export of a checkpoint has `step` and `dtype` in place of the figures.
 
     `max_length` is the number of tokens at which training truncated, `pair` says whether an example is two texts, and
-    `text_columns` are the columns that they were read from.
+    `text_columns` are the columns that they were read from. `options`, of multiple choice, are the columns that its options were
+    read from, `option_lists` says whether that is one column of lists, and `gap` is the text in a question whose place an option
+    takes.
     """
 
     format_version: int
@@ -118,6 +120,9 @@ class ExportManifest(TypedDict, total=False):
     max_length: int
     pair: bool
     text_columns: list[str]
+    options: list[str]
+    option_lists: bool
+    gap: str | None
     step: int
     dtype: str
     files: dict[str, str]
@@ -138,12 +143,15 @@ def write(folder: Path, about: Mapping[str, object]) -> ExportManifest:
 
 def of_task(task: Task, max_length: int) -> ExportManifest:
     """Return the entries that say what a model was trained to read."""
-    return {
+    read: ExportManifest = {
         "task": task.name,
         "max_length": max_length,
         "pair": len(task.text) > 1,
         "text_columns": list(task.text),
     }
+    if task.multiple_choice:
+        read |= {"options": list(task.options), "option_lists": task.has_option_lists, "gap": task.gap}
+    return read
 
 
 def deployment_of(content: ExportManifest | ExportFigures, results: Results, metric: str) -> Deployment:

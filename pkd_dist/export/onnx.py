@@ -3,8 +3,9 @@
     live model -> last layer at [CLS] alone, fused attention -> torch.onnx -> ONNX Runtime's fusions -> float16 | int8
 
 A graph takes the tokenizer's outputs (`input_ids`, `attention_mask`, ... int64, (B, L), both axes dynamic) and returns
-`logits` (B, C) in float32. Attention uses ONNX Runtime's own operators, with query, key and value in one matrix
-multiplication. The last layer of a family that reads [CLS] alone computes that row alone.
+`logits` (B, C) in float32. Of multiple choice, it takes (B, C, L), all axes dynamic, with the C options of each example. Attention
+uses ONNX Runtime's own operators, with query, key and value in one matrix multiplication. The last layer of a family that reads
+[CLS] alone computes that row alone.
 
 Shapes: B examples, L tokens, H hidden size, Q = 3H, C classes, A heads, d head size.
 """
@@ -31,6 +32,7 @@ from pkd_dist.files import is_full
 from pkd_dist.model.encoder import accepted
 from pkd_dist.model.families import encoder_layers
 from pkd_dist.model.first_token import Attend, only_first_token
+from pkd_dist.model.head import is_multiple_choice
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -89,7 +91,7 @@ class _FusedFunction(_Function):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        self._padding.mask_BL = attention_mask.to(torch.int32)
+        self._padding.mask_BL = attention_mask.flatten(0, -2).to(torch.int32)
         return super().forward(input_ids, attention_mask, token_type_ids)
 
     def _attend_first(
@@ -157,15 +159,19 @@ def _trace(
     kind: Callable[[PreTrainedModel], _Function],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    axes: tuple[object, object],
+    axes: tuple[object, ...],
 ) -> _Trace:
     """Prepare a model for an exporter.
 
     Args:
-        axes: The exporter's way to say that an axis is dynamic, for batch and length.
+        axes: The exporter's way to say that an axis is dynamic, for batch, options (of multiple choice alone) and length.
     """
     example = tokenizer(["one text", "another one, of more words"], padding=True, return_tensors="pt")
     inputs = accepted(model, example)
+    if is_multiple_choice(model.config):
+        inputs = {name: torch.stack([value] * 3, dim=1) for name, value in inputs.items()}
+    else:
+        axes = axes[::2]
     function = kind(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
     return _Trace(function, inputs, dict.fromkeys(inputs, dict(enumerate(axes))))
 
@@ -201,7 +207,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
     fusions.enable_skip_layer_norm = config.model_type in _FUSED  # fails on norms without bias
     kind = _FusedFunction if _is_fused(model) else _Function
     with _exporting(f"a {config.model_type}", "onnx"):
-        trace = _trace(kind, model, tokenizer, ("batch", "length"))
+        trace = _trace(kind, model, tokenizer, ("batch", "options", "length"))
         program = torch.onnx.export(
             trace.function, (), kwargs=trace.inputs, dynamic_shapes=trace.dynamic_shapes, dynamo=True, opset_version=OPSET,
             input_names=list(trace.inputs), output_names=["logits"], external_data=False, verbose=False,
@@ -259,7 +265,7 @@ def write_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
     """
     with _exporting(f"a {model.config.model_type}", "torch-export"):
         dynamic = torch.export.Dim.DYNAMIC
-        trace = _trace(_Function, model, tokenizer, (dynamic, dynamic))
+        trace = _trace(_Function, model, tokenizer, (dynamic, dynamic, dynamic))
         program = torch.export.export(trace.function, (), kwargs=trace.inputs, dynamic_shapes=trace.dynamic_shapes)
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, GraphModule) else ():

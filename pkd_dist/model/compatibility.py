@@ -46,6 +46,7 @@ def require_compatible(
     name: str,
     key: str,
     length_key: str = "task.max_length",
+    multiple_choice: bool = False,
 ) -> None:
     """Check that a model can be distilled and can read the tokenizer's output.
 
@@ -56,6 +57,7 @@ def require_compatible(
         name: What the user calls the model.
         key: The setting that names it.
         length_key: The setting of `max_length`.
+        multiple_choice: It is to score the options of an example.
 
     Raises:
         UserError: The model is not an encoder whose first token represents the text, or it does not match the tokenizer
@@ -77,6 +79,8 @@ def require_compatible(
         raise UserError(
             f"{key}: {name} is a {family}, whose layers do not return one hidden state for each token; {known}"
         )
+    if multiple_choice and family not in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES:
+        raise UserError(f"{key}: {name} is a {family}, which has no multiple choice in transformers; {known}")
     require_length(config, max_length, name, length_key)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token; set its pad_token")

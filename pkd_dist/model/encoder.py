@@ -1,6 +1,7 @@
 """A Hugging Face classifier in distillation: find, load and save its folder; forward to logits and hidden states.
 
-Shapes: B examples, L tokens, C classes (1 for a regression), M selected layers, H hidden size, V token ids.
+Shapes: B examples, L tokens, C classes (1 for a regression), M selected layers, H hidden size, V token ids. A model of multiple
+choice takes inputs (B, O, L), whose O options are its C classes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -36,6 +36,7 @@ from pkd_dist.model.attention import layer_module, queries_keys_values
 from pkd_dist.model.compatibility import longest_input
 from pkd_dist.model.families import encoder_layers, is_bert_like, num_layers
 from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.head import MULTIPLE_CHOICE, has_classifier, is_multiple_choice, model_class, new_model
 from pkd_dist.model.outputs import Outputs
 from pkd_dist.model.specialize import specialize
 from pkd_dist.model.vocabulary import CompactVocabulary, has_plain_vocabulary
@@ -172,14 +173,14 @@ def load_config(folder: str, key: str = "teacher.model", **overrides: Any) -> Pr
 def load_model(
     folder: str, key: str = "teacher.model", new_head: bool = False, dropout: float | None = None, **overrides: Any
 ) -> PreTrainedModel:
-    """Load a sequence classifier in float32, in evaluation mode.
+    """Load a sequence classifier, or a model of multiple choice, in float32, in evaluation mode.
 
     Args:
         folder: A folder or hub name, from `locate`.
         key: The setting that it comes from, for messages.
         new_head: Draw the classifier at random if the folder has none.
         dropout: Probability for all dropouts; None keeps the model's own.
-        overrides: Fields of the model's configuration (`num_labels`, ...).
+        overrides: Fields of the model's configuration (`num_labels`, ..., or `architectures`, which decides the head).
 
     Raises:
         UserError: The model cannot be loaded, or weights other than a new head are missing.
@@ -188,7 +189,7 @@ def load_model(
     config = load_config(folder, key, **overrides)
     set_dropout(config, dropout)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = model_class(config).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=new_head,
             trust_remote_code=False,
         )  # fmt: skip
@@ -203,18 +204,26 @@ def load_model(
     return model.eval()
 
 
-def require_classifier(folder: str, name: str, key: str) -> None:
+def require_classifier(folder: str, name: str, key: str, multiple_choice: bool = False) -> None:
     """Check that a folder holds a sequence classifier, according to `architectures` in its config.
 
     Args:
         name: The model as the user named it, under `key`.
+        multiple_choice: It must score options instead.
 
     Raises:
         UserError: It is a body without a head, or a model of another task.
     """
-    architectures = load_config(folder, key).architectures or []
-    if any(each.endswith("ForSequenceClassification") for each in architectures):
+    config = load_config(folder, key)
+    architectures = config.architectures or []
+    if is_multiple_choice(config) if multiple_choice else has_classifier(config):
         return
+    if multiple_choice and architectures:
+        remedy = ", or set teacher.finetune" if key == "teacher.model" else ""
+        raise UserError(
+            f"{name} is a {architectures[0]}, which does not score options; give a ...{MULTIPLE_CHOICE} of this task{remedy}",
+            key,
+        )
     other = next((task for each in architectures for suffix, task in _OTHER_HEADS.items() if suffix in each), None)
     if other:
         raise UserError(
@@ -294,7 +303,7 @@ class Encoder(nn.Module):
         """Return logits, hidden states, and queries, keys and values.
 
         Args:
-            inputs: Tensors (B, L) from the tokenizer, by name; those that the model does not take are ignored.
+            inputs: Tensors (B, L) or (B, O, L) from the tokenizer, by name; those that the model does not take are ignored.
             layers: Encoder layers whose output to return, from 1 (0: the embeddings).
             tokens: Return the states of every token; needs `all_tokens`.
             attention_layers: Encoder layers whose queries, keys and values to return, from 1.
@@ -315,6 +324,8 @@ class Encoder(nn.Module):
                 f"{num_layers(self.model.config)} layers, not one per layer; use a model of another family"
             )
         states = torch.stack([hidden[i] if tokens else hidden[i][:, 0] for i in layers], dim=-2) if layers else None
+        if states is not None:
+            states = states.unflatten(0, inputs["input_ids"].shape[:-1])
         attention = [queries_keys_values(layer_module(self.model, i), family, hidden[i - 1]) for i in attention_layers]
         return Outputs(
             out.logits,
@@ -390,7 +401,7 @@ def parameter_count(model: PreTrainedModel) -> int:
 def planned_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a classifier of this shape that takes no memory."""
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return new_model(config)
 
 
 def planned_sizes(config: PretrainedConfig, used: int) -> tuple[int, int]:

@@ -8,9 +8,34 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pkd_dist.errors import UserError
+
+MULTIPLE_CHOICE = "ForMultipleChoice"
+"""The end of an architecture's name, in a model's configuration, of models that score the options of an example. The logits of
+such a model are (B, C) for inputs (B, C, L): its last layer has one output, the score of an option."""
+
+
+def is_multiple_choice(config: PretrainedConfig) -> bool:
+    """Return whether a model of this configuration scores options."""
+    return any(name.endswith(MULTIPLE_CHOICE) for name in config.architectures or [])
+
+
+def model_class(config: PretrainedConfig) -> type[AutoModelForMultipleChoice | AutoModelForSequenceClassification]:
+    """Return the class of transformers whose `from_pretrained` and `from_config` make a model with the head that it needs."""
+    return AutoModelForMultipleChoice if is_multiple_choice(config) else AutoModelForSequenceClassification
+
+
+def new_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model of a configuration with random weights, in float32."""
+    made: PreTrainedModel = model_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return made
 
 
 def has_classifier(config: PretrainedConfig) -> bool:
@@ -31,6 +56,15 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     return heads[-1] if heads else None
 
 
+def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return inputs on which logits before and after a change are compared."""
+    inputs: dict[str, torch.Tensor] = model.dummy_inputs
+    if not is_multiple_choice(model.config):
+        return inputs
+    ids_1OL = inputs["input_ids"][None]
+    return {"input_ids": ids_1OL, "attention_mask": torch.ones_like(ids_1OL)}
+
+
 @torch.no_grad()
 def shift_logits(model: PreTrainedModel, shift_C: np.ndarray) -> PreTrainedModel:
     """Subtract a number from each logit of a classifier, in place, in the biases of its last layer.
@@ -38,7 +72,7 @@ def shift_logits(model: PreTrainedModel, shift_C: np.ndarray) -> PreTrainedModel
     Raises:
         UserError: The logits are not the output of that layer alone, or it has no biases.
     """
-    head, probe, shift = output_layer(model), model.dummy_inputs, torch.from_numpy(shift_C)
+    head, probe, shift = output_layer(model), _probe(model), torch.from_numpy(shift_C)
     before_BC = model(**probe).logits.double()
     if head is not None and head.bias is not None:
         head.bias.copy_((head.bias.double() - shift).to(head.bias.dtype))
@@ -57,7 +91,7 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> PreTrainedModel
     Raises:
         UserError: The logits are not the output of that layer alone.
     """
-    head, probe = output_layer(model), model.dummy_inputs
+    head, probe = output_layer(model), _probe(model)
     before_BC = model(**probe).logits.double()
     if head is not None:
         for parameter in head.parameters():
@@ -90,7 +124,7 @@ def reorder_outputs(model: PreTrainedModel, own: Sequence[str], names: Sequence[
         unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
         return None if unnamed else f"its outputs {', '.join(own)} are taken to be {', '.join(names)}, in this order"
     order = [own.index(name) for name in names]
-    head, probe = output_layer(model), model.dummy_inputs
+    head, probe = output_layer(model), _probe(model)
     before_BC = model(**probe).logits
     if head is not None:
         for parameter in head.parameters():

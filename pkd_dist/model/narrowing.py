@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pkd_dist.model.attention import projections
 from pkd_dist.model.families import encoder_layers, is_bert_like
+from pkd_dist.model.head import new_model
 
 _OUTPUTS = {"distilbert": ("attention.out_lin", "ffn.lin1", "ffn.lin2")}
 _BERT_OUTPUTS = ("attention.output.dense", "intermediate.dense", "output.dense")
@@ -50,7 +51,7 @@ def narrow(source: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel
         source: Of a family that `can_narrow` allows.
         config: The same but for hidden size, heads and feed-forward size; the size of a head is the same.
     """
-    target = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    target = new_model(config)
     weights = source.state_dict()
     axes = list(_axes(source, target))
     head = config.hidden_size // config.num_attention_heads

@@ -16,8 +16,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits_BC: Of the classifier.
-        states: Hidden states of the layers asked for, of [CLS] (B, M, H) or of every token (B, L, M, H), projected to the
-            teacher's width if the encoder has a projection; None if no layer was asked for.
+        states: Hidden states of the layers asked for, of [CLS] (B, M, H), of [CLS] of each option (B, O, M, H), or of every token
+            (B, L, M, H), projected to the teacher's width if the encoder has a projection; None if no layer was asked for.
         own_states: The same without the projection.
         attention: Queries, keys and values (B, L, P, 3, H) of every token in the P layers asked for; None for none.
     """

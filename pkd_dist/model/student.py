@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,7 +36,7 @@ from pkd_dist.model.encoder import (
     planned_model,
 )
 from pkd_dist.model.families import encoder_layers, num_layers, shares_layers
-from pkd_dist.model.head import has_classifier, reorder_outputs
+from pkd_dist.model.head import has_classifier, new_model, reorder_outputs
 from pkd_dist.model.layers import copied_layers
 from pkd_dist.model.narrowing import can_narrow, narrow
 from pkd_dist.model.regression_head import has_trained_head, standardize
@@ -56,7 +55,11 @@ def tokenizer_of(config: StudentConfig, teacher: PreTrainedTokenizerBase) -> Pre
 
 
 def planned_depth(
-    config: StudentConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: StudentConfig,
+    teacher: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    multiple_choice: bool = False,
 ) -> int:
     """Return the number of layers that the student will have.
 
@@ -65,6 +68,7 @@ def planned_depth(
         teacher: Configuration of the teacher's model.
         tokenizer: The student's.
         max_length: Of the student's inputs, in tokens.
+        multiple_choice: The student is to score the options of an example.
 
     Raises:
         UserError: The student cannot be created, as far as this can be checked in advance.
@@ -80,7 +84,7 @@ def planned_depth(
         require_length(_with_widths(teacher, config), max_length, "the student", "student.max_length")
         return len(_selected_layers(config, teacher))
     own = load_config(_located(config), "student.init")
-    require_compatible(own, tokenizer, max_length, config.init, "student.init", "student.max_length")
+    require_compatible(own, tokenizer, max_length, config.init, "student.init", "student.max_length", multiple_choice)
     return len(_selected_layers(config, own))
 
 
@@ -214,9 +218,7 @@ def take_layers(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
                 value = weights.pop(name)
                 if int(match[1]) in layers:
                     weights[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = value
-    model = AutoModelForSequenceClassification.from_config(
-        _with_layers(source.config, layers), dtype=torch.float32, trust_remote_code=False
-    )
+    model = new_model(_with_layers(source.config, layers))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -264,7 +266,7 @@ def create(
             layers = _selected_layers(config, shape)
             shape = _with_layers(_with_widths(shape, config), layers)
             _set_fields(shape, labels)
-            model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+            model = new_model(shape)
             made_of = f"{len(layers)} layers of random weights, {shape.hidden_size} wide"
             return standardize(model, scale, trained_head=False), made_of
         if config.init == "first_k":

@@ -143,7 +143,7 @@ def _on_data(run: Run) -> Iterator[str]:
         for note in data.notes:
             yield f"{name.capitalize().replace('_', ' ')} data: {note}."
     counts = run.data["train"].per_class
-    if counts and max(counts) > 10 * min(counts):
+    if counts and run.task.has_named_classes and max(counts) > 10 * min(counts):
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         metric = run.metric[:1].upper() + run.metric[1:] if run.task.multilabel else "Accuracy"
         see = "See" if run.task.metric in _MEANS_OVER_CLASSES else f"{metric} says little about rare classes; see"

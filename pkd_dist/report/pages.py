@@ -166,14 +166,15 @@ def _correct(run: Run) -> list[tuple[str, int]]:
     teacher, student = (_equal(predicted[side], run.dev.labels_N) for side in SIDES)
     both_wrong = ~teacher & ~student
     same = int((both_wrong & _equal(predicted["teacher"], predicted["student"])).sum())
+    singular, kind = ("option", "options") if run.task.multiple_choice else ("class", "classes")
     rows = [
         ("both correct", int((teacher & student).sum())),
         ("only teacher correct", int((teacher & ~student).sum())),
         ("only student correct", int((~teacher & student).sum())),
-        ("both wrong, same classes" if run.task.multilabel else "both wrong, same class", same),
+        (f"both wrong, same {kind if run.task.multilabel else singular}", same),
     ]
     if len(run.class_names) > 2:
-        rows.append(("both wrong, different classes", int(both_wrong.sum()) - same))
+        rows.append((f"both wrong, different {kind}", int(both_wrong.sum()) - same))
     return rows
 
 
@@ -186,7 +187,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _frequent_errors(run: Run) -> list[tuple[str, str, int, int]]:
     """Return rows (true class, predicted class, student's count, teacher's count); empty with few classes."""
     count = len(run.class_names)
-    if count < _MIN_CLASSES_FOR_ERRORS or not run.task.has_labels or run.task.multilabel:
+    if count < _MIN_CLASSES_FOR_ERRORS or len(run.confusion) < len(SIDES):
         return []
     student_CC = run.confusion["student"] * (1 - np.eye(count, dtype=int))
     most = np.argsort(-student_CC, axis=None, kind="stable")[:_MAX_ERRORS]
@@ -228,8 +229,13 @@ def _disagreements(run: Run) -> list[Example]:
         distance_N = np.abs(dev.probabilities["teacher"] - dev.probabilities["student"]).sum(axis=1) / 2
     split = text.read(run.config.task.data, "dev", run.task, run.classes or None)
     place = {int(example): i for i, example in enumerate(split.ids_N)}
+    names = ["", ""][: len(run.task.text)] + [f"{name}: " for name in run.classes if run.task.multiple_choice]
     return [
-        _example(run, int(row), [column[place[int(dev.ids_N[row])]] for column in split.texts])
+        _example(
+            run,
+            int(row),
+            [f"{name}{column[place[int(dev.ids_N[row])]]}" for name, column in zip(names, split.texts, strict=True)],
+        )
         for row in np.argsort(-distance_N, kind="stable")[:_MAX_EXAMPLES]
     ]
 

@@ -172,7 +172,7 @@ class Run:
 
     Attributes:
         stages: finished stages in the order of the run.
-        classes: values of the label column in class order; empty for a regression.
+        classes: values of the label column in class order; empty for a regression. Of multiple choice, what labels call the options.
         class_names: display names of the classes.
         data: token sets by name; has `train` and `dev`.
         student_data: the same in the student's tokens; None: it reads as its teacher does.
@@ -220,10 +220,10 @@ class Run:
 
     @cached_property
     def confusion(self) -> dict[str, np.ndarray]:
-        """(C, C) counts on dev by side, rows are true classes; empty for a regression and for multi-label.
+        """(C, C) counts on dev by side, rows are true classes; empty for a regression, for multi-label and for multiple choice.
 
         Without labels the rows are the teacher's classes, and there are counts of the student alone.
         """
-        if not self.task.has_single_classes:
+        if not (self.task.has_single_classes and self.task.has_named_classes):
             return {}
         return {side: self.dev.confusion(side) for side in (SIDES if self.task.has_labels else ("student",))}

@@ -76,7 +76,8 @@ class _Service:
     async def _respond(self, request: Request) -> Response:
         if self._active > self._limits.concurrency:
             raise HTTPException(503, f"more than {self._limits.concurrency} requests at once", {"retry-after": "1"})
-        single, texts = parse_texts(await read_body(request, self._limits), self._model.pair, self._limits)
+        body = await read_body(request, self._limits)
+        single, texts = parse_texts(body, self._model.pair, self._limits, options=self._model.choices is not None)
         answers = await self._batcher.ask(texts)
         return JSONResponse(answers[0] if single else {"answers": answers})
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from pkd_dist.config.multiple_choice import MOST_OPTIONS
 from pkd_dist.evaluation.answer import is_empty
 from pkd_dist.serve.tokenizer import Texts
 
-_SINGLE, _PAIR = '{"text": ...}', '{"text": ..., "text_pair": ...}'
+_KEYS = {"text": "...", "text_pair": "...", "options": "[..., ...]"}
+"""Key of an input -> what its value looks like, in messages."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,12 @@ async def _timeout(seconds: float) -> AsyncIterator[None]:
         timer.cancel()
 
 
-def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Texts]]:
+def parse_texts(body: bytes, pair: bool, limits: Limits, options: bool = False) -> tuple[bool, list[Texts]]:
     """Return whether a request holds one text rather than a list, and its texts.
+
+    Args:
+        pair: Each is a pair.
+        options: Each has options.
 
     Raises:
         HTTPException: 400 not JSON in UTF-8; 413 too much text; 422 not the expected form.
@@ -113,7 +119,8 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
         raise HTTPException(400, "the body has a number with too many digits") from None
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply") from None
-    form = _PAIR if pair else _SINGLE
+    names = ("text", *(("text_pair",) if pair else ()), *(("options",) if options else ()))
+    form = "{" + ", ".join(f'"{name}": {_KEYS[name]}' for name in names) + "}"
     if not isinstance(given, dict):
         raise HTTPException(422, f'the body must be {form}, or {{"texts": [{form}, ...]}}')
     single = "texts" not in given
@@ -122,7 +129,7 @@ def parse_texts(body: bytes, pair: bool, limits: Limits) -> tuple[bool, list[Tex
         raise HTTPException(422, f"texts must be a list of {form}, and the only key")
     if len(rows) > limits.texts:
         raise HTTPException(413, f"{len(rows)} texts; at most {limits.texts} are allowed in a request")
-    return single, [_checked(row, pair, form, limits) for row in rows]
+    return single, [_checked(row, names, form, limits) for row in rows]
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -132,17 +139,25 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def _checked(row: object, pair: bool, form: str, limits: Limits) -> Texts:
-    names = ("text", "text_pair") if pair else ("text",)
-    if isinstance(row, str) and not pair:
+def _checked(row: object, names: tuple[str, ...], form: str, limits: Limits) -> Texts:
+    if isinstance(row, str) and names == ("text",):
         row = {"text": row}
     if not isinstance(row, dict) or set(row) != set(names):
-        takes = "a pair of texts" if pair else "a single text"
-        raise HTTPException(422, f"each text must be {form}: the model takes {takes}")
-    texts = tuple(_checked_text(name, row[name], limits) for name in names)
+        takes = "a pair of texts" if "text_pair" in names else "a single text"
+        raise HTTPException(
+            422, f"each text must be {form}: the model takes {takes}{' and options' if 'options' in names else ''}"
+        )
+    own = [name for name in names if name != "options"]
+    texts = tuple(_checked_text(name, row[name], limits) for name in own)
     if all(map(is_empty, texts)):
-        raise HTTPException(422, f"{' and '.join(names)} {'are both' if pair else 'is'} empty")
-    return texts
+        raise HTTPException(422, f"{' and '.join(own)} {'are both' if len(own) > 1 else 'is'} empty")
+    return (*texts, *(_checked_options(row["options"], limits) if "options" in names else ()))
+
+
+def _checked_options(options: object, limits: Limits) -> Texts:
+    if not isinstance(options, list) or not 2 <= len(options) <= MOST_OPTIONS:
+        raise HTTPException(422, f"options must be a list of 2 to {MOST_OPTIONS} strings")
+    return tuple(_checked_text(f"options[{i}]", option, limits) for i, option in enumerate(options))
 
 
 def _checked_text(name: str, text: object, limits: Limits) -> str:

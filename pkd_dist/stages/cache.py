@@ -180,7 +180,8 @@ def cache_bytes(context: Context) -> int:
 def _bytes(context: Context, layers: int, all_tokens: bool) -> int:
     run, data = context.resolved, context.output(DataOutput)
     summary = data.sets[training_set(context)]
-    states = (summary.tokens if all_tokens else summary.examples) * layers * run.teacher_width
+    options = len(data.class_names) if run.task.multiple_choice else 1
+    states = (summary.tokens if all_tokens else summary.examples * options) * layers * run.teacher_width
     values = states + summary.examples * max(1, len(data.class_names))
     return values * (4 if run.config.cache.dtype == "float32" else 2)
 

@@ -300,7 +300,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     order = _class_order(config, task, teachers, tokenizer)
     depth = num_layers(source_config)
     student_tokenizer = student.tokenizer_of(config.student, tokenizer)
-    student_depth = student.planned_depth(config.student, source_config, student_tokenizer, config.student_length)
+    student_depth = student.planned_depth(
+        config.student, source_config, student_tokenizer, config.student_length, multiple_choice=task.multiple_choice
+    )
     if config.student.vocabulary == "used":
         trimming.require_trimmable(student_tokenizer)
         student.require_plain_vocabulary(config.student, source_config)
@@ -384,15 +386,22 @@ def _class_order(
     """Check that the teachers can be used, and return the label values in the order of their outputs; None: the data decides."""
     key, orders = "student.init" if config.teacher.answers else "teacher.model", []
     for teacher in teachers:
-        require_compatible(teacher.source_config, tokenizer, config.task.max_length, teacher.model, key)
+        require_compatible(
+            teacher.source_config,
+            tokenizer,
+            config.task.max_length,
+            teacher.model,
+            key,
+            multiple_choice=task.multiple_choice,
+        )
         if config.teacher.finetune is not None or config.teacher.answers:
             orders.append(task.classes)
             continue
-        encoder.require_classifier(teacher.source, teacher.model, key)
+        encoder.require_classifier(teacher.source, teacher.model, key, multiple_choice=task.multiple_choice)
         class_mapping.require_outputs(task, teacher.source_config, teacher.model, key)
         try:
             orders.append(class_mapping.class_order(task, teacher.source_config, key))
-            if orders[-1] is None and not task.has_labels:
+            if orders[-1] is None and not task.has_labels and task.has_named_classes:
                 orders[-1] = tuple(class_mapping.output_names(teacher.source_config))
         except UserError as error:
             raise UserError(f"{teacher.model}: {error.message}", error.setting) from None

@@ -22,6 +22,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import changed_file, digest_of, make_folder, sha256, write_json
 from pkd_dist.model import digests, encoder, student, vocabulary
+from pkd_dist.model.head import MULTIPLE_CHOICE
 from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
@@ -51,7 +52,7 @@ class DataOutput:
     """The token sets of this run, and the task's classes.
 
     Attributes:
-        classes: label values in the order of the logits; empty for a regression.
+        classes: label values in the order of the logits; empty for a regression. Of multiple choice, what labels call the options.
         class_names: their names, in the same order.
         scale: of a regression's training targets; None: targets are learned as they are.
         vocabulary: None: the finished student knows all tokens that it was trained with.
@@ -79,7 +80,9 @@ class DataOutput:
         return [name for name in self.sets if name not in ("train", DISTILL)]
 
     def model_fields(self, task: Task) -> dict[str, Any]:
-        """Return the fields of a model configuration that describe the classes."""
+        """Return the fields of a model configuration that describe the outputs, and the head if it is not a classifier's."""
+        if task.multiple_choice:
+            return {"num_labels": 1, "architectures": [MULTIPLE_CHOICE]}
         if task.regression:
             return {"num_labels": 1, "problem_type": "regression"}
         kind = "multi_label" if task.multilabel else "single_label"
@@ -179,7 +182,7 @@ def _prepare(context: Context) -> DataOutput:
     train = splits["train"]
     names = run.task.names_of(train.classes)
     _require_trainable(context, splits)
-    if not (run.finetunes or run.has_answers) and run.class_order is None and names:
+    if not (run.finetunes or run.has_answers) and run.class_order is None and names and run.task.has_named_classes:
         log.warning(
             "data: the outputs of %s have no names; they are taken to be %s, in this order; task.class_names sets another",
             " and ".join(run.config.teacher.models), ", ".join(names),
@@ -190,7 +193,7 @@ def _prepare(context: Context) -> DataOutput:
                 "data: teacher.model: the biases of %s contain thresholds (thresholds_in_bias in its config.json), so its scores are "
                 "no probabilities, and the student learns them as they are; the teacher of its run has none", teacher.model,
             )  # fmt: skip
-    write_json(folder / SAMPLE, {"texts": [column[:SAMPLE_TEXTS] for column in splits["dev"].texts]})
+    write_json(folder / SAMPLE, {"texts": splits["dev"].inputs(slice(SAMPLE_TEXTS))})
     answered = _answers(context, splits, names) if run.has_answers else None
     own = None if run.reads_alike else _write_student_tokens(context, splits)
     kept = _trim(context, splits) if run.config.student.vocabulary == "used" else None
@@ -206,7 +209,10 @@ def _prepare(context: Context) -> DataOutput:
     output = DataOutput(
         tuple(train.classes), tuple(names), summaries, vocabulary=kept, student_sets=own, answers=answered
     )
-    log.info("data: %s", _classes(run, output).sentence())
+    if run.task.multiple_choice:
+        log.info("data: %d options, which labels call %s", len(names), ", ".join(names))
+    else:
+        log.info("data: %s", _classes(run, output).sentence())
     return output
 
 
@@ -258,7 +264,7 @@ def _trim(context: Context, splits: dict[str, Split]) -> KeptVocabulary:
     run, folder, read = context.resolved, context.resolved.paths.data, _student_folder(context)
     name = DISTILL if DISTILL in splits else "train"
     plain = tokens.open_tokens(read / name)
-    plain_T = plain.input_ids_T[: plain.offsets_N1[len(plain) - splits[name].augmented]]
+    plain_T = plain.input_ids_T[: plain.offsets_N1[(len(plain) - splits[name].augmented) * plain.options]]
     shape = student.planned_config(run.config.student, run.source_config)
     counts_V = trimming.count_tokens([plain_T], int(shape.vocab_size))
     min_count = run.config.student.min_count
@@ -299,9 +305,9 @@ STAGE = Stage("data", VERSION, DataOutput, inputs, run, missing, artifacts)
 
 
 def classes_of(context: Context) -> class_mapping.ClassMapping | None:
-    """Return how the teacher's outputs, label values and names correspond; None for a regression."""
+    """Return how the teacher's outputs, label values and names correspond; None where outputs are no classes with names."""
     output = context.output(DataOutput)
-    return _classes(context.resolved, output) if output.classes else None
+    return _classes(context.resolved, output) if output.classes and context.resolved.task.has_named_classes else None
 
 
 def _classes(run: Resolved, output: DataOutput) -> class_mapping.ClassMapping:

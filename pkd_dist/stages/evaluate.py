@@ -93,6 +93,8 @@ def run(context: Context) -> EvaluateOutput:
         log.info("evaluate: calibration: %s", found.get("unfitted") or ece_sentence(found))
     if classes:
         compared.results.update(class_facts(classes))
+    if task.multiple_choice:
+        compared.results["options"] = len(context.output(DataOutput).classes)
     if classes and compared.thresholds is not None:
         compared.results["multilabel"] = _of_classes(compared, classes.names)
     context.world.on_main(lambda: _write(context, compared))

@@ -129,6 +129,7 @@ def _facts(context: Context) -> card.CardFacts:
         config=run.config,
         results=context.output(EvaluateOutput).results,
         main_metric=run.task.main_metric,
+        task=run.task,
         classes=classes_of(context),
         train=data.sets["train"],
         dev=data.sets["dev"],

@@ -70,7 +70,7 @@ def test_the_model_card(results, tmp_path):
     )  # fmt: skip
     facts = CardFacts(
         config=load(None, ["run.dir=unused", f"teacher.model={tmp_path}"]), results=results, environment=environment, main_metric="f_1",
-        classes=match(Task("t", ("a",), "b"), ("no", "[yes](x)"), [9, 1], ("LABEL_0", "LABEL_1")),
+        task=Task("t", ("a",), "b"), classes=match(Task("t", ("a",), "b"), ("no", "[yes](x)"), [9, 1], ("LABEL_0", "LABEL_1")),
         train=summary(f"{tmp_path}/train.tsv + {tmp_path}/more.csv", 60), dev=summary(f"{tmp_path}/dev.tsv", 50),
         best_epoch=3, initialized_from="teacher layers [1, 3] (from 0)", max_length=128,
     )  # fmt: skip

@@ -23,7 +23,7 @@ CASES = [
     ("prepare --data hub:", "pkd: --data: 'hub:' is not of the form hub:NAME"),
     (
         "prepare --data x --kind foo",
-        "pkd: --kind: 'foo' is invalid; allowed: classification or regression or multilabel or null",
+        "pkd: --kind: 'foo' is invalid; allowed: classification or regression or multilabel or multiple_choice or null",
     ),
     ("prepare --data x --task ticket", "pkd: --task: unknown task 'ticket'; allowed: cola"),
 ]
