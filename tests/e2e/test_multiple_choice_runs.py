@@ -248,7 +248,9 @@ def test_killed_at_any_moment_the_export_is_the_same(body, race, tmp_path):
             until(moment, run, job)
     end = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
     assert end.returncode == 0, end.stdout + end.stderr
-    for name in ("teacher/model.safetensors", "export/model.safetensors"):
+    for name in [
+        f"{place}/{file}" for place in ("teacher", "export") for file in ("model.safetensors", "tokenizer.json")
+    ]:
         assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
     assert losses(run) == losses(tmp_path / "calm")
     again = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
