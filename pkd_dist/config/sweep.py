@@ -46,7 +46,7 @@ class Sweep(Section):
     )
     budget: str | None = Field(
         None,
-        description="No point is started after this time, such as 90m or 2h, counted over all calls. null: no limit.",
+        description="No point is started after this time, such as 90m or 2h, counted from the first call. null: no limit.",
     )
     seeds: list[Seed] = Field(
         [1], min_length=1, description="Seeds (run.seed) of each point; a point that is pruned has no further ones."

@@ -15,7 +15,7 @@ from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.search.shared import SweepConfig
-from pkd_dist.search.study import REASON, WORKERS, Claim, Study
+from pkd_dist.search.study import REASON, WORKERS, Claim, Study, shown_value
 from pkd_dist.search.trial import Bases, Found, TooLargeError, clean, train
 from pkd_dist.telemetry.log import log, to_file
 
@@ -52,7 +52,7 @@ def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: Wor
                 continue
             log.info(
                 "trial %d: %s, %s %.4g after epoch %d, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
-                abs(found.value), found.epoch, found.seconds,
+                shown_value(found.value, objective), found.epoch, found.seconds,
             )  # fmt: skip
             if found.pruned:
                 study.prune(claim, found.attributes)
