@@ -24,7 +24,7 @@ WITH_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test lint coverage bench-faults bench-power bench-glue bench-peers bench-profile bench-ranks \
-    bench-scaling bench-scrapers bench-serving docs lock clean
+    bench-scaling bench-scrapers bench-serving bench-sweep docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ bench-scrapers: .venv/.installed-demo ## measure the effect of 50 hanging connec
 
 bench-serving: .venv/.installed-test ## measure the export of a run, and pkd serve under 64 clients for 60 s (ARGS: --run DIR ...)
 	@$(WITH_PATH) $(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-sweep: .venv/.installed-demo ## measure sweeps: 1,000 short trials, ten kills, the paper's grid (ARGS: --only small, --full)
+	@$(WITH_PATH) $(BIN)/python -m benchmarks.sweep $(ARGS)
 
 docs: .venv/.installed-test ## generate docs/configuration.md, docs/metrics.md and the dashboard from the code
 	@$(BIN)/pkd config reference > docs/configuration.md.new

@@ -46,7 +46,7 @@ class Sweep(Section):
     )
     budget: str | None = Field(
         None,
-        description="No point is started after this time, such as 90m or 2h, counted over all calls. null: no limit.",
+        description="No point is started after this time, such as 90m or 2h, counted from the first call. null: no limit.",
     )
     seeds: list[Seed] = Field(
         [1], min_length=1, description="Seeds (run.seed) of each point; a point that is pruned has no further ones."
@@ -63,6 +63,11 @@ class Sweep(Section):
         "from the teacher is among the best third of those that came so far. `none`: each point is trained to its end.",
     )
     reduction: Annotated[int, Field(ge=2)] = Field(3, description="`asha` only: one of this many points continues.")
+    students_per_step: Literal["auto"] | Count = Field(
+        "auto",
+        description="Trials that a worker trains together, where their students have the same shape and the loss looks at [CLS] alone: "
+        "one batched step for all. `auto`: 1 on a CPU, where it does not pay, and 8 on a GPU.",
+    )
     constraints: Constraints = Field(
         Constraints(),
         description="Limits of the winner's int8 file. Larger or slower points are left out before they are trained.",

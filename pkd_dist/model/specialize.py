@@ -31,3 +31,9 @@ def specialize(module: nn.Module, mixin: type[T]) -> T:
         module.__class__ = _SUBCLASSES[mixin, base]
     assert isinstance(module, mixin)
     return module
+
+
+def unspecialize(module: nn.Module, package: str) -> None:
+    """Take a module's mixins away that a package defines, in place; its other mixins stay."""
+    while type(module) in _SUBCLASSES.values() and type(module).__bases__[0].__module__.startswith(package):
+        module.__class__ = type(module).__bases__[1]

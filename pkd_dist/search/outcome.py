@@ -24,7 +24,7 @@ from pkd_dist.search.footprint import Footprint
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import SweepConfig
 from pkd_dist.search.space import as_overrides
-from pkd_dist.search.study import REASON, SEED, STATES, Study, seeds_of
+from pkd_dist.search.study import REASON, SEED, STATES, Study, seeds_of, shown_value
 from pkd_dist.telemetry.log import log
 
 BEST, TABLE, FINAL, PAGE = "best.yaml", "trials.parquet", "final", "sweep.html"
@@ -97,6 +97,10 @@ class Outcome:
     def seconds(self) -> float:
         """Of all workers' trials."""
         return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials))
+
+    def score(self, point: Point) -> float:
+        """Return the mean score of a point on dev, as people read it."""
+        return shown_value(point.value, self.objective)
 
     @property
     def fresh(self) -> dict[int, Final]:

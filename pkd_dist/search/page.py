@@ -115,7 +115,7 @@ def _html(figure: go.Figure) -> str:
 
 def _tradeoff(outcome: Outcome, key: str, metric: str, unit: str) -> go.Figure:
     scale = 1e-6 if key == "bytes" else 1.0
-    points = [(scale * point.trials[0].user_attrs[key], abs(point.value), point) for point in outcome.points]
+    points = [(scale * point.trials[0].user_attrs[key], outcome.score(point), point) for point in outcome.points]
     best = max if outcome.objective != DIVERGENCE else min
     front = [
         (x, y) for x, y, _ in sorted(points, key=lambda each: each[:2]) if y == best(other for at, other, _ in points if at <= x)
@@ -175,7 +175,7 @@ def _curves(outcome: Outcome) -> go.Figure:
         steps = sorted(trial.intermediate_values)
         pruned, winner = trial.state is not TrialState.COMPLETE, trial.number in winners
         figure.add_scatter(
-            x=steps, y=[abs(trial.intermediate_values[step]) for step in steps], mode="lines+markers", showlegend=False,
+            x=steps, y=[(-1 if divergence else 1) * trial.intermediate_values[step] for step in steps], mode="lines+markers", showlegend=False,
             line={"color": _GRAY if pruned else _BEST if winner else _OTHER, "width": 2.5 if winner else 1}, marker={"size": 4},
             opacity=0.5 if pruned else 0.9, name=_name(trial), hovertemplate="%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         )  # fmt: skip

@@ -29,9 +29,9 @@ from pkd_dist.model import digests, encoder
 from pkd_dist.search import page
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes, last_error
-from pkd_dist.search.shared import BASE_STAGES, SweepConfig
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
 from pkd_dist.search.space import Space
-from pkd_dist.search.study import ENDED, STATES, WORKERS, Study
+from pkd_dist.search.study import ENDED, STATES, WORKERS, Study, shown_value
 from pkd_dist.stages.context import resolve
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
@@ -142,10 +142,7 @@ def _prepare(opened: Opened, processes: Processes) -> None:
     runs = []
     if config.teacher.finetune:
         runs.append((sweep.teacher_folder, sweep.of_teacher(), "data,teacher"))
-    if not any(
-        key.startswith(("task.", "teacher.", "cache.", "student.vocabulary", "student.init"))
-        for key in opened.space.distributions
-    ):
+    if not any(map(needs_own_base, opened.space.distributions)):
         folder, overrides = sweep.of_base([])
         runs.append((folder, overrides, ",".join(BASE_STAGES)))
     with _locked(sweep.folder / WORKERS / "bases"):
@@ -177,7 +174,7 @@ def _show(study: Study, opened: Opened, workers: int, metrics: RunMetrics) -> No
     """Set the metrics of the study."""
     states = [trial.state for trial in study.trials]
     counts = {name: states.count(state) for state, name in STATES.items()}
-    metrics.show_sweep(counts, workers, opened.objective, _best_value(study))
+    metrics.show_sweep(counts, workers, opened.objective, _best_value(study, opened.objective))
 
 
 def _train_all(opened: Opened, study: Study, processes: Processes, parts: list[Share], metrics: RunMetrics) -> None:
@@ -226,11 +223,11 @@ def _ended(study: Study) -> int:
     return sum(trial.state in ENDED for trial in study.trials)
 
 
-def _best_value(study: Study) -> float | None:
+def _best_value(study: Study, objective: str) -> float | None:
     values = [trial.value for trial in study.trials if trial.value is not None]
-    return abs(max(values)) if values else None
+    return shown_value(max(values), objective) if values else None
 
 
 def _best_so_far(study: Study, objective: str) -> str:
-    best = _best_value(study)
+    best = _best_value(study, objective)
     return "" if best is None else f"best {objective} {best:.4f}"

@@ -17,6 +17,7 @@ from pkd_dist.files import digest_of
 from pkd_dist.stages.context import teacher_name
 
 BASE_STAGES = ("data", "teacher", "cache")
+_SECTIONS = ("task", "teacher", "cache")
 _STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
 """Of the section `student`: they decide which tokens the student reads."""
 
@@ -86,12 +87,16 @@ class SweepConfig:
         pairs = (
             [config.student.layers, config.student.num_layers, distill.model_dump(mode="json")] if by_token else None
         )
-        content = config.model_dump(
-            mode="json", include={"task", "teacher", "cache"}, exclude={"cache": {"dir", "layers"}}
-        )
+        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude={"cache": {"dir", "layers"}})
         student = config.student.model_dump(mode="json", include=_STUDENT_KEYS)
         needed = distill.alpha > 0 or distill.compares_states
         return self.folder / "bases" / digest_of([content, student, pairs, needed])[:8]
+
+
+def needs_own_base(key: str) -> bool:
+    """Return whether points that differ in this key have different bases."""
+    section, _, name = key.partition(".")
+    return section in _SECTIONS or (section == "student" and name in _STUDENT_KEYS)
 
 
 def _override(key: str, value: object) -> str:

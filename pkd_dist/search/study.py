@@ -264,6 +264,11 @@ def objective_value(figures: Mapping[str, float], objective: str) -> float:
     return -figures[DIVERGENCE] if objective == DIVERGENCE else figures[objective]
 
 
+def shown_value(value: float, objective: str) -> float:
+    """Return a score as people read it, of a value that the study maximizes."""
+    return -value if objective == DIVERGENCE else value
+
+
 def _sampler(settings: Sweep, number: int) -> optuna.samplers.BaseSampler:
     """Return the sampler of a trial; the points of a grid are in the study from the start."""
     seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])

@@ -11,14 +11,16 @@ from pkd_dist.metric_names import METRICS
 from pkd_dist.report.format import duration
 from pkd_dist.search.outcome import BEST, PAGE, TABLE, Outcome, Point, ranked, scores_of
 from pkd_dist.search.space import as_overrides
-from pkd_dist.search.study import STATES, Reading
+from pkd_dist.search.study import STATES, Reading, shown_value
 
 
 def describe(outcome: Outcome) -> str:
     """Return the text that `pkd sweep` ends with."""
     name, winner = METRICS.get(outcome.objective, outcome.objective), outcome.winner
     lines = [f"\nsweep: {counted(outcome.trials)}, {duration(outcome.seconds)} of the workers' time"]
-    lines.append(f"winner: point {winner.number}, {name} {abs(winner.value):.4f} on dev: {' '.join(winner.overrides)}")
+    lines.append(
+        f"winner: point {winner.number}, {name} {outcome.score(winner):.4f} on dev: {' '.join(winner.overrides)}"
+    )
     for seed, final in outcome.finals.items():
         scores = ", ".join(f"{split} {value:.4f}" for split, value in scores_of(final.results).items())
         lines.append(
@@ -75,7 +77,7 @@ def table(points: Sequence[Point], objective: str, rows: int) -> tuple[list[str]
     head = ["point", METRICS.get(objective, objective), "divergence", "MB", "ms", *keys]
     body = [
         [
-            str(point.number), f"{abs(point.value):.4f}", f"{point.divergence:.4g}", f"{point.footprint.bytes / 1e6:.2f}",
+            str(point.number), f"{shown_value(point.value, objective):.4f}", f"{point.divergence:.4g}", f"{point.footprint.bytes / 1e6:.2f}",
             f"{point.footprint.latency_ms:.3g}", *(_shown(point.trials[0].params.get(key)) for key in keys),
         ]
         for point in points[:rows]

@@ -1,4 +1,4 @@
-"""Train one point of a sweep in this process: the same training as that of a run of its own, on data and a cache that are open.
+"""Train points of a sweep in this process: the same training as that of a run of its own, on data and a cache that are open.
 
 What a run would do beside its training is done once for all points (`Bases`).
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pkd_dist import pipeline
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
-from pkd_dist.errors import UserError
+from pkd_dist.errors import Preempted, UserError
 from pkd_dist.files import discard, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.metric_names import DIVERGENCE
@@ -35,6 +35,7 @@ from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.training.hooks import Hook
+from pkd_dist.training.stacked_step import can_stack, run_together
 from pkd_dist.training.trainer import Trainer, open_trainer
 
 TRIALS = "trials"
@@ -117,15 +118,43 @@ class Bases:
         return self._opened[folder]
 
 
-def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Found:
-    """Train the student of a trial, from its newest checkpoint if there is one.
+@dataclass
+class OpenTrial:
+    """A trial whose training can start, or continues from its newest checkpoint."""
+
+    claim: Claim
+    context: Context
+    trainer: Trainer
+    footprint: Footprint
+    objective: str
+    began: float
+
+    def found(self, pruned: bool) -> Found:
+        """Return what became of it, once its training has ended."""
+        progress = self.trainer.progress
+        best = next(entry for entry in progress.history if entry["epoch"] == progress.best_epoch)
+        return Found(
+            pruned=pruned,
+            value=objective_value(best, self.objective),
+            epoch=progress.best_epoch,
+            scores=_figures(best),
+            history=progress.history,
+            parameters=self.context.output(InitOutput).parameters,
+            footprint=self.footprint,
+            examples=len(self.trainer.job.dev),
+            seconds=time.monotonic() - self.began,
+        )
+
+
+def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> OpenTrial:
+    """Open the training of a trial.
 
     Args:
         objective: A key of the figures on dev.
 
     Raises:
         TooLargeError: The student does not meet the constraints.
-        UserError, DivergedError, Preempted: See `training.trainer.train`.
+        UserError, Preempted: See `training.trainer.train`.
     """
     began = time.monotonic()
     point, folder = as_overrides(claim.trial.params), sweep.folder / TRIALS / str(claim.number)
@@ -143,24 +172,51 @@ def train(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> Fou
         base.hand_on(found)
     trainer = open_trainer(job, context.world, context.telemetry)
     trainer.hooks = [*trainer.hooks, _Report(claim, objective, config.train.epochs)]
-    pruned = False
+    return OpenTrial(claim, context, trainer, size, objective, began)
+
+
+def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exception]]:
+    """Train students; yield each as it ends, with what was found or the exception that ended it.
+
+    Those of one shape take their steps together (`training.stacked_step`), the others one after the other.
+
+    Raises:
+        Preempted: A stop signal arrived; the checkpoints of all that were being trained are committed.
+    """
+    stopped: Preempted | None = None
+    for group in _groups(trials):
+        ends = run_together([trial.trainer for trial in group]) if len(group) > 1 else _alone(group[0].trainer)
+        for place, error in ends:
+            if isinstance(error, Preempted):
+                stopped = error
+            elif error is None or isinstance(error, Pruned):
+                yield group[place], group[place].found(pruned=error is not None)
+            else:
+                yield group[place], error
+        if stopped:
+            raise stopped
+
+
+def _alone(trainer: Trainer) -> Iterator[tuple[int, Exception | None]]:
     try:
         trainer.run()
-    except Pruned:
-        pruned = True
-    progress = trainer.progress
-    best = next(entry for entry in progress.history if entry["epoch"] == progress.best_epoch)
-    return Found(
-        pruned=pruned,
-        value=objective_value(best, objective),
-        epoch=progress.best_epoch,
-        scores=_figures(best),
-        history=progress.history,
-        parameters=context.output(InitOutput).parameters,
-        footprint=size,
-        examples=len(job.dev),
-        seconds=time.monotonic() - began,
-    )
+    except Exception as error:
+        yield 0, error
+    else:
+        yield 0, None
+
+
+def _groups(trials: Sequence[OpenTrial]) -> list[list[OpenTrial]]:
+    """Group trials that can take their steps together."""
+    groups: list[list[OpenTrial]] = []
+    for trial in trials:
+        for group in groups:
+            if can_stack([group[0].trainer, trial.trainer]):
+                group.append(trial)
+                break
+        else:
+            groups.append([trial])
+    return groups
 
 
 def clean(sweep: SweepConfig, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.search.shared import SweepConfig
-from pkd_dist.search.study import REASON, WORKERS, Claim, Study
-from pkd_dist.search.trial import Bases, Found, TooLargeError, clean, train
+from pkd_dist.search.study import REASON, WORKERS, Claim, Study, shown_value
+from pkd_dist.search.trial import Bases, Found, OpenTrial, TooLargeError, clean, open_trial, train
 from pkd_dist.telemetry.log import log, to_file
 
 _FAILURES_IN_A_ROW = 5
 _POLL_SECONDS = 1.0
+_ON_A_GPU = 8
+"""Students per step on a GPU: a guess, not measured."""
 
 
 def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: World) -> None:
@@ -31,34 +34,43 @@ def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: Wor
         objective: A key of the figures on dev.
 
     Raises:
-        Preempted: A stop signal arrived. The trial's checkpoint is committed; another worker continues it.
+        Preempted: A stop signal arrived. The checkpoints of the trials are committed; another worker continues them.
         UserError: Points fail one after the other, and none has succeeded.
     """
     with _alive(sweep, name):
         bases, parent = Bases(sweep, world), os.getppid()
-        while os.getppid() == parent:  # a worker whose `pkd sweep` was killed ends after its trial
+        together = study.settings.students_per_step
+        count = together if together != "auto" else _ON_A_GPU if world.device.type == "cuda" else 1
+        while os.getppid() == parent:  # a worker whose `pkd sweep` was killed ends after its trials
             world.stop_here("between two trials")
-            claim = study.claim(name)
-            if claim is None:
+            claims = list(itertools.islice(iter(lambda: study.claim(name), None), count))
+            if not claims:
                 if study.done:
                     return
                 time.sleep(
                     _POLL_SECONDS
                 )  # what other workers finish may bring more seeds, and what they leave is continued
                 continue
-            found = _train(claim, study, bases, sweep, objective)
-            if found is None:
-                _require_some_success(study)
-                continue
-            log.info(
-                "trial %d: %s, %s %.4g after epoch %d, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
-                abs(found.value), found.epoch, found.seconds,
-            )  # fmt: skip
-            if found.pruned:
-                study.prune(claim, found.attributes)
-            else:
-                study.complete(claim, found.value, found.attributes)
-            clean(sweep, claim.number)
+            opened = (_open(claim, study, bases, sweep, objective) for claim in claims)
+            for trial, found in train([trial for trial in opened if trial is not None]):
+                if isinstance(found, Found):
+                    _note(trial.claim, found, study, sweep, objective)
+                else:
+                    _fail(trial.claim, found, study, sweep)
+            _require_some_success(study)
+
+
+def _note(claim: Claim, found: Found, study: Study, sweep: SweepConfig, objective: str) -> None:
+    """Tell the study what became of a trial."""
+    log.info(
+        "trial %d: %s, %s %.4g after epoch %d, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
+        shown_value(found.value, objective), found.epoch, found.seconds,
+    )  # fmt: skip
+    if found.pruned:
+        study.prune(claim, found.attributes)
+    else:
+        study.complete(claim, found.value, found.attributes)
+    clean(sweep, claim.number)
 
 
 @contextmanager
@@ -74,32 +86,37 @@ def _alive(sweep: SweepConfig, name: str) -> Iterator[None]:
         held.release()
 
 
-def _train(claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str) -> Found | None:
-    """Train a trial; None if it failed, which the study notes."""
+def _open(claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str) -> OpenTrial | None:
+    """Open a trial; None if it cannot be trained, which the study notes."""
     try:
-        return train(claim, bases, sweep, objective)
+        return open_trial(claim, bases, sweep, objective)
     except TooLargeError as problem:
         log.info("trial %d: left out: %s", claim.number, problem)
         study.prune(claim, {REASON: str(problem)} | asdict(problem.footprint))
         clean(sweep, claim.number)
-        return None
-    except (UserError, DivergedError) as error:
-        reason = str(error)
-    except OSError as error:
-        if not is_full(error):
-            raise
+    except Exception as error:
+        _fail(claim, error, study, sweep)
+    return None
+
+
+def _fail(claim: Claim, error: Exception, study: Study, sweep: SweepConfig) -> None:
+    """Note that a trial failed; what is no failure of the trial is raised."""
+    if isinstance(error, OSError) and is_full(error):
         reason = f"the disk is full ({error})"
+    elif isinstance(error, UserError | DivergedError):
+        reason = str(error)
+    else:
+        raise error
     log.info("trial %d: failed: %s", claim.number, reason)
     study.fail(claim, reason)
     clean(sweep, claim.number)
-    return None
 
 
 def _require_some_success(study: Study) -> None:
     """Raise UserError if nothing but failures came out of the first trials."""
     ended = [trial for trial in study.trials if trial.state.is_finished()]
     failed = [trial for trial in ended if trial.state is TrialState.FAIL]
-    if len(failed) == len(ended) >= _FAILURES_IN_A_ROW:
+    if ended and len(failed) == len(ended) >= _FAILURES_IN_A_ROW:
         raise UserError(
             f"the first {len(failed)} points failed; the last one: {failed[-1].user_attrs[REASON]}", "sweep.space"
         )

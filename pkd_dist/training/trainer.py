@@ -11,7 +11,7 @@ optimization. The position is one number, the optimizer step; batch and random s
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -165,16 +165,21 @@ class Trainer:
 
     def run(self) -> Progress:
         """Train to the end; collective. See `train`."""
+        for _ in self.steps():
+            pass
+        return self.progress
+
+    def steps(self) -> Iterator[None]:
+        """Train to the end, and yield after each step; collective."""
         completed = False
         try:
-            self._run()
+            yield from self._steps()
             completed = True
         finally:
             for hook in reversed(self.hooks):
                 hook.on_end(self, completed)
-        return self.progress
 
-    def _run(self) -> None:
+    def _steps(self) -> Iterator[None]:
         self.engine.train()
         for hook in self.hooks:
             hook.on_start(self)
@@ -183,6 +188,7 @@ class Trainer:
             if number := self.step.stop_signal():
                 self.stop(number)
             self.after_step()
+            yield
         progress = self.progress
         if progress.step < self.total_steps:
             log.info(

@@ -276,3 +276,31 @@ def test_best_yaml_is_a_complete_configuration(done):
     content = yaml.safe_load((done[1] / "best.yaml").read_text())
     assert "sweep" not in content and content["run"]["seed"] == 1
     assert json.dumps(content["teacher"]["model"])
+
+
+def test_students_that_are_trained_together_learn_as_alone(taught, data, tmp_path):
+    """Float32, no dropout: what remains is the order of sums. One of them diverges, and leaves the others alone."""
+    space = {
+        "train.learning_rate": [3e-3, 1e-3, 1e30], "distill.beta": [0.0, 100.0], "distill.temperature": [5.0], "train.weight_decay": [0.1],
+    }  # fmt: skip
+    exact = [
+        "train.epochs=4", "student.dropout=0.0", "train.deepspeed=ds_configs/zero1_fp32.json", "checkpoint.every_steps=1000000",
+        "distill.alpha=0.5",
+    ]  # fmt: skip
+    folders = {}
+    for students in (1, 4):
+        folders[students] = tmp_path / str(students)
+        config = searched(taught, data, tmp_path, space=space, students_per_step=students, seeds=[1, 2])
+        command = ("sweep", "--config", config, "--output", folders[students], "--workers", 1, *exact)
+        ended = pkd(*command)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    alone, together = (table(folders[students]).set_index("number") for students in (1, 4))
+    assert list(alone["state"]) == list(together["state"]) and list(alone["seed"]) == list(together["seed"])
+    trained = alone[alone["state"] == "complete"].index
+    assert len(trained) == 8 and (alone["state"] == "failed").sum() == 2
+    for number in trained:
+        one, other = (steps(folders[students] / f"trials/{number}/metrics.jsonl") for students in (1, 4))
+        assert len(one) == len(other) == 4 * 13 + 4
+        for mine, its in zip(one, other, strict=True):
+            assert mine.pop("split", None) == its.pop("split", None)
+            assert mine == pytest.approx(its, rel=1e-3, abs=1e-5)
