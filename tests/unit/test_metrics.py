@@ -22,7 +22,7 @@ SPEC = {
     "pkd_cache_rows_expected", "pkd_checkpoint_last_success_timestamp_seconds", "pkd_checkpoint_seconds",
     "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total", "pkd_gpu_memory_bytes",
     "pkd_data_wait_seconds_total", "pkd_run_end_status", "pkd_steps_total_expected",
-    "pkd_expected_end_timestamp_seconds",
+    "pkd_expected_end_timestamp_seconds", "pkd_sweep_trials", "pkd_sweep_best_value", "pkd_sweep_workers",
 }  # fmt: skip
 
 
