@@ -71,7 +71,17 @@ def cascade(
         figure = cascade.plot(curves, chosen, agreement)
         image = file.with_suffix(".png")
         write_atomically(image, lambda path: figure.savefig(path, format="png", dpi=150))
-        print("\n".join([_headline(at, agreement, costs), "", *_table(curves, at), "", f"written: {file}, {image}"]))
+        print(
+            "\n".join(
+                [
+                    _headline(at, agreement, costs, "option" if "options" in results else "class"),
+                    "",
+                    *_table(curves, at),
+                    "",
+                    f"written: {file}, {image}",
+                ]
+            )
+        )
 
     run_command(work)
 
@@ -177,14 +187,14 @@ def _as_json(curve: Curve, point: Point, costs: _Costs | None) -> dict[str, obje
     }
 
 
-def _headline(at: Mapping[str, Point], agreement: float, costs: _Costs | None) -> str:
+def _headline(at: Mapping[str, Point], agreement: float, costs: _Costs | None, answer: str) -> str:
     from pkd_dist.evaluation.cascade import CHOSEN_ON, relative_cost
 
     split = next((name for name in at if name != CHOSEN_ON), CHOSEN_ON)
     point, where = at[split], "in-sample" if split == CHOSEN_ON else "held out"
     said = f"the student answers {point.answered} of {split} alone ({where})"
     if point.agreement is not None:
-        said += f", {point.agreement} of these with the teacher's class"
+        said += f", {point.agreement} of these with the teacher's {answer}"
     lines = [
         said,
         f"threshold: a probability of {point.threshold:.6f}, the lowest on {CHOSEN_ON} where the 95% interval of the agreement is "

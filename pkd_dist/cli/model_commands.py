@@ -221,8 +221,9 @@ def predict(
             )
         typed = not texts and file == "-" and sys.stdin.isatty()
         try:
-            for answer in predictor(given, 1 if typed else batch_size):
-                print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)
+            with named_as_options():
+                for answer in predictor(given, 1 if typed else batch_size):
+                    print(json.dumps(answer, ensure_ascii=False), flush=typed or batch_size == 1)
         except UserError as error:
             if predictor.answered and not typed:
                 raise UserError(f"{error}; the {predictor.answered:,} input(s) before it are answered") from None
@@ -235,7 +236,7 @@ def predict(
         for note in notes:
             print(f"pkd: {note}", file=sys.stderr)
         if predictor.truncated:
-            count = f"{predictor.truncated:,} of {predictor.answered:,} texts"
+            count = f"{predictor.truncated:,} of {predictor.answered:,} {'examples' if choices else 'texts'}"
             print(f"pkd: {count} were truncated to {predictor.max_length} tokens", file=sys.stderr)
 
     run_command(work)

@@ -302,11 +302,11 @@ class Task(Section):
                     "task.name custom needs task.text: [column] or [column_a, column_b], and task.label: column, or null where "
                     "there are no labels"
                 )
+            if len(self.text) > 2 or len(set(self.text)) < len(self.text):
+                raise ValueError(f"task.text must name one or two different columns, not {self.text}")
             multiple_choice.require_columns(self)
             if self.is_label_free:
                 return self._label_free()
-            if len(self.text) > 2 or len(set(self.text)) < len(self.text):
-                raise ValueError(f"task.text must name one or two different columns, not {self.text}")
             self._require_labels()
             kind = self.kind or "classification"
             if self.metric and self.metric not in METRICS_OF[kind]:

@@ -135,7 +135,7 @@ def _rows(
         if not logits:
             by_id, by_text = (
                 ID in record and ID not in columns.reserved,
-                all(name in record for name in task.inputs),
+                all(name in record and name not in columns.reserved for name in task.inputs),
             )
             columns.require(record, f"{path}:1" if table.unit == "line" else str(path))
         logits.append(columns.logits_of(record, cells, place))
@@ -157,15 +157,13 @@ def _rows(
 
 def _texts_of(record: Mapping[str, object], task: Task, count: int, place: str) -> list[str]:
     """Return the texts of a row, `count` of them with its options."""
-    columns = task.text if task.has_option_lists else task.inputs
-    texts = ["" if record.get(name) is None else str(record[name]) for name in columns]
+    texts = TableSpec(task.inputs, lists=task.list_columns).fields(record, lambda: place)
     if task.has_option_lists:
-        texts += multiple_choice.options_of(record[task.options[0]], place, task)
+        texts[-1:] = multiple_choice.options_of(texts[-1], place, task)
     if len(texts) != count:
-        raise UserError(
-            f"{place}: {task.options[0]} has {len(texts) - len(columns)} options, the data has {count - len(columns)}"
-        )
-    return texts
+        given, own = (each - len(task.text) for each in (len(texts), count))
+        raise UserError(f"{place}: {task.options[0]} has {given} options, the data has {own}")
+    return [text or "" for text in texts]
 
 
 def _require_consistent(

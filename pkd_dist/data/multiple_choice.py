@@ -17,7 +17,7 @@ import numpy as np
 
 from pkd_dist.config.multiple_choice import MOST_OPTIONS
 from pkd_dist.data.class_values import class_value
-from pkd_dist.data.tables import Row, Table
+from pkd_dist.data.tables import Row, RowNumbers, Table
 from pkd_dist.data.tasks import Task
 from pkd_dist.errors import UserError
 
@@ -48,6 +48,8 @@ def with_option_columns(rows: Iterator[Row], table: Table, task: Task, known: in
         return iter(()), known
     count = known or len(options_of(first[1][start], table.at(first[0]), task))
 
+    empty, repeated = RowNumbers(table.unit), RowNumbers(table.unit)
+
     def spread() -> Iterator[Row]:
         for number, fields in itertools.chain([first], rows):
             options = options_of(fields[start], table.at(number), task)
@@ -59,7 +61,14 @@ def with_option_columns(rows: Iterator[Row], table: Table, task: Task, known: in
                     f"{table.at(number)}: {task.options[0]} has {len(options)} options, {whose} has {count}; all examples need the "
                     "same number"
                 )
+            if not all(map(str.strip, options)):
+                empty.add(number)
+            if len(set(options)) < count:
+                repeated.add(number)
             yield number, [*fields[:start], *options, *fields[start + 1 :]]
+        for found, what in ((empty, "an empty option"), (repeated, "the same option twice")):
+            if found.count:
+                table.notes.append(f"{task.options[0]} has {what} in {found}")
 
     return spread(), count
 
@@ -125,10 +134,10 @@ def read_labels(
             said = (
                 f"an index from 0 to {len(options) - 1}" if task.label_is == "index" else f"one of {', '.join(index)}"
             )
-            raise UserError(
-                f"{table.at(number)}: {task.label} {_short(label)} is not {said}; task.label_is says how labels name options: "
-                "index, letter or text"
+            remedy = (
+                "; task.label_is says how labels name options: index, letter or text" if task.name == "custom" else ""
             )
+            raise UserError(f"{table.at(number)}: {task.label} {_short(label)} is not {said}{remedy}")
     return np.asarray(found, np.int64)
 
 

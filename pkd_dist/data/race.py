@@ -18,6 +18,8 @@ from pkd_dist.data.tables import Row, Table, TableSpec
 from pkd_dist.errors import UserError
 
 PATTERN = "*.txt"
+_OPTIONAL = "answers"
+"""The key that may be null: a test split may have no answers."""
 _LISTS = {"question": "questions", "options": "options", "answer": "answers"}
 """Column -> the key of its list in a file, which has an entry for each question."""
 
@@ -53,12 +55,17 @@ def read_race(folder: Path, spec: TableSpec) -> Table:
 
 def _rows(folder: Path, spec: TableSpec, starts: list[int], files: list[Path]) -> Iterator[Row]:
     number = 1
-    for path in sorted(folder.rglob(PATTERN), key=lambda path: (path.parent, len(path.name), path.name)):
+    for path in sorted(files_of(folder), key=lambda path: (path.parent, len(path.name), path.name)):
         starts.append(number)
         files.append(path)
         for own, record in enumerate(_records(path, spec), start=1):
             yield number, spec.fields(record, partial(_place, path, own))
             number += 1
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the texts of a split, in any order."""
+    return [path for path in folder.rglob(PATTERN) if path.is_file()]
 
 
 def _place(path: Path, question: int) -> str:
@@ -82,7 +89,7 @@ def _records(path: Path, spec: TableSpec) -> Iterator[dict[str, object]]:
     lists: dict[str, list[object]] = {}
     for column in wanted:
         values = content.get(_LISTS[column])
-        if values is None:  # a test split may have no answers
+        if values is None and _LISTS[column] == _OPTIONAL:
             continue
         if not isinstance(values, list):
             raise UserError(f"{path}: {_LISTS[column]} must be a list with an entry for each question")

@@ -16,7 +16,7 @@ from pathlib import Path
 from pkd_dist.config.paths import project_path
 from pkd_dist.data import splitting
 from pkd_dist.data.delimited import is_quoted
-from pkd_dist.data.race import PATTERN
+from pkd_dist.data.race import PATTERN, files_of
 from pkd_dist.data.rows import EXTENSIONS, FILE_EXTENSIONS, is_table
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.typed import load_hub
@@ -81,13 +81,13 @@ def locate(data: str, split: str, task: Task) -> Source | None:
             f"no such folder: {data}; it must contain train and dev as {', '.join(EXTENSIONS)}", "task.data"
         )
     _require_no_file_split(data, task)
-    files = _split_files(folder, split, task)
-    if len(files) > 1:
-        raise UserError(f"{files[0]} and {files[1].name} both contain the split {split}; keep one", "task.data")
-    if files:
-        return Source(files[0])
+    places = _split_files(folder, split, task)
     if any((folder / split / name).is_dir() for name in task.folders):
-        return Source(folder / split)
+        places.append(folder / split)
+    if len(places) > 1:
+        raise UserError(f"{places[0]} and {places[1].name} both contain the split {split}; keep one", "task.data")
+    if places:
+        return Source(places[0])
     if task.release is None or any(_split_files(folder, name, task) for name in task.splits):
         return None
     return _locate_in_release(folder, split, task)
@@ -144,7 +144,7 @@ def digests(data: str, splits: Sequence[str], task: Task) -> dict[str, str]:
 def _digest(path: Path) -> str:
     """Return what identifies a file's content and, of a TSV file, how it is read: earlier versions never removed quotes."""
     if path.is_dir():
-        return digest_of([[str(each.relative_to(path)), sha256(each)] for each in sorted(path.rglob(PATTERN))])
+        return digest_of([[str(each.relative_to(path)), sha256(each)] for each in sorted(files_of(path))])
     quoted = False
     if path.name.endswith((".tsv", ".tsv.gz")):
         with contextlib.suppress(UserError):  # reading the rows reports it

@@ -18,6 +18,7 @@ from pkd_dist.errors import UserError
 _WHITESPACE = b"\xef\xbb\xbf \r\n\t"
 _EXACT_INTEGERS = 2**53
 _MAX_UNUSED = 50
+_MAX_NUMBERS_IN_NOTE = 5
 
 Fields = list[str | None]
 """Values of the requested columns; None for a missing value."""
@@ -65,6 +66,31 @@ class Table:
 def place(name: str, number: int, unit: str) -> str:
     """Return the place of a line or row of a table, for messages."""
     return f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
+
+
+class RowNumbers:
+    """Counts rows and remembers the first few numbers, for notes."""
+
+    def __init__(self, unit: str):
+        self._unit = unit
+        self._numbers: list[str] = []
+        self.count = 0
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if self.count <= _MAX_NUMBERS_IN_NOTE:
+            self._numbers.append(str(number))
+
+    @property
+    def counted(self) -> str:
+        return f"{self.count} {self._unit}{'s' if self.count > 1 else ''}"
+
+    @property
+    def first(self) -> str:
+        return ", ".join(self._numbers) + (", ..." if self.count > len(self._numbers) else "")
+
+    def __str__(self) -> str:
+        return f"{self.counted}: {self.first}"
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,13 @@ from pkd_dist.data.examples import Split, example_ids, is_labelled, select, unla
 from pkd_dist.data.labels import all_empty, read_labels, require_different
 from pkd_dist.data.rows import read_file, read_lines
 from pkd_dist.data.sources import Source, available, hub_names, require, unlabeled_paths
-from pkd_dist.data.tables import Fields, Row, Table, TableSpec
+from pkd_dist.data.tables import Fields, Row, RowNumbers, Table, TableSpec
 from pkd_dist.data.tasks import GLUE_COLUMNS, Task
 from pkd_dist.data.typed import read_hub
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.markup import printable
 
 _WITHOUT_LABELS = "with distill.alpha: 1, the student learns from a given teacher alone, which needs none"
-_MAX_NUMBERS_IN_NOTE = 5
 _MAX_COLUMNS_IN_NOTE = 10
 _CHUNK_ROWS = 4096
 
@@ -333,7 +332,7 @@ def _with_text(table: Table, task: Task, skipped: list[str]) -> Iterator[Row]:
     rows = table.rows
     if task.skip_broken:
         rows = _skip(rows, lambda fields: not any(map(_has_text, fields[:width])), "without text", table.unit, skipped)
-    empty = [_Rows(table.unit) for _ in task.text]
+    empty = [RowNumbers(table.unit) for _ in task.text]
     for number, fields in rows:
         for column, value, empty_rows in zip(task.text, fields, empty, strict=False):
             if value and not value.isspace():
@@ -353,7 +352,7 @@ def _skip(
     rows: Iterator[Row], exclude: Callable[[Fields], bool], reason: str, unit: str, skipped: list[str]
 ) -> Iterator[Row]:
     """Yield the rows that are not excluded. After the last one, add a note with the number of the others and the first few."""
-    excluded = _Rows(unit)
+    excluded = RowNumbers(unit)
     for number, fields in rows:
         if exclude(fields):
             excluded.add(number)
@@ -361,31 +360,6 @@ def _skip(
             yield number, fields
     if excluded.count:
         skipped.append(f"skipped {excluded.counted} {reason}: {excluded.first}")
-
-
-class _Rows:
-    """Counts rows and remembers the first few numbers, for notes."""
-
-    def __init__(self, unit: str):
-        self._unit = unit
-        self._numbers: list[str] = []
-        self.count = 0
-
-    def add(self, number: int) -> None:
-        self.count += 1
-        if self.count <= _MAX_NUMBERS_IN_NOTE:
-            self._numbers.append(str(number))
-
-    @property
-    def counted(self) -> str:
-        return f"{self.count} {self._unit}{'s' if self.count > 1 else ''}"
-
-    @property
-    def first(self) -> str:
-        return ", ".join(self._numbers) + (", ..." if self.count > len(self._numbers) else "")
-
-    def __str__(self) -> str:
-        return f"{self.counted}: {self.first}"
 
 
 def _unused(table: Table, task: Task) -> Iterator[str]:

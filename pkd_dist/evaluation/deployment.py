@@ -187,11 +187,17 @@ class Deployment:
         scores = (self.score(row),) if self.metric == AGREEMENT else (self.score(row), agreement)
         return *size, *scores, *speeds
 
-    def note(self) -> str:
-        """Say what was measured, on what."""
-        return " ".join([*self._on_scores(), *self._on_speed()])
+    def note(self, multiple_choice: bool = False) -> str:
+        """Say what was measured, on what.
 
-    def _on_scores(self) -> Iterator[str]:
+        Args:
+            multiple_choice: Each example has options of its own.
+        """
+        return " ".join(
+            [*self._on_scores(multiple_choice), *self._on_speed("example" if multiple_choice else "sentence")]
+        )
+
+    def _on_scores(self, multiple_choice: bool) -> Iterator[str]:
         scores = f"Scores: {METRICS[self.metric]} on {self.examples:,} examples ({self.on})"
         if any(row.score_interval_95 for row in self.rows):
             scores += f" with {'Wilson' if self.metric in SHARES else 'the bootstrap'}'s 95% interval"
@@ -205,17 +211,17 @@ class Deployment:
         elif self.metric in MULTILABEL_METRICS:
             yield "Agreement: share of these examples on which the classes are exactly the teacher's."
         else:
-            yield "Agreement: share of these examples on which the class is the teacher's."
+            yield f"Agreement: share of these examples on which the {'option' if multiple_choice else 'class'} is the teacher's."
         yield "MB: 10^6 bytes on disk" + (
             "." if self.teacher.bytes is None else "; of the teacher, its weights in float32."
         )
 
-    def _on_speed(self) -> Iterator[str]:
+    def _on_speed(self, unit: str) -> Iterator[str]:
         if not any(row.speed for row in self.rows):
             return
         where = f"{threads(self.threads).removeprefix(', ')} of {self.processor}" if self.threads else self.processor
         yield (
-            f"Speed: all rows in turn, 20 sentences each, in one session on {where}, PyTorch in float32: single sentences (p50, p99), batches"
+            f"Speed: all rows in turn, 20 {unit}s each, in one session on {where}, PyTorch in float32: single {unit}s (p50, p99), batches"
             f"{f' of {self.batch_size}' if self.batch_size else ''} (per second)."
         )
         if self.spread > BUSY_SPREAD:
@@ -283,12 +289,12 @@ def _kept(
     return row.score / teacher.score, percentile_interval(resampled[row.file] / teachers_R) if told else None
 
 
-def closing_table(table: Deployment, export: Path, report: Path) -> str:
+def closing_table(table: Deployment, export: Path, report: Path, multiple_choice: bool = False) -> str:
     """Return the plain-text table that a run ends with, and the paths of its export and report."""
     lines = aligned([table.head(), *table.cells()])
     lines.insert(1, "-" * len(lines[0]))
     first = f"deploy {export / table.deploy}: {table.headline()}"
-    note = textwrap.wrap(table.note(), max(_WIDTH, len(lines[0])))
+    note = textwrap.wrap(table.note(multiple_choice), max(_WIDTH, len(lines[0])))
     return "\n".join([first, "", *lines, "", *note, "", f"export: {export}", f"report: {report}"])
 
 

@@ -75,7 +75,12 @@ def form_of(trained: Mapping[str, Any], options: Sequence[str] | None = None, ga
         trained: The manifest of its export; empty: unknown.
         options: The columns of the options, one of lists or one for each; None: as trained.
         gap: See `Form`; None: as trained.
+
+    Raises:
+        UserError: There is a gap without options.
     """
+    if gap and not (options or trained.get("options")):
+        raise UserError("is the place of an option, but no options are named; give --options, or remove it", "--gap")
     task = GLUE.get(trained.get("task", ""))
     return Form(
         pair=trained.get("pair"),
@@ -118,6 +123,8 @@ def read(
         raise UserError(f"{len(columns)} column(s); give one for single texts and two for pairs", "--text")
     if len(set(columns)) < len(columns):
         raise UserError(f"{columns[0]!r} is given twice; a pair needs two columns", "--text")
+    if form.options:
+        _require_option_columns(tuple(columns) or form.columns, form)
     if pair or columns:
         form.require(pair or len(columns) == 2, "--text" if columns else "--pair")
     if table:
@@ -129,6 +136,17 @@ def read(
         else _no_header(lines(file, notes), form)
     )
     return (_example(place, text, pair or bool(form.pair), form) for place, text in given)
+
+
+def _require_option_columns(columns: Sequence[str], form: Form) -> None:
+    """Raise UserError if a column has two uses, or options have a gap to fill and there is no question."""
+    found = [*columns, *form.options]
+    if both := next((name for name in form.options if found.count(name) > 1), None):
+        raise UserError(f"{both!r} is given twice; options need columns of their own", "--options")
+    if form.gap and len(columns) == 1:
+        raise UserError(
+            "is a place in the question, but --text names a context alone; remove it, or name both", "--gap"
+        )
 
 
 def _require_readable(file: str) -> None:
@@ -194,13 +212,16 @@ def _example(place: str, text: str, pair: bool, form: Form) -> Example:
     return checked(Example(place, halves))
 
 
-def checked(example: Example) -> Example:
+def checked(example: Example, width: int | None = None) -> Example:
     """Return an example whose text can be read; one half of a pair may be empty.
+
+    Args:
+        width: The number of its texts without its options; None: it has none.
 
     Raises:
         UserError: All its text is empty, or it is not UTF-8.
     """
-    if all(map(is_empty, example.texts)):
+    if all(map(is_empty, example.texts[:width])):
         raise UserError(f"{example.place}: the text is empty; every input needs one")
     if any("\ud800" <= character <= "\udfff" for text in example.texts for character in text):
         raise UserError(f"{example.place}: the text is not UTF-8, or has half of a surrogate pair")
@@ -221,5 +242,6 @@ def _rows(path: Path, columns: tuple[str, ...], form: Form, notes: list[str]) ->
     if task.multiple_choice:
         rows, _ = multiple_choice.with_option_columns(rows, table, task, 0)
     for number, values in rows:
-        yield checked(Example(table.at(number), tuple(value or "" for value in values), dict(table.others)))
+        example = Example(table.at(number), tuple(value or "" for value in values), dict(table.others))
+        yield checked(example, len(task.text))
     notes.extend(f"{path}: {note}" for note in table.notes)

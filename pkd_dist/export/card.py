@@ -85,7 +85,7 @@ One output: the predicted value.
 | {{ row | join(" | ") }} |
 {% endfor %}
 
-{{ table.note() | text }}
+{{ table.note(facts.task.multiple_choice) | text }}
 
 Teacher and student in PyTorch on {{ results.split }} ({{ results.n }} examples):
 
@@ -149,7 +149,7 @@ negative log-likelihood of the labels. By chance: the mean ECE of exact probabil
 
 Each file was run on all of {{ results.split }}, on which the best epoch was selected, too. Difference and agreement are those from the
 student in PyTorch in float32, the difference the largest of any logit. The batch effect is the largest change of a {{ "probability" if facts.classes or options else "value (as a share of their range)" }}
-when a text is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
+when {{ "an example" if options else "a text" }} is answered in a batch of 64 instead of alone. A MB is 10^6 bytes.
 
 | file | MB | {{ metric }} | difference | batch effect | agreement |{{ " ECE |" if calibration }}
 | --- | --- | --- | --- | --- | --- |{{ " --- |" if calibration }}

@@ -26,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.logging import disable_progress_bar
@@ -428,6 +429,9 @@ def save_model(
     with require_space(folder.absolute().parent, needed, folder.name.strip(".").removesuffix(".tmp")):
         model.save_pretrained(folder)
         own = copy.copy(tokenizer)
+        if isinstance(own, PreTrainedTokenizerFast):  # its last call is no part of it: a resumed run makes others
+            own.backend_tokenizer.no_truncation()
+            own.backend_tokenizer.no_padding()
         own.model_max_length = max_length or tokenizer.model_max_length
         own.model_input_names = list(accepted(model, dict.fromkeys(tokenizer.model_input_names)))
         own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}  # from which it is saved

@@ -20,6 +20,8 @@ from pkd_dist.errors import UserError
 MULTIPLE_CHOICE = "ForMultipleChoice"
 """The end of an architecture's name, in a model's configuration, of models that score the options of an example. The logits of
 such a model are (B, C) for inputs (B, C, L): its last layer has one output, the score of an option."""
+SEQUENCE_CLASSIFICATION = "ForSequenceClassification"
+"""The same of classifiers and regressions of a text or a pair of texts."""
 
 
 def is_multiple_choice(config: PretrainedConfig) -> bool:
@@ -40,7 +42,7 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def has_classifier(config: PretrainedConfig) -> bool:
     """Return whether a folder's configuration is that of a fine-tuned classifier or regression."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    return any(name.endswith(SEQUENCE_CLASSIFICATION) for name in config.architectures or [])
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:

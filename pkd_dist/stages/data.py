@@ -22,7 +22,7 @@ from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
 from pkd_dist.files import changed_file, digest_of, make_folder, sha256, write_json
 from pkd_dist.model import digests, encoder, student, vocabulary
-from pkd_dist.model.head import MULTIPLE_CHOICE
+from pkd_dist.model.head import MULTIPLE_CHOICE, SEQUENCE_CLASSIFICATION
 from pkd_dist.model.word_embeddings import read_word_embeddings
 from pkd_dist.stages.base import Artifacts, Inputs, Stage
 from pkd_dist.stages.context import Context, Resolved
@@ -80,18 +80,19 @@ class DataOutput:
         return [name for name in self.sets if name not in ("train", DISTILL)]
 
     def model_fields(self, task: Task) -> dict[str, Any]:
-        """Return the fields of a model configuration that describe the outputs, and the head if it is not a classifier's."""
+        """Return the fields of a model configuration that describe the outputs and the head, whatever the model had before."""
         if task.multiple_choice:
             return {"num_labels": 1, "architectures": [MULTIPLE_CHOICE]}
+        head = {"architectures": [SEQUENCE_CLASSIFICATION]}
         if task.regression:
-            return {"num_labels": 1, "problem_type": "regression"}
+            return {"num_labels": 1, "problem_type": "regression"} | head
         kind = "multi_label" if task.multilabel else "single_label"
         fields = {
             "num_labels": len(self.class_names),
             "id2label": dict(enumerate(self.class_names)),
             "label2id": {name: i for i, name in enumerate(self.class_names)},
             "problem_type": f"{kind}_classification",
-        }
+        } | head
         # A model that this one starts from may be an export, with thresholds of its own.
         return fields | ({"thresholds_in_bias": None} if task.multilabel else {})
 

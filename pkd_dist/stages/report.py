@@ -107,7 +107,7 @@ STAGE = Stage("report", VERSION, ReportOutput, inputs, run, missing, artifacts)
 def summary(context: Context) -> str:
     """Return the table a run ends with, where its export and report are, and what is worth a look."""
     paths, notices = context.resolved.paths, context.output(ReportOutput).notices
-    table = closing_table(deployed(context), paths.export, paths.report)
+    table = closing_table(deployed(context), paths.export, paths.report, context.resolved.task.multiple_choice)
     kept = previous_folder(paths.run)
     if kept.exists():
         table += (

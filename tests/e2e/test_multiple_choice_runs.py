@@ -1,6 +1,7 @@
 """Multiple choice by the real command line: RACE as published, two ranks, kills, and what other tools make of the export."""
 
 import csv
+import html
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import TO_EXPORT, launch, losses, pkd, results, started, until, write_config
+from conftest import TO_EXPORT, launch, losses, pkd, results, started, until, whole_run, write_config
 from families import make_folder
 from race_folders import make_race, rows, settings
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
@@ -247,7 +248,9 @@ def test_killed_at_any_moment_the_export_is_the_same(body, race, tmp_path):
             until(moment, run, job)
     end = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
     assert end.returncode == 0, end.stdout + end.stderr
-    for name in ("teacher/model.safetensors", "export/model.safetensors"):
+    for name in [
+        f"{place}/{file}" for place in ("teacher", "export") for file in ("model.safetensors", "tokenizer.json")
+    ]:
         assert (run / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
     assert losses(run) == losses(tmp_path / "calm")
     again = launch("--config", config, f"run.dir={run}", *TO_EXPORT)
@@ -401,6 +404,57 @@ def test_commands_say_what_they_need(run, tmp_path):
     (tmp_path / "plain/manifest.json").unlink()
     plain = pkd("predict", "--model", tmp_path / "plain", "--file", tmp_path / "bad.jsonl", "--text", "article")
     assert plain.returncode == 2 and "--options: is missing" in plain.stderr, plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"article": "", "question": " "}, (), "t.jsonl:1: the text is empty; every input needs one"),
+        ({}, ("--options", "w"), 't.jsonl:1: w \'x, y\' is not a list of texts, such as ["a", "b"]; write one, or give a column for each option as --options'),
+        ({}, ("--options", "w", "--options", "w"), "--options: 'w' is given twice; options need columns of their own"),
+        ({}, ("--options", "w", "--options", "article"), "--options: 'article' is given twice"),
+    ],
+)  # fmt: skip
+def test_a_table_to_predict_is_read_as_training_reads_it(run, tmp_path, change, arguments, message):
+    row = {"article": "a", "question": "b", "options": ["x", "y"], "w": "x, y"} | change
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    done = pkd("predict", "--model", run[0] / "export", "--file", tmp_path / "t.jsonl", *arguments)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_a_gap_needs_options(teacher, tmp_path):
+    (tmp_path / "t.csv").write_text("a\nthe film\n")
+    given = ("--model", teacher, "--file", tmp_path / "t.csv", "--text", "a", "--gap", "_")
+    without = pkd("predict", *given)
+    assert without.returncode == 2 and "--gap: is the place of an option, but no options are named" in without.stderr
+    alone = pkd("predict", *given, "--options", "b")
+    assert alone.returncode == 2 and "--gap: is a place in the question, but --text names" in alone.stderr
+
+
+def test_what_is_printed_speaks_of_options_and_examples(run, race):
+    folder, printed = run
+    cascade = pkd("cascade", folder, "--agreement", "0.5")
+    assert cascade.returncode == 0 and "with the teacher's option" in cascade.stdout, cascade.stderr
+    card, page = (html.unescape((folder / name).read_text()) for name in ("export/README.md", "report.html"))
+    for said in (" ".join(printed.split()), card, page):
+        assert "on which the option is the teacher's" in said and "20 examples each" in said and "sentence" not in said
+    assert "when an example is answered in a batch" in card
+    assert "summed over options" in page and "then the mean over options" in page
+
+
+@pytest.mark.parametrize("place", ["teacher", "student"])
+def test_a_model_of_multiple_choice_starts_a_classifier(run, body, data, tmp_path, place):
+    config = whole_run(body, data, tmp_path)
+    config["train"]["epochs"] = config["teacher"]["finetune"]["epochs"] = 1
+    if place == "teacher":
+        config["teacher"]["model"] = str(run[0] / "teacher")
+    else:
+        config["student"] = {"init": str(run[0] / "export")}
+    done = launch("--config", write_config(config, tmp_path), *TO_EXPORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for made in ("teacher", "export"):
+        found = json.loads((tmp_path / "run" / made / "config.json").read_text())
+        assert found["architectures"] == ["BertForSequenceClassification"]
 
 
 def test_pkd_prepare_counts_tokens_of_the_longest_option(body, race):

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from transformers import AutoModelForMultipleChoice, DebertaConfig
 
 from pkd_dist.config.load import load
-from pkd_dist.data import tasks, text, tokens
+from pkd_dist.data import answers, sources, tasks, text, tokens
 from pkd_dist.data.batches import collate
 from pkd_dist.data.choices import Choices
 from pkd_dist.data.columns import TextColumn
@@ -144,11 +144,13 @@ GOOD = {"article": "a", "questions": ["q"], "options": [["w", "x", "y", "z"]], "
         ([], "1.txt: must be a JSON object with the keys article, questions, options and answers"),
         ({"article": "a"}, "1.txt: has no key 'questions'; its keys are 'article'"),
         (GOOD | {"answers": ["E"]}, "1.txt, question 1: answer 'E' is not one of A, B, C, D"),
-        (GOOD | {"answers": ["0"]}, "1.txt, question 1: answer '0' is not one of A, B, C, D; task.label_is says how"),
+        (GOOD | {"answers": ["0"]}, "1.txt, question 1: answer '0' is not one of A, B, C, D"),
         (GOOD | {"answers": [""]}, "1.txt, question 1: answer is empty, null or NaN"),
         (GOOD | {"answers": []}, "1.txt: has 1 questions, 1 options, 0 answers; each question needs"),
         (GOOD | {"options": [["w", "x"]]}, "1.txt, question 1: options has 2 options, the first example has 4"),
         (GOOD | {"options": ["w"]}, "1.txt, question 1: options 'w' is not a list of texts"),
+        (GOOD | {"questions": None}, "1.txt: questions must be a list with an entry for each question"),
+        (GOOD | {"options": None}, "1.txt: options must be a list with an entry for each question"),
         (GOOD | {"options": "wxyz"}, "1.txt: options must be a list with an entry for each question"),
         (GOOD | {"options": [["w", "x", "y", None]]}, "1.txt, question 1: a value of options is null or NaN"),
         (GOOD | {"article": "", "questions": [""]}, "1.txt, question 1: article and question are both empty"),
@@ -162,6 +164,31 @@ def test_a_damaged_race_file_is_named_with_its_question(tmp_path, content, messa
     with pytest.raises(UserError) as refused:
         text.read_all(str(folder), race())
     assert f"train/middle/{message}" in str(refused.value) and "\n" not in str(refused.value)
+    assert "task.label_is" not in str(refused.value), "RACE has no such setting"
+
+
+def test_a_folder_named_as_a_text_of_race_is_no_text(tmp_path):
+    folder = make_race(tmp_path / "RACE")
+    before = sources.digests(str(folder), ("train",), race())
+    (folder / "train/middle/9.txt").mkdir()
+    assert sources.digests(str(folder), ("train",), race()) == before
+    text.read_all(str(folder), race())
+
+
+def test_a_table_beside_the_texts_of_race_is_refused(tmp_path):
+    folder = make_race(tmp_path / "RACE")
+    (folder / "dev.csv").write_text("article,question,options,answer\n")
+    with pytest.raises(UserError, match=r"dev\.csv and dev both contain the split dev; keep one"):
+        text.read_all(str(folder), race())
+
+
+def test_lists_with_an_empty_or_a_repeated_option_are_noted(tmp_path):
+    options = (["a", "b"], ["a", ""], ["b", "b"], [" ", "a"])
+    given = [{"context": f"c {i}", "question": "q", "options": each, "right": 0} for i, each in enumerate(options)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, given)))
+    notes = text.read(str(tmp_path), "train", task()).notes
+    assert "options has an empty option in 2 lines: 2, 4" in notes
+    assert "options has the same option twice in 1 line: 3" in notes
 
 
 def test_a_folder_without_texts_of_race_says_what_is_expected(tmp_path):
@@ -364,6 +391,27 @@ def test_the_patience_term_of_one_option_is_that_of_a_text():
     torch.testing.assert_close(patience_loss(student[:, None], teacher[:, None]), patience_loss(student, teacher))
 
 
+def test_answers_are_matched_by_options_that_are_numbers(tmp_path):
+    given = [{"context": f"c {i}", "question": "q", "options": [1, 2.0, 0.5], "right": i} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, given)))
+    split = text.read(str(tmp_path), "train", task())
+    rows_of = [row | {"0": 0.25, "1": 0.25, "2": 0.5} for row in given[::-1]]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows_of)))
+    found, _ = answers.read([str(tmp_path / "answers.jsonl")], "probabilities", task(), {"train": split}, list("012"))
+    np.testing.assert_allclose(found["train"], np.log([[0.25, 0.25, 0.5]] * 3), rtol=1e-6)
+
+
+def test_columns_of_options_that_are_named_as_classes_are_those_of_the_answers(tmp_path):
+    own = task("task.options=[A,B]", "task.label_is=letter")
+    (tmp_path / "train.csv").write_text("context,question,A,B,right\nc,q,x,y,A\nd,q,x,y,B\n")
+    split = text.read(str(tmp_path), "train", own)
+    (tmp_path / "answers").mkdir()
+    path = tmp_path / "answers/train.csv"
+    path.write_text("context,question,A,B\nc,q,0.9,0.1\nd,q,0.2,0.8\n")
+    found, _ = answers.read([str(path)], "probabilities", own, {"train": split}, ["A", "B"])
+    np.testing.assert_allclose(np.exp(found["train"]), [[0.9, 0.1], [0.2, 0.8]], rtol=1e-6)
+
+
 def test_accuracy_is_the_only_metric():
     logits, labels = RNG.normal(size=(50, 4)), RNG.integers(4, size=50)
     found = score(logits, labels, task())
@@ -442,6 +490,8 @@ def test_other_requests_are_refused(body, pair, message):
         (["task.options=[a,right]"], "task.options: right is also a text or label column"),
         ([f"task.options={json.dumps([f'o{i}' for i in range(27)])}"], "task.options names 27 columns; an example can have at most 26"),
         (["task.label=[a,b]"], "task.label can be a list only with task.kind multilabel"),
+        (["task.text=[context,question,more]", "task.label=null"], "task.text must name one or two different columns, not"),
+        (["task.text=[context,context]", "task.label=null"], "task.text must name one or two different columns, not"),
         (["task.label_is=number"], "task.label_is: 'number' is invalid"),
         (["task.label=null", "task.label_is=letter"], "task.label_is needs labels, but task.label is null"),
         (["task.gap=_", "task.text=[context]"], "task.gap is a place in the question, but task.text names a context alone"),

@@ -49,10 +49,15 @@ def latency(run: Run) -> Plot:
         for side, values in marks.items()
     )
     note = (
-        f"share of {len(latencies['student'])} single-sentence requests answered within the time; dots: p50, p95, p99; "
+        f"share of {len(latencies['student'])} single-{_unit(run)} requests answered within the time; dots: p50, p95, p99; "
         f"the slowest 0.5% are not shown{threads(run.results.student.threads)}"
     )
     return plot("Latency at batch 1", note, f"Latency at batch 1: {percentiles}", draw)
+
+
+def _unit(run: Run) -> str:
+    """Return what a request holds one of."""
+    return "example" if run.task.multiple_choice else "sentence"
 
 
 def throughput(run: Run) -> Plot:
@@ -60,7 +65,7 @@ def throughput(run: Run) -> Plot:
     rates = {side: rate for side in SIDES if (rate := run.results.models[side].sentences_per_second)}
     passes = {side: run.results.models[side].rates for side in rates}
     note = (
-        f"sentences per second in batches of {run.config.evaluate.batch_size}, higher is better; rings: single passes"
+        f"{_unit(run)}s per second in batches of {run.config.evaluate.batch_size}, higher is better; rings: single passes"
         f"{threads(run.results.student.threads)}"
     )
     return bars("Throughput", note, rates, list(rates), "{:,.0f}".format, passes)
