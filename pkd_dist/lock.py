@@ -15,12 +15,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from pkd_dist.errors import UserError
+from pkd_dist.files import make_folder
 from pkd_dist.telemetry.log import log
 
 NAME = "run.lock"
@@ -153,6 +154,21 @@ class Lock:
             self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
+
+
+@contextlib.contextmanager
+def waiting_lock(folder: Path, tick: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a folder for the block; it is created, and another job that has the lock is waited for.
+
+    Args:
+        tick: see `Lock.acquire`.
+    """
+    make_folder(folder)
+    held = Lock(folder).acquire(wait=True, tick=tick)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _read(path: Path) -> _Holder | None:

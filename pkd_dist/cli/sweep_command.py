@@ -54,7 +54,7 @@ def sweep(
             from pkd_dist.search.worker import work
 
             found = _opened(file, given, folder)
-            work(found.sweep, found.study(), worker, found.objective, world)
+            work(found.sweep, found.study(), worker, found.objective, found.reported, world)
 
         raise typer.Exit(in_world(file, [*given, f"run.dir={json.dumps(str(folder))}"], train, alone=True))
 

@@ -5,6 +5,7 @@
     OUTPUT/study.journal   the study: every point with its state and scores (Optuna's journal)
     OUTPUT/trials/N/       metrics.jsonl of a point; its checkpoints while it is trained
     OUTPUT/workers/        the lock of each worker, and its log
+    OUTPUT/sweep.yaml      the configuration, as the workers read it
     OUTPUT/best.yaml, trials.parquet, sweep.html, final/seed-N/   what comes out
 
 Any number of processes on any number of machines that share the folder work on one study.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pkd_dist.config.sweep import Constraints
-from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed, timing_threads
+from pkd_dist.evaluation.speed import TimedInputs, machine, measure_speed
 from pkd_dist.export import int8, onnx
 from pkd_dist.export.runtime import OnnxModel
-from pkd_dist.files import digest_of, make_folder, read_object, write_json
-from pkd_dist.lock import Lock
+from pkd_dist.files import digest_of, read_object, write_json
+from pkd_dist.lock import waiting_lock
 from pkd_dist.model import encoder, vocabulary
 from pkd_dist.stages.context import Context
 from pkd_dist.stages.data import student_texts
@@ -35,7 +33,7 @@ class Footprint:
 
     Attributes:
         bytes: Size of the int8 file.
-        latency_ms: Median time of it for one text of dev, on one thread unless OMP_NUM_THREADS is set.
+        latency_ms: Median time of it for one text of dev, on one thread.
         processor: What it was timed on.
     """
 
@@ -71,7 +69,7 @@ def footprint(context: Context, folder: Path) -> Footprint:
     shape = json.loads((init / "config.json").read_text(encoding="utf-8"))
     name = digest_of([shape, None if kept is None else len(kept), context.resolved.student_length, processor])[:12]
     path = folder / SHAPES / f"{name}.json"
-    with _locked(path.parent):  # one at a time, so that they do not slow each other down
+    with waiting_lock(path.parent):  # one at a time, so that they do not slow each other down
         if not path.exists():
             found = _measure(context, path.parent, processor)
             write_json(path, asdict(found))
@@ -80,22 +78,12 @@ def footprint(context: Context, folder: Path) -> Footprint:
     return Footprint(int(str(content["bytes"])), float(str(content["latency_ms"])), str(content["processor"]))
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    make_folder(folder)
-    held = Lock(folder).acquire(wait=True)
-    try:
-        yield
-    finally:
-        held.release()
-
-
 def _measure(context: Context, folder: Path, processor: str) -> Footprint:
     texts, settings = student_texts(context), context.resolved.config.evaluate
     model: PreTrainedModel = encoder.load_model(str(context.resolved.paths.student_init))
     if texts.kept_K is not None:
         vocabulary.trim_embedding(model, texts.kept_K)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, torch.inference_mode(), timing_threads(1) as threads:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, torch.inference_mode():
         source, path = Path(scratch, "float32.onnx"), Path(scratch, "int8.onnx")
         with torch.inference_mode(False):
             onnx.write(model.eval(), texts.tokenizer, source)
@@ -104,5 +92,5 @@ def _measure(context: Context, folder: Path, processor: str) -> Footprint:
         timed = settings.model_copy(update={"latency_samples": _REQUESTS, "throughput_samples": 1})
         pad_id = texts.tokenizer.pad_token_id
         inputs = TimedInputs.choose(texts.splits["dev"], pad_id, torch.device("cpu"), timed)
-        speed = measure_speed({"int8": OnnxModel(path, threads)}, inputs)["int8"].figures
+        speed = measure_speed({"int8": OnnxModel(path, threads=1)}, inputs)["int8"].figures
         return Footprint(path.stat().st_size, speed["latency_ms_p50"], processor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -88,12 +88,6 @@ class Outcome:
     trials: list[FrozenTrial]
 
     @property
-    def states(self) -> dict[str, int]:
-        """State -> number of trials."""
-        names = [STATES[trial.state] for trial in self.trials]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
-
-    @property
     def seconds(self) -> float:
         """Of all workers' trials."""
         return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials))
@@ -138,18 +132,21 @@ def find(sweep: SweepConfig, study: Study, objective: str, processes: Processes)
     write_table(study, sweep.folder)
     trials, limits = study.trials, study.settings.constraints
     points = ranked(trials, len(study.settings.seeds))
-    for point in points:
-        _write_best(sweep, study, point)
+    known = study.known_left_out(limits.model_dump())
+    for point in (point for point in points if str(point.number) not in known):
+        candidate = sweep.folder / FINAL / "candidate.yaml"
+        _write_config(candidate, sweep, study, point)
         finals: dict[int, Final] = {}
-        problem = point.footprint.problem(limits) if not study.settings.final.seeds else None
+        problem = None if study.settings.final.seeds else point.footprint.problem(limits, slack=1.0)
         for seed in study.settings.final.seeds:
-            finals[seed] = _final_run(sweep, seed, processes)
+            finals[seed] = _final_run(sweep, candidate, seed, processes)
             if problem := _exported(finals[seed]).problem(limits, slack=1.0):
                 break
         if problem is None:
+            _write_config(sweep.folder / BEST, sweep, study, point)
             return Outcome(sweep.folder, point, points, objective, finals, tuple(study.settings.seeds), trials)
         log.info("sweep: point %d is left out: %s", point.number, problem)
-    (sweep.folder / BEST).unlink(missing_ok=True)
+        study.left_out(point.number, limits.model_dump(), problem)
     raise UserError(_why_none(sweep.folder, trials, limits))
 
 
@@ -186,7 +183,7 @@ def _exported(final: Final) -> Footprint:
     return Footprint(figures["bytes"], figures["latency_ms_p50"], processor)
 
 
-def _write_best(sweep: SweepConfig, study: Study, point: Point) -> None:
+def _write_config(path: Path, sweep: SweepConfig, study: Study, point: Point) -> None:
     """Write the configuration of a point's first trial: a run of it has the same scores."""
     overrides = sweep.of_point(point.overrides, (sweep.folder / "best").absolute(), study.settings.seeds[0])
     config = sweep.load(overrides)
@@ -194,14 +191,15 @@ def _write_best(sweep: SweepConfig, study: Study, point: Point) -> None:
     content["export"]["formats"] = list(dict.fromkeys([*config.export.formats, "onnx-int8"]))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     head = f"# Point {point.number} of a sweep. deepspeed launcher/train.py --config {BEST}\n"
-    write_atomically(sweep.folder / BEST, lambda path: path.write_text(head + text, encoding="utf-8"))
+    make_folder(path.parent)
+    write_atomically(path, lambda tmp: tmp.write_text(head + text, encoding="utf-8"))
 
 
-def _final_run(sweep: SweepConfig, seed: int, processes: Processes) -> Final:
+def _final_run(sweep: SweepConfig, config: Path, seed: int, processes: Processes) -> Final:
     folder = (sweep.folder / FINAL / f"seed-{seed}").absolute()
     make_folder(folder)
     log.info("sweep: %s: the winner with seed %d, exported", folder, seed)
-    arguments = ["--config", str(sweep.folder / BEST), f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
+    arguments = ["--config", str(config), f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
     processes.run(arguments, folder / "log.txt")
     return Final(folder, cast(Results, read_object(folder / "results_eval.json")), manifest.read(folder / "export"))
 
@@ -210,13 +208,16 @@ def write_table(study: Study, folder: Path) -> None:
     """Write trials.parquet: a row for each trial."""
     import pandas as pd
 
+    columns = {
+        key: _of_one_type([trial.params.get(key) for trial in study.trials]) for key in study.space.distributions
+    }
     rows = [
         {
             "number": trial.number,
             "seed": trial.user_attrs.get(SEED),
             "state": STATES[trial.state],
-            **{key: trial.params.get(key) for key in study.space.distributions},
-            "value": trial.value,
+            **{key: columns[key](trial.params.get(key)) for key in study.space.distributions},
+            "value": trial.value if trial.state is TrialState.COMPLETE else None,
             "epoch": trial.user_attrs.get("epoch"),
             **{f"dev_{key}": value for key, value in trial.user_attrs.get("scores", {}).items()},
             **{key: trial.user_attrs.get(key) for key in ("parameters", "bytes", "latency_ms")},
@@ -226,3 +227,9 @@ def write_table(study: Study, folder: Path) -> None:
         for trial in study.trials
     ]
     write_atomically(folder / TABLE, lambda path: pd.DataFrame(rows).to_parquet(path, index=False))
+
+
+def _of_one_type(values: Sequence[object]) -> Callable[[object], object]:
+    """Return how a column writes its values: as they are, or as JSON where they are of several types."""
+    types = {type(value) for value in values if value is not None}
+    return (lambda value: value) if len(types) < 2 or types <= {int, float} else json.dumps

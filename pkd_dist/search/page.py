@@ -67,11 +67,9 @@ def write(outcome: Outcome, study: Study, path: Path) -> None:
 
 def _interval(outcome: Outcome, point: Point) -> Interval | None:
     """Return the 95% interval of a point's share of the examples of dev, all seeds together; None for other scores."""
-    scores = point.trials[0].user_attrs
-    name = next((key for key in SHARES if scores["scores"].get(key) == scores["scores"].get(outcome.objective)), None)
-    if name is None or outcome.objective == DIVERGENCE:
+    if outcome.objective not in SHARES:
         return None
-    return wilson_interval(point.value, scores["examples"])  # seeds share the examples
+    return wilson_interval(point.value, point.trials[0].user_attrs["examples"])  # seeds share the examples
 
 
 def _charts(outcome: Outcome, study: Study) -> Iterator[Chart]:
@@ -95,7 +93,7 @@ def _charts(outcome: Outcome, study: Study) -> Iterator[Chart]:
     complete = [trial for trial in outcome.trials if trial.state is TrialState.COMPLETE]
     if len(complete) > 1 and len(searched) > 1:
         yield Chart(
-            "Importance of the settings", "Share of the variance of the complete trials (fANOVA); small differences mean nothing in few trials.",
+            "Importance of the settings", "By PED-ANOVA: how much the best trials differ from all. Small differences mean nothing in few trials.",
             _html(_importances(optuna_study)),
         )  # fmt: skip
         yield Chart(

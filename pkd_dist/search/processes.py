@@ -14,17 +14,19 @@ from typing import NoReturn
 
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
+from pkd_dist.lock import waiting_lock
 
-_RUN_MODULE = (
-    "import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
-"""As `python -m`, but never with a package of the same name that is in the working folder."""
+_PR_SET_PDEATHSIG = 1
 STOPPED = "sweep: stopped; finished trials are kept, rerun the same command to resume"
 
 
 def python(module: str) -> list[str]:
-    """Return the command of a module, as `python -m` but never of a package of the same name in the working folder."""
-    code = "import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    """Return the command of a module, as `python -m` but never of a package of the same name in the working folder.
+
+    When the thread that starts it ends, be it by a kill, the process gets SIGTERM: it commits a checkpoint and stops.
+    """
+    ends_with_parent = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value}); "
+    code = f"{ends_with_parent}import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module]
 
 
@@ -56,6 +58,8 @@ class Processes:
         Raises:
             UserError, DivergedError, Preempted: As it ended.
         """
+        with waiting_lock(log.parent):  # a run that a killed sweep left behind is still stopping
+            pass
         process = self.start("pkd_dist.train", arguments, log, {})
         self.require_success(process, log, process.wait())
 

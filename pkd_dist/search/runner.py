@@ -11,28 +11,32 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from optuna.trial import TrialState
 
+from pkd_dist import limits
 from pkd_dist.comparison.shares import Share, shares, visible_devices
+from pkd_dist.config.paths import project_path
 from pkd_dist.config.schema import Config
-from pkd_dist.data import sources, tasks
+from pkd_dist.data import answers, sources, tasks
 from pkd_dist.errors import Preempted, UserError
-from pkd_dist.files import first_free, make_folder
-from pkd_dist.lock import Lock
+from pkd_dist.files import first_free, make_folder, sha256, write_atomically
+from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.model import digests, encoder
+from pkd_dist.model.student import INIT_METHODS
 from pkd_dist.search import page
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes, last_error
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
 from pkd_dist.search.space import Space
 from pkd_dist.search.study import ENDED, STATES, WORKERS, Study, shown_value
-from pkd_dist.stages.context import resolve
+from pkd_dist.search.trial import clean
+from pkd_dist.stages.context import Resolved, resolve
 from pkd_dist.telemetry.endpoint import Access, load_access
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
@@ -50,12 +54,15 @@ class Opened:
 
     Attributes:
         objective: A key of the figures on dev.
+        reported: The one that the pruner compares: the divergence, unless a point may have no teacher.
     """
 
     sweep: SweepConfig
     config: Config
+    run: Resolved
     space: Space
     objective: str
+    reported: str
 
     def study(self) -> Study:
         return Study(self.sweep.folder, self.config.sweep, self.space)
@@ -70,25 +77,38 @@ def open_sweep(config_file: str, overrides: list[str], output: Path) -> Opened:
     sweep = SweepConfig(config_file, tuple(overrides), output)
     config = sweep.load()
     run = resolve(config, config_file, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    space = Space.of(config_file, [*overrides, f"run.dir={output}"], run.source_config)
+    space = Space.of(sweep, run.source_config)
+    if config.teacher.finetune and config.student.init == "first_k":
+        raise UserError(
+            "first_k copies the model before fine-tuning, but all points share one fine-tuned teacher; give that model's folder "
+            "as student.init, with student.num_layers", "student.init",
+        )  # fmt: skip
     objective = config.sweep.objective or run.task.main_metric
     known = _metrics(run.task)
     if objective not in known or (objective == DIVERGENCE and not run.needs_teacher):
         raise UserError(f"{objective!r} is not scored on dev; allowed: {', '.join(known)}", "sweep.objective")
     if config.sweep.sampler == "grid":
         list(space.points())  # checks that every key has a list of values
-    return Opened(sweep, config, space, objective)
+    alpha = space.distributions.get("distill.alpha")
+    without_teacher = alpha is not None and (0 in getattr(alpha, "choices", ()) or getattr(alpha, "low", 1) == 0)
+    reported = DIVERGENCE if run.needs_teacher and not without_teacher else objective
+    return Opened(sweep, config, run, space, objective, reported)
 
 
 def _metrics(task: tasks.Task) -> list[str]:
     """Return the names of what is scored on dev."""
+    correlations = ("pearson", "spearman", "pearson_spearman")
     if not task.has_labels:
-        return ["agreement", DIVERGENCE]
-    if task.multilabel:
-        return [*MULTILABEL_METRICS, DIVERGENCE]
-    correlations = ["pearson", "spearman", "pearson_spearman"]
-    single = [name for name in METRICS if name not in (*correlations, *MULTILABEL_METRICS, "agreement")]
-    return [*(correlations if task.regression else single), DIVERGENCE]
+        own: Sequence[str] = ("agreement",)
+    elif task.multilabel:
+        own = MULTILABEL_METRICS
+    elif task.multiple_choice:
+        own = ("accuracy",)
+    elif task.regression:
+        own = correlations
+    else:
+        own = [name for name in METRICS if name not in (*correlations, *MULTILABEL_METRICS, "agreement")]
+    return [*own, DIVERGENCE]
 
 
 def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outcome | None:
@@ -102,38 +122,63 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
         UserError, DivergedError, Preempted: See `errors.py`.
     """
     sweep, processes = opened.sweep, Processes()
-    devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))
+    devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))[: limits.cores()]
     count = workers or len(devices) or len(cores)
     access = load_access(opened.config.metrics) if opened.config.metrics.enabled else Access()
     study = opened.study()
     study.prepare(_identity(opened), opened.objective)
+    opened = replace(opened, sweep=_frozen(sweep))
+    sweep = opened.sweep
+    for trial in study.trials:
+        if trial.state in ENDED:  # a kill may have left its checkpoints
+            clean(sweep, trial.number)
     metrics = RunMetrics()
     with processes.stopped_on_signal(), publishing(metrics, opened.config.metrics, access, sweep.folder, 0):
         _prepare(opened, processes)
         _train_all(opened, study, processes, shares(count, devices, cores, one_rank=True), metrics)
         if trials_only:
             return None
-        with _locked(sweep.folder / WORKERS / "final"):
+        with waiting_lock(sweep.folder / WORKERS / "final"):
             outcome = find(sweep, study, opened.objective, processes)
             page.write(outcome, study, sweep.folder / PAGE)
             return outcome
 
 
+def _frozen(sweep: SweepConfig) -> SweepConfig:
+    """Keep the configuration file in the folder, so that an edit does not change a sweep that runs."""
+    path, content = sweep.folder / "sweep.yaml", project_path(sweep.file).read_bytes()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, lambda tmp: tmp.write_bytes(content))
+    return replace(sweep, file=str(path))
+
+
 def _identity(opened: Opened) -> dict[str, object]:
-    """Return what decides the results of a study, by dotted key."""
-    config = opened.config
-    searched = {"trials", "budget", "final", "constraints"}
-    sections = {"task", "teacher", "student", "distill", "train", "cache", "evaluate"}
-    content = config.model_dump(mode="json", include=sections)
-    content["sweep"] = config.sweep.model_dump(mode="json", exclude=searched)
+    """Return what decides the results of a study, by dotted key: settings, and the content of the files that they name."""
+    config, run = opened.config, opened.run
+    task, teacher, student = config.task, config.teacher, config.student
+    sections = {
+        "task": {"data", "unlabeled"}, "teacher": {"model", "answers"}, "student": {"init"}, "distill": set(),
+        "train": {"deepspeed", "log_every_steps"}, "cache": {"dir", "shard_rows", "mode", "max_disk_share"},
+        "evaluate": {"result_dir", "latency_samples", "throughput_samples"},
+        "sweep": {"trials", "budget", "final", "constraints", "students_per_step"},
+    }  # fmt: skip
+    content = config.model_dump(mode="json", include=set(sections), exclude=sections)
     found: dict[str, object] = {
         f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()
     }
-    task = tasks.resolve(config.task)
-    found["data"] = sources.digests(config.task.data, sources.available(config.task.data, task), task)
-    if not config.teacher.answers:
-        found["teacher's weights"] = [digests.weights_digest(encoder.locate(model)) for model in config.teacher.models]
-    return found
+    read = tasks.resolve(task)
+    found |= {
+        "data": sources.digests(task.data, sources.available(task.data, read), read),
+        "task.unlabeled": [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, read)],
+        "teacher.answers": [sha256(path) for path in answers.paths_of(teacher.answers or ())],
+        "teacher's weights": [digests.weights_digest(each.source) for each in run.teachers],
+        "student.init": student.init
+        if student.init in INIT_METHODS
+        else digests.weights_digest(encoder.locate(student.init, "student.init")),
+        "DeepSpeed JSON": run.deepspeed,
+        "precision": [run.precision, run.teacher_precision],
+    }
+    return found | ({"run.seed": config.run.seed} if teacher.finetune else {})
 
 
 def _prepare(opened: Opened, processes: Processes) -> None:
@@ -145,22 +190,12 @@ def _prepare(opened: Opened, processes: Processes) -> None:
     if not any(map(needs_own_base, opened.space.distributions)):
         folder, overrides = sweep.of_base([])
         runs.append((folder, overrides, ",".join(BASE_STAGES)))
-    with _locked(sweep.folder / WORKERS / "bases"):
+    with waiting_lock(sweep.folder / WORKERS / "bases"):
         for folder, overrides, stages in runs:
             make_folder(folder)
             log.info("sweep: %s: %s", folder, stages.replace(",", ", "))
             arguments = ["--config", sweep.file, *sweep.given, *overrides, "--stages", stages]
             processes.run(arguments, folder / "log.txt")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    make_folder(folder)
-    held = Lock(folder).acquire(wait=True)
-    try:
-        yield
-    finally:
-        held.release()
 
 
 @dataclass
@@ -224,7 +259,7 @@ def _ended(study: Study) -> int:
 
 
 def _best_value(study: Study, objective: str) -> float | None:
-    values = [trial.value for trial in study.trials if trial.value is not None]
+    values = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE and trial.value is not None]
     return shown_value(max(values), objective) if values else None
 
 

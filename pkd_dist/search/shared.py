@@ -17,6 +17,8 @@ from pkd_dist.files import digest_of
 from pkd_dist.stages.context import teacher_name
 
 BASE_STAGES = ("data", "teacher", "cache")
+_PAIRS = {"states", "patience", "pair_embeddings", "pair_last_layer", "relation_layer"}
+"""Of the section `distill`: they decide which states are compared."""
 _SECTIONS = ("task", "teacher", "cache")
 _STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
 """Of the section `student`: they decide which tokens the student reads."""
@@ -67,10 +69,10 @@ class SweepConfig:
             folders = [str((self.teacher_folder / teacher_name(number)).absolute()) for number in range(1, count + 1)]
             overrides += [_override("teacher.model", folders[0] if count == 1 else folders), "teacher.finetune=null"]
         config = self.load(overrides)
-        if config.teacher.answers or not config.cache.enabled:
+        if not config.cache.enabled:
             return overrides
         by_token = config.distill.all_tokens and config.distill.compares_states
-        if not by_token and config.cache.layers is None:
+        if not (by_token or config.teacher.answers) and config.cache.layers is None:
             overrides.append("cache.layers=all")  # for points that pair other layers
         return [*overrides, _override("cache.dir", str((self.base_folder(config) / "cache").absolute()))]
 
@@ -82,21 +84,27 @@ class SweepConfig:
 
     def base_folder(self, config: Config) -> Path:
         """Return where the base of a point's configuration is: another for each value of what its stages depend on."""
-        distill = config.distill
-        by_token = distill.all_tokens and distill.compares_states
-        pairs = (
-            [config.student.layers, config.student.num_layers, distill.model_dump(mode="json")] if by_token else None
-        )
-        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude={"cache": {"dir", "layers"}})
-        student = config.student.model_dump(mode="json", include=_STUDENT_KEYS)
-        needed = distill.alpha > 0 or distill.compares_states
-        return self.folder / "bases" / digest_of([content, student, pairs, needed])[:8]
+        distill, student = config.distill, config.student
+        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude={"cache": {"dir"}})
+        content["cache"]["layers"] = content["cache"]["layers"] if content["cache"]["layers"] != "all" else None
+        reads = student.model_dump(mode="json", include=_STUDENT_KEYS)
+        pairs = None
+        if (
+            distill.all_tokens or not distill.alpha
+        ):  # which layers are paired decides what the cache holds, or whether there is one
+            weights = [name for name, weight in distill.weights.items() if weight]
+            pairs = [student.layers, student.num_layers, weights, distill.model_dump(mode="json", include=_PAIRS)]
+        return self.folder / "bases" / digest_of([content, reads, pairs])[:8]
 
 
 def needs_own_base(key: str) -> bool:
     """Return whether points that differ in this key have different bases."""
     section, _, name = key.partition(".")
-    return section in _SECTIONS or (section == "student" and name in _STUDENT_KEYS)
+    return (
+        section in _SECTIONS
+        or (section == "student" and name in _STUDENT_KEYS)
+        or (section == "distill" and name in _PAIRS)
+    )
 
 
 def _override(key: str, value: object) -> str:

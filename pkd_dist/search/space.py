@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
 from pkd_dist.config.section import fields, section_of, type_names
 from pkd_dist.errors import UserError
+from pkd_dist.search.shared import SweepConfig
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -48,7 +48,7 @@ class Space:
     distributions: dict[str, BaseDistribution]
 
     @classmethod
-    def of(cls, config_file: str, overrides: Sequence[str], teacher: PretrainedConfig) -> Space:
+    def of(cls, sweep: SweepConfig, teacher: PretrainedConfig) -> Space:
         """Return the space of a configuration's `sweep.space`.
 
         Args:
@@ -57,7 +57,7 @@ class Space:
         Raises:
             UserError: There is none, a key is unknown or cannot be searched, or a value is invalid.
         """
-        config = load(config_file, overrides)
+        config = sweep.load()
         given = config.sweep.space
         if not given:
             raise UserError(
@@ -70,7 +70,7 @@ class Space:
         for key, values in named.items():
             _require_key(key)
             for value in values if isinstance(values, list) else (values["low"], values["high"]):
-                _require_value(config_file, overrides, key, value)
+                _require_value(sweep, key, value)
         return cls({key: _distribution(config, key, values) for key, values in named.items()})
 
     def points(self) -> Iterator[Point]:
@@ -143,7 +143,9 @@ def _grid_values(key: str, distribution: BaseDistribution) -> Sequence[object]:
         return range(distribution.low, distribution.high + 1, distribution.step)
     assert isinstance(distribution, FloatDistribution) and distribution.step
     count = int((distribution.high - distribution.low) / distribution.step + 1e-9)
-    return [distribution.low + number * distribution.step for number in range(count + 1)]
+    return [
+        min(distribution.high, round(distribution.low + number * distribution.step, 12)) for number in range(count + 1)
+    ]
 
 
 def _require_key(key: str) -> None:
@@ -156,10 +158,10 @@ def _require_key(key: str) -> None:
         raise UserError(f"{key}: is a section; name one of its keys", "sweep.space")
 
 
-def _require_value(config_file: str, overrides: Sequence[str], key: str, value: object) -> None:
+def _require_value(sweep: SweepConfig, key: str, value: object) -> None:
     """Check one value of a key. What contradicts other keys may fit other points, and is reported there."""
     try:
-        load(config_file, [*overrides, *as_overrides({key: _encoded(value)})])
+        sweep.load(as_overrides({key: _encoded(value)}))
     except UserError as error:
         if error.setting is not None and (
             error.setting == key or key.startswith(f"{error.setting}.") or "unknown key" in error.message

@@ -10,6 +10,7 @@ A running trial whose worker no longer holds its lock is continued by the next w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -27,7 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pkd_dist.config.sweep import Sweep
 from pkd_dist.errors import UserError
 from pkd_dist.files import make_folder
-from pkd_dist.lock import Lock
+from pkd_dist.lock import Lock, waiting_lock
 from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.search.space import Point, Space
 
@@ -71,7 +72,7 @@ class Study:
     def __init__(self, folder: Path, settings: Sweep, space: Space):
         make_folder(folder / WORKERS / "study")
         self.folder, self.settings, self.space = folder, settings, space
-        path = str(folder / JOURNAL)
+        path = str((folder / JOURNAL).absolute())  # Optuna's lock is a link to it
         _drop_torn_line(path)
         storage, pruner = JournalStorage(JournalFileBackend(path)), _pruner(settings)
         try:
@@ -81,14 +82,9 @@ class Study:
                 study_name=_NAME, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
             )
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """Let one process at a time change which trials there are, and whose they are."""
-        held = Lock(self.folder / WORKERS / "study").acquire(wait=True)
-        try:
-            yield
-        finally:
-            held.release()
+        return waiting_lock(self.folder / WORKERS / "study")
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -134,7 +130,7 @@ class Study:
 
     def _points(self) -> Iterator[Point]:
         if self.settings.sampler == "grid":
-            yield from self.space.points()
+            yield from itertools.islice(self.space.points(), self.settings.trials)
         elif not self._open_ended:
             yield from ({} for _ in range(self.settings.trials or DEFAULT_POINTS))
 
@@ -147,15 +143,17 @@ class Study:
         with self._locked():
             trials = self.trials
             waiting = next((trial.number for trial in trials if trial.state is TrialState.WAITING), None)
-            if not self.out_of_time and (waiting is not None or self._open_ended):
-                number = len(trials) if waiting is None else waiting
-                self._study.sampler = _sampler(self.settings, number)  # so that no two workers draw the same point
+            if waiting is None and self._open_ended and not self.out_of_time:
+                waiting = len(trials)
+                self._study.enqueue_trial({}, {SEED: self.settings.seeds[0], POINT: None})
+            if waiting is not None and not self.out_of_time:
+                self._study.sampler = _sampler(self.settings, waiting)  # so that no two workers draw the same point
                 trial = self._study.ask(self.space.distributions)
-                if waiting is None:
-                    trial.set_user_attr(SEED, self.settings.seeds[0])
-                    trial.set_user_attr(POINT, None)
             elif left := next((trial for trial in trials if self._is_left(trial)), None):
+                self._study.sampler = _sampler(self.settings, left.number)
                 trial = Trial(self._study, left._trial_id)
+                for name, distribution in self.space.distributions.items():
+                    trial._suggest(name, distribution)  # what a kill left out; known values are kept
             else:
                 return None
             trial.set_user_attr(WORKER, worker)
@@ -196,11 +194,9 @@ class Study:
         for key, each in found.items():
             claim.trial.set_user_attr(key, each)
         with self._locked():
-            trials = self.trials
-            if claim.trial.user_attrs[POINT] is None and not any(
-                trial.user_attrs.get(POINT) == claim.number for trial in trials
-            ):
-                for seed in self.settings.seeds[1:]:
+            if claim.trial.user_attrs[POINT] is None:
+                known = {trial.user_attrs[SEED] for trial in self.trials if trial.user_attrs.get(POINT) == claim.number}
+                for seed in (seed for seed in self.settings.seeds[1:] if seed not in known):
                     self._study.enqueue_trial(claim.trial.params, {SEED: seed, POINT: claim.number})
             self._study.tell(claim.trial, value)
 
@@ -214,6 +210,15 @@ class Study:
         """Note that a trial cannot be trained, and why."""
         claim.trial.set_user_attr(REASON, reason)
         self._study.tell(claim.trial, state=TrialState.FAIL)
+
+    def left_out(self, number: int, limits: Mapping[str, object], problem: str) -> None:
+        """Note that a point's exported student does not meet the constraints."""
+        self._study.set_user_attr("left_out", self.known_left_out(limits) | {str(number): problem, "limits": limits})
+
+    def known_left_out(self, limits: Mapping[str, object]) -> dict[str, object]:
+        """Return the problems that were noted under the same constraints, by number of the point."""
+        known: dict[str, object] = self._study.user_attrs.get("left_out", {})
+        return known if known.get("limits") == limits else {}
 
     @property
     def done(self) -> bool:

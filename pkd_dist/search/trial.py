@@ -17,12 +17,12 @@ from pkd_dist.config.schema import Config
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import Preempted, UserError
 from pkd_dist.files import discard, make_folder
-from pkd_dist.lock import Lock
+from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.search.footprint import Footprint, footprint
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig
 from pkd_dist.search.space import as_overrides
-from pkd_dist.search.study import WORKERS, Claim, objective_value
+from pkd_dist.search.study import POINT, WORKERS, Claim, objective_value
 from pkd_dist.stages import distill, init
 from pkd_dist.stages.base import fingerprint_of, inputs_of
 from pkd_dist.stages.cache import CacheOutput
@@ -107,14 +107,11 @@ class Bases:
         """
         folder, overrides = self._sweep.of_base(point)
         if folder not in self._opened:
-            make_folder(self._sweep.folder / WORKERS / "bases")
-            held = Lock(self._sweep.folder / WORKERS / "bases")
-            held.acquire(wait=True, tick=lambda: self._world.interrupt("preparing a sweep"))
-            try:
-                config = self._sweep.load(overrides)
+            config = self._sweep.load(overrides)
+            with waiting_lock(
+                self._sweep.folder / WORKERS / "bases", lambda: self._world.interrupt("preparing a sweep")
+            ):
                 self._opened[folder] = pipeline.run(config, self._sweep.file, self._world, BASE_STAGES)
-            finally:
-                held.release()
         return self._opened[folder]
 
 
@@ -146,11 +143,12 @@ class OpenTrial:
         )
 
 
-def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -> OpenTrial:
+def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str, reported: str) -> OpenTrial:
     """Open the training of a trial.
 
     Args:
         objective: A key of the figures on dev.
+        reported: The one that the pruner compares.
 
     Raises:
         TooLargeError: The student does not meet the constraints.
@@ -162,6 +160,8 @@ def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -
     config = sweep.load([*sweep.of_point(point, folder, claim.seed), "metrics.enabled=false"])
     make_folder(folder)
     context = _context(base, config, sweep)
+    if objective == DIVERGENCE and not context.resolved.needs_teacher:
+        raise UserError("divergence compares with the teacher, which this point does not use", "sweep.objective")
     context.hand_on(init.run(context))
     size = footprint(context, sweep.folder)
     if problem := size.problem(config.sweep.constraints):
@@ -171,7 +171,7 @@ def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str) -
     if found := context.known(TeacherDev):
         base.hand_on(found)
     trainer = open_trainer(job, context.world, context.telemetry)
-    trainer.hooks = [*trainer.hooks, _Report(claim, objective, config.train.epochs)]
+    trainer.hooks = [*trainer.hooks, _Report(claim, reported, config.train.epochs)]
     return OpenTrial(claim, context, trainer, size, objective, began)
 
 
@@ -244,15 +244,16 @@ def _figures(entry: Mapping[str, float]) -> dict[str, float]:
 class _Report(Hook):
     """Reports each evaluation to the study, and ends the training if the pruner says so."""
 
-    def __init__(self, claim: Claim, objective: str, epochs: int):
-        self._claim, self._objective, self._epochs = claim, objective, epochs
+    def __init__(self, claim: Claim, reported: str, epochs: int):
+        self._claim, self._reported, self._epochs = claim, reported, epochs
 
     def on_evaluation(self, trainer: Trainer, figures: dict[str, float], seconds: float) -> None:
         epoch, trial = trainer.progress.evaluated_epochs, self._claim.trial
-        value = objective_value(figures, DIVERGENCE if DIVERGENCE in figures else self._objective)
+        value = objective_value(figures, self._reported)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an epoch that is trained again after a kill was reported before
             trial.report(value, epoch)
-        if epoch < self._epochs and trial.should_prune():
+        first_seed = trial.user_attrs[POINT] is None  # the others are for the mean
+        if first_seed and epoch < self._epochs and trial.should_prune():
             log.info("trial %d: pruned after epoch %d", self._claim.number, epoch)
             raise Pruned

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import torch
 from optuna.trial import TrialState
 
 from pkd_dist.distributed.world import World
@@ -26,22 +26,23 @@ _ON_A_GPU = 8
 """Students per step on a GPU: a guess, not measured."""
 
 
-def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: World) -> None:
+def work(sweep: SweepConfig, study: Study, name: str, objective: str, reported: str, world: World) -> None:
     """Train points until none is left, or the time is up.
 
     Args:
         name: Of this worker, unique in the sweep.
         objective: A key of the figures on dev.
+        reported: The one that the pruner compares.
 
     Raises:
         Preempted: A stop signal arrived. The checkpoints of the trials are committed; another worker continues them.
         UserError: Points fail one after the other, and none has succeeded.
     """
     with _alive(sweep, name):
-        bases, parent = Bases(sweep, world), os.getppid()
+        bases = Bases(sweep, world)
         together = study.settings.students_per_step
         count = together if together != "auto" else _ON_A_GPU if world.device.type == "cuda" else 1
-        while os.getppid() == parent:  # a worker whose `pkd sweep` was killed ends after its trials
+        while True:
             world.stop_here("between two trials")
             claims = list(itertools.islice(iter(lambda: study.claim(name), None), count))
             if not claims:
@@ -51,13 +52,13 @@ def work(sweep: SweepConfig, study: Study, name: str, objective: str, world: Wor
                     _POLL_SECONDS
                 )  # what other workers finish may bring more seeds, and what they leave is continued
                 continue
-            opened = (_open(claim, study, bases, sweep, objective) for claim in claims)
+            opened = (_open(claim, study, bases, sweep, objective, reported) for claim in claims)
             for trial, found in train([trial for trial in opened if trial is not None]):
                 if isinstance(found, Found):
                     _note(trial.claim, found, study, sweep, objective)
                 else:
                     _fail(trial.claim, found, study, sweep)
-            _require_some_success(study)
+            _require_success(study)
 
 
 def _note(claim: Claim, found: Found, study: Study, sweep: SweepConfig, objective: str) -> None:
@@ -86,10 +87,12 @@ def _alive(sweep: SweepConfig, name: str) -> Iterator[None]:
         held.release()
 
 
-def _open(claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str) -> OpenTrial | None:
+def _open(
+    claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str, reported: str
+) -> OpenTrial | None:
     """Open a trial; None if it cannot be trained, which the study notes."""
     try:
-        return open_trial(claim, bases, sweep, objective)
+        return open_trial(claim, bases, sweep, objective, reported)
     except TooLargeError as problem:
         log.info("trial %d: left out: %s", claim.number, problem)
         study.prune(claim, {REASON: str(problem)} | asdict(problem.footprint))
@@ -103,6 +106,8 @@ def _fail(claim: Claim, error: Exception, study: Study, sweep: SweepConfig) -> N
     """Note that a trial failed; what is no failure of the trial is raised."""
     if isinstance(error, OSError) and is_full(error):
         reason = f"the disk is full ({error})"
+    elif isinstance(error, torch.OutOfMemoryError):
+        reason = "out of memory; lower sweep.students_per_step, or leave large students out"
     elif isinstance(error, UserError | DivergedError):
         reason = str(error)
     else:
@@ -112,11 +117,11 @@ def _fail(claim: Claim, error: Exception, study: Study, sweep: SweepConfig) -> N
     clean(sweep, claim.number)
 
 
-def _require_some_success(study: Study) -> None:
-    """Raise UserError if nothing but failures came out of the first trials."""
-    ended = [trial for trial in study.trials if trial.state.is_finished()]
-    failed = [trial for trial in ended if trial.state is TrialState.FAIL]
-    if ended and len(failed) == len(ended) >= _FAILURES_IN_A_ROW:
+def _require_success(study: Study) -> None:
+    """Raise UserError if the last trials have failed one after the other, as on a full disk."""
+    ended = [trial for trial in study.trials if trial.state.is_finished() and trial.datetime_complete]
+    last = sorted(ended, key=lambda trial: trial.datetime_complete or 0)[-_FAILURES_IN_A_ROW:]
+    if len(last) == _FAILURES_IN_A_ROW and all(trial.state is TrialState.FAIL for trial in last):
         raise UserError(
-            f"the first {len(failed)} points failed; the last one: {failed[-1].user_attrs[REASON]}", "sweep.space"
+            f"the last {len(last)} trials failed; the last one: {last[-1].user_attrs[REASON]}", "sweep.space"
         )

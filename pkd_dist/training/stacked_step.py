@@ -52,12 +52,22 @@ def can_stack(trainers: Sequence[Trainer]) -> bool:
         and first.world.size == 1
         and all(trainer.engine.schedule.gradient_accumulation_steps == 1 for trainer in trainers)
         and all(each == shapes[0] for each in shapes)
-        and len({trainer.steps_per_epoch for trainer in trainers}) == 1
+        and len({(t.job.settings.batch_size, len(t.job.train), t.job.pad_id) for t in trainers}) == 1
+        and not first.job.task.multiple_choice
+        and all(p.requires_grad for trainer in trainers for p in trainer.job.module.parameters())
+        and all(_computation(trainer.job.module) == _computation(first.job.module) for trainer in trainers)
         and len({trainer.progress.step for trainer in trainers}) == 1
         and len({trainer.engine.autocast_dtype for trainer in trainers if isinstance(trainer.engine, PlainEngine)}) == 1
         and is_bert_like(first.job.module.model.config)
         and all(trainer.job.module.first_token_only for trainer in trainers)
     )
+
+
+def _computation(module: Encoder) -> tuple[object, ...]:
+    """Return what a student computes beside its parameters: its configuration, with dropout, and its buffers."""
+    config = {key: value for key, value in module.model.config.to_dict().items() if key != "_name_or_path"}
+    buffers = [(name, buffer.cpu().numpy().tobytes()) for name, buffer in module.named_buffers()]
+    return config, buffers, module.projection is None
 
 
 def run_together(trainers: Sequence[Trainer]) -> Iterator[tuple[int, Exception | None]]:
