@@ -235,8 +235,8 @@ def _checked_config(options: argparse.Namespace) -> Config:
     """Load the configuration and check what a job would otherwise fail on after hours in the queue."""
     file = options.sweep or options.config
     config = load(file, options.overrides)
-    if options.sweep and not config.sweep.space:
-        raise UserError("is missing; name the keys to search and their values", "sweep.space", file)
+    if options.sweep:
+        _require_space(options, config)
     load_deepspeed(config, file)
     task = tasks.resolve(config.task)
     sources.require(config.task.data, "train", task)
@@ -247,18 +247,39 @@ def _checked_config(options: argparse.Namespace) -> Config:
     return config
 
 
-def _require_training() -> None:
-    """Check that this Python, which runs the job, has what training imports.
+def _require_space(options: argparse.Namespace, config: Config) -> None:
+    """Check what a sweep searches, as far as it does not depend on the teacher."""
+    if not config.sweep.space:
+        raise UserError("is missing; name the keys to search and their values", "sweep.space", options.sweep)
+    if config.sweep.space == "shape":
+        return
+    from pkd_dist.search.shared import SweepConfig
+    from pkd_dist.search.space import Space
+
+    sweep = SweepConfig(options.sweep, tuple(options.overrides), Path(config.run.dir))
+    Space.of(sweep, None)
+
+
+def _require_training(extra: str) -> None:
+    """Check that this Python, which runs the job, has what it imports.
+
+    Args:
+        extra: `train` or `sweep`.
 
     Raises:
-        UserError: the extra `train` is not installed.
+        UserError: the extra is not installed.
     """
-    missing = [
-        name for name in ("torch", "transformers", "datasets", "deepspeed") if not importlib.util.find_spec(name)
-    ]
+    needed = (
+        "torch",
+        "transformers",
+        "datasets",
+        "deepspeed",
+        *(("optuna", "plotly", "pandas") if extra == "sweep" else ()),
+    )
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
-            f"the job would run {sys.executable}, which lacks the Python package {missing[0]}: pip install 'pkd_dist[train]', "
+            f"the job would run {sys.executable}, which lacks the Python package {missing[0]}: pip install 'pkd_dist[{extra}]', "
             "or call pkd-submit from the environment that trains"
         )
 
@@ -278,7 +299,7 @@ def submit(argv: Sequence[str]) -> None:
         UserError: Invalid options or configuration, no sbatch, or a job that sbatch rejects; nothing is left behind.
     """
     options = _parse_arguments(argv)
-    _require_training()
+    _require_training("sweep" if options.sweep else "train")
     config = _checked_config(options)
     folder = _next_folder(config)
     commands = _commands(options, folder)

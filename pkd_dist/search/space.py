@@ -48,11 +48,11 @@ class Space:
     distributions: dict[str, BaseDistribution]
 
     @classmethod
-    def of(cls, sweep: SweepConfig, teacher: PretrainedConfig) -> Space:
+    def of(cls, sweep: SweepConfig, teacher: PretrainedConfig | None) -> Space:
         """Return the space of a configuration's `sweep.space`.
 
         Args:
-            teacher: Configuration of its model; the space `shape` depends on it.
+            teacher: Configuration of its model; only the space `shape` depends on it.
 
         Raises:
             UserError: There is none, a key is unknown or cannot be searched, or a value is invalid.
@@ -65,7 +65,7 @@ class Space:
                 "{train.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}, distill.alpha: [0.2, 0.5, 0.7]}, or use paper or shape",
                 "sweep.space",
             )
-        named = PAPER if given == "paper" else shapes(teacher) if given == "shape" else given
+        named = PAPER if given == "paper" else shapes(teacher) if given == "shape" and teacher else given
         assert isinstance(named, dict)
         for key, values in named.items():
             _require_key(key)

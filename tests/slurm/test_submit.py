@@ -28,6 +28,10 @@ REFUSED = {
     "no option": ([], r"one of the arguments --config --sweep is required"),
     "workers without a sweep": (["--workers=2"], r"--workers is for --sweep"),
     "a sweep of nothing": (["--sweep", "run.yaml"], r"run\.yaml: sweep\.space: is missing; name the keys to search"),
+    "a sweep of an unknown key": (
+        ["--sweep", "run.yaml", "sweep.space={train.lr: [0.1]}"],
+        r"sweep\.space: train\.lr: unknown key; did you mean train\.learning_rate\?",
+    ),
     "a sweep on nodes": (
         ["--sweep", "run.yaml", "--nodes=2"],
         r"--sweep: each job of the array has one node and one task",
