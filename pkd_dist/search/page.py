@@ -97,7 +97,7 @@ def _charts(outcome: Outcome, study: Study) -> Iterator[Chart]:
             _html(_importances(optuna_study)),
         )  # fmt: skip
         yield Chart(
-            "All settings", "Each line is a complete trial; drag along an axis to select some.", _html(_parallel(optuna_study, metric)), wide=True,
+            "All settings", "Each line is a complete trial; the darker, the better.", _html(_parallel(optuna_study, metric)), wide=True,
         )  # fmt: skip
 
 

@@ -41,8 +41,8 @@ def describe_optimism(outcome: Outcome) -> str:
     means = {split: float(np.mean([found[split] for found in scores])) for split in scores[0]}
     searched = float(np.mean([trial.user_attrs["scores"]["main_metric"] for trial in outcome.winner.trials]))
     shown = ", ".join(f"{split} {value:.4f}" for split, value in means.items())
-    seeds = "seed" if len(scores) == 1 else "seeds"
-    return f"on {len(scores)} {seeds} that were not searched: {shown}; the search was optimistic by {searched - means['dev']:+.4f} on dev"
+    seeds = "seed that was" if len(scores) == 1 else "seeds that were"
+    return f"on {len(scores)} {seeds} not searched: {shown}; the search was optimistic by {searched - means['dev']:+.4f} on dev"
 
 
 def progress(found: Reading) -> str:
