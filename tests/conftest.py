@@ -69,6 +69,19 @@ def teacher(body: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser, for pages that must be looked at as people do."""
+    from playwright.sync_api import sync_playwright
+
+    where = shutil.which("chromium") or shutil.which("google-chrome")
+    assert where, "install the Debian package chromium (`.ci/run` does)"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For models so small that more threads only wait for each other."""

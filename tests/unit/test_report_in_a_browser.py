@@ -1,10 +1,7 @@
 """The report in Chromium without network: on a phone, on a desktop, in dark mode and in print."""
 
-import shutil
-
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 from run_folders import change, figures, make_run, read
 
 from pkd_dist.evaluation.calibration import calibrate
@@ -46,16 +43,6 @@ CONTRAST = """() => {
     }
     return ratios
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    where = shutil.which("chromium") or shutil.which("google-chrome")
-    assert where, "install the Debian package chromium (`.ci/run` does)"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def add_splits(out):

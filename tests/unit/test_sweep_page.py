@@ -1,10 +1,7 @@
 """sweep.html in Chromium without network: on a phone and on a desktop."""
 
-import shutil
-
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 
 from pkd_dist.config.sweep import Sweep
 from pkd_dist.search import page, summary
@@ -75,19 +72,9 @@ def written(study, outcome):
     return study.folder / "sweep.html"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    where = shutil.which("chromium") or shutil.which("google-chrome")
-    assert where, "install the Debian package chromium (`.ci/run` does)"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize("width", [400, 1280])
-def test_the_page_fits_and_every_chart_is_drawn(browser, written, width):
-    shown = browser.new_page(viewport={"width": width, "height": 900}, offline=True)
+def test_the_page_fits_and_every_chart_is_drawn(chromium, written, width):
+    shown = chromium.new_page(viewport={"width": width, "height": 900}, offline=True)
     errors = []
     shown.on("pageerror", lambda error: errors.append(error))
     shown.on("request", lambda request: errors.append(request.url) if not request.url.startswith("file:") else None)
