@@ -56,7 +56,7 @@ class Found:
         history: Figures on dev after each evaluated epoch.
         footprint: Of the student's int8 file.
         examples: Of dev.
-        seconds: Of this process's work on it.
+        seconds: Of this process's work on it; its share, of steps for several students.
     """
 
     pruned: bool
@@ -117,14 +117,21 @@ class Bases:
 
 @dataclass
 class OpenTrial:
-    """A trial whose training can start, or continues from its newest checkpoint."""
+    """A trial whose training can start, or continues from its newest checkpoint.
+
+    Attributes:
+        began: When the training was started; `time.monotonic()`.
+        together: How many students share its steps, and its time.
+    """
 
     claim: Claim
     context: Context
     trainer: Trainer
     footprint: Footprint
     objective: str
-    began: float
+    opening_seconds: float
+    began: float = 0.0
+    together: int = 1
 
     def found(self, pruned: bool) -> Found:
         """Return what became of it, once its training has ended."""
@@ -139,7 +146,7 @@ class OpenTrial:
             parameters=self.context.output(InitOutput).parameters,
             footprint=self.footprint,
             examples=len(self.trainer.job.dev),
-            seconds=time.monotonic() - self.began,
+            seconds=self.opening_seconds + (time.monotonic() - self.began) / self.together,
         )
 
 
@@ -172,7 +179,7 @@ def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str, r
         base.hand_on(found)
     trainer = open_trainer(job, context.world, context.telemetry)
     trainer.hooks = [*trainer.hooks, _Report(claim, reported, config.train.epochs)]
-    return OpenTrial(claim, context, trainer, size, objective, began)
+    return OpenTrial(claim, context, trainer, size, objective, time.monotonic() - began)
 
 
 def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exception]]:
@@ -185,6 +192,8 @@ def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exce
     """
     stopped: Preempted | None = None
     for group in _groups(trials):
+        for trial in group:
+            trial.began, trial.together = time.monotonic(), len(group)
         ends = run_together([trial.trainer for trial in group]) if len(group) > 1 else _alone(group[0].trainer)
         for place, error in ends:
             if isinstance(error, Preempted):
