@@ -34,7 +34,7 @@ from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes, last_error
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
 from pkd_dist.search.space import Space
-from pkd_dist.search.study import ENDED, STATES, WORKERS, Study, shown_value
+from pkd_dist.search.study import STATES, WORKERS, Study, shown_value
 from pkd_dist.search.trial import clean
 from pkd_dist.stages.context import Resolved, resolve
 from pkd_dist.telemetry.endpoint import Access, load_access
@@ -130,7 +130,7 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
     opened = replace(opened, sweep=_frozen(sweep))
     sweep = opened.sweep
     for trial in study.trials:
-        if trial.state in ENDED:  # a kill may have left its checkpoints
+        if trial.state.is_finished():  # a kill may have left its checkpoints
             clean(sweep, trial.number)
     metrics = RunMetrics()
     with processes.stopped_on_signal(), publishing(metrics, opened.config.metrics, access, sweep.folder, 0):
@@ -255,7 +255,7 @@ def _start(opened: Opened, processes: Processes, share: Share) -> _Worker:
 
 
 def _ended(study: Study) -> int:
-    return sum(trial.state in ENDED for trial in study.trials)
+    return sum(trial.state.is_finished() for trial in study.trials)
 
 
 def _best_value(study: Study, objective: str) -> float | None:

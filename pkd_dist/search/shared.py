@@ -89,9 +89,8 @@ class SweepConfig:
         content["cache"]["layers"] = content["cache"]["layers"] if content["cache"]["layers"] != "all" else None
         reads = student.model_dump(mode="json", include=_STUDENT_KEYS)
         pairs = None
-        if (
-            distill.all_tokens or not distill.alpha
-        ):  # which layers are paired decides what the cache holds, or whether there is one
+        # which layers are paired decides what the cache holds, or whether there is one
+        if distill.all_tokens or not distill.alpha:
             weights = [name for name, weight in distill.weights.items() if weight]
             pairs = [student.layers, student.num_layers, weights, distill.model_dump(mode="json", include=_PAIRS)]
         return self.folder / "bases" / digest_of([content, reads, pairs])[:8]

@@ -37,7 +37,6 @@ DEFAULT_POINTS = 100
 SEED, WORKER, REASON, POINT = "seed", "worker", "reason", "point"
 """Attributes of a trial: seed of the student, folder name of its worker, why it failed, number of the trial of the same point
 with the first seed."""
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 STATES = {
     TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -227,7 +226,7 @@ class Study:
         left = [
             trial
             for trial in trials
-            if trial.state not in ENDED and (trial.state is TrialState.RUNNING or not out_of_time)
+            if not trial.state.is_finished() and (trial.state is TrialState.RUNNING or not out_of_time)
         ]
         return bool(trials) and not left and (out_of_time or not self._open_ended)
 

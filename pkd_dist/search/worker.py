@@ -48,9 +48,7 @@ def work(sweep: SweepConfig, study: Study, name: str, objective: str, reported: 
             if not claims:
                 if study.done:
                     return
-                time.sleep(
-                    _POLL_SECONDS
-                )  # what other workers finish may bring more seeds, and what they leave is continued
+                time.sleep(_POLL_SECONDS)  # others may add seeds, or leave a trial to continue
                 continue
             opened = (_open(claim, study, bases, sweep, objective, reported) for claim in claims)
             for trial, found in train([trial for trial in opened if trial is not None]):
