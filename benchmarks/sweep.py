@@ -152,7 +152,8 @@ def small(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Workers killed at ten random moments, against an undisturbed sweep."""
-    space = {"train.learning_rate": [1e-3, 2e-3, 3e-3, 4e-3], "distill.alpha": [0.1, 0.3, 0.5, 0.7, 0.9]}
+    rates, alphas = [n * 4e-4 for n in range(1, 11)], [n / 20 for n in range(20)]
+    space = {"train.learning_rate": rates, "distill.alpha": alphas}
     file, calm, disturbed = tiny(folder, space, sampler="grid"), folder / "calm", folder / "disturbed"
     timed(command(file, calm), folder / "log")
     rng, killed, at = random.Random(SEED), 0, time.monotonic() + 3

@@ -59,10 +59,13 @@ class Sweep(Section):
     )
     pruner: Literal["asha", "none"] = Field(
         "asha",
-        description="`asha`: after 1, 3, 9, ... epochs (asynchronous successive halving), a point continues only if its divergence "
-        "from the teacher is among the best third of those that came so far. `none`: each point is trained to its end.",
+        description="`asha`: after 1/4, 3/4, 9/4, ... epochs (asynchronous successive halving), a point continues only if its "
+        "divergence from the teacher is among the best third of those that came so far. `none`: each point is trained to its end.",
     )
     reduction: Annotated[int, Field(ge=2)] = Field(3, description="`asha` only: one of this many points continues.")
+    looks_per_epoch: Count = Field(
+        4, description="`asha` only: the first decision is after this part of an epoch; 4 is a quarter."
+    )
     students_per_step: Literal["auto"] | Count = Field(
         "auto",
         description="Trials that a worker trains together, where their students have the same shape and the loss looks at [CLS] alone: "

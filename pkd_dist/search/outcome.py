@@ -77,6 +77,7 @@ class Outcome:
         finals: Seed -> the winner, trained again.
         searched: Seeds on which it was chosen.
         trials: All of the study.
+        looks_per_epoch: See `Study`.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class Outcome:
     finals: dict[int, Final]
     searched: tuple[int, ...]
     trials: list[FrozenTrial]
+    looks_per_epoch: int
 
     @property
     def seconds(self) -> float:
@@ -144,7 +146,8 @@ def find(sweep: SweepConfig, study: Study, objective: str, processes: Processes)
                 break
         if problem is None:
             _write_config(sweep.folder / BEST, sweep, study, point)
-            return Outcome(sweep.folder, point, points, objective, finals, tuple(study.settings.seeds), trials)
+            seeds, looks = tuple(study.settings.seeds), study.looks_per_epoch
+            return Outcome(sweep.folder, point, points, objective, finals, seeds, trials, looks)
         log.info("sweep: point %d is left out: %s", point.number, problem)
         study.left_out(point.number, limits.model_dump(), problem)
     raise UserError(_why_none(sweep.folder, trials, limits))

@@ -85,7 +85,7 @@ def _charts(outcome: Outcome, study: Study) -> Iterator[Chart]:
     if any(trial.intermediate_values for trial in outcome.trials):
         yield Chart(
             "Learning curves",
-            "Dev after each epoch; gray: pruned. Lower is better for the divergence.",
+            "Dev after each epoch and at the pruner's decisions; gray: pruned. Lower is better for the divergence.",
             _html(_curves(outcome)),
         )
     optuna_study = study.as_optuna()
@@ -173,11 +173,12 @@ def _curves(outcome: Outcome) -> go.Figure:
         steps = sorted(trial.intermediate_values)
         pruned, winner = trial.state is not TrialState.COMPLETE, trial.number in winners
         figure.add_scatter(
-            x=steps, y=[(-1 if divergence else 1) * trial.intermediate_values[step] for step in steps], mode="lines+markers", showlegend=False,
+            x=[step / outcome.looks_per_epoch for step in steps], y=[(-1 if divergence else 1) * trial.intermediate_values[step] for step in steps], mode="lines+markers", showlegend=False,
             line={"color": _GRAY if pruned else _BEST if winner else _OTHER, "width": 2.5 if winner else 1}, marker={"size": 4},
             opacity=0.5 if pruned else 0.9, name=_name(trial), hovertemplate="%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="epoch", dtick=1 if max(max(trial.intermediate_values) for trial in shown) < 12 else None)
+    last = max(max(trial.intermediate_values) for trial in shown) / outcome.looks_per_epoch
+    figure.update_xaxes(title="epoch", dtick=1 if last < 12 else None)
     figure.update_yaxes(
         title="divergence from the teacher" if divergence else "score on dev", type="log" if divergence else "linear"
     )

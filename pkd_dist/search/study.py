@@ -220,6 +220,18 @@ class Study:
         return known if known.get("limits") == limits else {}
 
     @property
+    def looks_per_epoch(self) -> int:
+        """How many steps of Optuna's an epoch has: the pruner's rungs are whole numbers of steps."""
+        return self.settings.looks_per_epoch if self.settings.pruner == "asha" else 1
+
+    def rungs(self, epochs: int) -> list[int]:
+        """Return after which of Optuna's steps the pruner decides in a training of `epochs` epochs."""
+        if self.settings.pruner == "none":
+            return []
+        powers = (self.settings.reduction**rung for rung in itertools.count())
+        return list(itertools.takewhile(lambda step: step < epochs * self.looks_per_epoch, powers))
+
+    @property
     def done(self) -> bool:
         """Whether there is nothing left to train."""
         trials, out_of_time = self.trials, self.out_of_time
@@ -238,12 +250,14 @@ class Reading:
     Attributes:
         objective: What is maximized, a key of the figures on dev (`divergence`: minimized).
         seeds: Of each point.
+        looks_per_epoch: See `Study`.
     """
 
     folder: Path
     trials: list[FrozenTrial]
     objective: str
     seeds: tuple[int, ...]
+    looks_per_epoch: int
 
 
 def read(folder: Path) -> Reading:
@@ -258,7 +272,8 @@ def read(folder: Path) -> Reading:
         study = optuna.load_study(study_name=_NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
         identity = study.user_attrs["identity"]
         seeds = tuple(identity["sweep.seeds"])
-        return Reading(folder, study.get_trials(deepcopy=False), study.user_attrs["objective"], seeds)
+        looks = int(identity.get("sweep.looks_per_epoch", 1)) if identity.get("sweep.pruner") == "asha" else 1
+        return Reading(folder, study.get_trials(deepcopy=False), study.user_attrs["objective"], seeds, looks)
     except (KeyError, ValueError) as error:
         raise UserError(f"{folder / JOURNAL}: is damaged, or has no study yet ({error})") from None
 

@@ -55,7 +55,8 @@ def progress(found: Reading) -> str:
     if left and took and running:
         lines[0] += f", about {duration(float(np.mean(took)) * left / len(running))} left"
     for trial in running:
-        epoch = f"after epoch {max(trial.intermediate_values)}" if trial.intermediate_values else "in its first epoch"
+        looks = max(trial.intermediate_values, default=0)
+        epoch = f"after epoch {looks / found.looks_per_epoch:.4g}" if looks else "in its first epoch"
         lines.append(f"trial {trial.number}: {epoch}: {' '.join(as_overrides(trial.params))}")
     return "\n".join(lines)
 

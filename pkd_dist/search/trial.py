@@ -22,7 +22,7 @@ from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.search.footprint import Footprint, footprint
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig
 from pkd_dist.search.space import as_overrides
-from pkd_dist.search.study import POINT, WORKERS, Claim, objective_value
+from pkd_dist.search.study import POINT, WORKERS, Claim, Study, objective_value
 from pkd_dist.stages import distill, init
 from pkd_dist.stages.base import fingerprint_of, inputs_of
 from pkd_dist.stages.cache import CacheOutput
@@ -34,7 +34,7 @@ from pkd_dist.stages.teacher import TeacherOutput
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
-from pkd_dist.training.hooks import Hook
+from pkd_dist.training.hooks import Hook, evaluate
 from pkd_dist.training.stacked_step import can_stack, run_together
 from pkd_dist.training.trainer import Trainer, open_trainer
 
@@ -51,7 +51,8 @@ class Found:
 
     Attributes:
         pruned: The pruner ended it.
-        value: To maximize; that of the best epoch.
+        value: To maximize; that of the best epoch, or where it was pruned in its first one.
+        epoch: That of `value`.
         scores: Figures on dev after the best epoch.
         history: Figures on dev after each evaluated epoch.
         footprint: Of the student's int8 file.
@@ -61,7 +62,7 @@ class Found:
 
     pruned: bool
     value: float
-    epoch: int
+    epoch: float
     scores: dict[str, float]
     history: list[dict[str, float]]
     parameters: int
@@ -127,6 +128,7 @@ class OpenTrial:
     claim: Claim
     context: Context
     trainer: Trainer
+    report: Report
     footprint: Footprint
     objective: str
     opening_seconds: float
@@ -136,11 +138,11 @@ class OpenTrial:
     def found(self, pruned: bool) -> Found:
         """Return what became of it, once its training has ended."""
         progress = self.trainer.progress
-        best = next(entry for entry in progress.history if entry["epoch"] == progress.best_epoch)
+        best = next((entry for entry in progress.history if entry["epoch"] == progress.best_epoch), self.report.newest)
         return Found(
             pruned=pruned,
             value=objective_value(best, self.objective),
-            epoch=progress.best_epoch,
+            epoch=best["epoch"],
             scores=_figures(best),
             history=progress.history,
             parameters=self.context.output(InitOutput).parameters,
@@ -150,7 +152,9 @@ class OpenTrial:
         )
 
 
-def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str, reported: str) -> OpenTrial:
+def open_trial(
+    claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str, reported: str
+) -> OpenTrial:
     """Open the training of a trial.
 
     Args:
@@ -178,8 +182,9 @@ def open_trial(claim: Claim, bases: Bases, sweep: SweepConfig, objective: str, r
     if found := context.known(TeacherDev):
         base.hand_on(found)
     trainer = open_trainer(job, context.world, context.telemetry)
-    trainer.hooks = [*trainer.hooks, _Report(claim, reported, config.train.epochs)]
-    return OpenTrial(claim, context, trainer, size, objective, time.monotonic() - began)
+    report = Report(claim, study, reported, trainer)
+    trainer.hooks = [*trainer.hooks, report]
+    return OpenTrial(claim, context, trainer, report, size, objective, time.monotonic() - began)
 
 
 def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exception]]:
@@ -250,19 +255,40 @@ def _figures(entry: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key not in ("epoch", "step")}
 
 
-class _Report(Hook):
-    """Reports each evaluation to the study, and ends the training if the pruner says so."""
+class Report(Hook):
+    """Reports dev to the study after each evaluated epoch and at the pruner's rungs, and ends the training if the pruner says so.
 
-    def __init__(self, claim: Claim, reported: str, epochs: int):
-        self._claim, self._reported, self._epochs = claim, reported, epochs
+    Attributes:
+        newest: The figures that were reported last, with their `epoch`.
+    """
+
+    def __init__(self, claim: Claim, study: Study, reported: str, trainer: Trainer):
+        self._claim, self._reported, self._looks = claim, reported, study.looks_per_epoch
+        self._epochs = trainer.job.settings.epochs
+        self._first_seed = claim.trial.user_attrs[POINT] is None  # the others are for the mean
+        rungs = study.rungs(self._epochs) if self._first_seed else []
+        self._rungs = {round(rung * trainer.steps_per_epoch / self._looks): rung for rung in rungs}
+        self.newest: dict[str, float] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.progress.step:  # it was stopped in an evaluation
+            self.after_step(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        rung = self._rungs.get(progress.step)
+        if rung and not (progress.history and progress.history[-1]["step"] == progress.step):
+            self._report(rung, evaluate(trainer))
 
     def on_evaluation(self, trainer: Trainer, figures: dict[str, float], seconds: float) -> None:
-        epoch, trial = trainer.progress.evaluated_epochs, self._claim.trial
-        value = objective_value(figures, self._reported)
+        self._report(trainer.progress.evaluated_epochs * self._looks, figures)
+
+    def _report(self, look: int, figures: dict[str, float]) -> None:
+        epoch, trial = look / self._looks, self._claim.trial
+        self.newest = {**figures, "epoch": epoch}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an epoch that is trained again after a kill was reported before
-            trial.report(value, epoch)
-        first_seed = trial.user_attrs[POINT] is None  # the others are for the mean
-        if first_seed and epoch < self._epochs and trial.should_prune():
-            log.info("trial %d: pruned after epoch %d", self._claim.number, epoch)
+            warnings.simplefilter("ignore")  # what is trained again after a kill was reported before
+            trial.report(objective_value(figures, self._reported), look)
+        if self._first_seed and epoch < self._epochs and trial.should_prune():
+            log.info("trial %d: pruned after epoch %.4g", self._claim.number, epoch)
             raise Pruned

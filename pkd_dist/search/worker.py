@@ -62,7 +62,7 @@ def work(sweep: SweepConfig, study: Study, name: str, objective: str, reported: 
 def _note(claim: Claim, found: Found, study: Study, sweep: SweepConfig, objective: str) -> None:
     """Tell the study what became of a trial."""
     log.info(
-        "trial %d: %s, %s %.4g after epoch %d, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
+        "trial %d: %s, %s %.4g after epoch %.4g, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
         shown_value(found.value, objective), found.epoch, found.seconds,
     )  # fmt: skip
     if found.pruned:
@@ -90,7 +90,7 @@ def _open(
 ) -> OpenTrial | None:
     """Open a trial; None if it cannot be trained, which the study notes."""
     try:
-        return open_trial(claim, bases, sweep, objective, reported)
+        return open_trial(claim, study, bases, sweep, objective, reported)
     except TooLargeError as problem:
         log.info("trial %d: left out: %s", claim.number, problem)
         study.prune(claim, {REASON: str(problem)} | asdict(problem.footprint))

@@ -193,11 +193,8 @@ class EvaluationHook(Hook):
     def _evaluate(self, trainer: Trainer) -> None:
         job, progress = trainer.job, trainer.progress
         epoch = progress.step // trainer.steps_per_epoch
-        trainer.flush()
-        trainer.world.at(f"{job.name}, evaluation of epoch {epoch}")
         began = time.perf_counter()
-        logits = self._predict(trainer)
-        figures = trainer.world.on_main(lambda: _figures(job, logits))
+        figures = evaluate(trainer)
         progress.history.append({"epoch": epoch, "step": progress.step, **figures})
         progress.evaluated_epochs = epoch
         better = progress.improves(figures, job.evaluate.best_by)
@@ -212,19 +209,6 @@ class EvaluationHook(Hook):
             figures[MAIN_METRIC], f", {DIVERGENCE} {figures[DIVERGENCE]:.4g}" if DIVERGENCE in figures else "",
             " (best so far, kept)" if better else "",
         )  # fmt: skip
-
-    @staticmethod
-    def _predict(trainer: Trainer) -> np.ndarray:
-        job, engine = trainer.job, trainer.engine
-        # 16-bit numbers have ties that change the ranks of predictions: no autocast where ranks count.
-        forward = engine if job.task.has_single_classes else job.module
-        try:
-            with evaluating(job.module):
-                return predict_logits(
-                    lambda inputs: forward(inputs)[0], job.dev, trainer.world, job.evaluate.batch_size, job.pad_id
-                )
-        except Preempted as stop:
-            trainer.stop(stop.signal)
 
     @staticmethod
     def _keep_weights(trainer: Trainer) -> None:
@@ -282,6 +266,27 @@ class CheckpointHook(Hook):
             hook.after_checkpoint(trainer, seconds[0])
         self._saved = time.monotonic()
         log.debug("%s: checkpoint at step %d in %.1f s", job.name, progress.step, seconds[0])
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Return the figures on dev of the weights as they are; collective.
+
+    Raises:
+        Preempted: A rank received a stop signal. A checkpoint is committed.
+    """
+    trainer.flush()
+    job, progress = trainer.job, trainer.progress
+    trainer.world.at(f"{job.name}, evaluation after step {progress.step}")
+    # 16-bit numbers have ties that change the ranks of predictions: no autocast where ranks count.
+    forward = trainer.engine if job.task.has_single_classes else job.module
+    try:
+        with evaluating(job.module):
+            logits_NC = predict_logits(
+                lambda inputs: forward(inputs)[0], job.dev, trainer.world, job.evaluate.batch_size, job.pad_id
+            )
+    except Preempted as stop:
+        trainer.stop(stop.signal)
+    return trainer.world.on_main(lambda: _figures(job, logits_NC))
 
 
 def _state(trainer: Trainer) -> checkpoint.TrainingState:

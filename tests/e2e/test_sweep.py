@@ -169,6 +169,7 @@ def test_halving_prunes_by_the_divergence_and_seeds_follow_a_completed_point(tau
     made = table(tmp_path / "out")
     first, further = made[made["seed"] == 1], made[made["seed"] == 2]
     assert len(first) == 7 and set(first["state"]) == {"complete", "pruned"}
+    assert (first[first["state"] == "pruned"]["epoch"] == 0.25).any()  # the pruner's first decision
     assert len(further) == (first["state"] == "complete").sum()
     for params in ("train.learning_rate", "distill.temperature"):
         assert sorted(further[params]) == sorted(first[first["state"] == "complete"][params])

@@ -63,7 +63,7 @@ def outcome(study):
     }
     rows = [{"file": "teacher", "bytes": 90_000_000, "speed": {"latency_ms_p50": 6.0}}]
     final = Final(study.folder / "final/seed-3", results, {"deployment": {"rows": rows}})
-    return Outcome(study.folder, points[0], points, "accuracy", {3: final}, (1, 2), study.trials)
+    return Outcome(study.folder, points[0], points, "accuracy", {3: final}, (1, 2), study.trials, study.looks_per_epoch)
 
 
 @pytest.fixture(scope="module")
