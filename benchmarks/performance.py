@@ -56,7 +56,26 @@ def peers(made: dict[str, Any]) -> str:
     head = ["", "precision", "ranks", "measured", "seconds", "command", "samples/s", "useful", "executed", "accuracy", "memory"]  # fmt: skip
     rows = table(head, map(_row, sorted(made["contestants"].values(), key=lambda found: found["seconds"])))
     star = "\\* from full runs with the same arithmetic, started in another way.\n"
-    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_own_parts(made)])
+    return "\n".join([text, rows, star, _verdict(made) + _notes(made), *_quality(made), *_own_parts(made)])
+
+
+def _quality(made: dict[str, Any]) -> list[str]:
+    """Return who reaches the agreement with the teacher that the fastest peer ends with, and when."""
+    if "time_to_quality" not in made:
+        return []
+    reference, reached = made["time_to_quality"]["reference"], made["time_to_quality"]["reached"]
+    until = reached[reference]["seconds"]
+    text = (
+        f"Time to quality: seconds from the command to the end of the first epoch whose agreement with the teacher on dev is that with "
+        f"which {reached[reference]['title']} ends in the same round (median of the rounds).\n"
+    )
+    rows = [
+        [found["title"], *(["not reached", ""] if found["seconds"] is None else
+         [f"{found['seconds']:.0f}", f"{until / found['seconds']:.1f}"]),
+         f"{100 * found['agreement']:.2f}", f"{100 * found['accuracy']:.2f}"]
+        for found in sorted(reached.values(), key=lambda found: found["seconds"] or float("inf"))
+    ]  # fmt: skip
+    return [text, table(["", "seconds", "times as fast", "agreement at its end", "accuracy at its end"], rows)]
 
 
 def _notes(made: dict[str, Any]) -> str:
@@ -100,7 +119,8 @@ def _own_parts(made: dict[str, Any]) -> list[str]:
     if found := made.get("teacher_pass"):
         parts.append(
             f"The teacher's pass alone, {found['examples']:,} sentences in {found['batches']} batches, {found['precision']}: "
-            f"{found['seconds']:.2f} s, **{found['gemm_share']:.0%}** of the bfloat16 peak (executed).\n"
+            f"{found['seconds']:.2f} s, **{found['gemm_share']:.0%}** of the "
+            f"{'float32' if found['precision'] == 'float32' else 'bfloat16'} peak (executed).\n"
         )
     if found := made.get("job"):
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found["stages"].items())

@@ -3,7 +3,7 @@
     python -m benchmarks.sweep --only small          # 1,000 trials of a tiny model: time, and memory of a worker
     python -m benchmarks.sweep --only kills          # ten kills of workers: the same trials and the same winner
     python -m benchmarks.sweep --only paper          # the paper's 108 points on film reviews, against separate runs
-    python -m benchmarks.sweep --only paper --full   # also the whole grid without pruning, and both winners on fresh seeds
+    python -m benchmarks.sweep --only paper --fresh --full   # also the whole grid without pruning, and both winners on fresh seeds
 
 Results are in benchmarks/results/sweep.json.
 """
@@ -12,12 +12,14 @@ import argparse
 import contextlib
 import json
 import random
+import resource
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, in this order")
     parser.add_argument("--trials", type=int, default=1000, help="`small`: number of trials")
     parser.add_argument("--full", action="store_true", help="`paper`: also the grid without pruning")
+    parser.add_argument("--fresh", action="store_true", help="`paper`: also the winner with five other seeds")
     options = parser.parse_args()
     chosen = choices(options.only, PARTS, "--only", parser)
 
@@ -78,16 +81,33 @@ def start(argv: list[str], log_file: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=out, stderr=out)
 
 
-def timed(argv: list[str], log_file: Path, watch: Callable[[psutil.Process], None] = lambda _: None) -> float:
-    """Run a command to its end and return its seconds; `watch` is called with its process twice a second."""
-    began = time.monotonic()
+class Spent(NamedTuple):
+    """What a command took.
+
+    Attributes:
+        cpu: Of all its processes; with all cores in use, what other work on the machine changes least.
+    """
+
+    seconds: float
+    cpu: float
+
+
+def timed(argv: list[str], log_file: Path, watch: Callable[[psutil.Process], None] = lambda _: None) -> Spent:
+    """Run a command to its end and return what it took; `watch` is called with its process twice a second."""
+    began, before = time.monotonic(), _cpu_of_children()
     process = start(argv, log_file)
     while process.poll() is None:
         watch(psutil.Process(process.pid))
         time.sleep(0.5)
     if process.returncode:
         raise UserError(f"{' '.join(argv)}: status {process.returncode}; see {log_file}")
-    return time.monotonic() - began
+    return Spent(time.monotonic() - began, _cpu_of_children() - before)
+
+
+def _cpu_of_children() -> float:
+    """Return the processor seconds of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -145,7 +165,7 @@ def small(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 largest[tenth] = max(largest[tenth], worker.memory_info().rss / 1e6)
 
-    seconds = timed(command(file, output), folder / "log", watch)
+    seconds = timed(command(file, output), folder / "log", watch).seconds
     states = table(output)["state"].value_counts().to_dict()
     return {"trials": options.trials, "states": states, "seconds": seconds, "worker_mb_by_tenth": largest}
 
@@ -183,24 +203,26 @@ def paper(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shared = {**GRID, "teacher": {"model": str(teacher)}}
     searched = {"space": "paper", "sampler": "grid", "final": {"seeds": []}}
     found: dict[str, Any] = read_json(folder / "measured.json")
-    if "sweep_seconds" not in found:
+    if "sweep" not in found:
         file = config(folder, {**shared, "sweep": searched})
-        found["sweep_seconds"] = timed(command(file, folder / "asha"), folder / "log")
+        found["sweep"] = timed(command(file, folder / "asha"), folder / "log")._asdict()
         found["states"] = table(folder / "asha")["state"].value_counts().to_dict()
         write_json(folder / "measured.json", found)
     points = table(folder / "asha")
     chosen = random.Random(SEED).sample(range(len(points)), SEPARATE)
     keys = ["train.learning_rate", "distill.temperature", "distill.alpha", "distill.beta"]
-    separate = found.setdefault("separate_seconds", {})
+    separate = found.setdefault("separate", {})
     for number in (number for number in chosen if str(number) not in separate):
         overrides = [f"{key}={points.iloc[number][key]}" for key in keys]
         separate[str(number)] = launched(
             config(folder / "alone", shared), folder, f"run.dir={folder / 'alone' / str(number)}", *overrides
-        )
+        )._asdict()
         write_json(folder / "measured.json", found)
-    of_all = len(points) * sum(separate.values()) / len(separate)
-    found |= {"separate_runs_seconds_of_all": of_all, "share": found["sweep_seconds"] / of_all}
-    found["winner_on_fresh_seeds"] = fresh(folder / "asha", folder)
+    for key in Spent._fields:
+        of_all = len(points) * statistics.fmean(each[key] for each in separate.values())
+        found[f"share_of_separate_runs_{key}"] = found["sweep"][key] / of_all
+    if options.fresh:
+        found["winner_on_fresh_seeds"] = fresh(folder / "asha", folder)
     if options.full:
         file = config(folder / "full-grid", {**shared, "sweep": {**searched, "pruner": "none"}})
         timed(command(file, folder / "full"), folder / "log")
@@ -213,8 +235,8 @@ def _finetune() -> str:
     return f"{key.partition('.')[2]}: {value}"
 
 
-def launched(file: Path, folder: Path, *arguments: str) -> float:
-    """Run the launcher to its end and return its seconds."""
+def launched(file: Path, folder: Path, *arguments: str) -> Spent:
+    """Run the launcher to its end and return what it took."""
     argv = [sys.executable, str(ROOT / "launcher/train.py"), "--config", str(file), *arguments]
     return timed(argv, folder / "log")
 

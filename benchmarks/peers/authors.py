@@ -58,6 +58,6 @@ def measure(subject: Subject, steps: int | None = None) -> Measured:
         with clock.running():
             for batch in loader:
                 step(batch)
-        measured.accuracies.append(subject.accuracy(student))
+        measured.score(subject, student)
     measured.training_seconds = clock.seconds
     return measured

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Contestant:
     """One implementation, started in one way. Unless `full`, some steps are timed and scaled by tokens.
 
     `ranks` is 0 for ours under plain python. `scored_by` has the same arithmetic; its full runs give the accuracy.
+    `settings` are its own, beside those of all.
     """
 
     title: str
@@ -35,8 +37,15 @@ class Contestant:
     ranks: int = 1
     full: bool = True
     scored_by: str | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        return self.role in ("ours", "recipe")
 
 
+RECIPE = ("distill.alpha=0.9", "distill.beta=0", "distill.temperature=5", "train.learning_rate=3e-4", "train.epochs=2")
+"""What we recommend for the same teacher and student, where all others have the settings of the paper's authors."""
 _TRAINER, _OURS = "Trainer, online teacher, by length", "ours, deepspeed launcher/train.py"
 CONTESTANTS = {
     "authors": Contestant("the authors' computation, padded", "authors", "float32", full=False),
@@ -49,6 +58,7 @@ CONTESTANTS = {
     "ours-python": Contestant("ours, python launcher/train.py", "ours", "bfloat16", 0),
     "ours-deepspeed": Contestant(_OURS, "ours", "bfloat16", 1),
     "ours-deepspeed-2": Contestant(_OURS, "ours", "bfloat16", 2),
+    "ours-recipe": Contestant("ours, with its own recipe", "recipe", "bfloat16", 0, settings=RECIPE),
 }
 OTHERS = ("peaks", "engine", "teacher", "job")
 """Peak of matrix multiplications, a step with and without DeepSpeed, the teacher's pass, a run from raw text to its export."""
@@ -74,7 +84,7 @@ class Bench:
 
     def full(self, name: str) -> bool:
         """Return whether a contestant trains all epochs in every round."""
-        return CONTESTANTS[name].full and (not self.slices or CONTESTANTS[name].role == "ours")
+        return CONTESTANTS[name].full and (not self.slices or CONTESTANTS[name].is_ours)
 
     @property
     def teacher(self) -> Path:
@@ -120,16 +130,17 @@ class Bench:
         remove(run)  # an interrupted run would resume, and not be timed in full
         overrides = [*self.overrides(seed), f"run.dir={run}"]
         contestant = CONTESTANTS.get(name, Contestant("", "", ""))
-        if contestant.role == "ours" or name == "job":
-            more = JOB if name == "job" else ("--stages", "data,teacher,cache,init,distill")
+        if contestant.is_ours or name == "job":
+            more = JOB if name == "job" else (*contestant.settings, "--stages", "data,teacher,cache,init,distill")
             argv = command("--config", common.CONFIG, *overrides, *more, ranks=0 if name == "job" else contestant.ranks)
         else:
             given = {"what": name, "config": str(common.CONFIG), "overrides": overrides, "output": str(made),
                      "steps": None if full else self.slow_steps, "blocks": self.blocks}  # fmt: skip
             argv = common.worker_command("peers.worker", given, contestant.ranks)
         log_file = self.output / "logs" / f"{name}-{seed}.log"
+        began = time.time()
         watched = watch.run_checked("peers", argv, log_file, contestant.ranks, self.device == "cuda")
-        if contestant.role == "ours":
+        if contestant.is_ours:
             found = _of_run(run, contestant.ranks)
         elif name == "job":
             found = {"stages": {stage: _marker(run, stage)["seconds"] for stage in NAMES}}
@@ -137,7 +148,8 @@ class Bench:
             found = json.loads(made.read_text())
         shutil.rmtree(run, ignore_errors=True)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, found | {"command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes})
+        measured = {"began": began, "command_seconds": watched.seconds, "peak_bytes": watched.peak_bytes}
+        write_json(path, found | measured)
 
 
 def _marker(run: Path, stage: str) -> dict[str, Any]:
@@ -145,13 +157,18 @@ def _marker(run: Path, stage: str) -> dict[str, Any]:
 
 
 def _of_run(run: Path, ranks: int) -> dict[str, Any]:
-    paces = [1 / record["samples_per_second"] for record in read(run / "metrics.jsonl") if "split" not in record]
+    records = list(read(run / "metrics.jsonl"))
+    paces = [1 / record["samples_per_second"] for record in records if "split" not in record]
     distilled = _marker(run, "distill")["outputs"]
     resolved = yaml.safe_load((run / "config.yaml").read_text())["resolved"]
     return {
         "seconds": {stage: _marker(run, stage)["seconds"] for stage in STAGES},
         "training_seconds": distilled["samples"] * sum(paces) / len(paces),
-        "accuracies": [entry["main_metric"] for entry in distilled["history"]],
+        "epochs": [
+            {"accuracy": each["main_metric"], "agreement": each["agreement"], "at": each["time"]}
+            for each in records
+            if "split" in each
+        ],
         "precision": "bfloat16" if "bfloat16" in resolved["precision"] else "float32",
         "ranks": max(1, ranks), "threads": max(1, watch.cores() // max(1, ranks)),
     }  # fmt: skip

@@ -54,7 +54,7 @@ def measure(subject: Subject, steps: int | None = None, padding: str = "padded")
 
     def scored(model: Any, step: int) -> None:
         clock.stop()
-        measured.accuracies.append(subject.accuracy(model))
+        measured.score(subject, model)
         clock.start()
 
     optimizer = subject.optimizer(student)

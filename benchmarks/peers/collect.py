@@ -47,12 +47,13 @@ def collect(bench: Bench) -> dict[str, Any]:
         "date": stamp.pop("date"), "machine": stamp | {"device": device, "versions": versions}, "settings": settings,
         "peak_flops_per_second": peaks, "useful_flops": needed, "contestants": {},
     }  # fmt: skip
-    for name in CONTESTANTS:
+    for name in (name for name in CONTESTANTS if CONTESTANTS[name].role != "recipe"):
         if found := _contestant(bench, name, config, tokens, shapes):
             for key, flops in (("useful_share", needed), ("executed_share", found["executed_flops"])):
                 found[key] = _share(flops, found["seconds"], peaks, found["precision"])
             out["contestants"][name] = found
-    return out | _engine(bench) | _teacher(bench) | _job(bench) | _ratios(out["contestants"], peaks)
+    out |= _engine(bench) | _teacher(bench) | _job(bench) | _ratios(out["contestants"], peaks)
+    return out | _time_to_quality(bench, out.get("best_peer"))
 
 
 def _tokens(bench: Bench, config: Config) -> TokenSet:
@@ -152,7 +153,7 @@ def executed_by_ours(
 
 def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and standard error, over seeds, of the accuracy of the best epoch; the error is None for one seed."""
-    best = [max(found["accuracies"]) for found in runs]
+    best = [max(epoch["accuracy"] for epoch in found["epochs"]) for found in runs]
     if not best:
         return {"accuracy": None, "accuracy_error": None, "accuracies": []}
     error = statistics.stdev(best) / math.sqrt(len(best)) if len(best) > 1 else None
@@ -182,6 +183,37 @@ def _job(bench: Bench) -> dict[str, Any]:
     seconds = statistics.median(sum(found["stages"].values()) for found in rounds)
     command_seconds = _median(rounds, "command_seconds")
     return {"job": {"stages": _medians(rounds, "stages"), "seconds": seconds, "command_seconds": command_seconds}}
+
+
+def _time_to_quality(bench: Bench, reference: str | None) -> dict[str, Any]:
+    """Return who reaches the agreement with the teacher that the fastest peer ends with, and when.
+
+    Seconds are those from the command to the end of the first epoch that reaches it in the same round; None: none does.
+    """
+    if reference is None:
+        return {}
+    targets = {seed: runs["epochs"][-1] for seed, runs in _by_seed(bench, reference).items() if runs["epochs"]}
+    found = {}
+    for name in CONTESTANTS:
+        rounds = {seed: made for seed, made in _by_seed(bench, name).items() if seed in targets and made["epochs"]}
+        if rounds:
+            each = [_reached(made, targets[seed]["agreement"]) for seed, made in rounds.items()]
+            seconds = None if None in each else statistics.median(s for s in each if s is not None)
+            last = [made["epochs"][-1] for made in rounds.values()]
+            found[name] = {
+                "title": CONTESTANTS[name].title, "seconds": seconds, "seconds_each": each,
+                **{key: statistics.fmean(epoch[key] for epoch in last) for key in ("agreement", "accuracy")},
+            }  # fmt: skip
+    return {"time_to_quality": {"reference": reference, "reached": found}} if found else {}
+
+
+def _by_seed(bench: Bench, name: str) -> dict[int, dict[str, Any]]:
+    files = {seed: bench.file(name, seed, True) for seed in bench.seeds}
+    return {seed: json.loads(path.read_text()) for seed, path in files.items() if path.exists()}
+
+
+def _reached(made: dict[str, Any], agreement: float) -> float | None:
+    return next((epoch["at"] - made["began"] for epoch in made["epochs"] if epoch["agreement"] >= agreement), None)
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:

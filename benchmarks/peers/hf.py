@@ -53,7 +53,7 @@ class Timing(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if not self.sliced and state.is_world_process_zero:
             self.clock.stop()
-            self.measured.accuracies.append(self.subject.accuracy(model))
+            self.measured.score(self.subject, model)
             self.clock.start()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -155,5 +155,5 @@ def teacher_pass(config_file: str, overrides: list[str], passes: int = 4) -> dic
     return {
         "seconds": seconds[1:], "precision": precision, "batches": len(batches.shapes), "examples": len(tokens),
         "flops": sum(shape.forward_flops(*shapes) for shapes in batches.shapes),
-        "peak_flops_per_second": peak(torch.bfloat16, device),
+        "peak_flops_per_second": peak(torch.float32 if precision == "float32" else torch.bfloat16, device),
     }  # fmt: skip

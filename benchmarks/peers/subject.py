@@ -4,6 +4,9 @@ The settings come from `movie-reviews.yaml`, which our run reads as well. Each c
 Shapes: B examples, L tokens, C classes, M patience pairs, H hidden size.
 """
 
+from __future__ import annotations
+
+import functools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,14 +73,25 @@ class Tally:
 
 @dataclass
 class Measured:
-    """The result of a contestant: of the steps in `tally`, of the teacher's separate pass, on dev after each full epoch."""
+    """The result of a contestant: of the steps in `tally`, of the teacher's separate pass, on dev after each full epoch.
+
+    Attributes:
+        epochs: `accuracy`, `agreement` with the teacher, and `at`: the clock at the end of the epoch, as if scoring took no time.
+    """
 
     training_seconds: float
     tally: Tally
     teacher_seconds: float = 0.0
     teacher_rows: int = 0
     teacher_flops: float = 0.0
-    accuracies: list[float] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    scoring_seconds: float = 0.0
+
+    def score(self, subject: Subject, model: PreTrainedModel) -> None:
+        """Add the scores of a student at the end of an epoch."""
+        began = time.time()
+        self.epochs.append({**subject.scores(model), "at": began - self.scoring_seconds})
+        self.scoring_seconds += time.time() - began
 
 
 def shape_of(c: Any) -> Shape:
@@ -181,15 +195,31 @@ class Subject:
         """Return the [CLS] states of the given layers (0: the embeddings), (B, M, H)."""
         return torch.stack([hidden_states[layer][:, 0] for layer in layers], dim=1)
 
+    def scores(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return a student's `accuracy` on dev and its `agreement` with the teacher."""
+        predicted_N, labels_N = self._predicted(model), torch.tensor([row["labels"] for row in self._sorted_dev])
+        taught_N = self._taught_N
+        return {
+            "accuracy": float((predicted_N == labels_N).float().mean()),
+            "agreement": float((predicted_N == taught_N).float().mean()),
+        }
+
+    @functools.cached_property
+    def _taught_N(self) -> torch.Tensor:
+        return self._predicted(self._teacher)
+
+    @functools.cached_property
+    def _sorted_dev(self) -> list[dict[str, Any]]:
+        return sorted(self.dev, key=lambda row: len(row["input_ids"]))
+
     @torch.inference_mode()
-    def accuracy(self, model: PreTrainedModel) -> float:
-        """Return the accuracy on dev; the training mode of the model is restored."""
-        mode, collate, right = model.training, self.collator(padded=False), 0
+    def _predicted(self, model: PreTrainedModel) -> torch.Tensor:
+        """Return the predicted classes on dev; the training mode of the model is restored."""
+        mode, collate, found = model.training, self.collator(padded=False), []
         model.eval()
-        rows = sorted(self.dev, key=lambda row: len(row["input_ids"]))
-        for start in range(0, len(rows), 64):
-            batch = self.moved(collate(rows[start : start + 64]))
-            labels_B = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(dim=1) == labels_B).sum())
+        for start in range(0, len(self.dev), 64):
+            batch = self.moved(collate(self._sorted_dev[start : start + 64]))
+            batch.pop("labels")
+            found.append(model(**batch).logits.argmax(dim=1).cpu())
         model.train(mode)
-        return right / len(rows)
+        return torch.cat(found)

@@ -133,9 +133,19 @@ def test_import_times_by_package():
     assert by_package(log) == {"torch": 0.501, "numpy": 0.002}
 
 
+def of_epochs(*accuracies):
+    return {"epochs": [{"accuracy": accuracy} for accuracy in accuracies]}
+
+
+def test_quality_is_reached_at_the_first_epoch_with_the_agreement():
+    run = {"began": 100.0, "epochs": [{"agreement": a, "at": 100.0 + 10 * n} for n, a in enumerate((0.8, 0.9, 0.9), 1)]}
+    assert collect._reached(run, 0.9) == 20
+    assert collect._reached(run, 0.91) is None
+
+
 def made(role, seconds, accuracies=(), training=10.0, flops=0.0):
     return {"role": role, "seconds": seconds, "training_seconds": training, "executed_training_flops": flops,
-            "precision": "bfloat16", **collect._accuracy([{"accuracies": [0.1, a]} for a in accuracies])}  # fmt: skip
+            "precision": "bfloat16", **collect._accuracy([of_epochs(0.1, a) for a in accuracies])}  # fmt: skip
 
 
 def test_ratios_are_those_of_our_best_way_to_the_fastest_of_each_kind():
@@ -156,10 +166,10 @@ def test_ratios_are_those_of_our_best_way_to_the_fastest_of_each_kind():
 
 
 def test_an_accuracy_is_the_mean_of_best_epochs_with_its_standard_error():
-    found = collect._accuracy([{"accuracies": [0.8, 0.7]}, {"accuracies": [0.7, 0.9]}])
+    found = collect._accuracy([of_epochs(0.8, 0.7), of_epochs(0.7, 0.9)])
     assert found["accuracy"] == pytest.approx(0.85)
     assert found["accuracy_error"] == pytest.approx(0.05)  # 0.0707 over the root of 2
-    assert collect._accuracy([{"accuracies": [0.8]}])["accuracy_error"] is None
+    assert collect._accuracy([of_epochs(0.8)])["accuracy_error"] is None
 
 
 def test_the_page_says_what_is_measured():

@@ -1,5 +1,7 @@
 """The contestants of benchmarks/peers on a tiny model: one loss, all of the work, and the counting."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -91,17 +93,19 @@ def test_a_contestant_trains_all_epochs(subject, name, monkeypatch):
     measured = CONTESTANTS[name](subject)
     assert measured.tally.steps == STEPS and measured.tally.rows == EPOCHS * ROWS
     assert measured.tally.tokens == EPOCHS * sum(len(row["input_ids"]) for row in subject.train)
-    assert len(measured.accuracies) == EPOCHS and all(0.3 < a <= 1 for a in measured.accuracies)
+    assert len(measured.epochs) == EPOCHS and all(0.3 < epoch["accuracy"] <= 1 for epoch in measured.epochs)
+    assert measured.epochs[0]["at"] < measured.epochs[1]["at"] < time.time() - measured.scoring_seconds
     assert measured.training_seconds > 0 and (measured.teacher_seconds > 0) == (name == "authors")
     after = made[0].bert.embeddings.word_embeddings.weight
     assert not torch.equal(before, after), "it has learned something"
-    assert measured.accuracies[-1] == subject.accuracy(made[0])
+    assert subject.scores(made[0]).items() <= measured.epochs[-1].items()
+    assert subject.scores(subject.teacher())["agreement"] == 1
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_a_slice_counts_its_own_steps_alone(subject, name):
     measured = CONTESTANTS[name](subject, 3)
-    assert measured.tally.steps == 3 and measured.tally.rows == 3 * BATCH and not measured.accuracies
+    assert measured.tally.steps == 3 and measured.tally.rows == 3 * BATCH and not measured.epochs
     student, teacher = (shape_of(model.config) for model in (subject.student(), subject.teacher()))
     whole = 3 * student.forward_flops(96, 32, cls_only=False) + teacher.forward_flops(96, 32, cls_only=False)
     if name == "textbrewer-padded":
