@@ -1,4 +1,4 @@
-"""What this process may use of its host: the limits of its control group where they are below the host's."""
+"""What this process may use of its host: the limits of its control group where they are below the host's, and its CPU."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def free_memory() -> int:
                 lines = (folder / "memory.stat").read_text().splitlines()
                 free = min(free, most - now + int(dict(line.split() for line in lines)[cached]))
     return max(0, free)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether bfloat16 matrix multiplications are faster than float32 ones on this CPU; others emulate them slowly."""
+    import torch
+
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -255,7 +255,9 @@ class Cache(Section):
         "needs.",
     )
     precision: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Precision in which the teacher runs. `auto`: float16 on a GPU, bfloat16 on a CPU."
+        "auto",
+        description="Precision in which the teacher runs. `auto`: float16 on a GPU, bfloat16 on a CPU that multiplies matrices in it, "
+        "float32 on others.",
     )
     shard_rows: Count = Field(4096, description="Examples per shard.")
     enabled: bool = Field(

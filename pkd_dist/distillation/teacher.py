@@ -19,6 +19,7 @@ from pkd_dist.data.class_mapping import is_multilabel
 from pkd_dist.data.on_device import open_device_tokens
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.limits import cpu_has_bfloat16
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.model.ensemble import mean_logits
 
@@ -31,10 +32,10 @@ _ROW_MULTIPLE = 32
 
 
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto` to float16 on a GPU and to bfloat16 on a CPU, which has no float16 matrix multiplications."""
+    """Resolve `auto`: float16 on a GPU, on a CPU bfloat16 if it multiplies matrices in it, else float32."""
     if precision != "auto":
         return precision
-    return "float16" if device.type == "cuda" else "bfloat16"
+    return "float16" if device.type == "cuda" else "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 class LiveTeacher:

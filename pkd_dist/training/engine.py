@@ -20,6 +20,7 @@ import torch
 from pkd_dist.config.deepspeed import OWNED_BY_YAML
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
+from pkd_dist.limits import cpu_has_bfloat16
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
@@ -135,7 +136,7 @@ def resolve_precision(deepspeed: DeepSpeedJson, device: torch.device) -> tuple[D
     if isinstance(autocast, dict):
         enabled, dtype = autocast.get("enabled", False), autocast.get("dtype", "auto")
         if enabled == "auto":
-            enabled = device.type == "cuda" or _cpu_has_bfloat16()
+            enabled = device.type == "cuda" or cpu_has_bfloat16()
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16"
         config["torch_autocast"] = {**autocast, "enabled": bool(enabled), "dtype": dtype}
@@ -164,9 +165,3 @@ def require_precision(deepspeed: DeepSpeedJson, device: torch.device) -> None:
 def cpu_has_float16() -> bool:
     """Return whether this CPU has float16 matrix multiplications, which DeepSpeed requires for fp16."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Return whether bfloat16 matrix multiplications are faster than float32 ones on this CPU."""
-    flags = torch.cpu.get_capabilities()
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from pkd_dist.config.schema import Train
+from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.training.engine import deepspeed_features, needs_deepspeed, resolve_precision
 from pkd_dist.training.optimization import Schedule
 
@@ -54,6 +55,22 @@ def test_what_only_deepspeed_has(config, features):
 )
 def test_precision_on_a_cpu(config, name):
     assert resolve_precision(config, torch.device("cpu"))[1] == name
+
+
+@pytest.mark.parametrize(
+    ("features", "student", "teacher"),
+    [
+        ({"avx2": True}, "float32", "float32"),
+        ({"avx512_bf16": True}, "autocast bfloat16", "bfloat16"),
+        ({"amx_bf16": True}, "autocast bfloat16", "bfloat16"),
+    ],
+)
+def test_half_precision_only_where_the_cpu_multiplies_in_it(monkeypatch, features, student, teacher):
+    """Others emulate it: a teacher's pass in bfloat16 took ten times as long as in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert resolve_precision({"torch_autocast": {"enabled": "auto"}}, torch.device("cpu"))[1] == student
+    assert resolve_teacher_precision("auto", torch.device("cpu")) == teacher
+    assert resolve_teacher_precision("bfloat16", torch.device("cpu")) == "bfloat16"
 
 
 def test_the_schedule_warms_up_and_decays():
