@@ -64,15 +64,15 @@ def _quality(made: dict[str, Any]) -> list[str]:
     if "time_to_quality" not in made:
         return []
     reference, reached = made["time_to_quality"]["reference"], made["time_to_quality"]["reached"]
-    until = reached[reference]["seconds"]
+    until, agreement = reached[reference]["epochs"][-1]["seconds"], made["time_to_quality"]["agreement"]
     text = (
-        f"Time to quality: seconds from the command to the end of the first epoch whose agreement with the teacher on dev is that with "
-        f"which {reached[reference]['title']} ends in the same round (median of the rounds).\n"
+        f"Time to quality: seconds from the command to the end of the first epoch with the agreement with the teacher on dev that the "
+        f"fastest peer, {reached[reference]['title']}, ends with: {agreement:.2%} (means over the rounds; seconds are medians).\n"
     )
     rows = [
         [found["title"], *(["not reached", ""] if found["seconds"] is None else
          [f"{found['seconds']:.0f}", f"{until / found['seconds']:.1f}"]),
-         f"{100 * found['agreement']:.2f}", f"{100 * found['accuracy']:.2f}"]
+         *(f"{100 * found['epochs'][-1][key]:.2f}" for key in ("agreement", "accuracy"))]
         for found in sorted(reached.values(), key=lambda found: found["seconds"] or float("inf"))
     ]  # fmt: skip
     return [text, table(["", "seconds", "times as fast", "agreement at its end", "accuracy at its end"], rows)]

@@ -188,32 +188,36 @@ def _job(bench: Bench) -> dict[str, Any]:
 def _time_to_quality(bench: Bench, reference: str | None) -> dict[str, Any]:
     """Return who reaches the agreement with the teacher that the fastest peer ends with, and when.
 
-    Seconds are those from the command to the end of the first epoch that reaches it in the same round; None: none does.
+    The agreement is the mean over the rounds. Seconds are those from the command to the end of the first epoch that reaches it,
+    their median over the rounds; None: no epoch does.
     """
     if reference is None:
         return {}
-    targets = {seed: runs["epochs"][-1] for seed, runs in _by_seed(bench, reference).items() if runs["epochs"]}
-    found = {}
-    for name in CONTESTANTS:
-        rounds = {seed: made for seed, made in _by_seed(bench, name).items() if seed in targets and made["epochs"]}
-        if rounds:
-            each = [_reached(made, targets[seed]["agreement"]) for seed, made in rounds.items()]
-            seconds = None if None in each else statistics.median(s for s in each if s is not None)
-            last = [made["epochs"][-1] for made in rounds.values()]
-            found[name] = {
-                "title": CONTESTANTS[name].title, "seconds": seconds, "seconds_each": each,
-                **{key: statistics.fmean(epoch[key] for epoch in last) for key in ("agreement", "accuracy")},
-            }  # fmt: skip
-    return {"time_to_quality": {"reference": reference, "reached": found}} if found else {}
+    curves = {name: _curve(_read(bench, name, True)) for name in CONTESTANTS}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if reference not in curves:
+        return {}
+    target = curves[reference][-1]["agreement"]
+    reached = {
+        name: {
+            "title": CONTESTANTS[name].title,
+            "seconds": next((epoch["seconds"] for epoch in curve if epoch["agreement"] >= target), None),
+            "epochs": curve,
+        }
+        for name, curve in curves.items()
+    }
+    return {"time_to_quality": {"reference": reference, "agreement": target, "reached": reached}}
 
 
-def _by_seed(bench: Bench, name: str) -> dict[int, dict[str, Any]]:
-    files = {seed: bench.file(name, seed, True) for seed in bench.seeds}
-    return {seed: json.loads(path.read_text()) for seed, path in files.items() if path.exists()}
-
-
-def _reached(made: dict[str, Any], agreement: float) -> float | None:
-    return next((epoch["at"] - made["began"] for epoch in made["epochs"] if epoch["agreement"] >= agreement), None)
+def _curve(rounds: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the means after each epoch, and the median of the seconds since the command."""
+    return [
+        {
+            **{key: statistics.fmean(epoch[key] for epoch in epochs) for key in ("agreement", "accuracy")},
+            "seconds": statistics.median(e["at"] - made["began"] for e, made in zip(epochs, rounds, strict=True)),
+        }
+        for epochs in zip(*(made["epochs"] for made in rounds), strict=True)
+    ]
 
 
 def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> dict[str, Any]:

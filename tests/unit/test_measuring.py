@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,10 +138,38 @@ def of_epochs(*accuracies):
     return {"epochs": [{"accuracy": accuracy} for accuracy in accuracies]}
 
 
-def test_quality_is_reached_at_the_first_epoch_with_the_agreement():
-    run = {"began": 100.0, "epochs": [{"agreement": a, "at": 100.0 + 10 * n} for n, a in enumerate((0.8, 0.9, 0.9), 1)]}
-    assert collect._reached(run, 0.9) == 20
-    assert collect._reached(run, 0.91) is None
+def test_the_time_to_quality_is_that_of_the_first_epoch_with_the_agreement():
+    def run(began, pace, *agreements):
+        epochs = [{"agreement": a, "accuracy": 0.5, "at": began + n * pace} for n, a in enumerate(agreements, 1)]
+        return {"began": began, "epochs": epochs}
+
+    files = {
+        "hf-float32": [run(0, 100, 0.7, 0.85), run(1000, 120, 0.8, 0.95)],
+        "ours-python": [run(50, 10, 0.92, 0.8, 0.9), run(80, 20, 0.82, 0.84, 1.0)],
+        "textbrewer-dynamic": [run(0, 500, 0.8, 0.8)],
+    }
+    bench = SimpleNamespace(seeds=(1, 2), file=lambda name, seed, full: Stored(files.get(name, ())[seed - 1 : seed]))
+    found = collect._time_to_quality(bench, "hf-float32")["time_to_quality"]
+    assert found["agreement"] == pytest.approx(0.9)
+    seconds = {name: reached["seconds"] for name, reached in found["reached"].items()}
+    assert seconds == {"hf-float32": 220, "ours-python": 45, "textbrewer-dynamic": None}
+    assert [epoch["agreement"] for epoch in found["reached"]["ours-python"]["epochs"]] == pytest.approx(
+        [0.87, 0.82, 0.95]
+    )
+    assert collect._time_to_quality(bench, None) == {}
+
+
+class Stored:
+    """A file of a measurement, or none."""
+
+    def __init__(self, runs):
+        self._runs = runs
+
+    def exists(self):
+        return bool(self._runs)
+
+    def read_text(self):
+        return json.dumps(self._runs[0])
 
 
 def made(role, seconds, accuracies=(), training=10.0, flops=0.0):
