@@ -44,7 +44,9 @@ class Contestant:
         return self.role in ("ours", "recipe")
 
 
-RECIPE = ("distill.alpha=0.9", "distill.beta=0", "distill.temperature=5", "train.learning_rate=3e-4", "train.epochs=1")
+RECIPE = (
+    "distill.alpha=0.9", "distill.beta=0", "distill.temperature=5", "student.dropout=0", "train.learning_rate=2e-4", "train.epochs=2",
+)  # fmt: skip
 """What we recommend for the same teacher and student, where all others have the settings of the paper's authors."""
 _TRAINER, _OURS = "Trainer, online teacher, by length", "ours, deepspeed launcher/train.py"
 CONTESTANTS = {
