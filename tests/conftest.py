@@ -46,7 +46,7 @@ def hangups_end_jobs() -> None:
 @pytest.fixture(scope="session")
 def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny body; read-only."""
-    return make_body(tmp_path_factory.mktemp("body") / "bert", heads=2)  # of 16, which the compiled kernels want
+    return make_body(tmp_path_factory.mktemp("body") / "bert", heads=2)
 
 
 @pytest.fixture(scope="session")

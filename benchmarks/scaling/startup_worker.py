@@ -67,7 +67,7 @@ def main() -> None:
     builtins.__import__ = spans.wrapped(builtins.__import__, IMPORTS)
     importlib.import_module = spans.wrapped(importlib.import_module, IMPORTS)
     with spans.span(REST):
-        from pkd_dist.kernels.allocator import keep_freed_blocks
+        from pkd_dist.allocator import keep_freed_blocks
 
         keep_freed_blocks()  # this and gc like the launcher
         gc.disable()

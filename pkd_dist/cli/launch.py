@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
+from pkd_dist.allocator import keep_freed_blocks
 from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
 from pkd_dist.config.load import load
@@ -136,7 +137,7 @@ def in_world(
     open_missing()
     if keeps_going:
         keep_going()
-    _keep_freed_blocks()
+    keep_freed_blocks()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
     process = _Process(StopSignals().install())
 
@@ -156,14 +157,6 @@ def in_world(
     status = guarded(connected, process.agree_on_end)
     process.finish(status)
     return status
-
-
-def _keep_freed_blocks() -> None:
-    try:
-        from pkd_dist.kernels.allocator import keep_freed_blocks
-    except ModuleNotFoundError:  # without kernels/ everything works, only slower
-        return
-    keep_freed_blocks()
 
 
 def _import_world() -> type[World]:

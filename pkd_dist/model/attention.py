@@ -1,6 +1,6 @@
 """Queries, keys and values of an encoder layer, computed from the hidden states that enter the layer.
 
-The layers themselves are left alone: fused ones (`kernels/`) and those for the first token alone (`first_token.py`) never
+The layers themselves are left alone: fused ones (`fused_layer.py`) and those for the first token alone (`first_token.py`) never
 compute these tensors, and hidden states are what the teacher cache stores.
 
 Shapes: B examples, L tokens, P layers, H hidden size.

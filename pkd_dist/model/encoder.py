@@ -35,11 +35,11 @@ from pkd_dist.errors import UserError
 from pkd_dist.files import require_space
 from pkd_dist.model.attention import layer_module, queries_keys_values
 from pkd_dist.model.compatibility import longest_input
-from pkd_dist.model.families import encoder_layers, is_bert_like, num_layers
+from pkd_dist.model.families import encoder_layers, num_layers
 from pkd_dist.model.first_token import only_first_token
+from pkd_dist.model.fused_layer import fuse_layers
 from pkd_dist.model.head import MULTIPLE_CHOICE, has_classifier, is_multiple_choice, model_class, new_model
 from pkd_dist.model.outputs import Outputs
-from pkd_dist.model.specialize import specialize
 from pkd_dist.model.vocabulary import CompactVocabulary, has_plain_vocabulary
 
 WEIGHT_FILES = (
@@ -269,7 +269,7 @@ class Encoder(nn.Module):
     """A classifier that returns logits and hidden states, with the savings that its family allows.
 
     These are a last layer for [CLS] alone (`first_token.py`), an embedding of the used tokens (`vocabulary.py`), and fused
-    layers on a CPU (`kernels/`). None changes results beyond rounding.
+    layers on a CPU (`fused_layer.py`). None changes results beyond rounding.
 
     Args:
         model: A Hugging Face sequence classifier; changed in place.
@@ -288,7 +288,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers = encoder_layers(model)[1]
         self.first_token_only = not all_tokens and only_first_token(model, layers)
-        self.fused = use_cpu_kernels(model, layers, self.first_token_only)
+        self.fused = fuse_layers(model, layers, self.first_token_only)
         compact = used_V is not None and has_plain_vocabulary(model)
         self.vocabulary = CompactVocabulary(model, used_V) if compact and used_V is not None else None
         self.model = model
@@ -347,36 +347,6 @@ class Encoder(nn.Module):
         name = f"model.{self.vocabulary.name}"
         plain = {key: value for key, value in weights.items() if key != USED_IDS}
         return plain | {name: self.vocabulary.full_table(weights[name], decay)}
-
-
-def use_cpu_kernels(model: PreTrainedModel, layers: nn.ModuleList | None, first_token_only: bool = False) -> bool:
-    """Fuse the encoder layers and speed up all dropouts on a CPU, in place. Without `kernels/`, change nothing.
-
-    Args:
-        model: A classifier.
-        layers: From `encoder_layers`.
-        first_token_only: The last layer computes the first token alone.
-
-    Returns:
-        Whether the layers are fused: only BERT's and DistilBERT's layers with GELU are.
-    """
-    try:
-        from pkd_dist.kernels.encoder_layer import CpuDropout, FusedBertLayer, FusedDistilBertLayer, FusedLayer
-    except ModuleNotFoundError as error:  # the folder is optional
-        if not (error.name or "").startswith("pkd_dist.kernels"):
-            raise
-        return False
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            specialize(module, CpuDropout)
-    if layers is None or not is_bert_like(model.config):
-        return False
-    if {getattr(model.config, name, "gelu") for name in ("hidden_act", "activation")} != {"gelu"}:
-        return False
-    mixin: type[FusedLayer] = FusedDistilBertLayer if model.config.model_type == "distilbert" else FusedBertLayer
-    for layer in layers:
-        specialize(layer, mixin).first_token_only = first_token_only and layer is layers[-1]
-    return True
 
 
 Value = TypeVar("Value")

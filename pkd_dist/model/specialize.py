@@ -33,7 +33,7 @@ def specialize(module: nn.Module, mixin: type[T]) -> T:
     return module
 
 
-def unspecialize(module: nn.Module, package: str) -> None:
-    """Take a module's mixins away that a package defines, in place; its other mixins stay."""
-    while type(module) in _SUBCLASSES.values() and type(module).__bases__[0].__module__.startswith(package):
+def unspecialize(module: nn.Module, *mixins: type) -> None:
+    """Take these mixins, and those derived from them, away from a module, in place; those below another stay."""
+    while type(module) in _SUBCLASSES.values() and issubclass(type(module).__bases__[0], mixins):
         module.__class__ = type(module).__bases__[1]

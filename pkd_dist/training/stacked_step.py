@@ -25,8 +25,10 @@ from torch.nn import functional
 
 from pkd_dist.data.batches import Batch
 from pkd_dist.metric_names import LOSS_TERMS
+from pkd_dist.model.dropout import CpuDropout
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.model.families import is_bert_like, num_layers
+from pkd_dist.model.fused_layer import FusedLayer
 from pkd_dist.model.outputs import Forward, Outputs
 from pkd_dist.model.specialize import unspecialize
 from pkd_dist.training.clock import PARTS
@@ -300,7 +302,7 @@ def _skeleton(module: Encoder) -> Encoder:
     """Return a module of the same computation, operation by operation, whose parameters are given with each call."""
     made = copy.deepcopy(module)
     for part in made.modules():
-        unspecialize(part, "pkd_dist.kernels")
+        unspecialize(part, FusedLayer, CpuDropout)
     made.model.set_attn_implementation("eager")
     return made.train()
 

@@ -117,7 +117,7 @@ def test_python_without_asserts_and_without_docstrings(calm, config, tmp_path, l
 def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(config, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    variables = {"HOME": str(home), "PKD_KERNELS": "0", "HF_HOME": str(tmp_path)}
+    variables = {"HOME": str(home), "HF_HOME": str(tmp_path)}
     done = launch_afresh("--config", config, 'export.formats=["onnx"]', **variables)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*onnxruntime*"))
