@@ -7,10 +7,12 @@ from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 
 PAGE = DOCS / "performance.md"
 COMMANDS = {
-    "peers": "make bench-peers", "peers-cuda": "make bench-peers ARGS='--device cuda'", "profile": "make bench-profile",
+    "peers": "make bench-peers", "peers-avx2": "make bench-peers ARGS='--results benchmarks/results/peers-avx2.json'", "peers-cuda": "make bench-peers ARGS='--device cuda'", "profile": "make bench-profile",
     "scaling": "make bench-ranks",
 }  # fmt: skip
 """Result file -> the command that measures it."""
+CPUS = {"peers": "Zen 4, AVX512 with bfloat16", "peers-avx2": "AVX2 alone, no bfloat16"}
+"""Result file -> the kind of its CPU."""
 WAYS = {"plain": "plain loop", "engine": "through DeepSpeed's engine", "loop": "the complete training loop"}
 
 
@@ -30,7 +32,8 @@ def figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return name of a figure -> function that returns its text."""
     scaling = measured["scaling"]
     made = {
-        "peers": (peers, measured["peers"], "peers"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
+        "cpus": (cpus, {name: measured[name] for name in CPUS if "ratio_best_peer" in measured[name]}, "peers"),
+        "peers": (peers, measured["peers"], "peers"), "peers-avx2": (peers, measured["peers-avx2"], "peers-avx2"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
         "profile": (profile, measured["profile"], "profile"), "memory": (memory, scaling.get("memory"), "scaling"),
         "startup": (startup, scaling.get("startup"), "scaling"),
     }  # fmt: skip
@@ -41,6 +44,34 @@ def figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return function(found) if measured else f"Not measured yet: `{COMMANDS[file]}`.\n"
 
     return {name: lambda name=name: shown(name) for name in made}
+
+
+def cpus(made: dict[str, dict[str, Any]]) -> str:
+    """Set the main figures of several CPUs side by side."""
+
+    def column(name: str) -> list[str]:
+        found = made[name]
+        ours, peer = (found["contestants"][found[key]] for key in ("best_ours", "best_peer"))
+        peaks, quality = found["peak_flops_per_second"], found.get("time_to_quality")
+        reached = [each for each in (quality or {"reached": {}})["reached"].items() if each[0].startswith("ours")]
+        seconds = [each["seconds"] for _, each in reached if each["seconds"]]
+        return [
+            CPUS[name],
+            *(f"{peaks[precision] / 1e9:,.0f} GFLOP/s" for precision in ("float32", "bfloat16")),
+            f"{ours['seconds']:.0f} s, {ours['precision']}", f"{peer['seconds']:.0f} s, {peer['precision']}",
+            f"**{found['ratio_best_peer']:.2f}**", f"{found['gemm_share']:.0%}",
+            f"{min(seconds):.0f} s" if seconds else "not measured",
+            f"{quality['reached'][found['best_peer']]['epochs'][-1]['seconds']:.0f} s" if quality else "not measured",
+        ]  # fmt: skip
+
+    heads = [
+        "2 cores of AMD EPYC", "matrix multiplications in float32", "in bfloat16",
+        "ours: the teacher's pass and 4 epochs", "the fastest other", "times as fast", "our steps, share of the peak",
+        "ours until the quality with which the fastest other ends, from the command", "the fastest other until then",
+    ]  # fmt: skip
+    columns = [column(name) for name in made]
+    rows = [[head, *cells] for head, *cells in zip(heads, *columns, strict=True)]
+    return table(rows[0], rows[1:])
 
 
 def peers(made: dict[str, Any]) -> str:
