@@ -20,7 +20,7 @@ from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig
 from pkd_dist.search.shares import train_command, with_own_port
 from pkd_dist.search.space import Space
-from pkd_dist.search.study import COMPARISON, Claim, Named, Study
+from pkd_dist.search.study import COMPARISON, NAMED, Claim, Named, Study
 from pkd_dist.search.trial import Bases
 from pkd_dist.search.worker import work
 from pkd_dist.stages.distill import TeacherDev
@@ -53,7 +53,7 @@ def train_here(sweep: SweepConfig, name: str, world: World) -> None:
 
     def train(claim: Claim, folder: Path) -> Results:
         to_terminal(True)  # leaves the log files of the run before
-        point = Named.of(claim.trial).overrides
+        point = Named(*claim.trial.user_attrs[NAMED]).overrides
         base = bases.of(point)
         config = sweep.load(sweep.of_point(point, folder, claim.seed))
         context = pipeline.run(config, sweep.file, world, STAGES, base=base)
@@ -81,7 +81,7 @@ def train_under(launcher: str, own_port: bool, sweep: SweepConfig, name: str) ->
         command, variables = train_command(launcher), dict[str, str]()
         if own_port:
             command = with_own_port(command, launcher, variables)
-        overrides = sweep.of_point(Named.of(claim.trial).overrides, folder, claim.seed)
+        overrides = sweep.of_point(Named(*claim.trial.user_attrs[NAMED]).overrides, folder, claim.seed)
         arguments = ["--config", sweep.file, *sweep.given, *overrides, "--stages", ",".join((*BASE_STAGES, *STAGES))]
         make_folder(folder)
         processes.run(arguments, folder / "log.txt", command, variables)
@@ -96,9 +96,9 @@ def _work(sweep: SweepConfig, name: str, train: Callable[[Claim, Path], Results]
 
     def train_claimed(claims: list[Claim]) -> None:
         [claim] = claims
-        method, seed, began = Named.of(claim.trial).name, claim.seed, time.monotonic()
+        method, seed, began = Named(*claim.trial.user_attrs[NAMED]).name, claim.seed, time.monotonic()
         try:
-            results = train(claim, folder_of(sweep.folder, method, seed).absolute())
+            results = train(claim, (sweep.folder / method / f"seed-{seed}").absolute())
         except DivergedError as error:
             log.info("%s, seed %d: %s", method, seed, error)
             study.fail(claim, str(error))
@@ -109,8 +109,3 @@ def _work(sweep: SweepConfig, name: str, train: Callable[[Claim, Path], Results]
             study.complete(claim, results["student"]["main_metric"], found)
 
     work(study, name, train_claimed, pause)
-
-
-def folder_of(output: Path, method: str, seed: int) -> Path:
-    """Return the run folder of a method and a seed."""
-    return output / method / f"seed-{seed}"

@@ -30,11 +30,11 @@ from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, first_free, make_folder, move, write_atomically, write_json
 from pkd_dist.lock import Lock
-from pkd_dist.search.crew import Crew, frozen, identity, run_shared
+from pkd_dist.search.crew import Crew, frozen, identity
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import SweepConfig
 from pkd_dist.search.shares import Share, require_divisible, shares, train_command, visible_devices
-from pkd_dist.search.study import JOURNAL, SEED, WORKERS, Named, Study
+from pkd_dist.search.study import JOURNAL, NAMED, SEED, WORKERS, Named, Study
 from pkd_dist.stages.context import Resolved, resolve
 from pkd_dist.telemetry.log import log
 
@@ -48,66 +48,57 @@ class Comparison:
     """A comparison whose configuration is checked.
 
     Attributes:
+        run: What its runs have in common.
         methods: Their facts are `overrides` and `layers`, the number of the student's.
         launcher: See `search.shares.train_command`; empty: workers train in their own process.
         shares: What each worker may use; None: everything.
     """
 
     sweep: SweepConfig
-    config: Config
     run: Resolved
-    methods: tuple[Named, ...]
-    seeds: tuple[int, ...]
+    methods: list[Named]
+    seeds: Sequence[int]
     launcher: str
-    shares: tuple[Share | None, ...]
+    shares: Sequence[Share | None]
 
     def run_all(self) -> Summary:
         """Train the runs that are not finished, write the table after each, and return it.
 
         Raises:
             UserError: A run failed; the other active runs were stopped and resume when the command is rerun. Or the folder has a
-                comparison of something else.
+                comparison of something else, or another call works on it.
             DivergedError: Runs diverged; all others are finished.
             Preempted: A signal stopped it.
         """
-        output, processes = self.sweep.folder, Processes("compare")
+        output, wanted = self.sweep.folder, {(method.name, seed) for method in self.methods for seed in self.seeds}
         try:
             make_folder(output / WORKERS / "compare")
         except OSError as error:
             raise UserError(f"{output} cannot be a folder ({error.strerror}); choose another", "--output") from None
         held = Lock(output / WORKERS / "compare").acquire()
         try:
-            _keep_earlier_table(output)
-            same = identity(self.config.model_copy(update={"sweep": SETTINGS}), self.run)
-            study = open_study(output)
-            study.prepare(same, self.run.task.main_metric)
-            study.request(self.methods, self.seeds)
-            sweep, table = frozen(self.sweep, "compare.yaml"), _Table(self.config, study, digest_of(same))
-            launcher = train_command(self.launcher) if self.launcher else []
-            with processes.stopped_on_signal():
-                if self.config.teacher.finetune:
-                    run_shared(
-                        sweep, processes, sweep.teacher_folder, sweep.of_teacher(), ("data", "teacher"), launcher
-                    )
-                Crew(sweep, study, processes, self._of_workers()).train_all(self.shares, table.update)
+            table = self._train()
         finally:
             held.release()
-        return self._ended(table)
-
-    def _of_workers(self) -> list[str]:
-        own_port = ["--own-port"] if len(self.shares) > 1 else []
-        return ["--launcher", self.launcher, *own_port] if self.launcher else []
-
-    def _ended(self, table: _Table) -> Summary:
-        found = table.results
-        diverged = [
-            f"{method.name}, seed {seed}" for method in self.methods for seed in self.seeds if seed not in found.get(method.name, {})
-        ]  # fmt: skip
-        if diverged:
-            raise DivergedError(
-                f"compare: {'; '.join(diverged)} diverged; the table in {self.sweep.folder} has the other runs"
-            )
+        if diverged := sorted(wanted - table.shown):
+            named = "; ".join(f"{method}, seed {seed}" for method, seed in diverged)
+            raise DivergedError(f"compare: {named} diverged; the table in {output} has the other runs")
         return table.write()
+
+    def _train(self) -> _Table:
+        _keep_earlier_table(self.sweep.folder)
+        config, study, processes = self.run.config, open_study(self.sweep.folder), Processes("compare")
+        same = identity(config.model_copy(update={"sweep": SETTINGS}), self.run)
+        study.prepare(same, self.run.task.main_metric)
+        study.request(self.methods, self.seeds)
+        table = _Table(config, study, digest_of(same))
+        launcher = ["--launcher", self.launcher, *(["--own-port"] if len(self.shares) > 1 else [])]
+        crew = Crew(frozen(self.sweep, "compare.yaml"), study, processes, launcher if self.launcher else [])
+        with processes.stopped_on_signal():
+            if config.teacher.finetune and not study.done:
+                crew.fine_tune(train_command(self.launcher) if self.launcher else [])
+            crew.train_all(self.shares, table.update)
+        return table
 
 
 def open_comparison(
@@ -125,7 +116,7 @@ def open_comparison(
         config_file, overrides: The configuration that all runs share.
         methods: Name -> overrides.
         output: Folder of everything.
-        launcher: Of each run; see `search.shares.train_command`. Empty: workers train runs in their own process.
+        launcher: Of each run; see `Comparison`.
         jobs: Runs at a time; they share the cores and the GPUs.
 
     Raises:
@@ -139,34 +130,27 @@ def open_comparison(
     if launcher and not shutil.which(program := train_command(launcher)[0]):
         raise UserError(f"{program!r} is not a program on PATH; give one such as deepspeed", "--launcher")
     sweep = SweepConfig(config_file, (*overrides, *RUN_OVERRIDES), output)
-    config, device = sweep.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = resolve(config, config_file, device)
-    if sources.is_file(config.task.data):
-        text.read_all(config.task.data, run.task)
+    run = _resolved(sweep)
+    if sources.is_file(run.config.task.data):
+        text.read_all(run.config.task.data, run.task)
     cores = sorted(os.sched_getaffinity(0))[: limits.cores()]
-    return Comparison(
-        sweep, config, run, tuple(_checked(sweep, run, name, method) for name, method in methods.items()), tuple(seeds), launcher,
-        tuple(shares(jobs, devices, cores, one_rank=not launcher)) if jobs > 1 else (None,),
-    )  # fmt: skip
+    parts = shares(jobs, devices, cores, one_rank=not launcher) if jobs > 1 else [None]
+    points = [_point(sweep, run, name, method) for name, method in methods.items()]
+    return Comparison(sweep, run, points, seeds, launcher, parts)
 
 
-def _checked(sweep: SweepConfig, run: Resolved, name: str, method: Overrides) -> Named:
-    """Return a method as a point, if it can be trained."""
-    made = _complete(run, method)
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        depth = resolve(sweep.load(as_arguments(made)), sweep.file, device).student_layers
-    except UserError as error:
-        raise UserError(f"method {name}: {error}") from None
-    facts = {"overrides": json.loads(json.dumps(made)), "layers": depth}
-    return Named(name, tuple(as_arguments(made)), facts)
+def _resolved(sweep: SweepConfig, overrides: Sequence[str] = ()) -> Resolved:
+    return resolve(sweep.load(overrides), sweep.file, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _complete(run: Resolved, method: Overrides) -> Overrides:
-    """Add what a method's starting weights need.
+def _point(sweep: SweepConfig, run: Resolved, name: str, method: Overrides) -> Named:
+    """Return a method as a point, with what its starting weights need.
 
     The number of layers defaults to that of the configuration's student. `first_k` needs the model before fine-tuning, since the
     teacher of the runs is a fine-tuned one.
+
+    Raises:
+        UserError: It cannot be trained.
     """
     student, teacher, made = run.config.student, run.config.teacher, dict(method)
     init = str(method.get("student.init", student.init))
@@ -176,44 +160,60 @@ def _complete(run: Resolved, method: Overrides) -> Overrides:
         made["student.num_layers"] = run.student_layers
     if init == "first_k" and teacher.finetune:
         made["student.init"] = teacher.models[0]
-    return made
+    arguments = as_arguments(made)
+    try:
+        depth = _resolved(sweep, arguments).student_layers
+    except UserError as error:
+        raise UserError(f"method {name}: {error}") from None
+    return Named(name, arguments, {"overrides": json.loads(json.dumps(made)), "layers": depth})
 
 
 def _keep_earlier_table(output: Path) -> None:
     """Set aside a table of which no study knows: an earlier version wrote it."""
     path = output / TABLE
     if path.exists() and not (output / JOURNAL).exists():
-        kept = first_free(path)
-        move(path, kept)
+        move(path, kept := first_free(path))
         log.info("compare: the table of an earlier version is kept as %s; runs that are done are not run again", kept)
 
 
 class _Table:
-    """The results in a study, and the files that show them."""
+    """The table of a study's results so far.
+
+    Attributes:
+        shown: Method and seed of each run in it.
+    """
 
     def __init__(self, config: Config, study: Study, identity: str):
         self._config, self._study, self._identity = config, study, identity
-        self._known: set[int] | None = None
-        self.results: dict[str, dict[int, Results]] = {}
+        self.shown: set[tuple[str, int]] = set()
+        self._began = False
 
-    def update(self, workers: int = 0) -> str:
-        """Log the runs that have finished since the last call, and show them in the files; returns no note."""
-        trials = {trial.number: trial for trial in self._study.completed}
-        for number, trial in trials.items():
-            method, seed, found = Named.of(trial).name, trial.user_attrs[SEED], trial.user_attrs[RESULTS]
-            self.results.setdefault(method, {})[seed] = found
-            if self._known is not None and number not in self._known:
-                log.info("compare: %s, seed %d: %s", method, seed, one_line(found))
-        if trials and trials.keys() != self._known:
+    def _results(self) -> dict[str, dict[int, Results]]:
+        found: dict[str, dict[int, Results]] = {}
+        for trial in self._study.completed:
+            found.setdefault(trial.user_attrs[NAMED][0], {})[trial.user_attrs[SEED]] = trial.user_attrs[RESULTS]
+        return found
+
+    def update(self, workers: int) -> str:
+        """Log the runs that have finished since the last call, and write the table if there are any; returns no note."""
+        found = self._results()
+        new = {(method, seed) for method, by_seed in found.items() for seed in by_seed} - self.shown
+        for method, seed in sorted(new) if self._began else ():
+            log.info("compare: %s, seed %d: %s", method, seed, one_line(found[method][seed]))
+        self.shown |= new
+        self._began = True
+        if new:
             self.write()  # long comparisons show intermediate results
-        self._known = set(trials)
         return ""
 
     def write(self) -> Summary:
         """Write compare.json, .md and .png."""
-        folder, facts = self._study.folder, {point.name: point.facts for point in map(Named.of, self._study.completed)}
+        folder, facts = self._study.folder, {}
+        for trial in self._study.completed:
+            point = Named(*trial.user_attrs[NAMED])
+            facts[point.name] = point.facts
         depths = {name: cast(int, found["layers"]) for name, found in facts.items()}
-        summary = summarize(self._config, self.results, depths)
+        summary = summarize(self._config, self._results(), depths)
         summary["of"] = self._identity
         for name, method in summary["methods"].items():
             method["overrides"] = cast(Overrides, facts[name]["overrides"])

@@ -68,30 +68,6 @@ def identity(config: Config, run: Resolved) -> dict[str, object]:
     return found | ({"run.seed": config.run.seed} if teacher.finetune else {})
 
 
-def run_shared(
-    sweep: SweepConfig,
-    processes: Processes,
-    folder: Path,
-    overrides: Sequence[str],
-    stages: Sequence[str],
-    launcher: Sequence[str] = (),
-) -> None:
-    """Run stages of what all points share, on all cores.
-
-    Args:
-        folder, overrides: Of the run; see `SweepConfig.of_teacher` and `of_base`.
-        launcher: See `Processes.run`.
-
-    Raises:
-        UserError, DivergedError, Preempted: See `Processes.run`.
-    """
-    with waiting_lock(sweep.folder / WORKERS / "bases"):
-        make_folder(folder)
-        log.info("%s: %s", folder, ", ".join(stages))
-        arguments = ["--config", sweep.file, *sweep.given, *overrides, "--stages", ",".join(stages)]
-        processes.run(arguments, folder / "log.txt", launcher)
-
-
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
@@ -99,16 +75,40 @@ class _Worker:
     share: Share | None
 
 
+@dataclass(frozen=True)
 class Crew:
     """The workers of a study on this machine.
 
-    Args:
-        sweep: Its configuration, as the workers read it.
+    Attributes:
+        sweep: The configuration, as the workers read it.
         arguments: Of each worker, beside the configuration; see `cli.worker`.
     """
 
-    def __init__(self, sweep: SweepConfig, study: Study, processes: Processes, arguments: Sequence[str] = ()):
-        self._sweep, self._study, self._processes, self._arguments = sweep, study, processes, arguments
+    sweep: SweepConfig
+    study: Study
+    processes: Processes
+    arguments: Sequence[str] = ()
+
+    def fine_tune(self, launcher: Sequence[str] = ()) -> None:
+        """Fine-tune the teacher; see `run_shared`."""
+        self.run_shared(self.sweep.teacher_folder, self.sweep.of_teacher(), ("data", "teacher"), launcher)
+
+    def run_shared(
+        self, folder: Path, overrides: Sequence[str], stages: Sequence[str], launcher: Sequence[str] = ()
+    ) -> None:
+        """Run stages of what all points share, on all cores.
+
+        Args:
+            launcher: See `Processes.run`.
+
+        Raises:
+            UserError, DivergedError, Preempted: See `Processes.run`.
+        """
+        with waiting_lock(self.sweep.folder / WORKERS / "bases"):
+            make_folder(folder)
+            log.info("%s: %s: %s", self.study.command, folder, ", ".join(stages))
+            arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
+            self.processes.run(arguments, folder / "log.txt", launcher)
 
     def train_all(self, shares: Sequence[Share | None], watch: Callable[[int], str]) -> None:
         """Have workers train all trials; a worker that is killed is replaced, and its trial continued.
@@ -120,7 +120,7 @@ class Crew:
         Raises:
             UserError, DivergedError, Preempted: As a worker ended.
         """
-        study = self._study
+        study = self.study
         workers = [self._start(share) for share in shares] if not study.done else []
         ended, died = _ended(study), 0
         watch(len(workers))
@@ -149,14 +149,14 @@ class Crew:
         """Return whether a worker found nothing left to train; False: it was killed. Raises its error."""
         status = worker.process.returncode
         if status >= 0 and status != Preempted.exit_status:
-            self._processes.require_success(worker.process, worker.log, status)
+            self.processes.require_success(worker.process, worker.log, status)
             return True
-        self._processes.forget(worker.process)
-        log.info("%s: a worker was killed (status %d); another one continues its trial", self._study.command, status)
+        self.processes.forget(worker.process)
+        log.info("%s: a worker was killed (status %d); another one continues its trial", self.study.command, status)
         return False
 
     def _start(self, share: Share | None) -> _Worker:
-        sweep, host = self._sweep, socket.gethostname()
+        sweep, host = self.sweep, socket.gethostname()
         folder = first_free(sweep.folder / WORKERS / f"{host}-{os.getpid()}")
         make_folder(folder)
         variables = {}
@@ -164,18 +164,9 @@ class Crew:
             variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(len(share.cores))
             if share.devices:
                 variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
-        arguments = [
-            "--config",
-            sweep.file,
-            "--output",
-            str(sweep.folder),
-            "--worker",
-            folder.name,
-            *self._arguments,
-            *sweep.given,
-        ]
-        command = [*python("pkd_dist.cli.worker"), self._study.kind, *arguments]
-        process = self._processes.start(command, folder / "log.txt", variables)
+        where = ["--config", sweep.file, "--output", str(sweep.folder), "--worker", folder.name]
+        command = [*python("pkd_dist.cli.worker"), self.study.kind, *where, *self.arguments, *sweep.given]
+        process = self.processes.start(command, folder / "log.txt", variables)
         if share and share.pinned:
             with suppress(ProcessLookupError):  # before it has started ranks, which divide its cores
                 os.sched_setaffinity(process.pid, share.cores)

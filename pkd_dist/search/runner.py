@@ -22,7 +22,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.search import page
-from pkd_dist.search.crew import Crew, frozen, identity, run_shared
+from pkd_dist.search.crew import Crew, frozen, identity
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
@@ -121,15 +121,12 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
             clean(sweep, trial.number)
     metrics = RunMetrics()
     with processes.stopped_on_signal(), publishing(metrics, opened.config.metrics, access, sweep.folder, 0):
+        crew, parts = Crew(sweep, study, processes), shares(count, devices, cores, one_rank=True)
         if opened.config.teacher.finetune:
-            run_shared(sweep, processes, sweep.teacher_folder, sweep.of_teacher(), ("data", "teacher"))
+            crew.fine_tune()
         if not any(map(needs_own_base, opened.space.distributions)):  # else workers build them
-            run_shared(sweep, processes, *sweep.of_base([]), BASE_STAGES)
-        crew = Crew(sweep, study, processes)
-        crew.train_all(
-            shares(count, devices, cores, one_rank=True),
-            lambda working: _show(study, opened.objective, working, metrics),
-        )
+            crew.run_shared(*sweep.of_base([]), BASE_STAGES)
+        crew.train_all(parts, lambda working: _show(study, opened.objective, working, metrics))
         if trials_only:
             return None
         with waiting_lock(sweep.folder / WORKERS / "final"):

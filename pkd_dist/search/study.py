@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -50,23 +51,17 @@ _COMMANDS = {SWEEP: "sweep", COMPARISON: "compare"}
 optuna.logging.set_verbosity(logging.WARNING)
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """A point that has a name, not values of a space.
 
     Attributes:
         overrides: `section.key=value` arguments of its runs.
-        facts: What whoever reads the study wants to know of it; JSON.
+        facts: What readers of the study want to know of it; JSON.
     """
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: list[str]
     facts: dict[str, object]
-
-    @classmethod
-    def of(cls, trial: FrozenTrial | Trial) -> Named:
-        content = trial.user_attrs[NAMED]
-        return cls(content["name"], tuple(content["overrides"]), content["facts"])
 
 
 @dataclass(frozen=True)
@@ -172,25 +167,25 @@ class Study:
         call asks for it again.
 
         Raises:
-            UserError: A point of that name has been trained with other settings.
+            UserError: Training of a point of that name has begun with other settings.
         """
         with self._locked():
             wanted, known = {point.name: point for point in points}, set()
             for trial in self.trials:
-                named, key = Named.of(trial), (trial.user_attrs[NAMED]["name"], trial.user_attrs[SEED])
-                same = named == wanted.get(named.name)
-                if not same and named.name in wanted and trial.datetime_start and REASON not in trial.user_attrs:
+                named, seed = Named(*trial.user_attrs[NAMED]), trial.user_attrs[SEED]
+                same = named == wanted.get(named.name, named)
+                if not same and trial.datetime_start and REASON not in trial.user_attrs:
+                    had = " ".join(named.overrides)
                     raise UserError(
-                        f"{named.name} was trained in {self.folder} with other settings ({' '.join(named.overrides)}); choose another "
-                        "name, or restore them", "--method",
-                    )  # fmt: skip
-                if same and key[1] in seeds and trial.state is not TrialState.FAIL:
-                    known.add(key)
+                        f"{named.name} has other settings in {self.folder} ({had}); choose another name", "--method"
+                    )
+                if same and named.name in wanted and seed in seeds and trial.state is not TrialState.FAIL:
+                    known.add((named.name, seed))
                 elif trial.state is TrialState.WAITING or self._is_left(trial):
                     self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             for seed, point in itertools.product(seeds, points):
                 if (point.name, seed) not in known:
-                    self._study.enqueue_trial({}, {SEED: seed, POINT: None, NAMED: vars(point)})
+                    self._study.enqueue_trial({}, {SEED: seed, POINT: None, NAMED: point})
 
     def _points(self) -> Iterator[Point]:
         if self.kind == COMPARISON:
