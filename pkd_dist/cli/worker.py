@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,39 +22,34 @@ def work(argv: Sequence[str]) -> int:
     parser.add_argument("kind", choices=("sweep", "comparison"))
     for option in ("--config", "--output", "--worker"):
         parser.add_argument(option, required=True)
-    parser.add_argument("--launcher", default="", help="of the runs of a comparison")
-    parser.add_argument("--own-port", action="store_true", help="the ranks of each launcher meet at a free port")
+    parser.add_argument("--launcher", help="of the runs of a comparison")
+    parser.add_argument("--own-port", action="store_true", help="the ranks of each run meet at a free port")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(argv)
-    if options.launcher:
-        to_terminal(True)
-        return guarded(lambda: _launch(options))
-    overrides = [*options.overrides, f"run.dir={json.dumps(options.output)}"]
-    return in_world(options.config, overrides, _trainer(options), alone=True)
+    file, overrides, folder = options.config, options.overrides, Path(options.output)
 
+    def train(world: World) -> None:
+        if options.kind == "sweep":
+            from pkd_dist.search.runner import open_sweep
+            from pkd_dist.search.worker import search
 
-def _trainer(options: argparse.Namespace) -> Callable[[World], None]:
-    def search(world: World) -> None:
-        from pkd_dist.search.runner import open_sweep
-        from pkd_dist.search.worker import search
+            search(open_sweep(file, overrides, folder), options.worker, world)
+        else:
+            from pkd_dist.comparison.runs import train_here
+            from pkd_dist.search.shared import SweepConfig
 
-        search(open_sweep(options.config, options.overrides, Path(options.output)), options.worker, world)
+            train_here(SweepConfig(file, tuple(overrides), folder), options.worker, world)
 
-    def compare(world: World) -> None:
-        from pkd_dist.comparison.runs import train_here
+    def launch() -> None:
+        from pkd_dist.comparison.runs import train_under
         from pkd_dist.search.shared import SweepConfig
 
-        train_here(SweepConfig(options.config, tuple(options.overrides), Path(options.output)), options.worker, world)
+        train_under(options.launcher, options.own_port, SweepConfig(file, tuple(overrides), folder), options.worker)
 
-    return search if options.kind == "sweep" else compare
-
-
-def _launch(options: argparse.Namespace) -> None:
-    from pkd_dist.comparison.runs import train_under
-    from pkd_dist.search.shared import SweepConfig
-
-    sweep = SweepConfig(options.config, tuple(options.overrides), Path(options.output))
-    train_under(options.launcher, options.own_port, sweep, options.worker)
+    if options.launcher:
+        to_terminal(True)
+        return guarded(launch)
+    return in_world(file, [*overrides, f"run.dir={json.dumps(options.output)}"], train, alone=True)
 
 
 if __name__ == "__main__":

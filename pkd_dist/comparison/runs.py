@@ -5,7 +5,6 @@ Both ways run the stages `init`, `distill` and `evaluate` of a run in OUTPUT/MET
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -16,9 +15,10 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.evaluation.results import Results
 from pkd_dist.files import make_folder, read_object
+from pkd_dist.network import free_port
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig
-from pkd_dist.search.shares import train_command, with_own_port
+from pkd_dist.search.shares import train_command
 from pkd_dist.search.space import Space
 from pkd_dist.search.study import COMPARISON, NAMED, Claim, Named, Study
 from pkd_dist.search.trial import Bases
@@ -39,22 +39,16 @@ def open_study(folder: Path) -> Study:
 
 
 def train_here(sweep: SweepConfig, name: str, world: World) -> None:
-    """Train runs in this process until none is left.
-
-    Args:
-        name: See `search.worker.work`.
-        world: A single rank.
+    """Train runs in this process, a single rank, until none is left; see `search.worker.work`.
 
     Raises:
         UserError: A run cannot be trained; names it.
-        Preempted: See `search.worker.work`.
     """
     bases = Bases(sweep, world)
 
     def train(claim: Claim, folder: Path) -> Results:
         to_terminal(True)  # leaves the log files of the run before
-        point = Named(*claim.trial.user_attrs[NAMED]).overrides
-        base = bases.of(point)
+        base = bases.of(point := Named(*claim.trial.user_attrs[NAMED]).overrides)
         config = sweep.load(sweep.of_point(point, folder, claim.seed))
         context = pipeline.run(config, sweep.file, world, STAGES, base=base)
         if found := context.known(TeacherDev):
@@ -65,26 +59,19 @@ def train_here(sweep: SweepConfig, name: str, world: World) -> None:
 
 
 def train_under(launcher: str, own_port: bool, sweep: SweepConfig, name: str) -> None:
-    """Train runs under a launcher until none is left; their output is in OUTPUT/METHOD/seed-N/log.txt.
+    """Train runs under a launcher, as `train_here`; their output is in OUTPUT/METHOD/seed-N/log.txt.
 
     Args:
-        launcher: See `search.shares.train_command`.
         own_port: The ranks of each run meet at a free port.
-        name: See `search.worker.work`.
-
-    Raises:
-        UserError, Preempted: See `train_here`.
     """
     processes = Processes("compare")
 
     def train(claim: Claim, folder: Path) -> Results:
-        command, variables = train_command(launcher), dict[str, str]()
-        if own_port:
-            command = with_own_port(command, launcher, variables)
+        command = train_command(launcher, free_port() if own_port else None)
         overrides = sweep.of_point(Named(*claim.trial.user_attrs[NAMED]).overrides, folder, claim.seed)
         arguments = ["--config", sweep.file, *sweep.given, *overrides, "--stages", ",".join((*BASE_STAGES, *STAGES))]
         make_folder(folder)
-        processes.run(arguments, folder / "log.txt", command, variables)
+        processes.run(arguments, folder / "log.txt", command)
         return cast(Results, read_object(folder / "results_eval.json"))
 
     with processes.stopped_on_signal():
@@ -96,7 +83,7 @@ def _work(sweep: SweepConfig, name: str, train: Callable[[Claim, Path], Results]
 
     def train_claimed(claims: list[Claim]) -> None:
         [claim] = claims
-        method, seed, began = Named(*claim.trial.user_attrs[NAMED]).name, claim.seed, time.monotonic()
+        method, seed = Named(*claim.trial.user_attrs[NAMED]).name, claim.seed
         try:
             results = train(claim, (sweep.folder / method / f"seed-{seed}").absolute())
         except DivergedError as error:
@@ -105,7 +92,6 @@ def _work(sweep: SweepConfig, name: str, train: Callable[[Claim, Path], Results]
         except UserError as error:
             raise UserError(f"{method}, seed {seed}: {error}") from None
         else:
-            found = {RESULTS: results, "seconds": round(time.monotonic() - began, 1)}
-            study.complete(claim, results["student"]["main_metric"], found)
+            study.complete(claim, results["student"]["main_metric"], {RESULTS: results})
 
     work(study, name, train_claimed, pause)

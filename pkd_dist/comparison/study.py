@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -86,7 +85,10 @@ class Comparison:
         return table.write()
 
     def _train(self) -> _Table:
-        _keep_earlier_table(self.sweep.folder)
+        path = self.sweep.folder / TABLE
+        if path.exists() and not (self.sweep.folder / JOURNAL).exists():
+            move(path, kept := first_free(path))
+            log.info("compare: the table of an earlier version is kept as %s; finished runs are not run again", kept)
         config, study, processes = self.run.config, open_study(self.sweep.folder), Processes("compare")
         same = identity(config.model_copy(update={"sweep": SETTINGS}), self.run)
         study.prepare(same, self.run.task.main_metric)
@@ -113,9 +115,7 @@ def open_comparison(
     """Check a comparison; writes nothing.
 
     Args:
-        config_file, overrides: The configuration that all runs share.
-        methods: Name -> overrides.
-        output: Folder of everything.
+        methods: Name -> overrides of the configuration that all runs share.
         launcher: Of each run; see `Comparison`.
         jobs: Runs at a time; they share the cores and the GPUs.
 
@@ -168,55 +168,34 @@ def _point(sweep: SweepConfig, run: Resolved, name: str, method: Overrides) -> N
     return Named(name, arguments, {"overrides": json.loads(json.dumps(made)), "layers": depth})
 
 
-def _keep_earlier_table(output: Path) -> None:
-    """Set aside a table of which no study knows: an earlier version wrote it."""
-    path = output / TABLE
-    if path.exists() and not (output / JOURNAL).exists():
-        move(path, kept := first_free(path))
-        log.info("compare: the table of an earlier version is kept as %s; runs that are done are not run again", kept)
-
-
 class _Table:
-    """The table of a study's results so far.
-
-    Attributes:
-        shown: Method and seed of each run in it.
-    """
+    """The table of a study's results so far; `shown` is the method and the seed of each run in it."""
 
     def __init__(self, config: Config, study: Study, identity: str):
         self._config, self._study, self._identity = config, study, identity
-        self.shown: set[tuple[str, int]] = set()
-        self._began = False
+        self.shown = self._results().keys()
 
-    def _results(self) -> dict[str, dict[int, Results]]:
-        found: dict[str, dict[int, Results]] = {}
-        for trial in self._study.completed:
-            found.setdefault(trial.user_attrs[NAMED][0], {})[trial.user_attrs[SEED]] = trial.user_attrs[RESULTS]
-        return found
+    def _results(self) -> dict[tuple[str, int], Results]:
+        attributes = [trial.user_attrs for trial in self._study.completed]
+        return {(each[NAMED][0], each[SEED]): each[RESULTS] for each in attributes}
 
     def update(self, workers: int) -> str:
         """Log the runs that have finished since the last call, and write the table if there are any; returns no note."""
         found = self._results()
-        new = {(method, seed) for method, by_seed in found.items() for seed in by_seed} - self.shown
-        for method, seed in sorted(new) if self._began else ():
-            log.info("compare: %s, seed %d: %s", method, seed, one_line(found[method][seed]))
-        self.shown |= new
-        self._began = True
-        if new:
+        for method, seed in [run for run in found if run not in self.shown]:
+            log.info("compare: %s, seed %d: %s", method, seed, one_line(found[method, seed]))
+        if found.keys() != self.shown:
+            self.shown = found.keys()
             self.write()  # long comparisons show intermediate results
         return ""
 
     def write(self) -> Summary:
         """Write compare.json, .md and .png."""
-        folder, facts = self._study.folder, {}
-        for trial in self._study.completed:
-            point = Named(*trial.user_attrs[NAMED])
-            facts[point.name] = point.facts
-        depths = {name: cast(int, found["layers"]) for name, found in facts.items()}
-        summary = summarize(self._config, self._results(), depths)
-        summary["of"] = self._identity
-        for name, method in summary["methods"].items():
-            method["overrides"] = cast(Overrides, facts[name]["overrides"])
+        folder, results = self._study.folder, dict[str, dict[int, Results]]()
+        for (method, seed), found in self._results().items():
+            results.setdefault(method, {})[seed] = found
+        facts = {name: each for name, _, each in (trial.user_attrs[NAMED] for trial in self._study.completed)}
+        summary = summarize(self._config, results, facts, self._identity)
         write_json(folder / TABLE, summary)
         table = as_markdown(summary)
         write_atomically(folder / "compare.md", lambda tmp: tmp.write_text(table, encoding="utf-8"))

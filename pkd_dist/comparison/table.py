@@ -34,26 +34,26 @@ class MeanDifference(TypedDict):
     half_interval_95: float | None
 
 
-class MethodSummary(TypedDict, total=False):
+class Facts(TypedDict):
+    """Layers of a method's student, and its settings."""
+
+    layers: int
+    overrides: dict[str, object]
+
+
+class MethodSummary(Facts, total=False):
     """One method over its seeds.
 
     `half_interval_95` is half the interval of the mean, None for fewer than `MIN_SEEDS` seeds. A method with the depth of an
-    earlier one also has a key `minus FIRST`: its differences to the first such method, paired by seed; see
-    `set_differences`. `overrides` are the settings of the method.
+    earlier one also has a key `minus FIRST`: its differences to the first such method, by seed; see `set_differences`.
     """
 
     seeds: dict[str, Figures]
     mean: Figures
     half_interval_95: dict[str, float | None]
-    layers: int
-    overrides: dict[str, object]
 
 
-class _Identified(TypedDict, total=False):
-    of: str
-
-
-class Summary(_Identified):
+class Summary(TypedDict):
     """compare.json. `pooled` names the splits that `score` and `agreement` are over; `of` identifies what all rows have in common."""
 
     task: str
@@ -62,6 +62,7 @@ class Summary(_Identified):
     pooled: list[str]
     teacher: Figures
     methods: dict[str, MethodSummary]
+    of: str
 
 
 class MeanInterval(NamedTuple):
@@ -80,12 +81,13 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     return MeanInterval(float(np.mean(values)), half)
 
 
-def summarize(config: Config, results: RunResults, depths: Mapping[str, int]) -> Summary:
+def summarize(config: Config, results: RunResults, facts: Mapping[str, Facts], identity: str) -> Summary:
     """Return the content of compare.json.
 
     Args:
         results: At least one method with at least one seed.
-        depths: Method -> layers of its student.
+        facts: Method -> what the table says of it.
+        identity: What all rows have in common.
     """
     metric = tasks.resolve(config.task).main_metric
     one = next(iter(next(iter(results.values())).values()))
@@ -100,7 +102,7 @@ def summarize(config: Config, results: RunResults, depths: Mapping[str, int]) ->
             "seeds": seeds,
             "mean": {key: interval.mean for key, interval in intervals.items()},
             "half_interval_95": {key: interval.half for key, interval in intervals.items()},
-            "layers": depths[name],
+            **facts[name],
         }
     set_differences(methods)
     return {
@@ -110,6 +112,7 @@ def summarize(config: Config, results: RunResults, depths: Mapping[str, int]) ->
         "pooled": pooled,
         "teacher": _figures(one, splits, pooled, metric, teacher=True),
         "methods": methods,
+        "of": identity,
     }
 
 

@@ -90,23 +90,16 @@ class Crew:
     arguments: Sequence[str] = ()
 
     def fine_tune(self, launcher: Sequence[str] = ()) -> None:
-        """Fine-tune the teacher; see `run_shared`."""
+        """Fine-tune the teacher, under a launcher if one is given."""
         self.run_shared(self.sweep.teacher_folder, self.sweep.of_teacher(), ("data", "teacher"), launcher)
 
     def run_shared(
         self, folder: Path, overrides: Sequence[str], stages: Sequence[str], launcher: Sequence[str] = ()
     ) -> None:
-        """Run stages of what all points share, on all cores.
-
-        Args:
-            launcher: See `Processes.run`.
-
-        Raises:
-            UserError, DivergedError, Preempted: See `Processes.run`.
-        """
+        """Run stages of what all points share, on all cores; see `Processes.run`."""
         with waiting_lock(self.sweep.folder / WORKERS / "bases"):
             make_folder(folder)
-            log.info("%s: %s: %s", self.study.command, folder, ", ".join(stages))
+            log.info("%s: %s: %s", self.study.kind, folder, ", ".join(stages))
             arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
             self.processes.run(arguments, folder / "log.txt", launcher)
 
@@ -122,13 +115,12 @@ class Crew:
         """
         study = self.study
         workers = [self._start(share) for share in shares] if not study.done else []
-        ended, died = _ended(study), 0
+        ended, died = study.ended, 0
         watch(len(workers))
-        with Bar(study.command, len(study.trials), ended) as bar:
+        with Bar(study.kind, len(study.trials), ended) as bar:
             while workers:
                 time.sleep(_POLL_SECONDS)
-                now, total = _ended(study), len(study.trials)
-                note = watch(len(workers))
+                now, total, note = study.ended, len(study.trials), watch(len(workers))
                 if now > ended:
                     bar.grow(total)
                     bar.advance(now - ended, note)
@@ -152,7 +144,7 @@ class Crew:
             self.processes.require_success(worker.process, worker.log, status)
             return True
         self.processes.forget(worker.process)
-        log.info("%s: a worker was killed (status %d); another one continues its trial", self.study.command, status)
+        log.info("%s: a worker was killed (status %d); another one continues its trial", self.study.kind, status)
         return False
 
     def _start(self, share: Share | None) -> _Worker:
@@ -171,7 +163,3 @@ class Crew:
             with suppress(ProcessLookupError):  # before it has started ranks, which divide its cores
                 os.sched_setaffinity(process.pid, share.cores)
         return _Worker(process, folder / "log.txt", share)
-
-
-def _ended(study: Study) -> int:
-    return sum(trial.state.is_finished() for trial in study.trials)

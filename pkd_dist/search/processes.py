@@ -58,26 +58,18 @@ class Processes:
         self._running.append(process)
         return process
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        log: Path,
-        launcher: Sequence[str] = (),
-        variables: Mapping[str, str] | None = None,
-    ) -> None:
+    def run(self, arguments: Sequence[str], log: Path, launcher: Sequence[str] = ()) -> None:
         """Run the launcher with these arguments to its end.
 
         Args:
             launcher: See `shares.train_command`; empty: this Python, one rank.
-            variables: See `start`.
 
         Raises:
             UserError, DivergedError, Preempted: As it ended.
         """
         with waiting_lock(log.parent):  # a run that a killed command left behind is still stopping
             pass
-        command = program(launcher) if launcher else python("pkd_dist.train")
-        process = self.start([*command, *arguments], log, variables or {})
+        process = self.start([*(program(launcher) if launcher else python("pkd_dist.train")), *arguments], log, {})
         self.require_success(process, log, process.wait())
 
     def require_success(self, process: subprocess.Popen[bytes], log: Path, status: int) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
@@ -87,11 +88,9 @@ class SweepConfig:
         from pkd_dist.model.student import INIT_METHODS  # brings torch, which a submitting host may lack
 
         distill, student = config.distill, config.student
-        content = config.model_dump(
-            mode="json",
-            include=set(_SECTIONS),
-            exclude={"cache": {"dir"}, "task": {"augment": {"min_confidence"}}},  # the training alone reads the latter
-        )
+        # the training alone reads min_confidence
+        exclude: Any = {"cache": {"dir"}, "task": {"augment": {"min_confidence"}}}
+        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude=exclude)
         content["cache"]["layers"] = content["cache"]["layers"] if content["cache"]["layers"] != "all" else None
         reads = student.model_dump(mode="json", include=_STUDENT_KEYS)
         if student.init in (*INIT_METHODS, *self.load().teacher.models):

@@ -46,18 +46,12 @@ STATES = {
 """What people read of a state."""
 SWEEP, COMPARISON = "sweep", "comparison"
 """Kinds of a study."""
-_COMMANDS = {SWEEP: "sweep", COMPARISON: "compare"}
 
 optuna.logging.set_verbosity(logging.WARNING)
 
 
 class Named(NamedTuple):
-    """A point that has a name, not values of a space.
-
-    Attributes:
-        overrides: `section.key=value` arguments of its runs.
-        facts: What readers of the study want to know of it; JSON.
-    """
+    """A point that has a name, not values of a space. `overrides` are arguments of its runs; `facts`, JSON, are for readers of the study."""
 
     name: str
     overrides: list[str]
@@ -95,9 +89,8 @@ class Study:
         path = str((folder / JOURNAL).absolute())  # Optuna's lock is a link to it
         _drop_torn_line(path)
         storage, pruner = JournalStorage(JournalFileBackend(path)), _pruner(settings)
-        for other in {SWEEP, COMPARISON} - {kind}:
-            if other in optuna.get_all_study_names(storage):
-                raise UserError(f"{folder}: has a {other}; choose another folder", "--output")
+        if others := set(optuna.get_all_study_names(storage)) - {kind}:
+            raise UserError(f"{folder}: has a {others.pop()}; choose another folder", "--output")
         try:
             self._study = optuna.load_study(study_name=kind, storage=storage, pruner=pruner)
         except KeyError:
@@ -110,11 +103,6 @@ class Study:
         return waiting_lock(self.folder / WORKERS / "study")
 
     @property
-    def command(self) -> str:
-        """The command that made it, as it begins lines of the log."""
-        return _COMMANDS[self.kind]
-
-    @property
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
         return self._study.get_trials(deepcopy=False)
@@ -122,6 +110,10 @@ class Study:
     @property
     def completed(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials if trial.state is TrialState.COMPLETE]
+
+    @property
+    def ended(self) -> int:
+        return sum(trial.state.is_finished() for trial in self.trials)
 
     def as_optuna(self) -> optuna.Study:
         """Return the study for Optuna's own analyses."""
@@ -175,10 +167,8 @@ class Study:
                 named, seed = Named(*trial.user_attrs[NAMED]), trial.user_attrs[SEED]
                 same = named == wanted.get(named.name, named)
                 if not same and trial.datetime_start and REASON not in trial.user_attrs:
-                    had = " ".join(named.overrides)
-                    raise UserError(
-                        f"{named.name} has other settings in {self.folder} ({had}); choose another name", "--method"
-                    )
+                    had = f"{named.name} has other settings in {self.folder} ({' '.join(named.overrides)})"
+                    raise UserError(f"{had}; choose another name", "--method")
                 if same and named.name in wanted and seed in seeds and trial.state is not TrialState.FAIL:
                     known.add((named.name, seed))
                 elif trial.state is TrialState.WAITING or self._is_left(trial):

@@ -57,13 +57,9 @@ def work(
 
 
 def search(opened: Opened, name: str, world: World) -> None:
-    """Train the trials of a sweep, several at a time where `sweep.students_per_step` says so.
-
-    Args:
-        name: See `work`.
+    """Train the trials of a sweep, several at a time where `sweep.students_per_step` says so; see `work`.
 
     Raises:
-        Preempted: The checkpoints of the trials are committed; see `work`.
         UserError: Points fail one after the other, and none has succeeded.
     """
     sweep, study, bases = opened.sweep, opened.study(), Bases(opened.sweep, world)

@@ -16,7 +16,7 @@ from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import locate
-from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices, with_own_port
+from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices
 
 
 def test_methods_by_name_and_custom_ones():
@@ -176,13 +176,11 @@ def test_runs_at_a_time_have_their_own_gpus_cores_and_port(monkeypatch):
     crowded = shares(3, ["4", "5"], [0, 1], one_rank=True)
     assert [(share.devices, share.cores) for share in crowded] == [(("4",), (0,)), (("5",), (1,)), (("4",), (0,))]
     assert shares(2, [], [0, 1], one_rank=True)[1].devices == ()
-    ports = set()
     for launcher in ("deepspeed --num_nodes 1", "torchrun --nproc_per_node 2", "python -m torch.distributed.run"):
-        command = with_own_port(train_command(launcher), launcher, environment := {})
-        assert command[-4:-2] == ["--master_port", environment["MASTER_PORT"]] and command[-1] == "pkd_dist.train"
-        ports.add(environment["MASTER_PORT"])
-    assert with_own_port(train_command("mpirun -n 2"), "mpirun -n 2", environment) == train_command("mpirun -n 2")
-    assert len({*ports, environment["MASTER_PORT"]}) == 4
+        command = train_command(launcher, 29)
+        assert command[:2] == ["env", "MASTER_PORT=29"] and command[-4:-2] == ["--master_port", "29"]
+        assert command[-1] == "pkd_dist.train"
+    assert train_command("mpirun -n 2", 29) == ["env", "MASTER_PORT=29", *train_command("mpirun -n 2")]
     with pytest.raises(UserError, match=r"--launcher: --num_gpus: with --jobs each run has a port and GPUs of its own"):
         require_divisible("deepspeed --num_gpus 2", ["0", "1"])
     require_divisible("deepspeed --num_gpus 2", [])
@@ -219,13 +217,18 @@ def result(dev, test, agreement):
     }  # fmt: skip
 
 
+def summarized(results, *overrides, **depths):
+    facts = {name: {"layers": depth, "overrides": {}} for name, depth in depths.items()}
+    return summarize(load(None, ["run.dir=unused", *overrides]), results, facts, "identity")
+
+
 def test_the_table_pools_splits_and_pairs_seeds():
     results = {
         "finetune": {1: result(0.8, 0.7, 0.8), 2: result(0.82, 0.72, 0.8)},
         "kd": {2: result(0.84, 0.73, 0.9), 1: result(0.83, 0.71, 0.85), 3: result(0.9, 0.9, 0.9)},
         "shallow": {1: result(0.5, 0.5, 0.5)},
     }
-    made = summarize(load(None, ["run.dir=unused"]), results, {"finetune": 2, "kd": 2, "shallow": 1})
+    made = summarized(results, finetune=2, kd=2, shallow=1)
     assert made["teacher"]["score"] == pytest.approx((90 + 240) / 400) and made["splits"] == ["dev", "test"]
     scores = {seed: figures["score"] for seed, figures in made["methods"]["kd"]["seeds"].items()}
     assert scores == pytest.approx({"1": (83 + 213) / 400, "2": (84 + 219) / 400, "3": 0.9})
@@ -243,13 +246,13 @@ def test_the_table_pools_splits_and_pairs_seeds():
     assert (
         "| teacher |  |  | 90.00 | 80.00 | 82.50 | 100.00 |" in table and "| shallow | 1 | 1 | 50.00 | 50.00 |" in table
     )
-    odd = summarize(load(None, ["run.dir=unused"]), {"a|b *$x_{*": results["kd"]}, {"a|b *$x_{*": 2})
+    odd = summarized({"a|b *$x_{*": results["kd"]}, **{"a|b *$x_{*": 2})
     assert r"| a\|b \*\$x\_{\* | 2 | 3 |" in as_markdown(odd)
     plot(odd).savefig(io.BytesIO())
     mcc = {"finetune": {1: {**result(0.8, 0.7, 0.8)}}}
     for side in (mcc["finetune"][1], mcc["finetune"][1]["splits"]["test"]):
         side["student"]["MCC"] = side["teacher"]["MCC"] = 0.25
-    other = summarize(load(None, ["run.dir=unused", "task.name=cola"]), mcc, {"finetune": 2})
+    other = summarized(mcc, "task.name=cola", finetune=2)
     assert other["pooled"] == ["dev"] and other["methods"]["finetune"]["mean"]["score"] == 0.25
     assert [axes.get_xlabel() for axes in plot(made).axes] == [
         "accuracy on dev + test, %",
@@ -259,7 +262,7 @@ def test_the_table_pools_splits_and_pairs_seeds():
 
 def test_no_axis_leaves_0_to_100_percent():
     results = {"kd": {1: result(0.1, 0.1, 0.1), 2: result(0.99, 0.99, 0.99), 3: result(1.0, 1.0, 1.0)}}
-    made = summarize(load(None, ["run.dir=unused"]), results, {"kd": 2})
+    made = summarized(results, kd=2)
     assert made["methods"]["kd"]["mean"]["score"] + made["methods"]["kd"]["half_interval_95"]["score"] > 1.5
     for axes in plot(made).axes:
         low, high = axes.get_xlim()
