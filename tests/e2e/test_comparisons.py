@@ -85,7 +85,20 @@ def test_a_run_is_that_of_the_launcher(done, body, tmp_path, method, settings):
     config, folder, _ = done
     own = [setting.format(body=body) for setting in settings]
     teacher = [f"teacher.model={folder / 'teacher/teacher'}", "teacher.finetune=null"]
-    run = launch("--config", config, f"run.dir={tmp_path}", "run.seed=1", *own, *teacher, "--stages", TO_EVALUATE)
+    command = [
+        sys.executable,
+        "launcher/train.py",
+        "--config",
+        config,
+        f"run.dir={tmp_path}",
+        "run.seed=1",
+        *own,
+        *teacher,
+    ]
+    one_thread = environment(OMP_NUM_THREADS="1")
+    run = subprocess.run(
+        [*command, "--stages", TO_EVALUATE], cwd=ROOT, env=one_thread, capture_output=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert steps(tmp_path / "metrics.jsonl") == steps(folder / method / "seed-1/metrics.jsonl")
     assert scores(tmp_path) == scores(folder / method / "seed-1")
