@@ -60,7 +60,7 @@ def main() -> None:
     chosen = choices(options.methods, METHODS, "--methods", parser)
 
     def work() -> None:
-        from pkd_dist.comparison.runner import Comparison
+        from pkd_dist.comparison.study import open_comparison
 
         student = options.output.absolute() / "student"
         if not student.exists():
@@ -68,9 +68,8 @@ def main() -> None:
             make_student(student)
         seeds = [int(seed) for seed in options.seeds.split(",")]
         methods = {name: METHODS[name] for name in chosen}
-        made = Comparison(
-            str(CONFIG), [f"student.init={student}"], methods, seeds, options.output, "", options.jobs
-        ).run()
+        given = [f"student.init={student}"]
+        made = open_comparison(str(CONFIG), given, methods, seeds, options.output, jobs=options.jobs).run_all()
         write_json(RESULTS / "two_tokenizers.json", {**stamp(), **made})
 
     run_program(work)

@@ -72,7 +72,12 @@ def plan(
 
 
 def run(
-    config: Config, config_file: str | Path | None, world: World, names: Sequence[str] = NAMES, fresh: bool = False
+    config: Config,
+    config_file: str | Path | None,
+    world: World,
+    names: Sequence[str] = NAMES,
+    fresh: bool = False,
+    base: Context | None = None,
 ) -> Context:
     """Run the stages that are not done; collective.
 
@@ -80,6 +85,7 @@ def run(
         config_file: for messages.
         names: the stages to run; those before them must be done.
         fresh: start over; an existing run folder is renamed first.
+        base: another run, whose outputs stand for those of the stages before `names`.
 
     Returns:
         The context, with the outputs of all stages up to the last of `names`.
@@ -87,7 +93,7 @@ def run(
     Raises:
         UserError, DivergedError, Preempted, LostRank: see `errors.py`.
     """
-    resolved = resolve(config, config_file, world.device)
+    resolved = resolve(config, config_file, world.device, base.resolved.paths.data if base else None)
     access = load_access(config.metrics) if config.metrics.enabled and world.node_main else Access()
     planned = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
     markers = Markers(resolved.paths.run, translate)
@@ -109,7 +115,10 @@ def run(
         with _telemetry(resolved, world, access) as (telemetry, publisher):
             context = Context(resolved, world, telemetry, VERSIONS)
             world.on_main(markers.upgrade)
-            for stage in STAGES[: NAMES.index(names[-1]) + 1]:
+            if base:
+                context.adopt(base)
+                world.on_main(lambda: disk_space.require(context, markers, names))
+            for stage in STAGES[NAMES.index(names[0]) if base else 0 : NAMES.index(names[-1]) + 1]:
                 _run_stage(stage, context, markers, stage.name in names)
                 if stage.name == "data":
                     world.on_main(lambda: disk_space.require(context, markers, names))

@@ -53,7 +53,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train all chosen methods on one data set; return their figures."""
     import torch
 
-    from pkd_dist.comparison.runner import Comparison
+    from pkd_dist.comparison.study import open_comparison
     from pkd_dist.config.load import load
 
     data, config = DATA[name], str(HERE / f"{name}.yaml")
@@ -67,7 +67,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     output = options.output / name
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else data.seeds
-    summary = Comparison(config, overrides, methods, seeds, output, "", options.jobs).run()
+    summary = open_comparison(config, overrides, methods, seeds, output, jobs=options.jobs).run_all()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()["processor"]
     return {**summary, "speed": speeds(output), "trained_on": device}
 

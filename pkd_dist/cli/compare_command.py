@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import ConfigFile, Overrides, numbers, run_command
 from pkd_dist.errors import UserError
 
@@ -38,14 +39,16 @@ def compare(
         from rich.table import Table
 
         from pkd_dist.comparison.methods import parse_methods
-        from pkd_dist.comparison.runner import Comparison
         from pkd_dist.comparison.table import MIN_SEEDS, rows
         from pkd_dist.telemetry.markup import console
         from pkd_dist.telemetry.output import keep_going
 
         keep_going()  # the table is also in the folder
         chosen = parse_methods(methods, method or [])
-        made = Comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs).run()
+        with requires_extra("sweep"):
+            from pkd_dist.comparison.study import open_comparison
+        found = open_comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs)
+        made = found.run_all()
         header, body = rows(made)
         table = Table(*header)
         for row in body:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pkd_dist.cli.launch import in_world, requires_extra
+from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import run_command
 from pkd_dist.errors import UserError
 from pkd_dist.telemetry.output import keep_going
 
 if TYPE_CHECKING:
-    from pkd_dist.distributed.world import World
     from pkd_dist.search.runner import Opened
 
 
@@ -36,7 +34,6 @@ def sweep(
     trials_only: Annotated[
         bool, typer.Option("--trials-only", help="End when no trial is left; another call trains the winner.")
     ] = False,
-    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Search the space of `sweep.space` for the best student, train the winner again and export it.
 
@@ -47,16 +44,6 @@ def sweep(
     Example: pkd sweep show runs/sweep
     """
     given = overrides or []
-    if worker is not None and config is not None and output is not None:
-        file, folder = config, output
-
-        def train(world: World) -> None:
-            from pkd_dist.search.worker import work
-
-            found = _opened(file, given, folder)
-            work(found.sweep, found.study(), worker, found.objective, found.reported, world)
-
-        raise typer.Exit(in_world(file, [*given, f"run.dir={json.dumps(str(folder))}"], train, alone=True))
 
     def search() -> None:
         keep_going()  # the outcome is also in the folder

@@ -1,1 +1,1 @@
-"""Several methods over several seeds on one teacher and one cache, and the table that compares them."""
+"""`pkd compare`: several methods over several seeds, a study of the search engine, and the table that compares them."""

@@ -54,7 +54,7 @@ def parse_methods(names: str, custom: Sequence[str]) -> dict[str, Overrides]:
             raise UserError(
                 f"the name {name!r} is taken by another method of this comparison; choose another", "--method"
             )
-        if name == "teacher" or name.startswith("cache-"):
+        if name in ("teacher", "bases", "workers"):
             raise UserError(f"the name {name!r} is reserved for a folder of the comparison; choose another", "--method")
         chosen[name] = overrides
     if not chosen:

@@ -6,13 +6,11 @@ results_eval.json of every run -> compare.json -> rows -> compare.md, compare.pn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pkd_dist.config.schema import Config
@@ -36,30 +34,27 @@ class MeanDifference(TypedDict):
     half_interval_95: float | None
 
 
-class MethodSummary(TypedDict, total=False):
+class Facts(TypedDict):
+    """Layers of a method's student, and its settings."""
+
+    layers: int
+    overrides: dict[str, object]
+
+
+class MethodSummary(Facts, total=False):
     """One method over its seeds.
 
     `half_interval_95` is half the interval of the mean, None for fewer than `MIN_SEEDS` seeds. A method with the depth of an
-    earlier one also has a key `minus FIRST`: its differences to the first such method, paired by seed; see
-    `set_differences`. `overrides` are the settings of the method.
+    earlier one also has a key `minus FIRST`: its differences to the first such method, by seed; see `set_differences`.
     """
 
     seeds: dict[str, Figures]
     mean: Figures
     half_interval_95: dict[str, float | None]
-    layers: int
-    overrides: dict[str, object]
 
 
-class _Identified(TypedDict, total=False):
-    of: str
-
-
-class Summary(_Identified):
-    """compare.json. `pooled` names the splits that `score` and `agreement` are over.
-
-    `of` identifies what all rows have in common: a later call adds to the table where it is the same.
-    """
+class Summary(TypedDict):
+    """compare.json. `pooled` names the splits that `score` and `agreement` are over; `of` identifies what all rows have in common."""
 
     task: str
     metric: str
@@ -67,6 +62,7 @@ class Summary(_Identified):
     pooled: list[str]
     teacher: Figures
     methods: dict[str, MethodSummary]
+    of: str
 
 
 class MeanInterval(NamedTuple):
@@ -85,40 +81,28 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     return MeanInterval(float(np.mean(values)), half)
 
 
-def read_summary(path: Path) -> Summary | None:
-    """Return the content of compare.json; None where there is none, or it is damaged."""
-    try:
-        return TypeAdapter(Summary).validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def summarize(
-    config: Config, results: RunResults, depths: Mapping[str, int], earlier: Summary | None = None
-) -> Summary:
+def summarize(config: Config, results: RunResults, facts: Mapping[str, Facts], identity: str) -> Summary:
     """Return the content of compare.json.
 
     Args:
         results: At least one method with at least one seed.
-        depths: Method -> layers of its student.
-        earlier: Rows to add to.
+        facts: Method -> what the table says of it.
+        identity: What all rows have in common.
     """
     metric = tasks.resolve(config.task).main_metric
     one = next(iter(next(iter(results.values())).values()))
     splits = ["dev", *one["splits"]]
     pooled = splits if metric in SHARES else ["dev"]  # other metrics of a union are not the mean of its parts
-    methods: dict[str, MethodSummary] = dict(earlier["methods"]) if earlier else {}
+    methods: dict[str, MethodSummary] = {}
     for name, by_seed in results.items():
-        seeds = dict(methods[name]["seeds"]) if name in methods else {}
-        seeds |= {str(seed): _figures(result, splits, pooled, metric) for seed, result in by_seed.items()}
-        seeds = {seed: seeds[seed] for seed in sorted(seeds, key=int)}
+        seeds = {str(seed): _figures(by_seed[seed], splits, pooled, metric) for seed in sorted(by_seed)}
         keys = list(next(iter(seeds.values())))
         intervals = {key: mean_interval([figures[key] for figures in seeds.values()]) for key in keys}
         methods[name] = {
             "seeds": seeds,
             "mean": {key: interval.mean for key, interval in intervals.items()},
             "half_interval_95": {key: interval.half for key, interval in intervals.items()},
-            "layers": depths[name],
+            **facts[name],
         }
     set_differences(methods)
     return {
@@ -128,6 +112,7 @@ def summarize(
         "pooled": pooled,
         "teacher": _figures(one, splits, pooled, metric, teacher=True),
         "methods": methods,
+        "of": identity,
     }
 
 

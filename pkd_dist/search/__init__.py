@@ -1,4 +1,4 @@
-"""`pkd sweep`: finds a student among many, on one teacher and one cache.
+"""Studies: many trainings of a student on one teacher and one cache. `pkd sweep` searches; `comparison` compares methods.
 
     OUTPUT/teacher/        the teacher, fine-tuned once (if the configuration asks for it)
     OUTPUT/bases/*/        data and teacher cache; one for each value of the settings that they depend on

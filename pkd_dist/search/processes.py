@@ -1,4 +1,4 @@
-"""The processes of a sweep: workers, and runs of the launcher. A stop signal reaches all of them."""
+"""The processes of a study: workers, and runs of the launcher. A stop signal reaches all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.lock import waiting_lock
 
 _PR_SET_PDEATHSIG = 1
-STOPPED = "sweep: stopped; finished trials are kept, rerun the same command to resume"
+_ENDS_WITH_PARENT = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value}); "
 
 
 def python(module: str) -> list[str]:
@@ -25,49 +25,58 @@ def python(module: str) -> list[str]:
 
     When the thread that starts it ends, be it by a kill, the process gets SIGTERM: it commits a checkpoint and stops.
     """
-    ends_with_parent = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value}); "
-    code = f"{ends_with_parent}import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    code = f"{_ENDS_WITH_PARENT}import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module]
 
 
+def program(command: Sequence[str]) -> list[str]:
+    """Return the command of another program; see `python`."""
+    return [sys.executable, "-c", f"{_ENDS_WITH_PARENT}import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *command]
+
+
 class Processes:
-    """The running processes of a sweep. To be used in the main thread."""
+    """The running processes of a command. To be used in the main thread.
 
-    def __init__(self) -> None:
+    Args:
+        command: Its name, for messages.
+    """
+
+    def __init__(self, command: str):
         self._running: list[subprocess.Popen[bytes]] = []
+        self._stopped = f"{command}: stopped; finished runs are kept, rerun the same command to resume"
 
-    def start(
-        self, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]
-    ) -> subprocess.Popen[bytes]:
-        """Start a module in a process of this Python; its output is appended to a file.
+    def start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start a process; its output is appended to a file.
 
         Args:
             variables: Of the environment, beside those of this process.
         """
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [*python(module), *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env={**os.environ, **variables},
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **variables}
+            )
         self._running.append(process)
         return process
 
-    def run(self, arguments: Sequence[str], log: Path) -> None:
+    def run(self, arguments: Sequence[str], log: Path, launcher: Sequence[str] = ()) -> None:
         """Run the launcher with these arguments to its end.
+
+        Args:
+            launcher: See `shares.train_command`; empty: this Python, one rank.
 
         Raises:
             UserError, DivergedError, Preempted: As it ended.
         """
-        with waiting_lock(log.parent):  # a run that a killed sweep left behind is still stopping
+        with waiting_lock(log.parent):  # a run that a killed command left behind is still stopping
             pass
-        process = self.start("pkd_dist.train", arguments, log, {})
+        process = self.start([*(program(launcher) if launcher else python("pkd_dist.train")), *arguments], log, {})
         self.require_success(process, log, process.wait())
 
     def require_success(self, process: subprocess.Popen[bytes], log: Path, status: int) -> None:
         """Raise what a process ended with, unless it ended well."""
         self._running.remove(process)
         if status == Preempted.exit_status:
-            raise Preempted(STOPPED, signal.SIGTERM)
+            raise Preempted(self._stopped, signal.SIGTERM)
         if status:
             kind = DivergedError if status == DivergedError.exit_status else UserError
             raise kind(f"{last_error(log)} (full output: {log})")
@@ -88,7 +97,7 @@ class Processes:
         """Stop all processes when the block ends early, and raise Preempted on the signals that stop a run."""
 
         def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-            raise Preempted(STOPPED, number)
+            raise Preempted(self._stopped, number)
 
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         before = {number: signal.signal(number, interrupt) for number in numbers}

@@ -1,4 +1,4 @@
-"""What all points of a sweep share: the teacher, the data and the cache of the teacher's outputs.
+"""What all points of a study share: the teacher, the data and the cache of the teacher's outputs.
 
 A *base* is a run with the stages data, teacher and cache. Points have the same base unless they differ in settings that these
 stages depend on, such as `task.augment.copies` or `student.vocabulary`.
@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
@@ -26,12 +27,12 @@ _STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The configuration of a sweep as it was given, and the folder.
+    """The configuration of a study as it was given, and the folder.
 
     Attributes:
         file: The YAML file.
         given: `section.key=value` overrides of it.
-        folder: Of the sweep.
+        folder: Of the study.
     """
 
     file: str
@@ -56,7 +57,7 @@ class SweepConfig:
         return [_override("run.dir", str(self.teacher_folder)), "metrics.enabled=false"]
 
     def of_point(self, point: Sequence[str], folder: Path, seed: int) -> list[str]:
-        """Return the overrides of a run of the student, on the sweep's teacher and cache.
+        """Return the overrides of a run of the student, on the study's teacher and cache.
 
         Args:
             point: Overrides of the point.
@@ -84,10 +85,16 @@ class SweepConfig:
 
     def base_folder(self, config: Config) -> Path:
         """Return where the base of a point's configuration is: another for each value of what its stages depend on."""
+        from pkd_dist.model.student import INIT_METHODS  # brings torch, which a submitting host may lack
+
         distill, student = config.distill, config.student
-        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude={"cache": {"dir"}})
+        # the training alone reads min_confidence
+        exclude: Any = {"cache": {"dir"}, "task": {"augment": {"min_confidence"}}}
+        content = config.model_dump(mode="json", include=set(_SECTIONS), exclude=exclude)
         content["cache"]["layers"] = content["cache"]["layers"] if content["cache"]["layers"] != "all" else None
         reads = student.model_dump(mode="json", include=_STUDENT_KEYS)
+        if student.init in (*INIT_METHODS, *self.load().teacher.models):
+            reads["init"] = None  # it has its teacher's tokenizer
         pairs = None
         # which layers are paired decides what the cache holds, or whether there is one
         if distill.all_tokens or not distill.alpha:

@@ -1,6 +1,7 @@
-"""The study of a sweep: its points, who trains them, and what came out, in a journal that any number of processes share.
+"""A study: its points, who trains them, and what came out, in a journal that any number of processes share.
 
-Storage, sampling and pruning are Optuna's. A point is a trial of the study for one seed. Its state:
+Storage, sampling and pruning are Optuna's. A point is a trial of the study for one seed; a sweep chooses its points, a comparison
+names its runs. The state of a trial:
 
     waiting -> running (the worker's name is in `worker`) -> complete | pruned | failed (`reason`)
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -34,17 +36,26 @@ from pkd_dist.search.space import Point, Space
 
 JOURNAL, WORKERS = "study.journal", "workers"
 DEFAULT_POINTS = 100
-SEED, WORKER, REASON, POINT = "seed", "worker", "reason", "point"
+SEED, WORKER, REASON, POINT, NAMED = "seed", "worker", "reason", "point", "named"
 """Attributes of a trial: seed of the student, folder name of its worker, why it failed, number of the trial of the same point
-with the first seed."""
+with the first seed, and the point of a comparison (`Named`)."""
 STATES = {
     TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }  # fmt: skip
 """What people read of a state."""
-_NAME = "sweep"
+SWEEP, COMPARISON = "sweep", "comparison"
+"""Kinds of a study."""
 
 optuna.logging.set_verbosity(logging.WARNING)
+
+
+class Named(NamedTuple):
+    """A point that has a name, not values of a space. `overrides` are arguments of its runs; `facts`, JSON, are for readers of the study."""
+
+    name: str
+    overrides: list[str]
+    facts: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -63,22 +74,28 @@ class Study:
     """The study in a folder.
 
     Args:
-        folder: Of the sweep.
+        folder: Of the study.
         settings: The section `sweep`.
         space: Of the configuration.
+        kind: `SWEEP` or `COMPARISON`.
+
+    Raises:
+        UserError: The folder has a study of another kind.
     """
 
-    def __init__(self, folder: Path, settings: Sweep, space: Space):
+    def __init__(self, folder: Path, settings: Sweep, space: Space, kind: str = SWEEP):
         make_folder(folder / WORKERS / "study")
-        self.folder, self.settings, self.space = folder, settings, space
+        self.folder, self.settings, self.space, self.kind = folder, settings, space, kind
         path = str((folder / JOURNAL).absolute())  # Optuna's lock is a link to it
         _drop_torn_line(path)
         storage, pruner = JournalStorage(JournalFileBackend(path)), _pruner(settings)
+        if others := set(optuna.get_all_study_names(storage)) - {kind}:
+            raise UserError(f"{folder}: has a {others.pop()}; choose another folder", "--output")
         try:
-            self._study = optuna.load_study(study_name=_NAME, storage=storage, pruner=pruner)
+            self._study = optuna.load_study(study_name=kind, storage=storage, pruner=pruner)
         except KeyError:
             self._study = optuna.create_study(
-                study_name=_NAME, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
+                study_name=kind, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
             )
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
@@ -89,6 +106,14 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
         return self._study.get_trials(deepcopy=False)
+
+    @property
+    def completed(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials if trial.state is TrialState.COMPLETE]
+
+    @property
+    def ended(self) -> int:
+        return sum(trial.state.is_finished() for trial in self.trials)
 
     def as_optuna(self) -> optuna.Study:
         """Return the study for Optuna's own analyses."""
@@ -122,12 +147,39 @@ class Study:
         changed = [key for key in {**before, **content} if before.get(key) != content.get(key)]
         if changed:
             raise UserError(
-                f"{self.folder}: has a sweep with another {', '.join(sorted(changed)[:5])}; choose another folder, or restore "
+                f"{self.folder}: has a {self.kind} with another {', '.join(sorted(changed)[:5])}; choose another folder, or restore "
                 "what was changed",
                 "--output",
             )
 
+    def request(self, points: Sequence[Named], seeds: Sequence[int]) -> None:
+        """Have named points trained with each seed, and nothing else.
+
+        What is complete stays; what failed is tried again. What another call asked for and did not complete is withdrawn, until a
+        call asks for it again.
+
+        Raises:
+            UserError: Training of a point of that name has begun with other settings.
+        """
+        with self._locked():
+            wanted, known = {point.name: point for point in points}, set()
+            for trial in self.trials:
+                named, seed = Named(*trial.user_attrs[NAMED]), trial.user_attrs[SEED]
+                same = named == wanted.get(named.name, named)
+                if not same and trial.datetime_start and REASON not in trial.user_attrs:
+                    had = f"{named.name} has other settings in {self.folder} ({' '.join(named.overrides)})"
+                    raise UserError(f"{had}; choose another name", "--method")
+                if same and named.name in wanted and seed in seeds and trial.state is not TrialState.FAIL:
+                    known.add((named.name, seed))
+                elif trial.state is TrialState.WAITING or self._is_left(trial):
+                    self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            for seed, point in itertools.product(seeds, points):
+                if (point.name, seed) not in known:
+                    self._study.enqueue_trial({}, {SEED: seed, POINT: None, NAMED: point})
+
     def _points(self) -> Iterator[Point]:
+        if self.kind == COMPARISON:
+            return
         if self.settings.sampler == "grid":
             yield from itertools.islice(self.space.points(), self.settings.trials)
         elif not self._open_ended:
@@ -269,7 +321,7 @@ def read(folder: Path) -> Reading:
     if not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL}; give a folder that `pkd sweep` wrote")
     try:
-        study = optuna.load_study(study_name=_NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+        study = optuna.load_study(study_name=SWEEP, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
         identity = study.user_attrs["identity"]
         seeds = tuple(identity["sweep.seeds"])
         looks = int(identity.get("sweep.looks_per_epoch", 1)) if identity.get("sweep.pruner") == "asha" else 1

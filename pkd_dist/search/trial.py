@@ -5,7 +5,6 @@ What a run would do beside its training is done once for all points (`Bases`).
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +24,9 @@ from pkd_dist.search.space import as_overrides
 from pkd_dist.search.study import POINT, WORKERS, Claim, Study, objective_value
 from pkd_dist.stages import distill, init
 from pkd_dist.stages.base import fingerprint_of, inputs_of
-from pkd_dist.stages.cache import CacheOutput
 from pkd_dist.stages.context import Context, resolve, with_fingerprint
-from pkd_dist.stages.data import DataOutput
 from pkd_dist.stages.distill import TeacherDev
 from pkd_dist.stages.init import InitOutput
-from pkd_dist.stages.teacher import TeacherOutput
 from pkd_dist.telemetry import Telemetry
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
@@ -90,7 +86,7 @@ class TooLargeError(UserError):
 
 
 class Bases:
-    """The bases of a sweep, each opened once in this process.
+    """The bases of a study, each opened once in this process.
 
     Args:
         world: A single rank.
@@ -100,7 +96,7 @@ class Bases:
         self._sweep, self._world = sweep, world
         self._opened: dict[Path, Context] = {}
 
-    def of(self, point: list[str]) -> Context:
+    def of(self, point: Sequence[str]) -> Context:
         """Return the base of a point, with the outputs of its stages; it is made where it is missing.
 
         Raises:
@@ -110,7 +106,7 @@ class Bases:
         if folder not in self._opened:
             config = self._sweep.load(overrides)
             with waiting_lock(
-                self._sweep.folder / WORKERS / "bases", lambda: self._world.interrupt("preparing a sweep")
+                self._sweep.folder / WORKERS / "bases", lambda: self._world.interrupt("preparing a study")
             ):
                 self._opened[folder] = pipeline.run(config, self._sweep.file, self._world, BASE_STAGES)
         return self._opened[folder]
@@ -241,13 +237,9 @@ def clean(sweep: SweepConfig, number: int) -> None:
 
 def _context(base: Context, config: Config, sweep: SweepConfig) -> Context:
     """Return the context of a run on the data and the cache of a base."""
-    resolved = resolve(config, sweep.file, base.world.device)
-    paths = dataclasses.replace(resolved.paths, data=base.resolved.paths.data)
-    resolved = dataclasses.replace(resolved, paths=paths)
+    resolved = resolve(config, sweep.file, base.world.device, base.resolved.paths.data)
     context = Context(resolved, base.world, Telemetry(RunMetrics(), show=False), pipeline.VERSIONS)
-    for kind in (DataOutput, TeacherOutput, CacheOutput, TeacherDev):
-        if (output := base.known(kind)) is not None:
-            context.hand_on(output)
+    context.adopt(base)
     return context
 
 

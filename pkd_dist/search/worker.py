@@ -1,11 +1,10 @@
-"""A worker of a sweep: it trains one point after the other until none is left."""
+"""A worker of a study: it trains one trial after the other until none is left."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -15,6 +14,7 @@ from pkd_dist.distributed.world import World
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
+from pkd_dist.search.runner import Opened
 from pkd_dist.search.shared import SweepConfig
 from pkd_dist.search.study import REASON, WORKERS, Claim, Study, shown_value
 from pkd_dist.search.trial import Bases, Found, OpenTrial, TooLargeError, clean, open_trial, train
@@ -26,41 +26,62 @@ _ON_A_GPU = 8
 """Students per step on a GPU: a guess, not measured."""
 
 
-def work(sweep: SweepConfig, study: Study, name: str, objective: str, reported: str, world: World) -> None:
-    """Train points until none is left, or the time is up.
+def work(
+    study: Study, name: str, train: Callable[[list[Claim]], None], pause: Callable[[], None], count: int = 1
+) -> None:
+    """Train trials until none is left, or the time is up.
 
     Args:
-        name: Of this worker, unique in the sweep.
-        objective: A key of the figures on dev.
-        reported: The one that the pruner compares.
+        name: Of this worker, unique in the study.
+        train: Trains claimed trials, and tells the study what became of them.
+        pause: Called between trials; raises Preempted where a stop signal has arrived.
+        count: Trials to claim at a time.
 
     Raises:
-        Preempted: A stop signal arrived. The checkpoints of the trials are committed; another worker continues them.
+        Preempted: A stop signal arrived. Another worker continues the claimed trials.
+    """
+    folder = study.folder / WORKERS / name
+    make_folder(folder)
+    held = Lock(folder).acquire()  # by which others know that this worker is alive
+    try:
+        while True:
+            pause()
+            if claims := list(itertools.islice(iter(lambda: study.claim(name), None), count)):
+                train(claims)
+            elif study.done:
+                return
+            else:
+                time.sleep(_POLL_SECONDS)  # others may add seeds, or leave a trial to continue
+    finally:
+        held.release()
+
+
+def search(opened: Opened, name: str, world: World) -> None:
+    """Train the trials of a sweep, several at a time where `sweep.students_per_step` says so; see `work`.
+
+    Raises:
         UserError: Points fail one after the other, and none has succeeded.
     """
-    with _alive(sweep, name):
-        bases = Bases(sweep, world)
-        together = study.settings.students_per_step
-        count = together if together != "auto" else _ON_A_GPU if world.device.type == "cuda" else 1
-        while True:
-            world.stop_here("between two trials")
-            claims = list(itertools.islice(iter(lambda: study.claim(name), None), count))
-            if not claims:
-                if study.done:
-                    return
-                time.sleep(_POLL_SECONDS)  # others may add seeds, or leave a trial to continue
-                continue
-            opened = (_open(claim, study, bases, sweep, objective, reported) for claim in claims)
-            for trial, found in train([trial for trial in opened if trial is not None]):
-                if isinstance(found, Found):
-                    _note(trial.claim, found, study, sweep, objective)
-                else:
-                    _fail(trial.claim, found, study, sweep)
-            _require_success(study)
+    sweep, study, bases = opened.sweep, opened.study(), Bases(opened.sweep, world)
+    to_file(sweep.folder / WORKERS / name, 0)
+
+    def train_claims(claims: list[Claim]) -> None:
+        trials = (_open(claim, study, bases, opened) for claim in claims)
+        for trial, found in train([trial for trial in trials if trial is not None]):
+            if isinstance(found, Found):
+                _note(trial.claim, found, study, opened)
+            else:
+                _fail(trial.claim, found, study, sweep)
+        _require_success(study)
+
+    together = study.settings.students_per_step
+    count = together if together != "auto" else _ON_A_GPU if world.device.type == "cuda" else 1
+    work(study, name, train_claims, lambda: world.stop_here("between two trials"), count)
 
 
-def _note(claim: Claim, found: Found, study: Study, sweep: SweepConfig, objective: str) -> None:
+def _note(claim: Claim, found: Found, study: Study, opened: Opened) -> None:
     """Tell the study what became of a trial."""
+    objective = opened.objective
     log.info(
         "trial %d: %s, %s %.4g after epoch %.4g, %.1f s", claim.number, "pruned" if found.pruned else "complete", objective,
         shown_value(found.value, objective), found.epoch, found.seconds,
@@ -69,34 +90,19 @@ def _note(claim: Claim, found: Found, study: Study, sweep: SweepConfig, objectiv
         study.prune(claim, found.attributes)
     else:
         study.complete(claim, found.value, found.attributes)
-    clean(sweep, claim.number)
+    clean(opened.sweep, claim.number)
 
 
-@contextmanager
-def _alive(sweep: SweepConfig, name: str) -> Iterator[None]:
-    """Hold the lock by which others know that this worker is alive, and log to its folder."""
-    folder = sweep.folder / WORKERS / name
-    make_folder(folder)
-    held = Lock(folder).acquire()
-    to_file(folder, 0)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def _open(
-    claim: Claim, study: Study, bases: Bases, sweep: SweepConfig, objective: str, reported: str
-) -> OpenTrial | None:
+def _open(claim: Claim, study: Study, bases: Bases, opened: Opened) -> OpenTrial | None:
     """Open a trial; None if it cannot be trained, which the study notes."""
     try:
-        return open_trial(claim, study, bases, sweep, objective, reported)
+        return open_trial(claim, study, bases, opened.sweep, opened.objective, opened.reported)
     except TooLargeError as problem:
         log.info("trial %d: left out: %s", claim.number, problem)
         study.prune(claim, {REASON: str(problem)} | asdict(problem.footprint))
-        clean(sweep, claim.number)
+        clean(opened.sweep, claim.number)
     except Exception as error:
-        _fail(claim, error, study, sweep)
+        _fail(claim, error, study, opened.sweep)
     return None
 
 

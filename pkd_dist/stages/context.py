@@ -80,10 +80,10 @@ class RunPaths:
         return self.run / "report.html"
 
 
-def paths_of(config: Config) -> RunPaths:
+def paths_of(config: Config, data: Path | None = None) -> RunPaths:
     run = Path(config.run.dir)
     cache = Path(config.cache.dir) if config.cache.dir else run / "cache"
-    return RunPaths(run, run / "data", cache, Path(config.evaluate.result_dir or run) / "results_eval.json")
+    return RunPaths(run, data or run / "data", cache, Path(config.evaluate.result_dir or run) / "results_eval.json")
 
 
 def teacher_name(number: int) -> str:
@@ -264,12 +264,17 @@ class Context:
         """Keep a stage's output for the stages after it."""
         self._outputs[type(output)] = output
 
+    def adopt(self, other: Context) -> None:
+        """Take over what the stages of another run handed on."""
+        self._outputs.update(other._outputs)
 
-def resolve(config: Config, config_file: str | Path | None, device: torch.device) -> Resolved:
+
+def resolve(config: Config, config_file: str | Path | None, device: torch.device, data: Path | None = None) -> Resolved:
     """Work out what a configuration means for this teacher, data and device. Reads; writes nothing.
 
     Args:
         config_file: for messages.
+        data: where the data of another run is, which this one uses.
 
     Raises:
         UserError: the teacher, the data, the student or a setting cannot be used, or they do not fit each other.
@@ -313,7 +318,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         require_comparable(config.distill, source_config, shape)
     resolved = Resolved(
         config=config,
-        paths=paths_of(config),
+        paths=paths_of(config, data),
         deepspeed=deepspeed,
         task=task,
         teachers=teachers,

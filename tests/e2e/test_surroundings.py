@@ -169,7 +169,7 @@ def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
         job.kill()
     assert job.returncode == 75
     assert said == "pkd: compare: stopped; finished runs are kept, rerun the same command to resume\n"
-    log = (tmp_path / "out/finetune/seed-1/log.txt").read_text()
+    log = (tmp_path / "out/finetune/seed-1/logs/rank-0.log").read_text()
     assert "distill: stopped by SIGTERM; a checkpoint of step " in log
 
 

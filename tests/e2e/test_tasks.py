@@ -1,5 +1,5 @@
 """Whole runs of other tasks than two classes of single sentences: three classes of pairs as GLUE ships them, a regression,
-fifty classes with text that only the teacher labels; and what `pkd predict` and `pkd compare` make of them."""
+fifty classes with text that only the teacher labels; and what `pkd predict` makes of them."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, launch, results, sentences, write_config, write_tsv
+from conftest import ROOT, environment, launch, results, sentences, write_config
 from glue_folders import FOLDERS, put
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -151,58 +151,3 @@ def test_pairs_with_empty_halves_and_class_names_that_look_like_markup(settings,
     assert "&lt;b&gt;&amp;" in report and "<b>&" not in report and "[/thanks]" in report and "a`|$x_" in report
     said = answers(run, ["\ta warm film", "a title\t"], pair=True)
     assert said[0]["text"] == "" and said[1]["text_pair"] == "" and {answer["label"] for answer in said} <= set(names)
-
-
-def test_compare_trains_on_one_teacher_and_one_cache_and_goes_on(settings, tmp_path):
-    write_tsv(tmp_path / "data/train.tsv", sentences(203, 1))
-    write_tsv(tmp_path / "data/dev.tsv", sentences(41, 2))
-    write_tsv(tmp_path / "data/test.tsv", sentences(37, 5))
-    settings["task"]["data"] = str(tmp_path / "data")
-    settings["train"]["epochs"] = 1
-    starts = tmp_path / "start"  # a launcher that says what each run was given
-    starts.write_text(
-        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $MASTER_PORT $OMP_NUM_THREADS" >> {tmp_path}/given\nexec "$@"\n'
-    )
-    starts.chmod(0o755)
-    argv = [
-        sys.executable, "-m", "pkd_dist.cli", "compare", "--config", write_config(settings, tmp_path), "--jobs", "2",
-        "--launcher", starts, "--output", tmp_path / "out",
-    ]  # fmt: skip
-
-    def compare(*own, methods="finetune,pkd-last", seeds="1"):
-        return subprocess.run(
-            [*map(str, argv), "--methods", methods, "--seeds", seeds, *(["--method", *own] if own else [])],
-            cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES="5,6"), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-
-    refused = compare("broken: distill.alpha=7")
-    assert refused.returncode == 2 and "distill.alpha: 7" in refused.stderr and not (tmp_path / "out").exists()
-    done = compare("shallow: distill.beta=0 student.layers=[3]")
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads((tmp_path / "out/compare.json").read_text())
-    assert list(made["methods"]) == ["finetune", "pkd-last", "shallow"] and made["splits"] == ["dev", "test"]
-    for name, method in made["methods"].items():
-        assert method["layers"] == (1 if name == "shallow" else 2)
-        for seed, figures in method["seeds"].items():
-            found = results(tmp_path / "out" / name / f"seed-{seed}")
-            test = found["splits"]["test"]
-            assert (figures["dev"], figures["test"]) == (found["accuracy"], test["student"]["accuracy"])
-            assert figures["score"] == pytest.approx((41 * found["accuracy"] + 37 * test["student"]["accuracy"]) / 78)
-        scores = [figures["score"] for figures in method["seeds"].values()]
-        assert method["mean"]["score"] == pytest.approx(np.mean(scores))
-        assert method["half_interval_95"]["score"] is None, "of one seed"
-    assert set(made["methods"]["pkd-last"]) >= {"minus finetune"} and "minus finetune" not in made["methods"]["shallow"]
-    assert len(list((tmp_path / "out").glob("cache-*"))) == 1, "one cache"
-    said = [(tmp_path / "out" / name / "seed-1/log.txt").read_text() for name in ("finetune", "pkd-last")]
-    assert "no loss term needs the teacher" in said[0] and "cache: runs" in said[1]
-    assert (tmp_path / "out/compare.png").stat().st_size > 10_000
-    assert "| pkd-last | 2 | 1 |" in (tmp_path / "out/compare.md").read_text()
-    given = [line.split(" ") for line in (tmp_path / "given").read_text().splitlines()[1:]]  # the first: the teacher
-    assert {devices for devices, _, _ in given} == {"5", "6"} and len({port for _, port, _ in given}) == len(given) == 3
-    more = compare(methods="finetune", seeds="3")
-    assert more.returncode == 0, more.stdout + more.stderr
-    table = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
-    assert {name: list(method["seeds"]) for name, method in table.items()} == {
-        "finetune": ["1", "3"], "pkd-last": ["1"], "shallow": ["1"],
-    }  # fmt: skip
-    assert all(table[name]["seeds"]["1"] == made["methods"][name]["seeds"]["1"] for name in made["methods"])

@@ -72,7 +72,7 @@ def required(wheel: Path, extra: str) -> set[str]:
             if (name, wanted) not in found:
                 found[name, wanted] = None
                 waiting += [(below, wanted) for below in metadata.requires(name) or []]
-    return {name for name, _ in found}
+    return {name for name, _ in found} - {"pkd-dist"}  # an extra may include others
 
 
 def install(wheel: Path, extra: str, folder: Path) -> Path:
@@ -124,6 +124,11 @@ def training(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def searching(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, "sweep", tmp_path_factory.mktemp("searching"))
+
+
+@pytest.fixture(scope="module")
 def folder(body: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with a configuration, as a user has it; the DeepSpeed JSON is the wheel's."""
     folder = tmp_path_factory.mktemp("user")
@@ -163,10 +168,12 @@ def test_deepspeed_runs_the_module_and_the_ready_files_are_found(export: Path, t
     assert "1,050" in run(training / "pkd", "prepare", cwd=folder), "the embedded data"
 
 
-def test_pkd_compare(export: Path, training: Path, folder: Path):
+def test_pkd_compare(export: Path, training: Path, searching: Path, folder: Path):
     methods = ["--methods", "kd", "--seeds", "1", "--output", "compare"]
-    teacher = ["teacher.model=run/teacher", "teacher.finetune=null"]
-    out = run(training / "pkd", "compare", "--config", "run.yaml", *methods, *teacher, cwd=folder)
+    command = ["compare", "--config", "run.yaml", *methods, "teacher.model=run/teacher", "teacher.finetune=null"]
+    refused = run(training / "pkd", *command, cwd=folder, status=2)
+    assert refused == "pkd: the Python package optuna is not installed: pip install 'pkd_dist[sweep]'\n"
+    out = run(searching / "pkd", *command, cwd=folder)
     assert (folder / "compare/compare.json").exists(), out
 
 

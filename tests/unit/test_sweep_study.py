@@ -1,5 +1,6 @@
 """The study of a sweep: which trials there are, and who trains them, whatever a kill has interrupted."""
 
+import itertools
 import os
 
 import pytest
@@ -8,9 +9,10 @@ from optuna.trial import TrialState
 
 from pkd_dist.config.sweep import Sweep
 from pkd_dist.errors import UserError
+from pkd_dist.lock import waiting_lock
 from pkd_dist.search.outcome import ranked
 from pkd_dist.search.space import Space, as_overrides
-from pkd_dist.search.study import JOURNAL, POINT, SEED, Study, read
+from pkd_dist.search.study import COMPARISON, JOURNAL, NAMED, POINT, SEED, Named, Study, read
 
 GRID = {
     "train.learning_rate": CategoricalDistribution([0.1, 0.2]),
@@ -76,8 +78,6 @@ def test_no_two_studies_with_the_same_seed_differ(tmp_path):
 
 
 def test_a_running_trial_is_left_alone_while_its_worker_lives(tmp_path):
-    from pkd_dist.lock import waiting_lock
-
     study = make(tmp_path, trials=1)
     with waiting_lock(tmp_path / "workers/alive"):
         study.claim("alive")
@@ -125,3 +125,56 @@ def test_values_of_any_type_are_overrides():
     assert as_overrides(point) == [
         "student.layers=[1, 3]", 'student.init="first_k"', "train.epochs=3", "cache.dir=null", "export.prune=true",
     ]  # fmt: skip
+
+
+KD, PKD = Named("kd", ["distill.beta=0"], {}), Named("pkd", ["distill.patience=skip"], {})
+
+
+def comparison(folder):
+    study = Study(folder, Sweep(sampler="grid", pruner="none"), Space({}), COMPARISON)
+    study.prepare({}, "accuracy")
+    return study
+
+
+def claims(study, worker="alive"):
+    """All that a worker finds to train."""
+    with waiting_lock(study.folder / "workers" / worker):
+        found = list(itertools.islice(iter(lambda: study.claim(worker), None), 9))
+    return [(claim.trial.user_attrs[NAMED][0], claim.seed, claim) for claim in found]
+
+
+def test_a_comparison_has_the_runs_that_the_last_call_asked_for(tmp_path):
+    """Complete ones stay, failed ones are tried again, and what another call left waiting or running is withdrawn."""
+    study = comparison(tmp_path)
+    study.request([KD, PKD], [1, 2])
+    first, second = study.claim("here"), study.claim("here")
+    finish(study, first)
+    study.fail(second, "diverged")
+    study.claim("here")  # killed
+    study.request([PKD], [1, 3])
+    assert [(name, seed) for name, seed, _ in claims(study)] == [("pkd", 1), ("pkd", 3)]
+    assert len(study.completed) == 1 and not study.done, "of the two, none has ended"
+    again = comparison(tmp_path)
+    again.request([KD, PKD], [1, 2])
+    assert {(name, seed) for name, seed, _ in claims(again, "other")} == {("kd", 2), ("pkd", 1), ("pkd", 2)}
+
+
+def test_a_method_of_other_settings_is_rejected_once_it_has_begun(tmp_path):
+    study = comparison(tmp_path)
+    study.request([KD], [1])
+    study.request([KD._replace(overrides=["distill.beta=1"])], [1])
+    [(_, _, claim)] = claims(study)
+    assert claim.trial.user_attrs[NAMED][1] == ["distill.beta=1"]
+    with pytest.raises(
+        UserError, match=r"--method: kd has other settings in .* \(distill.beta=1\); choose another name"
+    ):
+        study.request([KD], [1])
+    study.fail(claim, "diverged")
+    study.request([KD], [1])
+    assert len(claims(study)) == 1
+
+
+def test_a_folder_has_a_study_of_one_kind(tmp_path):
+    make(tmp_path)
+    with pytest.raises(UserError, match=r"has a sweep; choose another folder"):
+        comparison(tmp_path)

@@ -1,15 +1,15 @@
-"""What each of several runs at a time has to itself: GPUs, cores and a port for its ranks to meet at."""
+"""What each of several runs at a time has to itself: GPUs, cores, and a port at which the ranks of a launcher meet."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pkd_dist.errors import UserError
-from pkd_dist.network import free_port
 
 _OWN_PORT = ("--master_port", "--master-port", "--rdzv_endpoint", "--rdzv-endpoint")
 _OWN_DEVICES = ("--num_gpus", "--num_accelerators", "--include", "--exclude")
@@ -18,15 +18,17 @@ _OWN_DEVICES = ("--num_gpus", "--num_accelerators", "--include", "--exclude")
 
 @dataclass(frozen=True)
 class Share:
-    """What one run may use.
+    """What one process may use.
 
     Attributes:
         devices: For CUDA_VISIBLE_DEVICES; empty: there is no GPU.
         cores: Of this process's.
+        pinned: It starts ranks, which divide the cores it is bound to.
     """
 
     devices: tuple[str, ...]
     cores: tuple[int, ...]
+    pinned: bool
 
 
 def visible_devices() -> list[str]:
@@ -40,12 +42,13 @@ def visible_devices() -> list[str]:
 
 
 def shares(jobs: int, devices: Sequence[str], cores: Sequence[int], one_rank: bool) -> list[Share]:
-    """Divide the GPUs and the cores of this host among `jobs` runs; where there are fewer than runs, several share one.
+    """Divide the GPUs and the cores of this host among `jobs` processes; where there are fewer than runs, several share one.
 
     Args:
-        one_rank: Of each run, which uses one GPU.
+        one_rank: Of each, which uses one GPU.
     """
-    return [Share(_part(devices, job, jobs)[: 1 if one_rank else None], _part(cores, job, jobs)) for job in range(jobs)]
+    own = [_part(devices, job, jobs)[: 1 if one_rank else None] for job in range(jobs)]
+    return [Share(gpus, _part(cores, job, jobs), pinned=not one_rank) for job, gpus in enumerate(own)]
 
 
 def _part(items: Sequence, job: int, jobs: int) -> tuple:  # type: ignore[type-arg]
@@ -67,13 +70,22 @@ def require_divisible(launcher: str, devices: Sequence[str]) -> None:
             )
 
 
-def with_own_port(command: Sequence[str], launcher: str, environment: dict[str, str]) -> list[str]:
-    """Return the command of a run whose ranks meet at a free port; sets MASTER_PORT for launchers without an option."""
-    port = environment["MASTER_PORT"] = str(free_port())
-    arguments = shlex.split(launcher)
-    if {"deepspeed", "torchrun", "torch.distributed.run"} & set(_programs(launcher)):
-        return [*command[: len(arguments)], "--master_port", port, *command[len(arguments) :]]
-    return list(command)
+def train_command(launcher: str, port: int | None = None) -> list[str]:
+    """Return the command that runs `pkd_dist.train` under a launcher.
+
+    Args:
+        launcher: `deepspeed`, `torchrun`, `python`, or a starter of processes such as `mpirun` or `srun`, with its options.
+        port: At which its ranks meet; None: that of the launcher.
+    """
+    prefix, programs, module = shlex.split(launcher), _programs(launcher), "pkd_dist.train"
+    if port is not None:
+        takes_option = {"deepspeed", "torchrun", "torch.distributed.run"} & set(programs)
+        prefix = ["env", f"MASTER_PORT={port}", *prefix, *(["--master_port", str(port)] if takes_option else [])]
+    if "deepspeed" in programs:
+        return [*prefix, "--module", module]
+    if any(program == "torchrun" or program.startswith("python") for program in programs):
+        return [*prefix, "-m", module]
+    return [*prefix, sys.executable, "-m", module]
 
 
 def _programs(launcher: str) -> list[str]:

@@ -1,0 +1,165 @@
+"""Has the trials of a study trained: keeps its configuration, trains the teacher, starts workers and watches them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pkd_dist.config.paths import project_path
+from pkd_dist.config.schema import Config
+from pkd_dist.data import answers, sources, tasks
+from pkd_dist.errors import Preempted, UserError
+from pkd_dist.files import first_free, make_folder, sha256, write_atomically
+from pkd_dist.lock import waiting_lock
+from pkd_dist.model import digests, encoder
+from pkd_dist.model.student import INIT_METHODS
+from pkd_dist.search.processes import Processes, last_error, python
+from pkd_dist.search.shared import SweepConfig
+from pkd_dist.search.shares import Share
+from pkd_dist.search.study import WORKERS, Study
+from pkd_dist.stages.context import Resolved
+from pkd_dist.telemetry.log import log
+from pkd_dist.telemetry.progress import Bar
+
+_POLL_SECONDS = 0.5
+_RESTARTS = 10
+"""Workers that may die one after the other without finishing a trial, before the command gives up."""
+
+
+def frozen(sweep: SweepConfig, name: str) -> SweepConfig:
+    """Keep the configuration file in the folder, so that an edit does not change a study that runs."""
+    path, content = sweep.folder / name, project_path(sweep.file).read_bytes()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, lambda tmp: tmp.write_bytes(content))
+    return replace(sweep, file=str(path))
+
+
+def identity(config: Config, run: Resolved) -> dict[str, object]:
+    """Return what decides the results of a study, by dotted key: settings, and the content of the files that they name."""
+    task, teacher, student = config.task, config.teacher, config.student
+    sections = {
+        "task": {"data", "unlabeled"}, "teacher": {"model", "answers"}, "student": {"init"}, "distill": set(),
+        "train": {"deepspeed", "log_every_steps"}, "cache": {"dir", "shard_rows", "mode", "max_disk_share"},
+        "evaluate": {"result_dir", "latency_samples", "throughput_samples"},
+        "sweep": {"trials", "budget", "final", "constraints", "students_per_step"},
+    }  # fmt: skip
+    content = config.model_dump(mode="json", include=set(sections), exclude=sections)
+    found: dict[str, object] = {
+        f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()
+    }
+    read = tasks.resolve(task)
+    found |= {
+        "data": sources.digests(task.data, sources.available(task.data, read), read),
+        "task.unlabeled": [sha256(path) for path in sources.unlabeled_paths(task.unlabeled, read)],
+        "teacher.answers": [sha256(path) for path in answers.paths_of(teacher.answers or ())],
+        "teacher's weights": [digests.weights_digest(each.source) for each in run.teachers],
+        "student.init": student.init
+        if student.init in INIT_METHODS
+        else digests.weights_digest(encoder.locate(student.init, "student.init")),
+        "DeepSpeed JSON": run.deepspeed,
+        "precision": [run.precision, run.teacher_precision],
+    }
+    return found | ({"run.seed": config.run.seed} if teacher.finetune else {})
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    log: Path
+    share: Share | None
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The workers of a study on this machine.
+
+    Attributes:
+        sweep: The configuration, as the workers read it.
+        arguments: Of each worker, beside the configuration; see `cli.worker`.
+    """
+
+    sweep: SweepConfig
+    study: Study
+    processes: Processes
+    arguments: Sequence[str] = ()
+
+    def fine_tune(self, launcher: Sequence[str] = ()) -> None:
+        """Fine-tune the teacher, under a launcher if one is given."""
+        self.run_shared(self.sweep.teacher_folder, self.sweep.of_teacher(), ("data", "teacher"), launcher)
+
+    def run_shared(
+        self, folder: Path, overrides: Sequence[str], stages: Sequence[str], launcher: Sequence[str] = ()
+    ) -> None:
+        """Run stages of what all points share, on all cores; see `Processes.run`."""
+        with waiting_lock(self.sweep.folder / WORKERS / "bases"):
+            make_folder(folder)
+            log.info("%s: %s: %s", self.study.kind, folder, ", ".join(stages))
+            arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
+            self.processes.run(arguments, folder / "log.txt", launcher)
+
+    def train_all(self, shares: Sequence[Share | None], watch: Callable[[int], str]) -> None:
+        """Have workers train all trials; a worker that is killed is replaced, and its trial continued.
+
+        Args:
+            shares: What each worker may use; None: everything.
+            watch: Called with the number of workers, again and again; returns what the progress bar says.
+
+        Raises:
+            UserError, DivergedError, Preempted: As a worker ended.
+        """
+        study = self.study
+        workers = [self._start(share) for share in shares] if not study.done else []
+        ended, died = study.ended, 0
+        watch(len(workers))
+        with Bar(study.kind, len(study.trials), ended) as bar:
+            while workers:
+                time.sleep(_POLL_SECONDS)
+                now, total, note = study.ended, len(study.trials), watch(len(workers))
+                if now > ended:
+                    bar.grow(total)
+                    bar.advance(now - ended, note)
+                    ended, died = now, 0
+                for worker in [worker for worker in workers if worker.process.poll() is not None]:
+                    workers.remove(worker)
+                    if self._ended_well(worker):
+                        continue
+                    died += 1
+                    if died > _RESTARTS:
+                        raise UserError(
+                            f"{died} workers were killed without finishing a run; the last one: {last_error(worker.log)}"
+                        )
+                    workers.append(self._start(worker.share))
+        watch(0)
+
+    def _ended_well(self, worker: _Worker) -> bool:
+        """Return whether a worker found nothing left to train; False: it was killed. Raises its error."""
+        status = worker.process.returncode
+        if status >= 0 and status != Preempted.exit_status:
+            self.processes.require_success(worker.process, worker.log, status)
+            return True
+        self.processes.forget(worker.process)
+        log.info("%s: a worker was killed (status %d); another one continues its trial", self.study.kind, status)
+        return False
+
+    def _start(self, share: Share | None) -> _Worker:
+        sweep, host = self.sweep, socket.gethostname()
+        folder = first_free(sweep.folder / WORKERS / f"{host}-{os.getpid()}")
+        make_folder(folder)
+        variables = {}
+        if share:
+            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(len(share.cores))
+            if share.devices:
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
+        where = ["--config", sweep.file, "--output", str(sweep.folder), "--worker", folder.name]
+        command = [*python("pkd_dist.cli.worker"), self.study.kind, *where, *self.arguments, *sweep.given]
+        process = self.processes.start(command, folder / "log.txt", variables)
+        if share and share.pinned:
+            with suppress(ProcessLookupError):  # before it has started ranks, which divide its cores
+                os.sched_setaffinity(process.pid, share.cores)
+        return _Worker(process, folder / "log.txt", share)
