@@ -99,7 +99,7 @@ class Comparison:
         with processes.stopped_on_signal():
             if config.teacher.finetune and not study.done:
                 crew.fine_tune(train_command(self.launcher) if self.launcher else [])
-            crew.train_all(self.shares, table.update)
+            crew.train_all(self.shares[: len(study.trials) - study.ended], table.update)
         return table
 
 

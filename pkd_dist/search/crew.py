@@ -99,7 +99,7 @@ class Crew:
         """Run stages of what all points share, on all cores; see `Processes.run`."""
         with waiting_lock(self.sweep.folder / WORKERS / "bases"):
             make_folder(folder)
-            log.info("%s: %s: %s", self.study.kind, folder, ", ".join(stages))
+            log.info("%s: %s: %s", self.processes.command, folder, ", ".join(stages))
             arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
             self.processes.run(arguments, folder / "log.txt", launcher)
 
@@ -117,7 +117,7 @@ class Crew:
         workers = [self._start(share) for share in shares] if not study.done else []
         ended, died = study.ended, 0
         watch(len(workers))
-        with Bar(study.kind, len(study.trials), ended) as bar:
+        with Bar(self.processes.command, len(study.trials), ended) as bar:
             while workers:
                 time.sleep(_POLL_SECONDS)
                 now, total, note = study.ended, len(study.trials), watch(len(workers))
@@ -144,7 +144,7 @@ class Crew:
             self.processes.require_success(worker.process, worker.log, status)
             return True
         self.processes.forget(worker.process)
-        log.info("%s: a worker was killed (status %d); another one continues its trial", self.study.kind, status)
+        log.info("%s: a worker was killed (status %d); another one continues its trial", self.processes.command, status)
         return False
 
     def _start(self, share: Share | None) -> _Worker:

@@ -42,6 +42,7 @@ class Processes:
     """
 
     def __init__(self, command: str):
+        self.command = command
         self._running: list[subprocess.Popen[bytes]] = []
         self._stopped = f"{command}: stopped; finished runs are kept, rerun the same command to resume"
 
