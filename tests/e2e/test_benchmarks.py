@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 
 from benchmarks import common, performance
 
-NOTHING: dict[str, dict] = {"peers": {}, "peers-cuda": {}, "profile": {}, "scaling": {}}
+NOTHING: dict[str, dict] = dict.fromkeys(performance.COMMANDS, {})
 SETTINGS = ("task.max_length=32", "student.layers=[1,3]", "metrics.enabled=false")
 
 

@@ -226,7 +226,8 @@ def test_the_cache_holds_every_option_and_equals_a_live_teacher(body, race, tmp_
     before = losses(tmp_path / "run")
     live = launch("--config", config, "--stages", "cache,distill", "cache.enabled=false", *exact)
     assert live.returncode == 0, live.stdout + live.stderr
-    assert losses(tmp_path / "run") == pytest.approx(before, abs=1e-6)
+    # both round the states to float16, and a teacher in float32 is on the edge of two roundings more often
+    assert losses(tmp_path / "run") == pytest.approx(before, abs=1e-5)
 
 
 MOMENTS = {
