@@ -281,18 +281,7 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     """
     trackers.require(config.trackers)
     deepspeed = load_deepspeed(config, config_file)
-    task = tasks.resolve(config.task)
-    if not (config.teacher.finetune or config.task.class_weights or task.multilabel):
-        accepted = config.distill.alpha == 1
-        task = dataclasses.replace(task, unlabelled_train="accept" if accepted else "explain")
-    if task.regression and config.task.augment and config.task.augment.min_confidence:
-        raise UserError(
-            "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"
-        )
-    if task.regression and config.evaluate.calibrate:
-        raise UserError(
-            "calibrates class probabilities, which a regression does not have; set it to false", "evaluate.calibrate"
-        )
+    task = _task(config)
     teachers = _teachers(config)
     source_config, tokenizer = teachers[0].source_config, encoder.load_tokenizer(teachers[0].source)
     _require_data(config, task)
@@ -339,6 +328,23 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             "use metric", "evaluate.best_by",
         )  # fmt: skip
     return resolved
+
+
+def _task(config: Config) -> tasks.Task:
+    """Return the task; raise UserError where it excludes a setting."""
+    task = tasks.resolve(config.task)
+    if not (config.teacher.finetune or config.task.class_weights or task.multilabel):
+        accepted = config.distill.alpha == 1
+        task = dataclasses.replace(task, unlabelled_train="accept" if accepted else "explain")
+    if task.regression and config.task.augment and config.task.augment.min_confidence:
+        raise UserError(
+            "compares class probabilities, which a regression does not have; set it to 0", "task.augment.min_confidence"
+        )
+    if task.regression and config.evaluate.calibrate:
+        raise UserError(
+            "calibrates class probabilities, which a regression does not have; set it to false", "evaluate.calibrate"
+        )
+    return task
 
 
 def _require_equal_tokens(config: Config, teacher: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
