@@ -53,15 +53,15 @@ def cpus(made: dict[str, dict[str, Any]]) -> str:
         found = made[name]
         ours, peer = (found["contestants"][found[key]] for key in ("best_ours", "best_peer"))
         peaks, quality = found["peak_flops_per_second"], found.get("time_to_quality")
-        reached = [each for each in (quality or {"reached": {}})["reached"].items() if each[0].startswith("ours")]
-        seconds = [each["seconds"] for _, each in reached if each["seconds"]]
+        reached = quality["reached"] if quality else {}
+        seconds = [each["seconds"] for key, each in reached.items() if key.startswith("ours") and each["seconds"]]
         return [
             CPUS[name],
             *(f"{peaks[precision] / 1e9:,.0f} GFLOP/s" for precision in ("float32", "bfloat16")),
             f"{ours['seconds']:.0f} s, {ours['precision']}", f"{peer['seconds']:.0f} s, {peer['precision']}",
             f"**{found['ratio_best_peer']:.2f}**", f"{found['gemm_share']:.0%}",
             f"{min(seconds):.0f} s" if seconds else "not measured",
-            f"{quality['reached'][found['best_peer']]['epochs'][-1]['seconds']:.0f} s" if quality else "not measured",
+            f"{reached[found['best_peer']]['epochs'][-1]['seconds']:.0f} s" if reached else "not measured",
         ]  # fmt: skip
 
     heads = [

@@ -1,29 +1,17 @@
 """`pkd compare` through the command line: each run is that of the launcher, whatever is killed meanwhile."""
 
-import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 from conftest import ROOT, environment, launch, pkd, results, sentences, whole_run, write_config, write_tsv
-
-from pkd_dist.telemetry.records import read
+from studies import in_background, steps, wait_for, workers_of
 
 TO_EVALUATE = "data,teacher,cache,init,distill,evaluate"
 SHALLOW = ("--method", "shallow: distill.beta=0 student.layers=[3]")
-
-
-def steps(metrics):
-    """All that a training recorded, but for times."""
-    return [
-        {key: value for key, value in row.items() if key not in ("time", "seconds", "samples_per_second")}
-        for row in read(metrics)
-    ]
 
 
 TIMES = ("latency_ms_p50", "latency_ms_p99", "samples_per_second", "reasoningTime", "spread")
@@ -176,41 +164,18 @@ def test_a_run_that_diverges_leaves_the_others_alone(done, tmp_path):
         assert list(table(tmp_path / "out")["methods"]) == ["finetune"]
 
 
-def wait_for(happens, process, timeout_seconds=120):
-    deadline = time.monotonic() + timeout_seconds
-    while not happens():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def started(command, log):
-    with open(log, "ab") as output:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def workers_of(process):
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "--worker" in child.cmdline()]
-
-
 def test_killed_workers_and_comparisons_change_nothing(done, tmp_path):
     config, folder, _ = done
     out, log = tmp_path / "out", tmp_path / "log"
     command = [sys.executable, "-m", "pkd_dist.cli", "compare", "--config", config, "--output", out, *SHALLOW]
     command += ["--methods", "finetune,kd,first-k", "--seeds", "1", "--jobs", 2]
-    with started(command, log) as process:
+    with in_background(command, log) as process:
         wait_for((out / "kd/seed-1/metrics.jsonl").exists, process)
         workers_of(process)[0].kill()
         wait_for(lambda: "a worker was killed" in log.read_text(), process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with started(command, log) as process:
+    with in_background(command, log) as process:
         wait_for(lambda: workers_of(process), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75

@@ -1,19 +1,15 @@
 """`pkd sweep` through the command line: each point is trained as a run of its own would be, whatever is killed meanwhile."""
 
-import contextlib
 import json
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
-import psutil
 import pytest
 import yaml
 from conftest import ROOT, environment, pkd, results, whole_run, write_config
-
-from pkd_dist.telemetry.records import read
+from studies import in_background, steps, wait_for, workers_of
 
 TIMES = {"seconds", "latency_ms"}
 
@@ -42,14 +38,6 @@ def table(folder):
 
 def without_times(folder):
     return table(folder).drop(columns=list(TIMES))
-
-
-def steps(metrics):
-    """All that a training recorded, but for times."""
-    return [
-        {key: value for key, value in row.items() if key not in ("time", "seconds", "samples_per_second")}
-        for row in read(metrics)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,30 +90,9 @@ def test_the_same_command_finds_everything_done(done):
     pd.testing.assert_frame_equal(table(folder), before)
 
 
-@contextlib.contextmanager
 def sweeping(config, folder, log):
     command = [sys.executable, "-m", "pkd_dist.cli", "sweep", "--config", config, "--output", folder, "--workers", "2"]
-    with open(log, "ab") as output:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-            child.kill()
-        process.kill()
-        process.wait()
-
-
-def workers_of(process):
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "--worker" in child.cmdline()]
-
-
-def wait_for(happens, process, timeout_seconds=120):
-    deadline = time.monotonic() + timeout_seconds
-    while not happens():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    return in_background(command, log)
 
 
 def test_killed_workers_and_sweeps_change_nothing(done, taught, data, tmp_path):

@@ -1,0 +1,45 @@
+"""What the tests of `pkd sweep` and `pkd compare` share: a command in the background, its workers, and what a run recorded."""
+
+import contextlib
+import subprocess
+import time
+
+import psutil
+from conftest import ROOT, environment
+
+from pkd_dist.telemetry.records import read
+
+
+@contextlib.contextmanager
+def in_background(command, log):
+    """Runs a command, whose output is appended to a file; at the end nothing of it is left."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def workers_of(process):
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "--worker" in child.cmdline()]
+
+
+def wait_for(happens, process, timeout_seconds=120):
+    """Waits for something that a process does while it lives."""
+    deadline = time.monotonic() + timeout_seconds
+    while not happens():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)  # watching, not hoping
+
+
+def steps(metrics):
+    """All that a training recorded, but for times."""
+    return [
+        {key: value for key, value in row.items() if key not in ("time", "seconds", "samples_per_second")}
+        for row in read(metrics)
+    ]
