@@ -17,21 +17,27 @@ from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.lock import waiting_lock
 
 _PR_SET_PDEATHSIG = 1
-_ENDS_WITH_PARENT = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value}); "
+
+
+def _ends_with_parent() -> str:
+    """Return Python code that has its process get SIGTERM when this thread ends, and end at once if it has ended already."""
+    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value})"
+    return f"import ctypes, os, sys; {ask}; os.getppid() == {os.getpid()} or sys.exit({Preempted.exit_status}); "
 
 
 def python(module: str) -> list[str]:
     """Return the command of a module, as `python -m` but never of a package of the same name in the working folder.
 
-    When the thread that starts it ends, be it by a kill, the process gets SIGTERM: it commits a checkpoint and stops.
+    To be started by this process. When the thread that starts it ends, be it by a kill, it gets SIGTERM, commits a checkpoint
+    and stops.
     """
-    code = f"{_ENDS_WITH_PARENT}import runpy, sys; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    code = f"{_ends_with_parent()}import runpy; del sys.path[0]; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module]
 
 
 def program(command: Sequence[str]) -> list[str]:
     """Return the command of another program; see `python`."""
-    return [sys.executable, "-c", f"{_ENDS_WITH_PARENT}import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *command]
+    return [sys.executable, "-c", f"{_ends_with_parent()}os.execvp(sys.argv[1], sys.argv[1:])", *command]
 
 
 class Processes:
