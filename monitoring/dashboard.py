@@ -113,6 +113,7 @@ ROWS: dict[str, list[Panel]] = {
         gauge("Trials", "pkd_sweep_trials"),
         gauge("Best score", "pkd_sweep_best_value"),
         gauge("Workers", "pkd_sweep_workers"),
+        gauge("Students per step", "pkd_sweep_students_per_step"),
     ],
     "Reliability": [
         Panel("Time since the last checkpoint", "pkd_checkpoint_last_success_timestamp_seconds",

@@ -8,6 +8,7 @@ Every step finds what an earlier call has done. Several calls, also on other mac
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
 from pkd_dist.search.shares import shares, visible_devices
 from pkd_dist.search.space import Space
-from pkd_dist.search.study import STATES, WORKERS, Study, shown_value
+from pkd_dist.search.study import STATES, TOGETHER, WORKERS, Study, shown_value
 from pkd_dist.search.trial import clean
 from pkd_dist.stages.context import Resolved, resolve
 from pkd_dist.telemetry.endpoint import Access, load_access
@@ -141,5 +142,7 @@ def _show(study: Study, objective: str, workers: int, metrics: RunMetrics) -> st
     states = [STATES[trial.state] for trial in trials]
     values = [trial.value for trial in trials if trial.state is TrialState.COMPLETE and trial.value is not None]
     best = shown_value(max(values), objective) if values else None
-    metrics.show_sweep({name: states.count(name) for name in STATES.values()}, workers, objective, best)
+    together = [int(trial.user_attrs.get(TOGETHER, 1)) for trial in trials if trial.state is TrialState.RUNNING]
+    numbers = {name: states.count(name) for name in STATES.values()}
+    metrics.show_sweep(numbers, workers, statistics.fmean(together or [0]), objective, best)
     return "" if best is None else f"best {objective} {best:.4f}"

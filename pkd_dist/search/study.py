@@ -36,9 +36,9 @@ from pkd_dist.search.space import Point, Space
 
 JOURNAL, WORKERS = "study.journal", "workers"
 DEFAULT_POINTS = 100
-SEED, WORKER, REASON, POINT, NAMED = "seed", "worker", "reason", "point", "named"
+SEED, WORKER, REASON, POINT, NAMED, TOGETHER = "seed", "worker", "reason", "point", "named", "together"
 """Attributes of a trial: seed of the student, folder name of its worker, why it failed, number of the trial of the same point
-with the first seed, and the point of a comparison (`Named`)."""
+with the first seed, the point of a comparison (`Named`), and how many students share its steps (absent: one)."""
 STATES = {
     TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",

@@ -21,7 +21,7 @@ from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.search.footprint import Footprint, footprint
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig
 from pkd_dist.search.space import as_overrides
-from pkd_dist.search.study import POINT, WORKERS, Claim, Study, objective_value
+from pkd_dist.search.study import POINT, TOGETHER, WORKERS, Claim, Study, objective_value
 from pkd_dist.stages import distill, init
 from pkd_dist.stages.base import fingerprint_of, inputs_of
 from pkd_dist.stages.context import Context, resolve, with_fingerprint
@@ -195,6 +195,8 @@ def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exce
     for group in _groups(trials):
         for trial in group:
             trial.began, trial.together = time.monotonic(), len(group)
+            if trial.claim.trial.user_attrs.get(TOGETHER, 1) != len(group):
+                trial.claim.trial.set_user_attr(TOGETHER, len(group))
         ends = run_together([trial.trainer for trial in group]) if len(group) > 1 else _alone(group[0].trainer)
         for place, error in ends:
             if isinstance(error, Preempted):

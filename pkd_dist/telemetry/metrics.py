@@ -185,6 +185,11 @@ class RunMetrics:
         self._sweep_workers = self._gauge(
             "pkd_sweep_workers", "Workers of a sweep that run on this host", host="name of the host"
         )
+        self._sweep_together = self._gauge(
+            "pkd_sweep_students_per_step",
+            "Students that share a training step, mean over the running trials of a sweep",
+            host="name of the host that says so",
+        )
 
     def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
         return Gauge(*self._document(name, "gauge", text, labels), registry=self._own)
@@ -202,11 +207,21 @@ class RunMetrics:
         """Set `pkd_run_end_status`."""
         self._end_status.labels(stage=self.stage_name, host=socket.gethostname()).set(status)
 
-    def show_sweep(self, trials: Mapping[str, int], workers: int, objective: str, best: float | None) -> None:
-        """Show how far a sweep is: state -> number of trials, workers of this host, and the best score."""
+    def show_sweep(
+        self, trials: Mapping[str, int], workers: int, students_per_step: float, objective: str, best: float | None
+    ) -> None:
+        """Show how far a sweep is.
+
+        Args:
+            trials: State -> number.
+            workers: Of this host.
+            students_per_step: Mean over the running trials; 0: none is running.
+            best: Score so far; None: there is none.
+        """
         for state, number in trials.items():
             self._sweep_trials.labels(state).set(number)
         self._sweep_workers.labels(socket.gethostname()).set(workers)
+        self._sweep_together.labels(socket.gethostname()).set(students_per_step)
         if best is not None:
             self._sweep_best.labels(objective).set(best)
 

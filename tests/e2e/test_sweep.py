@@ -11,6 +11,8 @@ import yaml
 from conftest import ROOT, environment, pkd, results, whole_run, write_config
 from studies import in_background, steps, wait_for, workers_of
 
+from pkd_dist.search.study import TOGETHER, read
+
 TIMES = {"seconds", "latency_ms"}
 
 
@@ -266,6 +268,8 @@ def test_students_that_are_trained_together_learn_as_alone(taught, data, tmp_pat
     assert list(alone["state"]) == list(together["state"]) and list(alone["seed"]) == list(together["seed"])
     trained = alone[alone["state"] == "complete"].index
     assert len(trained) == 8 and (alone["state"] == "failed").sum() == 2
+    shared = [trial.user_attrs.get(TOGETHER, 1) for trial in read(folders[4]).trials]
+    assert max(shared) == 4
     for number in trained:
         one, other = (steps(folders[students] / f"trials/{number}/metrics.jsonl") for students in (1, 4))
         assert len(one) == len(other) == 4 * 13 + 4

@@ -23,6 +23,7 @@ SPEC = {
     "pkd_eval_metric", "pkd_nonfinite_total", "pkd_preemptions_total", "pkd_gpu_memory_bytes",
     "pkd_data_wait_seconds_total", "pkd_run_end_status", "pkd_steps_total_expected",
     "pkd_expected_end_timestamp_seconds", "pkd_sweep_trials", "pkd_sweep_best_value", "pkd_sweep_workers",
+    "pkd_sweep_students_per_step",
 }  # fmt: skip
 
 

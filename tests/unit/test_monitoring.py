@@ -41,7 +41,7 @@ def exported():
     metrics.stage.labels(stage="data").set(1)
     metrics.gpu_memory.labels(kind="used").set(1)
     metrics.info.labels(*"abcdefg").set(1)
-    metrics.show_sweep({"complete": 1}, 2, "accuracy", 0.5)
+    metrics.show_sweep({"complete": 1}, 2, 4, "accuracy", 0.5)
     metrics.show_end(0)
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}
 
