@@ -28,6 +28,7 @@ from benchmarks.common import FINETUNE, RESULTS, choices, read_json, run_program
 from benchmarks.faults.tiny import ROOT, environment, make_body, make_data
 from pkd_dist.errors import UserError
 from pkd_dist.files import write_json
+from pkd_dist.search.space import PAPER
 from pkd_dist.telemetry.log import log
 
 SEPARATE, FRESH = 6, (11, 12, 13, 14, 15)
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench-sweep"))
     parser.add_argument("--only", default=",".join(PARTS), help="parts, in this order")
     parser.add_argument("--trials", type=int, default=1000, help="`small`: number of trials")
-    parser.add_argument("--full", action="store_true", help="`paper`: also the grid without pruning")
+    parser.add_argument("--full", action="store_true", help="`paper`: also the grid without pruning, one learning rate after the other")
     parser.add_argument("--fresh", action="store_true", help="`paper`: also the winner with five other seeds")
     options = parser.parse_args()
     chosen = choices(options.only, PARTS, "--only", parser)
@@ -75,10 +76,13 @@ def command(file: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "pkd_dist.cli", "sweep", "--config", str(file), "--output", str(output)]
 
 
-def start(argv: list[str], log_file: Path) -> subprocess.Popen[bytes]:
+def start(argv: list[str], log_file: Path, one_thread: bool) -> subprocess.Popen[bytes]:
     log_file.parent.mkdir(parents=True, exist_ok=True)
+    variables = environment()
+    if not one_thread:
+        del variables["OMP_NUM_THREADS"]
     with open(log_file, "ab") as out:
-        return subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+        return subprocess.Popen(argv, cwd=ROOT, env=variables, stdout=out, stderr=out)
 
 
 class Spent(NamedTuple):
@@ -92,10 +96,16 @@ class Spent(NamedTuple):
     cpu: float
 
 
-def timed(argv: list[str], log_file: Path, watch: Callable[[psutil.Process], None] = lambda _: None) -> Spent:
-    """Run a command to its end and return what it took; `watch` is called with its process twice a second."""
+def timed(
+    argv: list[str], log_file: Path, watch: Callable[[psutil.Process], None] = lambda _: None, one_thread: bool = False
+) -> Spent:
+    """Run a command to its end and return what it took; `watch` is called with its process twice a second.
+
+    Args:
+        one_thread: For each of its processes; False: as many as they choose.
+    """
     began, before = time.monotonic(), _cpu_of_children()
-    process = start(argv, log_file)
+    process = start(argv, log_file, one_thread)
     while process.poll() is None:
         watch(psutil.Process(process.pid))
         time.sleep(0.5)
@@ -165,7 +175,7 @@ def small(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 largest[tenth] = max(largest[tenth], worker.memory_info().rss / 1e6)
 
-    seconds = timed(command(file, output), folder / "log", watch).seconds
+    seconds = timed(command(file, output), folder / "log", watch, one_thread=True).seconds
     states = table(output)["state"].value_counts().to_dict()
     return {"trials": options.trials, "states": states, "seconds": seconds, "worker_mb_by_tenth": largest}
 
@@ -175,7 +185,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates, alphas = [n * 4e-4 for n in range(1, 11)], [n / 20 for n in range(20)]
     space = {"train.learning_rate": rates, "distill.alpha": alphas}
     file, calm, disturbed = tiny(folder, space, sampler="grid"), folder / "calm", folder / "disturbed"
-    timed(command(file, calm), folder / "log")
+    timed(command(file, calm), folder / "log", one_thread=True)
     rng, killed, at = random.Random(SEED), 0, time.monotonic() + 3
 
     def watch(process: psutil.Process) -> None:
@@ -185,7 +195,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rng.choice(workers).kill()
             killed, at = killed + 1, time.monotonic() + rng.uniform(4, 9)
 
-    timed(command(file, disturbed), folder / "log", watch)
+    timed(command(file, disturbed), folder / "log", watch, one_thread=True)
     times = ["seconds", "latency_ms"]
     same = table(calm).drop(columns=times).equals(table(disturbed).drop(columns=times))
     best = (calm / "best.yaml").read_text().replace(str(calm), "") == (disturbed / "best.yaml").read_text().replace(
@@ -207,13 +217,13 @@ def paper(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         file = config(folder, {**shared, "sweep": searched})
         found["sweep"] = timed(command(file, folder / "asha"), folder / "log")._asdict()
         found["states"] = table(folder / "asha")["state"].value_counts().to_dict()
+        found["winner"] = best_of(folder / "asha")
         write_json(folder / "measured.json", found)
     points = table(folder / "asha")
     chosen = random.Random(SEED).sample(range(len(points)), SEPARATE)
-    keys = ["train.learning_rate", "distill.temperature", "distill.alpha", "distill.beta"]
     separate = found.setdefault("separate", {})
     for number in (number for number in chosen if str(number) not in separate):
-        overrides = [f"{key}={points.iloc[number][key]}" for key in keys]
+        overrides = [f"{key}={points.iloc[number][key]}" for key in PAPER]
         separate[str(number)] = launched(
             config(folder / "alone", shared), folder, f"run.dir={folder / 'alone' / str(number)}", *overrides
         )._asdict()
@@ -224,10 +234,23 @@ def paper(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.fresh:
         found["winner_on_fresh_seeds"] = fresh(folder / "asha", folder)
     if options.full:
-        file = config(folder / "full-grid", {**shared, "sweep": {**searched, "pruner": "none"}})
-        timed(command(file, folder / "full"), folder / "log")
-        found["winner_of_the_full_grid_on_fresh_seeds"] = fresh(folder / "full", folder)
+        winners = found.setdefault("winners_without_pruning", {})
+        for rate in (rate for rate in PAPER["train.learning_rate"] if str(rate) not in winners):
+            own = {"space": {**PAPER, "train.learning_rate": [rate]}, "pruner": "none"}
+            file = config(folder / f"full-{rate}-config", {**shared, "sweep": {**searched, **own}})
+            seconds = timed(command(file, folder / f"full-{rate}"), folder / "log")._asdict()
+            winners[str(rate)] = {**best_of(folder / f"full-{rate}"), **seconds}
+            write_json(folder / "measured.json", found)
+        rate = min(winners, key=lambda rate: (-winners[rate]["value"], winners[rate]["dev_divergence"]))
+        found["winner_of_the_full_grid_on_fresh_seeds"] = fresh(folder / f"full-{rate}", folder)
     return found
+
+
+def best_of(output: Path) -> dict[str, Any]:
+    """Return the row of a sweep's winner."""
+    rows = table(output).sort_values(["value", "dev_divergence"], ascending=[False, True])
+    best: dict[str, Any] = rows[rows["state"] == "complete"].iloc[0][[*PAPER, "value", "dev_divergence"]].to_dict()
+    return best
 
 
 def _finetune() -> str:

@@ -39,7 +39,8 @@ class Sweep(Section):
     )
     sampler: Literal["grid", "random", "tpe"] = Field(
         "tpe",
-        description="How points are chosen: all of them, at random, or by the results so far (a tree-structured Parzen estimator).",
+        description="How points are chosen: all of them in random order, at random, or by the results so far (a tree-structured Parzen "
+        "estimator).",
     )
     trials: Count | None = Field(
         None, description="Number of points. null: all of a grid; else 100, or as many as sweep.budget allows."

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,9 @@ class Study:
         if self.kind == COMPARISON:
             return
         if self.settings.sampler == "grid":
-            yield from itertools.islice(self.space.points(), self.settings.trials)
+            points = list(self.space.points())
+            random.Random(self.settings.seed).shuffle(points)  # the pruner compares a point with those that came before
+            yield from itertools.islice(points, self.settings.trials)
         elif not self._open_ended:
             yield from ({} for _ in range(self.settings.trials or DEFAULT_POINTS))
 
