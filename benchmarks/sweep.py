@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench-sweep"))
     parser.add_argument("--only", default=",".join(PARTS), help="parts, in this order")
     parser.add_argument("--trials", type=int, default=1000, help="`small`: number of trials")
-    parser.add_argument("--full", action="store_true", help="`paper`: also the grid without pruning, one learning rate after the other")
+    parser.add_argument(
+        "--full", action="store_true", help="`paper`: also the grid without pruning, one learning rate after the other"
+    )
     parser.add_argument("--fresh", action="store_true", help="`paper`: also the winner with five other seeds")
     options = parser.parse_args()
     chosen = choices(options.only, PARTS, "--only", parser)

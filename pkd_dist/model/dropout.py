@@ -26,12 +26,17 @@ def drop(x: torch.Tensor, p: float) -> torch.Tensor:
     return x * dropout_mask(tuple(x.shape), p, x.dtype) if p else x
 
 
-def dropout_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return the CPU tensor that dropout multiplies by: 0 with probability p (in steps of 2**-15), else 1 / (1 - p).
+def dropout_mask(
+    shape: tuple[int, ...], p: float, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return the tensor that dropout multiplies by: 0 with probability p (on a CPU in steps of 2**-15), else 1 / (1 - p).
 
-    Its seed comes from torch's default generator, so `torch.manual_seed` determines it.
+    Args:
+        generator: On its device; None: torch's default one of the CPU, so that `torch.manual_seed` determines the mask.
     """
-    count, seed = math.prod(shape), int(torch.randint(2**62, ()))
+    if generator is not None and generator.device.type != "cpu":
+        return (torch.rand(shape, generator=generator, device=generator.device) >= p).to(dtype).mul_(1 / (1 - p))
+    count, seed = math.prod(shape), int(torch.randint(2**62, (), generator=generator))
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16))[:count].view(shape)
     bits &= 2**_BITS - 1
     keep = torch.rsub(bits, round(p * 2**_BITS) - 1)  # negative: kept

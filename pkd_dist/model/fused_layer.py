@@ -27,6 +27,11 @@ from pkd_dist.model.specialize import specialize
 _MIN_KEYS = 16  # PyTorch does not vectorize a softmax over fewer
 
 
+def padded_keys(length: int) -> int:
+    """Return for how many keys the attention weights of `length` tokens, and their dropout mask, are computed."""
+    return max(length, _MIN_KEYS)
+
+
 def fuse_layers(model: PreTrainedModel, layers: nn.ModuleList | None, first_token_only: bool = False) -> bool:
     """Fuse the encoder layers and speed up all dropouts on a CPU, in place; on other devices, nothing changes.
 
@@ -245,7 +250,7 @@ class _Attention(torch.autograd.Function):
             dtype of the softmax.
         """
         (B, Q, A, _), L, dtype = q_BQAd.shape, k_BLAd.shape[1], q_BQAd.dtype
-        softmax_dtype, keys = torch.promote_types(dtype, torch.float32), max(L, _MIN_KEYS)
+        softmax_dtype, keys = torch.promote_types(dtype, torch.float32), padded_keys(L)
         q, k, v = _by_head(q_BQAd, Q), _by_head(k_BLAd, keys), _by_head(v_BLAd, keys)
         if keys > L:
             mask_B1L = q_BQAd.new_zeros(B, 1, L) if mask_B1L is None else mask_B1L

@@ -32,7 +32,9 @@ from pkd_dist.model.fused_layer import FusedLayer
 from pkd_dist.model.outputs import Forward, Outputs
 from pkd_dist.model.specialize import unspecialize
 from pkd_dist.training.clock import PARTS
+from pkd_dist.training.optimization import autocast
 from pkd_dist.training.plain_engine import PlainEngine
+from pkd_dist.training.stacked_dropout import StackedDropout
 from pkd_dist.training.step import StepInputs, StepResult
 from pkd_dist.training.trainer import Trainer
 
@@ -195,10 +197,10 @@ class Stack:
         rows, clock = self._rows, _Clock()
         inputs = [self._inputs[place] for place in rows.places]
         batches = [each.with_teacher(each.batches.step(*each.position(step))[0]) for each in inputs]
+        lengths = [batch.input_ids_BL.shape[1] for batch in batches]
         batches = _padded([batch.to(self.trainers[0].world.device) for batch in batches], inputs[0].job.pad_id)
         clock.ended("data")
-        torch.manual_seed(int(np.random.SeedSequence([*(each.seed(step) for each in inputs)]).generate_state(1)[0]))
-        outputs = self._forward(batches)
+        outputs = self._forward(batches, [each.seed(step) for each in inputs], lengths)
         terms = [
             {name: (values * batch.weight_B).sum() for name, values in each.losses(_given(own), batch).items()}
             for each, batch, own in zip(inputs, batches, outputs, strict=True)
@@ -231,8 +233,13 @@ class Stack:
             )
         return results
 
-    def _forward(self, batches: Sequence[Batch]) -> list[Outputs]:
-        """Return what each student returns of its batch: the states of [CLS] after every layer."""
+    def _forward(self, batches: Sequence[Batch], seeds: Sequence[int], lengths: Sequence[int]) -> list[Outputs]:
+        """Return what each student returns of its batch: the states of [CLS] after every layer.
+
+        Args:
+            seeds: Of each student's dropout.
+            lengths: L of each batch before it was padded.
+        """
         layers = range(num_layers(self._module.model.config) + 1)
         first = batches[0]
         stacked = {name: torch.stack([batch.inputs[name] for batch in batches]) for name in first.inputs}
@@ -248,8 +255,9 @@ class Stack:
             return out.logits_BC, out.states, out.own_states
 
         engine = self._engine(self._rows.places[0])
-        with torch.autocast(engine.device.type, dtype=engine.autocast_dtype, enabled=engine.autocast_dtype is not None):
-            logits_KBC, states, own_states = vmap(forward, randomness="different")(self._rows.weights, stacked)
+        dropout = StackedDropout(seeds, lengths, self._module.model.config.hidden_size, engine.device)
+        with autocast(engine.device, engine.autocast_dtype), dropout:
+            logits_KBC, states, own_states = vmap(forward)(self._rows.weights, stacked)
         return [Outputs(logits_KBC[k], states[k], own_states[k]) for k in range(len(batches))]
 
     @torch.no_grad()
