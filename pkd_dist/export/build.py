@@ -184,9 +184,12 @@ class _Verifier:
                 f"export: {name}: {metric} on dev is {100 * lost:.2f} points below PyTorch's {100 * self.main_metric:.2f}, "
                 f"more than {100 * allowed:.2f}; {remedy}"
             )
-        if not verdict["batch_effect"] <= independence.TOLERANCE:
+        moved, how = (
+            (verdict["batch_effect"], "an answer") if exact else (verdict["batch_effect_mean"], "the average answer")
+        )
+        if not moved <= independence.TOLERANCE:
             raise UserError(
-                f"export: {name}: other texts in a batch move an answer on dev by {verdict['batch_effect']:.2g}, more than "
+                f"export: {name}: other texts in a batch move {how} on dev by {moved:.2g}, more than "
                 f"{independence.TOLERANCE:.0e}; {remedy}"
             )
         log.info("export: %s: largest difference of a logit %.1e, effect of other texts in a batch %.1e, %s %.4f", name,
@@ -196,7 +199,7 @@ class _Verifier:
 def _merit(verdict: Verdict) -> tuple[bool, float, float]:
     """Order verdicts: answers that other texts do not change first, then by agreement with the student."""
     return (
-        verdict["batch_effect"] <= independence.TOLERANCE, verdict["agreement"], -verdict["largest_difference"]
+        verdict["batch_effect_mean"] <= independence.TOLERANCE, verdict["agreement"], -verdict["largest_difference"]
     )  # fmt: skip
 
 

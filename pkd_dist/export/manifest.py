@@ -35,10 +35,11 @@ class BatchEffect(TypedDict):
     """What batches of 64 texts of mixed lengths change, compared with each text alone and without padding.
 
     `batch_effect` is the largest difference of a probability, for a regression as a share of the range of its values;
-    `batch_changed_labels` is the number of examples with another label.
+    `batch_effect_mean` is the mean over the examples; `batch_changed_labels` is the number of examples with another label.
     """
 
     batch_effect: float
+    batch_effect_mean: float
     batch_changed_labels: int
 
 
