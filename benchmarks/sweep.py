@@ -240,19 +240,24 @@ def paper(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for rate in (rate for rate in PAPER["train.learning_rate"] if str(rate) not in winners):
             own = {"space": {**PAPER, "train.learning_rate": [rate]}, "pruner": "none"}
             file = config(folder / f"full-{rate}-config", {**shared, "sweep": {**searched, **own}})
-            seconds = timed(command(file, folder / f"full-{rate}"), folder / "log")._asdict()
-            winners[str(rate)] = {**best_of(folder / f"full-{rate}"), **seconds}
+            output = folder / f"full-{rate}"
+            winner = timed(command(file, output), folder / "log")._asdict() | best_of(output)
+            if all(_merit(winner) > _merit(other) for other in winners.values()):
+                winner["on_fresh_seeds"] = fresh(output, folder)
+            winners[str(rate)] = winner
             write_json(folder / "measured.json", found)
-        rate = min(winners, key=lambda rate: (-winners[rate]["value"], winners[rate]["dev_divergence"]))
-        found["winner_of_the_full_grid_on_fresh_seeds"] = fresh(folder / f"full-{rate}", folder)
     return found
 
 
 def best_of(output: Path) -> dict[str, Any]:
     """Return the row of a sweep's winner."""
-    rows = table(output).sort_values(["value", "dev_divergence"], ascending=[False, True])
-    best: dict[str, Any] = rows[rows["state"] == "complete"].iloc[0][[*PAPER, "value", "dev_divergence"]].to_dict()
-    return best
+    rows = table(output)
+    complete = rows[rows["state"] == "complete"][[*PAPER, "value", "dev_divergence"]].to_dict("records")
+    return max(complete, key=_merit)
+
+
+def _merit(row: dict[str, Any]) -> tuple[float, float]:
+    return row["value"], -row["dev_divergence"]
 
 
 def _finetune() -> str:
