@@ -20,7 +20,6 @@ from pkd_dist.evaluation.predictions import Predictions
 from pkd_dist.evaluation.results import ModelResults, Scores, score_rows
 from pkd_dist.files import digest_of, readable_bytes, size_of
 from pkd_dist.metric_names import DIVERGENCE, MAIN_METRIC, SHARES
-from pkd_dist.report import pages
 from pkd_dist.report import run as shown
 from pkd_dist.report.notices import notices
 from pkd_dist.stages.base import NAMES, Artifacts, Inputs, Markers, Stage, absent, previous_folder
@@ -68,6 +67,8 @@ def run(context: Context) -> ReportOutput:
 
 
 def _write(context: Context) -> ReportOutput:
+    from pkd_dist.report import pages  # loads matplotlib, which no other stage needs
+
     resolved, paths = context.resolved, context.resolved.paths
     outputs = Outputs(
         data=context.output(DataOutput),

@@ -231,21 +231,18 @@ def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
         assert found["batch_effect"] <= independence.TOLERANCE and found["batch_changed_labels"] == 0
 
 
-def test_an_int8_file_may_round_a_rare_value_otherwise_in_a_batch(tmp_path, monkeypatch):
+def test_an_int8_file_may_round_a_rare_value_otherwise_in_a_batch(tmp_path):
     """A student of the paper's grid had one such answer of 256, which moved by 0.003."""
-    measure, write_int8, moved = independence.measure, onnx.write_int8, {"batch_effect": 0.003}
-
-    def write_and_move(*arguments):
-        write_int8(*arguments)
-        monkeypatch.setattr(independence, "measure", lambda *given: measure(*given) | moved)
-
-    monkeypatch.setattr(onnx, "write_int8", write_and_move)
-    made = export(subject(tmp_path), tmp_path / "export", "onnx-int8")
-    assert made["files_on_dev"]["onnx/model.int8.onnx"]["batch_effect"] == 0.003
-    with pytest.raises(
-        UserError, match=r"model.onnx: other texts in a batch move an answer on dev by 0.003, more than"
-    ):
-        export(subject(tmp_path / "exact"), tmp_path / "float32", "onnx")
+    alone_NC, together_NC = np.zeros((256, 2), np.float32), np.zeros((256, 2), np.float32)
+    together_NC[7, 0] = 0.012
+    found = independence.compare(alone_NC, together_NC)
+    assert found["batch_effect"] == pytest.approx(0.003, rel=0.01)
+    assert found["batch_effect_mean"] == pytest.approx(found["batch_effect"] / 256)
+    verifier = build._Verifier(subject(tmp_path), lambda: None)
+    verdict = {"largest_difference": 0.0, "main_metric": verifier.main_metric, **found}
+    verifier.require_good("int8", verdict, exact=False)
+    with pytest.raises(UserError, match="float32: other texts in a batch move an answer on dev by 0.003, more than"):
+        verifier.require_good("float32", verdict, exact=True)
 
 
 def test_a_file_whose_answers_depend_on_the_batch_is_rejected(tmp_path, monkeypatch):
