@@ -303,7 +303,7 @@ class Evaluate(Section):
     result_dir: str | None = Field(None, description="Folder for results_eval.json. null: the run folder.")
     batch_size: Count = Field(64, description="Examples per forward pass on one rank.")
     latency_samples: Annotated[int, Field(ge=10)] = Field(200, description="Single-example requests timed per model.")
-    throughput_samples: Count = Field(128, description="Examples whose batches are timed three times per model.")
+    throughput_samples: Count = Field(256, description="Examples whose batches are timed three times per model.")
 
 
 ExportFormat = Literal["safetensors", "onnx", "onnx-fp16", "onnx-int8", "torch-export", "triton"]
