@@ -42,8 +42,8 @@ def make_tokens() -> TokenSet:
     return TokenSet(ids, None, offsets, np.arange(EXAMPLES), rng.integers(2, size=EXAMPLES), "", "", 0)
 
 
-def train(total: int = STEPS) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Return the losses, gradient norms before clipping, and final weights of a plain loop of `total` steps."""
+def train(total: int = STEPS, peak: float = SETTINGS["learning_rate"]) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Return the losses, gradient norms before clipping, and final weights of a plain loop of `total` steps; `peak` is the highest rate."""
     model, tokens = make_model().train(), make_tokens()
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -68,7 +68,7 @@ def train(total: int = STEPS) -> tuple[list[float], list[float], dict[str, torch
             loss = loss - torch.log_softmax(logits, -1)[0, int(tokens.labels_N[row])] / len(rows)
         rate = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = SETTINGS["learning_rate"] * rate
+            group["lr"] = peak * rate
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["max_grad_norm"])))

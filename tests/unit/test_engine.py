@@ -10,7 +10,7 @@ from conftest import ROOT
 from pkd_dist.config.schema import Train
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.training.engine import deepspeed_features, needs_deepspeed, resolve_precision
-from pkd_dist.training.optimization import Schedule
+from pkd_dist.training.optimization import Schedule, global_norm
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -120,3 +120,13 @@ def test_which_steps_a_longer_training_shares():
     assert constant.branch_step == 60 and constant.continues(40, 40)
     linear = schedule(6)
     assert linear.branch_step is None and not linear.continues(0, 40) and linear.continues(60, 60)
+
+
+def test_the_norm_of_gradients_is_exact_to_float32():
+    """Also of a transposed gradient, and of one with more numbers than a float32 counter can add one by one."""
+    random = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=random) * 1e-3 for shape in ((4000, 384), (384, 7), (5,))]
+    gradients[1] = gradients[1].t()
+    wanted = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
+    assert float(global_norm(gradients)) == pytest.approx(wanted, rel=2e-7)
+    assert not torch.isfinite(global_norm([*gradients, torch.tensor([float("nan")])]))

@@ -1,0 +1,36 @@
+"""A training at a usual learning rate on one rank, against a plain loop: one example at a time, torch's clipping and AdamW."""
+
+import pytest
+import torch
+from plain import BATCH, SETTINGS, make_model, make_tokens, train
+
+from pkd_dist.config.schema import Train
+from pkd_dist.data.batches import TrainingBatches
+from pkd_dist.distillation.losses import hard_loss
+from pkd_dist.model.encoder import Encoder
+from pkd_dist.training.optimization import Schedule
+from pkd_dist.training.plain_engine import PlainEngine
+
+STEPS, RATE = 200, 1e-4
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train(STEPS, RATE)[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), (torch.bfloat16, 4e-3)], ids=["float32", "bfloat16"])
+def test_losses_over_200_steps_are_those_of_a_plain_loop(plain, dtype, tolerance):
+    schedule = Schedule(Train(**SETTINGS | {"learning_rate": RATE}), STEPS, BATCH, 1)
+    engine = PlainEngine(Encoder(make_model()), schedule, torch.device("cpu"), dtype)
+    engine.train()
+    batches, losses = TrainingBatches(make_tokens(), BATCH, "auto", 7, 0, 1, 0), []
+    for step in range(STEPS):
+        epoch, within = divmod(step, batches.steps)
+        (batch,) = batches.step(batches.order(epoch), within)
+        loss = (hard_loss(engine(batch.inputs).logits_BC, batch.labels_B) * batch.weight_B).sum()
+        engine.backward(loss)
+        engine.step(step)
+        losses.append(loss.item())
+    assert losses == pytest.approx(plain, rel=0, abs=tolerance)
+    assert max(plain) - min(plain) > 0.05
