@@ -156,8 +156,14 @@ def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     best = [max(epoch["accuracy"] for epoch in found["epochs"]) for found in runs]
     if not best:
         return {"accuracy": None, "accuracy_error": None, "accuracies": []}
-    error = statistics.stdev(best) / math.sqrt(len(best)) if len(best) > 1 else None
-    return {"accuracy": statistics.fmean(best), "accuracy_error": error, "accuracies": best}
+    mean, error = _mean_and_error(best)
+    return {"accuracy": mean, "accuracy_error": error, "accuracies": best}
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, None for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
 
 
 def _engine(bench: Bench) -> dict[str, Any]:
@@ -242,4 +248,8 @@ def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> 
     ahead = {name: share - ours["accuracy"] for name, share in scored.items() if None not in (share, ours["accuracy"])}
     if ahead and ours["accuracy_error"] is not None:
         out |= {"accuracy_holds": max(ahead.values()) <= ours["accuracy_error"], "accuracy_ahead": ahead}
+    if peer and len(ours["accuracies"]) == len(contestants[peer]["accuracies"]) > 1:  # seed by seed
+        pairs = zip(contestants[peer]["accuracies"], ours["accuracies"], strict=True)
+        mean, error = _mean_and_error([theirs - own for theirs, own in pairs])
+        out["accuracy_difference"] = {"mean": mean, "error": error}
     return out
