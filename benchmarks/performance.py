@@ -148,7 +148,7 @@ def _verdict(made: dict[str, Any]) -> str:
         ahead, held = max(made["accuracy_ahead"].values()), "within" if made["accuracy_holds"] else "beyond"
         text += f"- Accuracy: the best other is {100 * ahead:+.2f} points from ours, {held} the standard error of our mean.\n"
     if found := made.get("accuracy_difference"):
-        peer, seeds = made["contestants"][made["best_peer"]]["title"], len(made["settings"]["seeds"])
+        peer, seeds = made["contestants"][made["best_peer"]]["title"], len(found["seeds"])
         text += (
             f"- Seed by seed over {seeds} seeds, the fastest peer ({peer}) is {100 * found['mean']:+.2f} ± {100 * found['error']:.2f} points "
             "from ours.\n"

@@ -33,6 +33,7 @@ from benchmarks.faults.tiny import (
     write_config,
     write_tsv,
 )
+from pkd_dist.limits import free_memory
 from pkd_dist.network import free_port
 
 __all__ = ["ROOT", "command", "environment", "make_body", "sentences", "write_config", "write_tsv"]
@@ -42,7 +43,9 @@ _MEMORY, _ROOM = Path("/dev/shm"), 4e9
 
 
 def pytest_configure() -> None:
-    """Work in memory where it has room and may run programs: a third of a tiny run is waiting for the disk."""
+    """Put temporary folders in /dev/shm if it has space and allows execution: a third of a tiny run is waiting for the disk."""
+    if "TMPDIR" in os.environ or free_memory() < 2 * _ROOM:
+        return
     with contextlib.suppress(OSError):
         about = os.statvfs(_MEMORY)
         if about.f_bavail * about.f_frsize > _ROOM and not about.f_flag & os.ST_NOEXEC and os.access(_MEMORY, os.W_OK):

@@ -102,7 +102,7 @@ class Bench:
         self.output.mkdir(parents=True, exist_ok=True)
         settings = {
             "teacher": str(self.given_teacher), "slow_steps": self.slow_steps, "blocks": list(self.blocks),
-            "overrides": list(self.settings), "device": self.device, "slices": self.slices,
+            "overrides": list(self.settings), "device": self.device, "slices": self.slices, "recipe": list(RECIPE),
         }  # fmt: skip
         known = self.output / "settings.json"
         if common.read_json(known) not in ({}, settings):

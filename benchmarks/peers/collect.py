@@ -8,7 +8,7 @@ sentence once through the teacher and once per epoch through the student, unpadd
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -70,8 +70,12 @@ def _shapes(bench: Bench, config: Config) -> tuple[Shape, Shape]:
 
 
 def _read(bench: Bench, name: str, full: bool = False) -> list[dict[str, Any]]:
-    files = (bench.file(name, seed, full) for seed in bench.seeds)
-    return [json.loads(path.read_text()) for path in files if path.exists()]
+    return list(_by_seed(bench, name, full).values())
+
+
+def _by_seed(bench: Bench, name: str, full: bool = False) -> dict[int, dict[str, Any]]:
+    files = {seed: bench.file(name, seed, full) for seed in bench.seeds}
+    return {seed: json.loads(path.read_text()) for seed, path in files.items() if path.exists()}
 
 
 def _median(rounds: Sequence[dict[str, Any]], key: str) -> float:
@@ -120,7 +124,7 @@ def _contestant(
         "command_seconds": _median(rounds, "command_seconds") if full else None,
         "peak_bytes": max(found["peak_bytes"] for found in rounds),
         "executed_flops": sum(executed), "executed_training_flops": executed[1],
-        **_accuracy(_read(bench, contestant.scored_by or name, True)), "scored_by": contestant.scored_by,
+        **_accuracy(_by_seed(bench, contestant.scored_by or name, True)), "scored_by": contestant.scored_by,
     }  # fmt: skip
 
 
@@ -151,12 +155,12 @@ def executed_by_ours(
     return _by_length(teacher, rounded_N), training
 
 
-def _accuracy(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _accuracy(runs: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Return mean and standard error, over seeds, of the accuracy of the best epoch; the error is None for one seed."""
-    best = [max(epoch["accuracy"] for epoch in found["epochs"]) for found in runs]
+    best = {seed: max(epoch["accuracy"] for epoch in found["epochs"]) for seed, found in runs.items()}
     if not best:
-        return {"accuracy": None, "accuracy_error": None, "accuracies": []}
-    mean, error = _mean_and_error(best)
+        return {"accuracy": None, "accuracy_error": None, "accuracies": {}}
+    mean, error = _mean_and_error(list(best.values()))
     return {"accuracy": mean, "accuracy_error": error, "accuracies": best}
 
 
@@ -248,8 +252,9 @@ def _ratios(contestants: dict[str, dict[str, Any]], peaks: dict[str, float]) -> 
     ahead = {name: share - ours["accuracy"] for name, share in scored.items() if None not in (share, ours["accuracy"])}
     if ahead and ours["accuracy_error"] is not None:
         out |= {"accuracy_holds": max(ahead.values()) <= ours["accuracy_error"], "accuracy_ahead": ahead}
-    if peer and len(ours["accuracies"]) == len(contestants[peer]["accuracies"]) > 1:  # seed by seed
-        pairs = zip(contestants[peer]["accuracies"], ours["accuracies"], strict=True)
-        mean, error = _mean_and_error([theirs - own for theirs, own in pairs])
-        out["accuracy_difference"] = {"mean": mean, "error": error}
+    if peer:
+        theirs, own = contestants[peer]["accuracies"], ours["accuracies"]
+        if len(both := sorted(theirs.keys() & own.keys())) > 1:
+            mean, error = _mean_and_error([theirs[seed] - own[seed] for seed in both])
+            out["accuracy_difference"] = {"seeds": both, "mean": mean, "error": error}
     return out

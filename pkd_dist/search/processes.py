@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _ends_with_parent() -> str:
-    """Return Python code that has its process get SIGTERM when this thread ends, and end at once if it has ended already."""
+    """Return Python code that asks for SIGTERM when the starting thread ends, and exits at once if this process is already gone."""
     ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value})"
     return f"import ctypes, os, sys; {ask}; os.getppid() == {os.getpid()} or sys.exit({Preempted.exit_status}); "
 

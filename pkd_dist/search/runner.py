@@ -77,7 +77,7 @@ def open_sweep(config_file: str, overrides: list[str], output: Path) -> Opened:
     if objective not in known or (objective == DIVERGENCE and not run.needs_teacher):
         raise UserError(f"{objective!r} is not scored on dev; allowed: {', '.join(known)}", "sweep.objective")
     if config.sweep.sampler == "grid":
-        list(space.points())  # checks that every key has a list of values
+        next(space.points())  # checks that every key has a list of values, and how many points there are
     alpha = space.distributions.get("distill.alpha")
     without_teacher = alpha is not None and (0 in getattr(alpha, "choices", ()) or getattr(alpha, "low", 1) == 0)
     reported = DIVERGENCE if run.needs_teacher and not without_teacher else objective
@@ -142,7 +142,8 @@ def _show(study: Study, objective: str, workers: int, metrics: RunMetrics) -> st
     states = [STATES[trial.state] for trial in trials]
     values = [trial.value for trial in trials if trial.state is TrialState.COMPLETE and trial.value is not None]
     best = shown_value(max(values), objective) if values else None
-    together = [int(trial.user_attrs.get(TOGETHER, 1)) for trial in trials if trial.state is TrialState.RUNNING]
+    running = (trial.user_attrs for trial in trials if trial.state is TrialState.RUNNING)
+    together = [int(attributes[TOGETHER]) for attributes in running if TOGETHER in attributes]
     numbers = {name: states.count(name) for name in STATES.values()}
     metrics.show_sweep(numbers, workers, statistics.fmean(together or [0]), objective, best)
     return "" if best is None else f"best {objective} {best:.4f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ _NOT_SEARCHED = {
     "cache.dir": "all points share the sweep's cache",
 }
 _NOT_SEARCHED_SECTIONS = ("sweep", "metrics", "trackers", "export", "checkpoint")
+_MOST_POINTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,13 @@ class Space:
         return cls({key: _distribution(config, key, values) for key, values in named.items()})
 
     def points(self) -> Iterator[Point]:
-        """Yield all points of a grid, in the order of the keys."""
+        """Yield all points of a grid, in the order of the keys. Raise UserError if there are too many."""
         values = [_grid_values(key, each) for key, each in self.distributions.items()]
+        if (count := math.prod(map(len, values))) > _MOST_POINTS:
+            raise UserError(
+                f"is a grid of {count:,} points; at most {_MOST_POINTS:,} are allowed; search fewer values, or use the sampler random or tpe",
+                "sweep.space",
+            )
         for chosen in itertools.product(*values):
             yield dict(zip(self.distributions, chosen, strict=True))
 

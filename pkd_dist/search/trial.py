@@ -32,6 +32,7 @@ from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.metrics import RunMetrics
 from pkd_dist.training.hooks import Hook, evaluate
 from pkd_dist.training.stacked_step import can_stack, run_together
+from pkd_dist.training.step import StepResult
 from pkd_dist.training.trainer import Trainer, open_trainer
 
 TRIALS = "trials"
@@ -53,7 +54,7 @@ class Found:
         history: Figures on dev after each evaluated epoch.
         footprint: Of the student's int8 file.
         examples: Of dev.
-        seconds: Of this process's work on it; its share, of steps for several students.
+        seconds: Of this process's work on it: opening, steps (its share of those for several students), evaluations, checkpoints.
     """
 
     pruned: bool
@@ -114,12 +115,7 @@ class Bases:
 
 @dataclass
 class OpenTrial:
-    """A trial whose training can start, or continues from its newest checkpoint.
-
-    Attributes:
-        began: When the training was started; `time.monotonic()`.
-        together: How many students share its steps, and its time.
-    """
+    """A trial whose training can start, or continues from its newest checkpoint."""
 
     claim: Claim
     context: Context
@@ -128,8 +124,11 @@ class OpenTrial:
     footprint: Footprint
     objective: str
     opening_seconds: float
-    began: float = 0.0
-    together: int = 1
+
+    def note_together(self, students: int) -> None:
+        """Have the study know how many students share its steps."""
+        if self.claim.trial.user_attrs.get(TOGETHER) != students:
+            self.claim.trial.set_user_attr(TOGETHER, students)
 
     def found(self, pruned: bool) -> Found:
         """Return what became of it, once its training has ended."""
@@ -144,7 +143,7 @@ class OpenTrial:
             parameters=self.context.output(InitOutput).parameters,
             footprint=self.footprint,
             examples=len(self.trainer.job.dev),
-            seconds=self.opening_seconds + (time.monotonic() - self.began) / self.together,
+            seconds=self.opening_seconds + self.report.seconds,
         )
 
 
@@ -193,10 +192,9 @@ def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exce
     """
     stopped: Preempted | None = None
     for group in _groups(trials):
+        left = dict(enumerate(group))
         for trial in group:
-            trial.began, trial.together = time.monotonic(), len(group)
-            if trial.claim.trial.user_attrs.get(TOGETHER, 1) != len(group):
-                trial.claim.trial.set_user_attr(TOGETHER, len(group))
+            trial.note_together(len(group))
         ends = run_together([trial.trainer for trial in group]) if len(group) > 1 else _alone(group[0].trainer)
         for place, error in ends:
             if isinstance(error, Preempted):
@@ -205,6 +203,9 @@ def train(trials: Sequence[OpenTrial]) -> Iterator[tuple[OpenTrial, Found | Exce
                 yield group[place], group[place].found(pruned=error is not None)
             else:
                 yield group[place], error
+            del left[place]
+            for trial in left.values() if not stopped else ():
+                trial.note_together(len(left))
         if stopped:
             raise stopped
 
@@ -254,6 +255,7 @@ class Report(Hook):
 
     Attributes:
         newest: The figures that were reported last, with their `epoch`.
+        seconds: Of steps, evaluations and checkpoints in this process.
     """
 
     def __init__(self, claim: Claim, study: Study, reported: str, trainer: Trainer):
@@ -263,6 +265,13 @@ class Report(Hook):
         rungs = study.rungs(self._epochs) if self._first_seed else []
         self._rungs = {round(rung * trainer.steps_per_epoch / self._looks): rung for rung in rungs}
         self.newest: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def on_result(self, trainer: Trainer, result: StepResult) -> None:
+        self.seconds += result.seconds["step"]
+
+    def after_checkpoint(self, trainer: Trainer, seconds: float) -> None:
+        self.seconds += seconds
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.progress.step:  # it was stopped in an evaluation
@@ -272,9 +281,13 @@ class Report(Hook):
         progress = trainer.progress
         rung = self._rungs.get(progress.step)
         if rung and not (progress.history and progress.history[-1]["step"] == progress.step):
-            self._report(rung, evaluate(trainer))
+            began = time.monotonic()
+            figures = evaluate(trainer)
+            self.seconds += time.monotonic() - began
+            self._report(rung, figures)
 
     def on_evaluation(self, trainer: Trainer, figures: dict[str, float], seconds: float) -> None:
+        self.seconds += seconds
         self._report(trainer.progress.evaluated_epochs * self._looks, figures)
 
     def _report(self, look: int, figures: dict[str, float]) -> None:

@@ -187,8 +187,7 @@ class RunMetrics:
         )
         self._sweep_together = self._gauge(
             "pkd_sweep_students_per_step",
-            "Students that share a training step, mean over the running trials of a sweep",
-            host="name of the host that says so",
+            "Students that share a training step, mean over the trials of a sweep that are in training; 0 if none is",
         )
 
     def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
@@ -221,7 +220,7 @@ class RunMetrics:
         for state, number in trials.items():
             self._sweep_trials.labels(state).set(number)
         self._sweep_workers.labels(socket.gethostname()).set(workers)
-        self._sweep_together.labels(socket.gethostname()).set(students_per_step)
+        self._sweep_together.set(students_per_step)
         if best is not None:
             self._sweep_best.labels(objective).set(best)
 

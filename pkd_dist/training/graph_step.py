@@ -27,7 +27,7 @@ from pkd_dist.model.outputs import Forward, Outputs
 from pkd_dist.telemetry.log import log
 from pkd_dist.training.clock import PARTS
 from pkd_dist.training.job import LossTerms
-from pkd_dist.training.optimization import autocast, set_learning_rate
+from pkd_dist.training.optimization import autocast, global_norm, set_learning_rate
 from pkd_dist.training.plain_engine import PlainEngine
 from pkd_dist.training.step import StepInputs, StepResult
 
@@ -253,7 +253,7 @@ class GraphUpdate:
 
     def _step(self, batch: Batch | PendingBatch) -> None:
         sums = self._backward(batch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = global_norm([p.grad for p in self._parameters if p.grad is not None])
         torch.stack([*sums, norm], out=self._values)
         set_learning_rate(self._adam, self._rate)
         adam: Any = self._adam

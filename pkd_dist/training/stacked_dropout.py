@@ -1,13 +1,14 @@
 """Dropout of several students in one batched forward pass: the masks of each follow from its own seed, whoever it is with.
 
-On a CPU they are those that its training alone would draw. On a GPU they are others, since a GPU draws its own there.
+On a CPU they are those that its training alone would draw, if its layers are fused (`model/fused_layer.py`: those with GELU). On a GPU
+they are others, since a GPU draws its own there.
 
-Shapes: K students, B examples of a batch, L tokens, H hidden size, A heads.
+Shapes: K students, B examples of a batch, L tokens, H hidden or embedding size, A heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ class StackedDropout(TorchFunctionMode):
     Args:
         seeds: Of this step, for each student.
         lengths: L of each student's own batch; all are padded to the longest.
-        hidden_size: By which states are told from attention weights.
+        widths: Hidden and embedding size, which tell states from attention weights.
     """
 
-    def __init__(self, seeds: Sequence[int], lengths: Sequence[int], hidden_size: int, device: torch.device):
+    def __init__(self, seeds: Sequence[int], lengths: Sequence[int], widths: Collection[int], device: torch.device):
         super().__init__()
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._lengths, self._longest, self._hidden_size = lengths, max(lengths), hidden_size
+        self._lengths, self._longest, self._widths = lengths, max(lengths), widths
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,9 +61,12 @@ class StackedDropout(TorchFunctionMode):
         """Return which axes count tokens: of states (B, L, H), of attention weights (B, A, L, L) or (B, A, L), of the rest none."""
         if len(shape) == 4:
             return 2, 3
-        if shape[1:] == (self._longest, self._hidden_size):
-            return (1,)
-        return (2,) if len(shape) == 3 and shape[2] == self._longest and shape[1:] != (1, self._hidden_size) else ()
+        if len(shape) != 3:
+            return ()
+        middle, last = shape[1:]
+        if last in self._widths and middle in (1, self._longest):
+            return (1,) if middle == self._longest else ()  # of a layer that computes the first token alone, none
+        return (2,) if last == self._longest else ()
 
 
 class _Multiply(torch.autograd.Function):

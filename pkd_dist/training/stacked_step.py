@@ -255,7 +255,9 @@ class Stack:
             return out.logits_BC, out.states, out.own_states
 
         engine = self._engine(self._rows.places[0])
-        dropout = StackedDropout(seeds, lengths, self._module.model.config.hidden_size, engine.device)
+        config = self._module.model.config
+        widths = {config.hidden_size, getattr(config, "embedding_size", config.hidden_size)}
+        dropout = StackedDropout(seeds, lengths, widths, engine.device)
         with autocast(engine.device, engine.autocast_dtype), dropout:
             logits_KBC, states, own_states = vmap(forward)(self._rows.weights, stacked)
         return [Outputs(logits_KBC[k], states[k], own_states[k]) for k in range(len(batches))]

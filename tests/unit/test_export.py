@@ -70,7 +70,7 @@ def test_every_family(family, bert, tmp_path):
         np.testing.assert_allclose(model(given), logits, atol=tolerance)
         assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
     for file in found["files_on_dev"].values():
-        assert file["batch_effect"] < 1e-3 and file["batch_changed_labels"] == 0
+        assert file["batch_effect_mean"] < 1e-3 and file["batch_changed_labels"] == 0
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
     for name, content in contents(folder):
@@ -228,16 +228,19 @@ def test_the_answer_to_a_text_does_not_depend_on_its_batch(tmp_path):
     assert effect(one_scale_for_the_batch, "")["batch_effect"] > 100 * independence.TOLERANCE
     for how in int8.QUANTIZATIONS:
         found = effect(onnx.write_int8, how)
-        assert found["batch_effect"] <= independence.TOLERANCE and found["batch_changed_labels"] == 0
+        assert independence.holds(found, exact=False) and found["batch_changed_labels"] == 0
 
 
-def test_an_int8_file_may_round_a_rare_value_otherwise_in_a_batch(tmp_path):
+def test_an_int8_file_may_round_a_rare_value_differently_in_a_batch(tmp_path):
     """A student of the paper's grid had one such answer of 256, which moved by 0.003."""
     alone_NC, together_NC = np.zeros((256, 2), np.float32), np.zeros((256, 2), np.float32)
     together_NC[7, 0] = 0.012
     found = independence.compare(alone_NC, together_NC)
     assert found["batch_effect"] == pytest.approx(0.003, rel=0.01)
     assert found["batch_effect_mean"] == pytest.approx(found["batch_effect"] / 256)
+    assert independence.holds(found, exact=False) and not independence.holds(found, exact=True)
+    together_NC[7, 0] = 0.12  # moves by 0.03, and by 0.0001 on average
+    assert not independence.holds(independence.compare(alone_NC, together_NC), exact=False)
     verifier = build._Verifier(subject(tmp_path), lambda: None)
     verdict = {"largest_difference": 0.0, "main_metric": verifier.main_metric, **found}
     verifier.require_good("int8", verdict, exact=False)

@@ -174,7 +174,7 @@ class Stored:
 
 def made(role, seconds, accuracies=(), training=10.0, flops=0.0):
     return {"role": role, "seconds": seconds, "training_seconds": training, "executed_training_flops": flops,
-            "precision": "bfloat16", **collect._accuracy([of_epochs(0.1, a) for a in accuracies])}  # fmt: skip
+            "precision": "bfloat16", **collect._accuracy({seed: of_epochs(0.1, a) for seed, a in enumerate(accuracies, 1)})}  # fmt: skip
 
 
 def test_ratios_are_those_of_our_best_way_to_the_fastest_of_each_kind():
@@ -191,14 +191,19 @@ def test_ratios_are_those_of_our_best_way_to_the_fastest_of_each_kind():
     contestants["fast"] = made("peer", 200, (0.86, 0.86))
     assert not collect._ratios(contestants, {})["accuracy_holds"], "2 points ahead, and our error is 1"
     assert "gemm_share" not in collect._ratios(contestants, {})
+    assert collect._ratios(contestants, {})["accuracy_difference"] == pytest.approx(
+        {"mean": 0.02, "error": 0.01, "seeds": [1, 2]}
+    )
+    contestants["fast"]["accuracies"] = {2: 0.9, 3: 0.1}
+    assert "accuracy_difference" not in collect._ratios(contestants, {}), "one seed in common"
     assert collect._ratios({"a": contestants["a"]}, {}) == {}
 
 
 def test_an_accuracy_is_the_mean_of_best_epochs_with_its_standard_error():
-    found = collect._accuracy([of_epochs(0.8, 0.7), of_epochs(0.7, 0.9)])
+    found = collect._accuracy({1: of_epochs(0.8, 0.7), 2: of_epochs(0.7, 0.9)})
     assert found["accuracy"] == pytest.approx(0.85)
     assert found["accuracy_error"] == pytest.approx(0.05)  # 0.0707 over the root of 2
-    assert collect._accuracy([of_epochs(0.8)])["accuracy_error"] is None
+    assert collect._accuracy({1: of_epochs(0.8)})["accuracy_error"] is None
 
 
 def test_the_page_says_what_is_measured():

@@ -31,7 +31,7 @@ def finish(study, claim, value=0.5):
     study.complete(claim, value, {"scores": {"accuracy": value, "divergence": 0.1}})
 
 
-def test_a_grid_has_all_points_or_the_first_of_them(tmp_path):
+def test_a_grid_has_all_points_or_as_many_as_asked_for(tmp_path):
     assert len(make(tmp_path / "all").trials) == 4
     assert len(make(tmp_path / "two", trials=2).trials) == 2
 
