@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def measure(
     return compare(np.concatenate(alone), np.concatenate(together), multilabel=dev.labels_N.ndim == 2)
 
 
-def holds(effect: BatchEffect, exact: bool) -> bool:
+def holds(effect: Mapping[str, float], exact: bool) -> bool:
     """Return whether a file answers a text alone as it does in a batch.
 
     Args:
