@@ -244,7 +244,7 @@ def test_an_int8_file_may_round_a_rare_value_differently_in_a_batch(tmp_path):
     verifier = build._Verifier(subject(tmp_path), lambda: None)
     verdict = {"largest_difference": 0.0, "main_metric": verifier.main_metric, **found}
     verifier.require_good("int8", verdict, exact=False)
-    with pytest.raises(UserError, match="float32: other texts in a batch move an answer on dev by 0.003, more than"):
+    with pytest.raises(UserError, match="float32: other texts in a batch move an answer on dev by 0.003 .*, more than"):
         verifier.require_good("float32", verdict, exact=True)
 
 
@@ -252,7 +252,8 @@ def test_a_file_whose_answers_depend_on_the_batch_is_rejected(tmp_path, monkeypa
     monkeypatch.setattr(onnx, "write_int8", one_scale_for_the_batch)
     monkeypatch.setattr(build, "LOSS_ALLOWED", 1.0)
     with pytest.raises(
-        UserError, match=r"model.int8.onnx: other texts in a batch move the average answer on dev by .*, more than"
+        UserError,
+        match=r"model.int8.onnx: other texts in a batch move an answer on dev by .* on average.*, more than 0.02, or 0.001 on average",
     ):
         export(with_outlier(subject(tmp_path)), tmp_path / "export", "onnx-int8")
     assert not list(tmp_path.glob("*export*"))
