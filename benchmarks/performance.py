@@ -37,8 +37,7 @@ def figures(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     scaling = measured["scaling"]
     made = {
         "cpus": (cpus, {name: measured[name] for name in CPUS if "ratio_best_peer" in measured[name]}, "peers"),
-        "peers": (peers, measured["peers"], "peers"), "peers-avx512": (peers, measured["peers-avx512"], "peers-avx512"),
-        "peers-avx2": (peers, measured["peers-avx2"], "peers-avx2"), "peers-cuda": (peers, measured["peers-cuda"], "peers-cuda"),
+        **{name: (peers, measured[name], name) for name in (*CPUS, "peers-cuda")},
         "profile": (profile, measured["profile"], "profile"), "memory": (memory, scaling.get("memory"), "scaling"),
         "startup": (startup, scaling.get("startup"), "scaling"),
     }  # fmt: skip

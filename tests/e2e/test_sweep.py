@@ -59,7 +59,9 @@ def test_a_point_is_trained_as_a_run_of_its_own(done):
     assert list(made["number"]) == [0, 1, 2, 3, 4, 5] and set(made["state"]) == {"complete"}
     points = list(zip(made["train.learning_rate"], made["distill.alpha"], strict=True))
     assert sorted(points) == list(itertools.product([1e-3, 3e-3], [0.3, 0.5, 0.7]))
-    assert points != list(itertools.product([3e-3, 1e-3], [0.3, 0.5, 0.7])), "not in the order of the lists"
+    assert points != [(rate, alpha) for alpha in (0.3, 0.5, 0.7) for rate in (3e-3, 1e-3)], (
+        "not in the order of keys and lists"
+    )
     best = made.sort_values(["value", "dev_divergence"], ascending=[False, True]).iloc[0]
     assert f"winner: point {best['number']}, accuracy {best['value']:.4f} on dev" in out
     command = [

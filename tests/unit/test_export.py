@@ -69,8 +69,9 @@ def test_every_family(family, bert, tmp_path):
         model = OnnxModel(folder / "onnx" / name, 1)
         np.testing.assert_allclose(model(given), logits, atol=tolerance)
         assert model.inputs == list(given), "the graph takes the tokenizer's outputs"
-    for file in found["files_on_dev"].values():
-        assert file["batch_effect_mean"] < 1e-3 and file["batch_changed_labels"] == 0
+    for name, file in found["files_on_dev"].items():
+        exact = "fp16" not in name and "int8" not in name
+        assert independence.holds(file, exact) and file["batch_changed_labels"] == 0
     program = torch.export.load(folder / "torch_export/model.pt2").module()
     np.testing.assert_allclose(program(**given).detach().numpy(), logits, atol=1e-5)
     for name, content in contents(folder):
