@@ -35,7 +35,9 @@ demo: .venv/.installed-demo ## distil a small student on the embedded data (RANK
 	    --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml $(ARGS)
 
 test: .venv/.installed-test ## run the test suite (ARGS: pytest options; -m slow: only measuring programs and other packages)
-	@$(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# Without bytecode, each of the processes that tests start would compile the package anew.
+	@unset PYTHONDONTWRITEBYTECODE; $(WITH_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
+	    --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.installed-lint ## ruff check, ruff format, mypy
 	@$(BIN)/ruff check

@@ -14,8 +14,10 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """Return the number of cores that this process may keep busy: by its affinity, and by the quota of a container."""
+    """Return the number of cores that this process may keep busy: by its affinity, the quota of a container, and SLURM."""
     allowed = float(len(os.sched_getaffinity(0)))
+    with suppress(KeyError, ValueError):  # a SLURM without a task plugin sets no affinity
+        allowed = min(allowed, int(os.environ["SLURM_CPUS_ON_NODE"]))
     for folder in _groups("cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):
             if (folder / "cpu.max").exists():

@@ -52,6 +52,17 @@ def pytest_configure() -> None:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 
+_FIRST = (
+    "test_sweep.py", "test_slurm.py", "test_launchers.py", "test_comparisons.py", "test_prometheus.py",
+    "test_multiple_choice_runs.py", "test_export.py", "test_wheel.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files first that take longest, so that no worker of pytest-xdist is left alone with one at the end."""
+    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hangups_end_jobs() -> None:
     """Under nohup SIGHUP is ignored, and so it would be by the jobs that tests start and send it to."""
@@ -70,7 +81,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def teacher(body: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny body with a classifier, as if fine-tuned; read-only."""
     import torch
@@ -178,7 +189,7 @@ def refused(*arguments: str | Path, bare: int = 0) -> str:
     return done.stderr.rstrip("\n")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(body: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that was fine-tuned on the tiny data; read-only."""
     folder = tmp_path_factory.mktemp("taught")

@@ -1,8 +1,8 @@
 """Starts Python programs sooner: each process is forked from one that has loaded the large libraries and done nothing else.
 
 A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
-from a start of its own: what the environment decides while Python and torch are loaded (the seed of string hashes, so the
-order of sets; OMP_NUM_THREADS) is the same for all, functions registered with atexit do not run, and nothing shows which of
+from a start of its own: what the environment decides while Python and torch are loaded (such as the seed of string hashes, so
+the order of sets) is the same for all, functions registered with atexit do not run, and nothing shows which of
 the libraries a program needs, or what they print while they are loaded.
 """
 
@@ -27,7 +27,9 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _FROM = multiprocessing.get_context("forkserver")
 _LOADED = [
     "torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "sklearn.metrics",
-    "scipy.stats", "pkd_dist.cli.main", "pkd_dist.pipeline",
+    "scipy.stats", "pkd_dist.cli.main", "pkd_dist.pipeline", "pkd_dist.report.pages", "pkd_dist.search.worker", "pkd_dist.search.page",
+    "pkd_dist.comparison.study", "onnxscript", "onnxruntime.transformers.optimizer",
+    "torch.onnx._internal.exporter._core",
 ]  # fmt: skip
 if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed may look for GPUs while it is imported
     _LOADED.append("pkd_dist.training.deepspeed_engine")
@@ -123,6 +125,8 @@ def run(
 
 
 def _become(program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    import torch
+
     gc.freeze()  # else a collection walks, and so copies, all that was loaded
     os.setsid()
     os.environ.clear()
@@ -132,6 +136,8 @@ def _become(program: str, arguments: list[str], cwd: str, environment: dict[str,
         file = os.open(place, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    if "OMP_NUM_THREADS" in environment:  # torch has read that of this process's parent
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [program, *arguments]
     sys.path[0] = str(Path(program).parent)
     runpy.run_path(program, run_name="__main__")

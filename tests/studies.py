@@ -1,9 +1,9 @@
 """What the tests of `pkd sweep` and `pkd compare` share: a command in the background, its workers, and what a run recorded."""
 
 import contextlib
-import subprocess
 import time
 
+import forked
 import psutil
 from conftest import ROOT, environment
 
@@ -11,17 +11,13 @@ from pkd_dist.telemetry.records import read
 
 
 @contextlib.contextmanager
-def in_background(command, log):
-    """Runs a command, whose output is appended to a file; at the end nothing of it is left."""
-    with open(log, "ab") as output:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=output, stderr=output)
+def in_background(log, *arguments):
+    """Runs `pkd`, whose output is appended to a file; at the end nothing of it is left."""
+    process = forked.Process(ROOT / "pkd_dist/cli/__main__.py", arguments, ROOT, environment(), log, log)
     try:
         yield process
     finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-            child.kill()
         process.kill()
-        process.wait()
 
 
 def workers_of(process):

@@ -22,7 +22,6 @@ from pkd_dist.data import tasks
 from pkd_dist.errors import UserError
 from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
-from pkd_dist.search import page
 from pkd_dist.search.crew import Crew, frozen, identity
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes
@@ -110,6 +109,8 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
     Raises:
         UserError, DivergedError, Preempted: See `errors.py`.
     """
+    from pkd_dist.search import page  # brings plotly, which the workers do not need
+
     processes = Processes("sweep")
     devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))[: limits.cores()]
     count = workers or len(devices) or len(cores)
@@ -125,7 +126,7 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
         crew, parts = Crew(sweep, study, processes), shares(count, devices, cores, one_rank=True)
         if opened.config.teacher.finetune:
             crew.fine_tune()
-        if not any(map(needs_own_base, opened.space.distributions)):  # else workers build them
+        if not study.done and not any(map(needs_own_base, opened.space.distributions)):  # else workers build them
             crew.run_shared(*sweep.of_base([]), BASE_STAGES)
         crew.train_all(parts, lambda working: _show(study, opened.objective, working, metrics))
         if trials_only:

@@ -3,11 +3,9 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, environment, launch, pkd, results, sentences, whole_run, write_config, write_tsv
+from conftest import ROOT, launch, pkd, python, results, sentences, whole_run, write_config, write_tsv
 from studies import in_background, steps, wait_for, workers_of
 
 TO_EVALUATE = "data,teacher,cache,init,distill,evaluate"
@@ -75,20 +73,8 @@ def test_a_run_is_that_of_the_launcher(done, body, tmp_path, method, settings):
     config, folder, _ = done
     own = [setting.format(body=body) for setting in settings]
     teacher = [f"teacher.model={folder / 'teacher/teacher'}", "teacher.finetune=null"]
-    command = [
-        sys.executable,
-        "launcher/train.py",
-        "--config",
-        config,
-        f"run.dir={tmp_path}",
-        "run.seed=1",
-        *own,
-        *teacher,
-    ]
-    one_thread = environment(OMP_NUM_THREADS="1")
-    run = subprocess.run(
-        [*command, "--stages", TO_EVALUATE], cwd=ROOT, env=one_thread, capture_output=True, check=False
-    )
+    settings = [f"run.dir={tmp_path}", "run.seed=1", *own, *teacher]
+    run = launch("--config", config, *settings, "--stages", TO_EVALUATE)
     assert run.returncode == 0, run.stderr
     assert steps(tmp_path / "metrics.jsonl") == steps(folder / method / "seed-1/metrics.jsonl")
     assert scores(tmp_path) == scores(folder / method / "seed-1")
@@ -167,15 +153,15 @@ def test_a_run_that_diverges_leaves_the_others_alone(done, tmp_path):
 def test_killed_workers_and_comparisons_change_nothing(done, tmp_path):
     config, folder, _ = done
     out, log = tmp_path / "out", tmp_path / "log"
-    command = [sys.executable, "-m", "pkd_dist.cli", "compare", "--config", config, "--output", out, *SHALLOW]
+    command = ["compare", "--config", config, "--output", out, *SHALLOW]
     command += ["--methods", "finetune,kd,first-k", "--seeds", "1", "--jobs", 2]
-    with in_background(command, log) as process:
+    with in_background(log, *command) as process:
         wait_for((out / "kd/seed-1/metrics.jsonl").exists, process)
         workers_of(process)[0].kill()
         wait_for(lambda: "a worker was killed" in log.read_text(), process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with in_background(command, log) as process:
+    with in_background(log, *command) as process:
         wait_for(lambda: workers_of(process), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
@@ -194,12 +180,9 @@ def test_each_run_of_a_launcher_has_its_own_gpus_and_port(done, tmp_path):
         f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $MASTER_PORT $OMP_NUM_THREADS" >> {tmp_path}/given\nexec "$@"\n'
     )
     starts.chmod(0o755)
-    command = [sys.executable, "-m", "pkd_dist.cli", "compare", "--config", config, "--output", tmp_path / "out"]
+    command = ["compare", "--config", config, "--output", tmp_path / "out"]
     command += ["--methods", "finetune,kd", "--seeds", "1", "--jobs", "2", "--launcher", starts]
-    ended = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES="5,6"), capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    ended = python(ROOT / "pkd_dist/cli/__main__.py", *command, CUDA_VISIBLE_DEVICES="5,6")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     _teacher, *given = [line.split(" ") for line in (tmp_path / "given").read_text().splitlines()]
     assert {devices for devices, _, _ in given} == {"5", "6"} and len({port for _, port, _ in given}) == len(given) == 2

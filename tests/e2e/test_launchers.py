@@ -4,9 +4,22 @@ import json
 import subprocess
 import sys
 
+import forked
 import psutil
 import pytest
-from conftest import ROOT, TORCHRUN, TRAIN, environment, launch, losses, results, until, whole_run, write_config
+from conftest import (
+    ROOT,
+    TORCHRUN,
+    TRAIN,
+    bare_ranks,
+    environment,
+    launch,
+    losses,
+    results,
+    until,
+    whole_run,
+    write_config,
+)
 from netns import ADDRESSES, cable
 
 from pkd_dist.distributed.ranks import Ranks
@@ -117,15 +130,8 @@ def test_one_host_listens_on_loopback_only(tmp_path):
         "print({c.laddr.ip for c in psutil.Process().net_connections() if c.status == 'LISTEN'})\n"
         "world.barrier()\nworld.close()\n"
     )
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, probe], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(RANK=rank, LOCAL_RANK=rank, **common),
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    assert [(end.returncode, end.stdout) for end in finish(ranks)] == [(0, "{'127.0.0.1'}\n")] * 2
+    done = forked.run(probe, [], ROOT, bare_ranks(2), 150)
+    assert (done.returncode, done.stdout) == (0, "{'127.0.0.1'}\n" * 2), done.stderr
 
 
 def test_a_master_that_does_not_resolve(config, tmp_path):

@@ -91,8 +91,12 @@ LEFT = {
 def test_variables_of_other_software_and_a_low_limit_of_files(calm, body, data, tmp_path):
     folder = tmp_path / "дані"
     folder.mkdir()
-    limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
-    done = launch_after(limit, tmp_path, "--config", brief(body, data, folder), **LEFT)
+    program = tmp_path / "program.py"
+    program.write_text(
+        BEFORE.format(f"sys.argv[0] = {str(TRAIN)!r}\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
+    )
+    argv, afresh = [sys.executable, program, "--config", brief(body, data, folder)], environment(**LEFT)
+    done = subprocess.run(argv, cwd=ROOT, env=afresh, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(folder / "run", calm)
 

@@ -5,9 +5,7 @@ import struct
 
 import pytest
 from conftest import TRAIN, launch, python, write_config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_kill import kill_at
-from wandb.proto.wandb_internal_pb2 import Record
 
 from pkd_dist.telemetry import records
 from pkd_dist.telemetry.trackers import Tracking, scalars
@@ -21,6 +19,8 @@ def expected(path):
 
 
 def of_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     points = [(name, e.step, e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
     found = {(name, step): value for name, step, value in points}
@@ -34,6 +34,8 @@ def logged(path):
     It has blocks of chunks, each with a checksum, a length and its kind (1: a complete record, 2: the first chunk of a record,
     4: the last).
     """
+    from wandb.proto.wandb_internal_pb2 import Record
+
     content, place, parts = path.read_bytes(), 7, []
     assert content.startswith(b":W&B")
     while place + 7 <= len(content):

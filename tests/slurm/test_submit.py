@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import ROOT, environment, write_config, write_tsv
 
@@ -18,9 +19,8 @@ def config(tmp_path):
     return write_config({"run": {"dir": "run"}, "task": {"data": "data"}}, tmp_path)
 
 
-def pkd_submit(*arguments, cwd, python=(sys.executable,), **extra):
-    argv = [*python, str(COMMAND), *map(str, arguments)]
-    return subprocess.run(argv, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=60)
+def pkd_submit(*arguments, cwd, **extra):
+    return forked.run(COMMAND, arguments, cwd, [environment(**extra)], 60)
 
 
 REFUSED = {
@@ -94,7 +94,10 @@ def test_a_run_folder_that_cannot_be_written(config, tmp_path):
 
 def test_an_environment_without_the_requirements(tmp_path):
     """-S: a Python without its installed packages."""
-    done = pkd_submit("--config", "run.yaml", cwd=tmp_path, python=(sys.executable, "-S"))
+    argv = [sys.executable, "-S", COMMAND, "--config", "run.yaml"]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
     check_refused(done, r"cannot import \w+; activate the project's environment first")
 
 

@@ -17,6 +17,7 @@ def group(monkeypatch, tmp_path):
     def write(own, **files):
         monkeypatch.setattr(limits, "GROUPS", tmp_path)
         monkeypatch.setattr(limits, "GROUP_FILE", tmp_path / "own")
+        monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 100 * GIB}))
         (tmp_path / "own").write_text(own)
@@ -33,6 +34,12 @@ def test_without_limits_the_host_counts(group):
     assert (limits.cores(), limits.free_memory()) == (64, 100 * GIB)
     group("")
     assert (limits.cores(), limits.free_memory()) == (64, 100 * GIB)
+
+
+def test_a_job_of_slurm_that_shares_its_node_counts_its_own_cores(group, monkeypatch):
+    group("")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
+    assert limits.cores() == 3
 
 
 def test_the_lowest_limit_of_the_group_and_those_around_it_counts(group):
