@@ -14,7 +14,8 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """Return the number of cores that this process may keep busy: by its affinity, the quota of a container, and SLURM."""
+    """Return the number of cores that this process may keep busy: by its affinity, a container's quota, and the cores of a
+    SLURM step on this node, which its tasks share."""
     allowed = float(len(os.sched_getaffinity(0)))
     with suppress(KeyError, ValueError):  # a SLURM without a task plugin sets no affinity
         allowed = min(allowed, int(os.environ["SLURM_CPUS_ON_NODE"]))

@@ -136,8 +136,8 @@ def _become(program: str, arguments: list[str], cwd: str, environment: dict[str,
         file = os.open(place, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    if "OMP_NUM_THREADS" in environment:  # torch has read that of this process's parent
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if (threads := environment.get("OMP_NUM_THREADS", "")).isdecimal():  # torch has read the parent's
+        torch.set_num_threads(int(threads))
     sys.argv = [program, *arguments]
     sys.path[0] = str(Path(program).parent)
     runpy.run_path(program, run_name="__main__")

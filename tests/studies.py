@@ -12,12 +12,13 @@ from pkd_dist.telemetry.records import read
 
 @contextlib.contextmanager
 def in_background(log, *arguments):
-    """Runs `pkd`, whose output is appended to a file; at the end nothing of it is left."""
+    """Runs `pkd`, whose output is appended to a file; if it still runs at the end, it is killed with its workers."""
     process = forked.Process(ROOT / "pkd_dist/cli/__main__.py", arguments, ROOT, environment(), log, log)
     try:
         yield process
     finally:
-        process.kill()
+        if process.poll() is None:  # else its workers end by themselves
+            process.kill()
 
 
 def workers_of(process):

@@ -15,7 +15,7 @@ GOOD = ["good", "great", "fine", "lovely", "superb", "warm", "clever", "moving"]
 BAD = ["bad", "dull", "poor", "awful", "weak", "cold", "boring", "empty"]
 PLAIN = ["the", "a", "film", "movie", "plot", "story", "actor", "scene", "it"]
 PLAIN += ["is", "was", "and", "with", "of", "this", "that", "very", "quite"]
-_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_CPUS_ON_NODE")
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import psutil
 import pytest
 from conftest import ROOT, launch, pkd, python, results, sentences, whole_run, write_config, write_tsv
 from studies import in_background, steps, wait_for, workers_of
@@ -159,6 +160,7 @@ def test_killed_workers_and_comparisons_change_nothing(done, tmp_path):
         wait_for((out / "kd/seed-1/metrics.jsonl").exists, process)
         workers_of(process)[0].kill()
         wait_for(lambda: "a worker was killed" in log.read_text(), process)
+        orphans = workers_of(process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     with in_background(log, *command) as process:
@@ -171,6 +173,7 @@ def test_killed_workers_and_comparisons_change_nothing(done, tmp_path):
     for method in ("finetune", "kd", "first-k", "shallow"):
         assert scores(out / method / "seed-1") == scores(folder / method / "seed-1")
         assert steps(out / method / "seed-1/metrics.jsonl") == steps(folder / method / "seed-1/metrics.jsonl")
+    assert orphans and not psutil.wait_procs(orphans, timeout=60)[1], "they end when their parent is killed"
 
 
 def test_each_run_of_a_launcher_has_its_own_gpus_and_port(done, tmp_path):

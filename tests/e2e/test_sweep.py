@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import launch, pkd, results, whole_run, write_config
@@ -87,10 +88,11 @@ def test_the_winner_is_trained_again_and_exported(done):
 
 def test_the_same_command_finds_everything_done(done):
     config, folder, _ = done
-    before = table(folder)
+    before, logs = table(folder), {path: path.read_bytes() for path in folder.glob("bases/*/log.txt")}
     again = sweep(config, folder)
     assert again.returncode == 0, again.stderr
     pd.testing.assert_frame_equal(table(folder), before)
+    assert logs == {path: path.read_bytes() for path in logs} != {}, "no process was started for the base"
 
 
 def sweeping(config, folder, log):
@@ -105,6 +107,7 @@ def test_killed_workers_and_sweeps_change_nothing(done, taught, data, tmp_path):
             for worker in workers_of(process)[: 1 + number // 2]:
                 worker.kill()
         wait_for((folder / "trials/3/metrics.jsonl").exists, process)
+        orphans = workers_of(process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     with sweeping(config, folder, log) as process:
@@ -115,6 +118,7 @@ def test_killed_workers_and_sweeps_change_nothing(done, taught, data, tmp_path):
     ended = sweep(config, folder)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     pd.testing.assert_frame_equal(without_times(folder), without_times(done[1]))
+    assert orphans and not psutil.wait_procs(orphans, timeout=60)[1], "they end when their parent is killed"
 
 
 def test_a_point_that_fails_is_kept_with_its_reason(done, taught, data, tmp_path):
@@ -241,7 +245,10 @@ def test_constraints_leave_points_out(done, taught, data, tmp_path):
     assert "sweep.constraints.size_mb" in made.loc["[1, 3]", "reason"]
     exported = tmp_path / "small/final/seed-4/export/onnx/model.int8.onnx"
     assert exported.stat().st_size == small <= 1e6 * limit
-    none = sweep(config, tmp_path / "small", "train.epochs=1", "sweep.constraints.size_mb=0.001")
+    none = sweep(
+        config, knowing(tmp_path / "out", tmp_path / "none"), "train.epochs=1", "sweep.constraints.size_mb=0.001"
+    )
+    assert not [*tmp_path.glob("none/trials/*/metrics.jsonl")]
     assert none.returncode == 2 and len(none.stderr.splitlines()) == 1
     assert (
         f"no point meets sweep.constraints; point {made.loc['[3]', 'number']} came closest" in none.stderr

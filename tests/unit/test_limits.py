@@ -36,10 +36,11 @@ def test_without_limits_the_host_counts(group):
     assert (limits.cores(), limits.free_memory()) == (64, 100 * GIB)
 
 
-def test_a_job_of_slurm_that_shares_its_node_counts_its_own_cores(group, monkeypatch):
+@pytest.mark.parametrize(("given", "cores"), [("3", 3), ("128", 64), ("", 64), ("many", 64), ("0", 1)])
+def test_a_job_of_slurm_that_shares_its_node_counts_its_own_cores(group, monkeypatch, given, cores):
     group("")
-    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
-    assert limits.cores() == 3
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", given)
+    assert limits.cores() == cores
 
 
 def test_the_lowest_limit_of_the_group_and_those_around_it_counts(group):
