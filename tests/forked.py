@@ -2,8 +2,8 @@
 
 A program runs in a process of its own as `__main__`, with its own arguments, environment, folder and output. What differs
 from a start of its own: what the environment decides while Python and torch are loaded (such as the seed of string hashes, so
-the order of sets) is the same for all, functions registered with atexit do not run, and nothing shows which of
-the libraries a program needs, or what they print while they are loaded.
+the order of sets) is the same for all, functions registered with atexit do not run, and nothing shows which of the libraries
+a program needs, or what they print while they are loaded.
 """
 
 from __future__ import annotations

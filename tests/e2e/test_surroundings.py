@@ -7,7 +7,7 @@ import sys
 
 import forked
 import pytest
-from conftest import ROOT, command, environment, launch, started, until, whole_run, write_config
+from conftest import ROOT, environment, launch, started, until, whole_run, write_config
 
 TRAIN = ROOT / "launcher/train.py"
 BEFORE = "import os, resource, runpy, sys\n{}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -39,16 +39,21 @@ def assert_same(run, calm, files=FILES):
         assert (run / name).read_bytes() == (calm / name).read_bytes(), name
 
 
-def launch_after(preparation, folder, *arguments, **variables):
-    """Runs launcher/train.py in a process that has done something first."""
+def after(preparation, folder):
+    """Writes a program that does something first, and then is launcher/train.py."""
     program = folder / "program.py"
     program.write_text(BEFORE.format(f"sys.argv[0] = {str(TRAIN)!r}\n{preparation}"))
-    return forked.run(program, arguments, ROOT, [environment(**variables)], 120)
+    return program
 
 
-def launch_afresh(*arguments, **variables):
+def launch_after(preparation, folder, *arguments, **variables):
+    """Runs launcher/train.py in a process that has done something first."""
+    return forked.run(after(preparation, folder), arguments, ROOT, [environment(**variables)], 120)
+
+
+def launch_afresh(*arguments, program=TRAIN, **variables):
     """Runs launcher/train.py in a process that has loaded nothing: what counts is said while libraries are loaded."""
-    argv, variables = command(*arguments), environment(**variables)
+    argv, variables = [sys.executable, program, *arguments], environment(**variables)
     return subprocess.run(argv, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -91,12 +96,8 @@ LEFT = {
 def test_variables_of_other_software_and_a_low_limit_of_files(calm, body, data, tmp_path):
     folder = tmp_path / "дані"
     folder.mkdir()
-    program = tmp_path / "program.py"
-    program.write_text(
-        BEFORE.format(f"sys.argv[0] = {str(TRAIN)!r}\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
-    )
-    argv, afresh = [sys.executable, program, "--config", brief(body, data, folder)], environment(**LEFT)
-    done = subprocess.run(argv, cwd=ROOT, env=afresh, capture_output=True, text=True, timeout=120, check=False)
+    limit = after("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))", tmp_path)
+    done = launch_afresh("--config", brief(body, data, folder), program=limit, **LEFT)
     assert done.returncode == 0, done.stderr
     assert_same(folder / "run", calm)
 
