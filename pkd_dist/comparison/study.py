@@ -99,8 +99,17 @@ class Comparison:
         with processes.stopped_on_signal():
             if config.teacher.finetune and not study.done:
                 crew.fine_tune(train_command(self.launcher) if self.launcher else [])
-            crew.train_all(self.shares[: len(study.trials) - study.ended], table.update)
+            workers = self.shares[: len(study.trials) - study.ended]
+            if not self.launcher:
+                crew.make_caches(self._cached(study), len(workers))
+            crew.train_all(workers, table.update)
         return table
+
+    def _cached(self, study: Study) -> list[list[str]]:
+        """Return the methods that are left to train and use a cache, as overrides."""
+        left = {Named(*trial.user_attrs[NAMED]).name for trial in study.trials if not trial.state.is_finished()}
+        points = [method.overrides for method in self.methods if method.name in left]
+        return [point for point in points if _resolved(self.sweep, point).cached]
 
 
 def open_comparison(

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +20,12 @@ from pkd_dist.lock import waiting_lock
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.student import INIT_METHODS
 from pkd_dist.search.processes import Processes, last_error, python
-from pkd_dist.search.shared import SweepConfig
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig
 from pkd_dist.search.shares import Share
 from pkd_dist.search.study import WORKERS, Study
+from pkd_dist.stages.base import Markers
 from pkd_dist.stages.context import Resolved
+from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry.log import log
 from pkd_dist.telemetry.progress import Bar
 
@@ -102,6 +104,20 @@ class Crew:
             log.info("%s: %s: %s", self.processes.command, folder, ", ".join(stages))
             arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
             self.processes.run(arguments, folder / "log.txt", launcher)
+
+    def make_caches(self, points: Iterable[Sequence[str]], workers: int) -> None:
+        """Make the caches of points where they are missing, on all cores.
+
+        A single worker has all cores, and makes them itself. One of several would make a cache with its share of the cores, while
+        the others wait.
+        """
+        for folder, overrides in dict(map(self.sweep.of_base, points)).items():
+            if Markers(folder, translate).done("cache"):
+                continue
+            if workers > 1:
+                self.run_shared(folder, overrides, BASE_STAGES)
+            else:
+                log.info("%s: the worker first makes %s", self.processes.command, folder)
 
     def train_all(self, shares: Sequence[Share | None], watch: Callable[[int], str]) -> None:
         """Have workers train all trials; a worker that is killed is replaced, and its trial continued.

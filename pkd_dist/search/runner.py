@@ -25,7 +25,7 @@ from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.search.crew import Crew, frozen, identity
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes
-from pkd_dist.search.shared import BASE_STAGES, SweepConfig, needs_own_base
+from pkd_dist.search.shared import SweepConfig, needs_own_base
 from pkd_dist.search.shares import shares, visible_devices
 from pkd_dist.search.space import Space
 from pkd_dist.search.study import STATES, TOGETHER, WORKERS, Study, shown_value
@@ -126,8 +126,9 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
         crew, parts = Crew(sweep, study, processes), shares(count, devices, cores, one_rank=True)
         if opened.config.teacher.finetune:
             crew.fine_tune()
-        if not study.done and not any(map(needs_own_base, opened.space.distributions)):  # else workers build them
-            crew.run_shared(*sweep.of_base([]), BASE_STAGES)
+        one_base = opened.run.cached and not any(map(needs_own_base, opened.space.distributions))
+        if one_base and not study.done:  # else workers make what they need
+            crew.make_caches([[]], len(parts))
         crew.train_all(parts, lambda working: _show(study, opened.objective, working, metrics))
         if trials_only:
             return None

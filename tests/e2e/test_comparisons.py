@@ -61,6 +61,7 @@ def test_the_table_has_the_scores_of_the_runs(done):
         assert figures["score"] == pytest.approx((41 * found["accuracy"] + 37 * test) / 78) == method["mean"]["score"]
         assert method["half_interval_95"]["score"] is None, "of one seed"
         assert f"compare: {name}, seed 1: dev {found['accuracy']:.4f}, test {test:.4f}, agreement" in out
+    assert out.count(": data, teacher, cache") == 1, "one cache, made before there are workers"
     assert "minus finetune" in made["methods"]["kd"] and "minus finetune" not in made["methods"]["shallow"]
     assert (folder / "compare.png").stat().st_size > 10_000
     assert "| kd | 2 | 1 |" in (folder / "compare.md").read_text()
