@@ -210,10 +210,12 @@ def test_mpirun_on_two_hosts(alone, config, hosts, tmp_path):
 
 
 def test_a_cut_cable_ends_both_sides_and_the_same_command_resumes(hosts, apart, config, tmp_path):
+    """One rank on each host, without a launcher, which would load all libraries twice more."""
     run = tmp_path / "run"
-    nodes = by_hand(tmp_path, [1, 1], ADDRESSES["node0"])
-    arguments = [TRAIN, "--config", str(config), "run.timeout_seconds=10"]
-    commands = [host.on(*node, *arguments) for host, node in zip(hosts, nodes, strict=True)]
+    ranks = ["env", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "LOCAL_RANK=0", f"MASTER_ADDR={ADDRESSES['node0']}"]
+    ranks.append(f"MASTER_PORT={free_port()}")
+    arguments = [sys.executable, TRAIN, "--config", str(config), "run.timeout_seconds=10"]
+    commands = [host.on(*ranks, f"RANK={k}", *arguments) for k, host in enumerate(hosts)]
     job = start(commands)
     until("metrics.jsonl:7", run, job)
     hosts[1].link("down")

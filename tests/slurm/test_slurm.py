@@ -26,7 +26,7 @@ def cluster():
 @pytest.fixture
 def config(settings, tmp_path):
     """Float32 without dropout: what remains between 1 and 2 ranks is the order of sums."""
-    settings["train"] |= {"epochs": 2, "deepspeed": "ds_configs/zero1_fp32.json"}
+    settings["train"] |= {"epochs": 4, "deepspeed": "ds_configs/zero1_fp32.json"}
     settings["teacher"]["finetune"] |= {"epochs": 1, "dropout": 0.0}
     settings["student"]["dropout"] = 0.0
     settings["cache"] |= {"precision": "float32", "dtype": "float32"}
@@ -63,12 +63,12 @@ def test_two_ranks_of_srun_train_as_one_rank_does(cluster, config, tmp_path, und
     two = losses(on_two_nodes(cluster, config, undisturbed))
     alone = launch("--config", config, f"run.dir={tmp_path / 'one'}", "--stages", "data,teacher,cache,init,distill")
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    assert len(two) == 26
+    assert len(two) == 52
     assert two == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.parametrize("signal", ["USR1", "HUP"])
-def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, data, tmp_path, undisturbed, signal):
+def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, data, tmp_path, undisturbed):
+    """Preempted twice, each time by another of the signals that sites use."""
     checkout = tmp_path / "checkout"
     for name in PROJECT:
         shutil.copytree(ROOT / name, checkout / name)
@@ -79,18 +79,20 @@ def test_a_preempted_job_ends_with_the_undisturbed_bytes(cluster, config, body, 
     run = tmp_path / "here/run"
     log = folder / f"logs/{job}.log"
     until((run / "metrics.jsonl").exists, "the first step")
-    until(lambda: len(losses(run)) >= 3, "the third step")
-    cluster("scancel", f"--signal={signal}", "--batch", job)
-    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
-    stopped = log.read_text()
-    assert f"SIG{signal}: the ranks commit a checkpoint and stop" in stopped
-    assert "stopped with status 75: requeued, restart 1 of 50" in stopped
-    assert (folder / f"logs/{job}-0.status").read_text() == "75\n"
+    for restart, signal in enumerate(["USR1", "HUP"], 1):
+        done = len(losses(run))
+        until(lambda done=done: len(losses(run)) > done, f"step {done + 1}")
+        cluster("scancel", f"--signal={signal}", "--batch", job)
+        until(lambda restart=restart: cluster.job(job)["Restarts"] == str(restart), "the requeue")
+        stopped = log.read_text()
+        assert f"SIG{signal}: the ranks commit a checkpoint and stop" in stopped
+        assert f"stopped with status 75: requeued, restart {restart} of 50" in stopped
+        assert (folder / f"logs/{job}-{restart - 1}.status").read_text() == "75\n"
     until(lambda: ended(cluster, job), "the end of the requeued job")
     assert cluster.job(job)["JobState"] == "COMPLETED", log.read_text()
     assert log.read_text().endswith("pkd: done\n")
     ranks = [(folder / f"logs/{job}-rank{rank}.log").read_text() for rank in range(2)]
-    assert ranks[0].count("2 rank(s) started by srun") == 2 and "resuming from step" in ranks[0]
+    assert ranks[0].count("2 rank(s) started by srun") == 3 and "resuming from step" in ranks[0]
     assert "Traceback" not in "".join(ranks)
     calm = on_two_nodes(cluster, config, undisturbed)
     assert losses(run) == losses(calm), "without gaps or doubles"
@@ -149,15 +151,15 @@ def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(cluster, config, tmp
 
 
 def test_an_array_of_workers_ends_with_a_winner_whatever_is_killed(cluster, data, taught, tmp_path):
-    """Four workers on two nodes; one of them is killed, another is preempted and requeued."""
+    """Three workers on two nodes; one of them is killed, another is preempted and requeued."""
     settings = whole_run(taught, data, tmp_path)
     settings["teacher"] = {"model": str(taught)}
     settings["run"]["dir"] = "sweep"
-    space = {"train.learning_rate": [3e-3, 2e-3, 1e-3], "distill.alpha": [0.3, 0.7]}
+    space = {"train.learning_rate": [3e-3, 1e-3], "distill.alpha": [0.3, 0.7]}
     settings["sweep"] = {"space": space, "sampler": "grid", "pruner": "none", "final": {"seeds": [2]}}
     config = write_config(settings, tmp_path)
-    out = cluster(ROOT / "slurm/pkd-submit", "--sweep", config, "--workers", "4", cwd=tmp_path)
-    array, last = re.search(r"^job (\d+): an array of 4 workers; then job (\d+): the winner$", out, re.M).groups()
+    out = cluster(ROOT / "slurm/pkd-submit", "--sweep", config, "--workers", "3", cwd=tmp_path)
+    array, last = re.search(r"^job (\d+): an array of 3 workers; then job (\d+): the winner$", out, re.M).groups()
     folder, trials = tmp_path / "sweep", tmp_path / "sweep/trials"
     until((trials / "0/metrics.jsonl").exists, "the first trial")
     cluster("scancel", "--signal=KILL", f"{array}_1", check=False)
@@ -165,7 +167,7 @@ def test_an_array_of_workers_ends_with_a_winner_whatever_is_killed(cluster, data
     until(lambda: ended(cluster, last), "the end of the last job", 600)
     assert cluster.job(last)["JobState"] == "COMPLETED", (folder / f"slurm/1/logs/{last}.log").read_text()
     made = pd.read_parquet(folder / "trials.parquet")
-    assert list(made["state"]) == ["complete"] * 6
+    assert list(made["state"]) == ["complete"] * 4
     best = made.sort_values(["value", "dev_divergence"], ascending=[False, True]).iloc[0]
     again = launch("--config", folder / "best.yaml", "--stages", "data,teacher,cache,init,distill", bare=0)
     assert again.returncode == 0, again.stderr
