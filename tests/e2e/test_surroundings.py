@@ -7,7 +7,7 @@ import sys
 
 import forked
 import pytest
-from conftest import ROOT, environment, launch, started, until, whole_run, write_config
+from conftest import ROOT, TO_EXPORT, environment, launch, started, until, whole_run, write_config
 
 TRAIN = ROOT / "launcher/train.py"
 BEFORE = "import os, resource, runpy, sys\n{}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -26,10 +26,21 @@ def config(body, data, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def without_asserts(body, data, tmp_path_factory):
+    """The folder of a run of `python -O` that writes ONNX, and its home folder, which was empty."""
+    folder = tmp_path_factory.mktemp("without-asserts")
+    (home := folder / "home").mkdir()
+    variables = {"PYTHONOPTIMIZE": "1", "HOME": str(home), "HF_HOME": str(folder)}
+    done = launch_afresh("--config", brief(body, data, folder), 'export.formats=["onnx"]', *TO_EXPORT, **variables)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", home
+
+
+@pytest.fixture(scope="module")
 def calm(body, data, tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("calm")
-    done = launch("--config", brief(body, data, folder))
+    done = launch("--config", brief(body, data, folder), *TO_EXPORT)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -97,7 +108,7 @@ def test_variables_of_other_software_and_a_low_limit_of_files(calm, body, data, 
     folder = tmp_path / "дані"
     folder.mkdir()
     limit = after("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))", tmp_path)
-    done = launch_afresh("--config", brief(body, data, folder), program=limit, **LEFT)
+    done = launch_afresh("--config", brief(body, data, folder), *TO_EXPORT, program=limit, **LEFT)
     assert done.returncode == 0, done.stderr
     assert_same(folder / "run", calm)
 
@@ -108,36 +119,31 @@ def test_a_variable_that_torch_rejects_is_one_line(config):
     assert done.stderr.startswith("pkd: PyTorch cannot be loaded: The value of TORCH_DISTRIBUTED_DEBUG must be ")
 
 
-@pytest.mark.parametrize("level", ["1", "2"])
-def test_python_without_asserts_and_without_docstrings(calm, config, tmp_path, level):
-    done = launch_afresh("--config", config, PYTHONOPTIMIZE=level)
-    if level == "1":
-        assert done.returncode == 0, done.stderr
-        assert_same(tmp_path / "run", calm)
-    else:
-        assert done.returncode == 2 and done.stderr.startswith("pkd: Python runs without docstrings (-OO or PYTHONOPT")
-        assert done.stderr.count("\n") == 1 and not done.stdout
+def test_python_without_asserts(calm, without_asserts):
+    assert_same(without_asserts[0], calm)
 
 
-def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(config, tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    variables = {"HOME": str(home), "HF_HOME": str(tmp_path)}
-    done = launch_afresh("--config", config, 'export.formats=["onnx"]', **variables)
-    assert done.returncode == 0, done.stderr
-    assert not list(home.rglob("*onnxruntime*"))
+def test_python_without_docstrings_is_rejected(config):
+    done = launch_afresh("--config", config, PYTHONOPTIMIZE="2")
+    assert done.returncode == 2 and done.stderr.startswith("pkd: Python runs without docstrings (-OO or PYTHONOPT")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_onnx_runtime_sends_nothing_and_writes_nothing_at_home(without_asserts):
+    run, home = without_asserts
+    assert (run / "export/onnx/model.onnx").exists() and not list(home.rglob("*onnxruntime*"))
 
 
 def test_a_lost_terminal_commits_and_the_same_command_ends_with_the_same_bytes(calm, config, tmp_path):
     run = tmp_path / "run"
-    with started("--config", config) as [job]:
+    with started("--config", config, *TO_EXPORT) as [job]:
         until("metrics.jsonl:7", run, [job])
         job.send_signal(signal.SIGHUP)
         _, said = job.communicate(60)
     assert job.returncode == 75
     [line] = [line for line in said.splitlines() if line.startswith("pkd: ")]
     assert line.startswith("pkd: distill: stopped by SIGHUP; a checkpoint of step ")
-    done = launch("--config", config)
+    done = launch("--config", config, *TO_EXPORT)
     assert done.returncode == 0 and "distill: resuming from step" in done.stdout, done.stderr
     assert_same(run, calm)
 
