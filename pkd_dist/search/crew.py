@@ -130,6 +130,11 @@ class Crew:
             UserError, DivergedError, Preempted: As a worker ended.
         """
         study = self.study
+        if (cache := self.sweep.load().cache).dir:
+            bases = self.sweep.folder / "bases"
+            log.info(
+                "%s: cache.dir (%s) is for single runs; caches are in %s", self.processes.command, cache.dir, bases
+            )
         workers = [self._start(share) for share in shares] if not study.done else []
         ended, died = study.ended, 0
         watch(len(workers))

@@ -144,11 +144,15 @@ def test_a_folder_of_an_earlier_version_keeps_its_table_and_its_runs(done, tmp_p
 
 def test_a_run_that_diverges_leaves_the_others_alone(done, tmp_path):
     config, _, _ = done
-    arguments = ("--method", "hot: train.learning_rate=1e30", "train.epochs=1")
+    arguments = ("--method", "hot: train.learning_rate=1e30", "train.epochs=1", f"cache.dir={tmp_path / 'cache'}")
     for _ in range(2):
         ended = compare(config, tmp_path / "out", *arguments, methods="finetune")
         assert ended.returncode == 3 and len(ended.stderr.splitlines()) == 1, ended.stderr
         assert "compare: hot, seed 1 diverged; the table in" in ended.stderr
+        assert (
+            f"cache.dir ({tmp_path / 'cache'}) is for single runs; caches are in {tmp_path / 'out/bases'}"
+            in ended.stdout
+        )
         assert list(table(tmp_path / "out")["methods"]) == ["finetune"]
 
 
