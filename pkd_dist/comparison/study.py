@@ -99,10 +99,9 @@ class Comparison:
         with processes.stopped_on_signal():
             if config.teacher.finetune and not study.done:
                 crew.fine_tune(train_command(self.launcher) if self.launcher else [])
-            workers = self.shares[: len(study.trials) - study.ended]
             if not self.launcher:
-                crew.make_caches(self._cached(study), len(workers))
-            crew.train_all(workers, table.update)
+                crew.make_caches(self._cached(study), self.shares)
+            crew.train_all(self.shares[: len(study.trials) - study.ended], table.update)
         return table
 
     def _cached(self, study: Study) -> list[list[str]]:
@@ -162,6 +161,8 @@ def _point(sweep: SweepConfig, run: Resolved, name: str, method: Overrides) -> N
         UserError: It cannot be trained.
     """
     student, teacher, made = run.config.student, run.config.teacher, dict(method)
+    if "cache.dir" in made:
+        raise UserError(f"method {name}: cache.dir cannot be set; a comparison has caches of its own", "--method")
     init = str(method.get("student.init", student.init))
     if init != student.init and student.layers is not None:
         made.setdefault("student.layers", None)

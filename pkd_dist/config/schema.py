@@ -245,7 +245,8 @@ class Train(Section):
 
 class Cache(Section):
     dir: str | None = Field(
-        None, description="Folder of the teacher cache; several runs can share one. null: RUN/cache."
+        None,
+        description="Folder of the teacher cache; several runs can share one. null: RUN/cache. Sweeps and comparisons have their own.",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Precision of the cached values.")
     layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] | None = Field(

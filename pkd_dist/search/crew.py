@@ -105,19 +105,16 @@ class Crew:
             arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
             self.processes.run(arguments, folder / "log.txt", launcher)
 
-    def make_caches(self, points: Iterable[Sequence[str]], workers: int) -> None:
-        """Make the caches of points where they are missing, on all cores.
+    def make_caches(self, points: Iterable[Sequence[str]], shares: Sequence[Share | None]) -> None:
+        """Make the caches of points where they are missing, if no worker would do it with all cores, or with as many GPUs.
 
-        A single worker has all cores, and makes them itself. One of several would make a cache with its share of the cores, while
-        the others wait.
+        One of several workers would make a cache with its share of the cores, while the others wait.
         """
+        if len(shares) == 1 or any(share and share.devices for share in shares):
+            return
         for folder, overrides in dict(map(self.sweep.of_base, points)).items():
-            if Markers(folder, translate).done("cache"):
-                continue
-            if workers > 1:
+            if not Markers(folder, translate).done("cache"):
                 self.run_shared(folder, overrides, BASE_STAGES)
-            else:
-                log.info("%s: the worker first makes %s", self.processes.command, folder)
 
     def train_all(self, shares: Sequence[Share | None], watch: Callable[[int], str]) -> None:
         """Have workers train all trials; a worker that is killed is replaced, and its trial continued.
@@ -130,12 +127,9 @@ class Crew:
             UserError, DivergedError, Preempted: As a worker ended.
         """
         study = self.study
-        if (cache := self.sweep.load().cache).dir:
-            bases = self.sweep.folder / "bases"
-            log.info(
-                "%s: cache.dir (%s) is for single runs; caches are in %s", self.processes.command, cache.dir, bases
-            )
         workers = [self._start(share) for share in shares] if not study.done else []
+        if workers:
+            self._announce(len(workers))
         ended, died = study.ended, 0
         watch(len(workers))
         with Bar(self.processes.command, len(study.trials), ended) as bar:
@@ -157,6 +151,12 @@ class Crew:
                         )
                     workers.append(self._start(worker.share))
         watch(0)
+
+    def _announce(self, workers: int) -> None:
+        command, folder, ignored = self.processes.command, self.sweep.folder, self.sweep.load().cache.dir
+        log.info("%s: %d worker(s), with logs in %s", command, workers, folder / WORKERS)
+        if ignored:
+            log.info("%s: cache.dir (%s) is ignored; caches are in %s", command, ignored, folder / "bases")
 
     def _ended_well(self, worker: _Worker) -> bool:
         """Return whether a worker found nothing left to train; False: it was killed. Raises its error."""

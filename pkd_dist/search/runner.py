@@ -52,6 +52,11 @@ class Opened:
     objective: str
     reported: str
 
+    @property
+    def one_base(self) -> bool:
+        """Whether all points have the base of the configuration itself."""
+        return not any(needs_own_base(key, self.config) for key in self.space.distributions)
+
     def study(self) -> Study:
         return Study(self.sweep.folder, self.config.sweep, self.space)
 
@@ -126,9 +131,8 @@ def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outco
         crew, parts = Crew(sweep, study, processes), shares(count, devices, cores, one_rank=True)
         if opened.config.teacher.finetune:
             crew.fine_tune()
-        one_base = opened.run.cached and not any(map(needs_own_base, opened.space.distributions))
-        if one_base and not study.done:  # else workers make what they need
-            crew.make_caches([[]], len(parts))
+        if opened.one_base and opened.run.cached and not study.done:  # else workers make what they need
+            crew.make_caches([[]], parts)
         crew.train_all(parts, lambda working: _show(study, opened.objective, working, metrics))
         if trials_only:
             return None

@@ -20,6 +20,12 @@ from pkd_dist.stages.context import teacher_name
 BASE_STAGES = ("data", "teacher", "cache")
 _PAIRS = {"states", "patience", "pair_embeddings", "pair_last_layer", "relation_layer"}
 """Of the section `distill`: they decide which states are compared."""
+_OF_PAIRS = {
+    "student.layers",
+    "student.num_layers",
+    *(f"distill.{name}" for name in ("alpha", "beta", "gram", "relations", "attention")),
+}
+"""They do so, too, where the cache holds the compared states alone, or there may be none."""
 _SECTIONS = ("task", "teacher", "cache")
 _STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
 """Of the section `student`: they decide which tokens the student reads."""
@@ -54,7 +60,7 @@ class SweepConfig:
 
     def of_teacher(self) -> list[str]:
         """Return the overrides of that run."""
-        return [_override("run.dir", str(self.teacher_folder)), "metrics.enabled=false"]
+        return [_override("run.dir", str(self.teacher_folder)), "cache.dir=null", "metrics.enabled=false"]
 
     def of_point(self, point: Sequence[str], folder: Path, seed: int) -> list[str]:
         """Return the overrides of a run of the student, on the study's teacher and cache.
@@ -103,14 +109,12 @@ class SweepConfig:
         return self.folder / "bases" / digest_of([content, reads, pairs])[:8]
 
 
-def needs_own_base(key: str) -> bool:
-    """Return whether points that differ in this key have different bases."""
+def needs_own_base(key: str, config: Config) -> bool:
+    """Return whether points of a configuration that differ in this key may have different bases."""
     section, _, name = key.partition(".")
-    return (
-        section in _SECTIONS
-        or (section == "student" and name in _STUDENT_KEYS)
-        or (section == "distill" and name in _PAIRS)
-    )
+    keys = {"student": _STUDENT_KEYS, "distill": _PAIRS}.get(section, set())
+    of_pairs = key in _OF_PAIRS and (config.distill.all_tokens or not config.distill.alpha)
+    return section in _SECTIONS or name in keys or of_pairs
 
 
 def _override(key: str, value: object) -> str:

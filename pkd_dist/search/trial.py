@@ -105,10 +105,14 @@ class Bases:
         """
         folder, overrides = self._sweep.of_base(point)
         if folder not in self._opened:
-            config = self._sweep.load(overrides)
-            with waiting_lock(
-                self._sweep.folder / WORKERS / "bases", lambda: self._world.interrupt("preparing a study")
-            ):
+            config, lock = self._sweep.load(overrides), self._sweep.folder / WORKERS / "bases"
+
+            def tick() -> None:
+                self._world.interrupt("preparing a study")
+
+            with waiting_lock(lock, tick):
+                with waiting_lock(folder, tick):  # a run that a killed command left behind is still stopping
+                    pass
                 self._opened[folder] = pipeline.run(config, self._sweep.file, self._world, BASE_STAGES)
         return self._opened[folder]
 

@@ -60,10 +60,12 @@ def search(opened: Opened, name: str, world: World) -> None:
     """Train the trials of a sweep, several at a time where `sweep.students_per_step` says so; see `work`.
 
     Raises:
-        UserError: Points fail one after the other, and none has succeeded.
+        UserError: What all points share cannot be made, or points fail one after the other, and none has succeeded.
     """
     sweep, study, bases = opened.sweep, opened.study(), Bases(opened.sweep, world)
     to_file(sweep.folder / WORKERS / name, 0)
+    if opened.one_base:
+        bases.of([])  # what is wrong with it is no failure of a trial
 
     def train_claims(claims: list[Claim]) -> None:
         trials = (_open(claim, study, bases, opened) for claim in claims)

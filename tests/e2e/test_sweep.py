@@ -6,7 +6,6 @@ import shutil
 import signal
 
 import pandas as pd
-import psutil
 import pytest
 import yaml
 from conftest import launch, pkd, results, whole_run, write_config
@@ -106,14 +105,12 @@ def test_killed_workers_and_sweeps_change_nothing(done, taught, data, tmp_path):
             wait_for((folder / f"trials/{number}/metrics.jsonl").exists, process)
             workers_of(process)[0].kill()
         wait_for((folder / "trials/3/metrics.jsonl").exists, process)
-        orphans = workers_of(process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert "another one continues its trial" in log.read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert "another one continues its trial" in log.read_text() and "rerun the same command" in log.read_text()
     ended = sweep(config, folder)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     pd.testing.assert_frame_equal(without_times(folder), without_times(done[1]))
-    assert orphans and not psutil.wait_procs(orphans, timeout=60)[1], "they end when their parent is killed"
 
 
 def test_a_point_that_fails_is_kept_with_its_reason(done, taught, data, tmp_path):
@@ -121,10 +118,22 @@ def test_a_point_that_fails_is_kept_with_its_reason(done, taught, data, tmp_path
     config = searched(taught, data, tmp_path, space=space)
     ended = sweep(config, knowing(done[1], tmp_path / "out"), "train.epochs=1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert not [*tmp_path.glob("out/bases/*/log.txt")], "a single worker makes the cache itself"
     made = table(tmp_path / "out").set_index(["train.learning_rate", "student.layers"])
     assert made.loc[(3e-3, "[1, 3]"), "state"] == "complete" and (made["state"] == "failed").sum() == 3
     assert "not finite" in made.loc[(1e30, "[1, 3]"), "reason"]
     assert "student.layers" in made.loc[(3e-3, "[1, 9]"), "reason"]
+
+
+def test_what_all_points_share_cannot_be_made(taught, data, tmp_path):
+    """No point fails of it; once it is mended, the same command trains them."""
+    config, folder = searched(taught, data, tmp_path), tmp_path / "out"
+    folder.mkdir()
+    (folder / "bases").touch()  # where a folder should be
+    ended = sweep(config, folder)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert str(folder / "bases") in ended.stderr
+    assert {trial.state.name for trial in read(folder).trials} == {"WAITING"}
 
 
 def test_halving_prunes_by_the_divergence_and_seeds_follow_a_completed_point(done, taught, data, tmp_path):
