@@ -241,7 +241,7 @@ def until(moment: str, run: Path, job: Sequence[forked.Process | subprocess.Pope
         ended = [process.communicate() for process in job if process.poll() is not None]
         assert not ended, ended
         assert time.monotonic() < deadline, f"{moment}: not within {timeout} s"
-        time.sleep(0.001)  # watching, not hoping: what it waits for is a file
+        time.sleep(0.004)  # watching, not hoping: what it waits for is a file
 
 
 def losses(run: Path) -> list[float]:

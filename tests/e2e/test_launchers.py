@@ -210,7 +210,7 @@ def test_mpirun_on_two_hosts(alone, config, hosts, tmp_path):
 
 
 def test_a_cut_cable_ends_both_sides_and_the_same_command_resumes(hosts, apart, config, tmp_path):
-    """One rank on each host, without a launcher, which would load all libraries twice more."""
+    """One rank on each host, without a launcher: a launcher loads all libraries twice."""
     run = tmp_path / "run"
     ranks = ["env", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "LOCAL_RANK=0", f"MASTER_ADDR={ADDRESSES['node0']}"]
     ranks.append(f"MASTER_PORT={free_port()}")

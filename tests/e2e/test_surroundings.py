@@ -31,7 +31,7 @@ def without_asserts(body, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("without-asserts")
     (home := folder / "home").mkdir()
     variables = {"PYTHONOPTIMIZE": "1", "HOME": str(home), "HF_HOME": str(folder)}
-    done = launch_afresh("--config", brief(body, data, folder), 'export.formats=["onnx"]', *TO_EXPORT, **variables)
+    done = launch_afresh("--config", brief(body, data, folder), 'export.formats=["onnx"]', **variables)
     assert done.returncode == 0, done.stderr
     return folder / "run", home
 
@@ -108,7 +108,7 @@ def test_variables_of_other_software_and_a_low_limit_of_files(calm, body, data, 
     folder = tmp_path / "дані"
     folder.mkdir()
     limit = after("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))", tmp_path)
-    done = launch_afresh("--config", brief(body, data, folder), *TO_EXPORT, program=limit, **LEFT)
+    done = launch_afresh("--config", brief(body, data, folder), program=limit, **LEFT)
     assert done.returncode == 0, done.stderr
     assert_same(folder / "run", calm)
 
