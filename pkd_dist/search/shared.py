@@ -20,12 +20,10 @@ from pkd_dist.stages.context import teacher_name
 BASE_STAGES = ("data", "teacher", "cache")
 _PAIRS = {"states", "patience", "pair_embeddings", "pair_last_layer", "relation_layer"}
 """Of the section `distill`: they decide which states are compared."""
-_OF_PAIRS = {
-    "student.layers",
-    "student.num_layers",
-    *(f"distill.{name}" for name in ("alpha", "beta", "gram", "relations", "attention")),
-}
-"""They do so, too, where the cache holds the compared states alone, or there may be none."""
+_TERMS = {"preset", "gram", "relations", "attention"}
+"""Of the section `distill`: they decide whether states of all tokens are compared."""
+_OF_PAIRS = {"student.layers", "student.num_layers", "distill.alpha", "distill.beta"}
+"""They decide it, too, where the cache holds the compared states alone, or there may be none."""
 _SECTIONS = ("task", "teacher", "cache")
 _STUDENT_KEYS = {"init", "vocabulary", "min_count", "max_length"}
 """Of the section `student`: they decide which tokens the student reads."""
@@ -112,7 +110,7 @@ class SweepConfig:
 def needs_own_base(key: str, config: Config) -> bool:
     """Return whether points of a configuration that differ in this key may have different bases."""
     section, _, name = key.partition(".")
-    keys = {"student": _STUDENT_KEYS, "distill": _PAIRS}.get(section, set())
+    keys = {"student": _STUDENT_KEYS, "distill": _PAIRS | _TERMS}.get(section, set())
     of_pairs = key in _OF_PAIRS and (config.distill.all_tokens or not config.distill.alpha)
     return section in _SECTIONS or name in keys or of_pairs
 

@@ -114,7 +114,6 @@ def test_another_call_adds_to_the_table_and_repeats_nothing(done):
         (["train.epochs=9"], "has a comparison with another train.epochs"),
         (["--method", "shallow: distill.beta=1 student.layers=[3]"], "--method: shallow has other settings in"),
         (["--method", "broken: distill.alpha=7"], "method broken: "),
-        (["--method", "own: cache.dir=elsewhere"], "method own: cache.dir cannot be set"),
     ],
 )
 def test_something_else_is_rejected_and_nothing_changes(done, arguments, message):

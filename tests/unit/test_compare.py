@@ -16,6 +16,7 @@ from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import locate
+from pkd_dist.search.shared import needs_own_base
 from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices
 
 
@@ -59,6 +60,7 @@ def test_methods_that_are_rejected(names, own, message):
         (["distill.alhpa=1"], "distill.alhpa: unknown key; did you mean distill.alpha?"),
         (["--method", "deep: student.layers=[9]"], "method deep: student.layers: layer 9 is out of range"),
         (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
+        (["--method", "own: cache.dir=x"], "method own: cache.dir cannot be set; a comparison has caches of its own"),
         (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: a seed is duplicated"),
         (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
     ],
@@ -157,6 +159,28 @@ def test_a_base_is_shared_by_those_who_ask_for_the_same_answers(tmp_path):
     assert bases["kd"] == bases["pkd-last"] == bases["random"] == bases["first-k"] and bases["more"] == bases["sure"]
     others = ("finetune", "kd", "tokens", "seed", "pairs", "half", "more", "cut")
     assert len({bases[name] for name in others}) == len(others)
+
+
+@pytest.mark.parametrize("setting", ["distill.states=cls", "distill.states=tokens", "distill.alpha=0"])
+def test_points_that_have_one_base_are_known_from_their_keys(tmp_path, setting):
+    sweep = comparison(tmp_path, setting).sweep
+    points = {
+        "train.learning_rate": 1, "distill.temperature": 2, "distill.beta": 0, "distill.gram": 1, "student.layers": "[1,2]",
+        "distill.patience": "last", "student.vocabulary": "used", "task.max_length": 7, "cache.dtype": "bfloat16",
+    }  # fmt: skip
+    plain = sweep.load()
+    bases = {key: sweep.base_folder(sweep.load([f"{key}={value}"])) for key, value in points.items()}
+    own = {key for key, base in bases.items() if base != sweep.base_folder(plain)}
+    known = {key for key in points if needs_own_base(key, plain)}
+    assert own <= known
+    assert "train.learning_rate" not in known and (
+        setting != "distill.states=cls" or known - own == {"distill.patience"}
+    )
+
+
+def test_the_teacher_is_trained_without_a_folder_for_the_cache(tmp_path):
+    sweep = comparison(tmp_path, f"cache.dir={tmp_path / 'elsewhere'}").sweep
+    assert sweep.load(sweep.of_teacher()).cache.dir is None
 
 
 def test_the_interval_of_a_mean_is_students():
