@@ -161,7 +161,7 @@ def _on_training(run: Run) -> Iterator[str]:
             f"Training stopped after epoch {last.epoch} of {epochs}: dev had not improved since epoch {best} "
             "(train.patience_epochs)."
         )
-    elif best == epochs:
+    elif best == epochs > 1:
         yield f"The best epoch is the last one ({best}); longer training may help."
     elif distillation.best_metric - last.main_metric > _noise(run):
         yield (

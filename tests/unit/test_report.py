@@ -237,6 +237,13 @@ class TestWarnings:
         assert "The best epoch is the last one (3)" in self.shown(run)
         assert f"Worth a look {self.shown(run)}" in written(run)[1].text
 
+    def test_the_only_epoch(self, run):
+        found = read(run)
+        config = found.config.model_copy(update={"train": found.config.train.model_copy(update={"epochs": 1})})
+        history = found.distillation.history[:1]
+        only = replace(found.distillation, history=history, best_epoch=1, best_metric=history[0].main_metric)
+        assert "epoch" not in " ".join(notices(replace(found, config=config, distillation=only)))
+
     def test_stopped_early(self, run):
         change(run, "distill", lambda out: (out["history"].pop(), out.update(best_epoch=1)))
         assert "Training stopped after epoch 2 of 3: dev had not improved since epoch 1" in self.shown(run)
