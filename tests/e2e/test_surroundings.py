@@ -166,8 +166,8 @@ def test_two_runs_one_after_another_in_one_process(calm, config, tmp_path):
         assert_same(run, calm)
 
 
-def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, tmp_path):
-    settings["train"]["epochs"] = 500
+def test_a_comparison_whose_terminal_is_lost_stops_its_runs(settings, taught, tmp_path):
+    settings["train"]["epochs"], settings["teacher"] = 500, {"model": str(taught)}
     argv = ["compare", "--config", write_config(settings, tmp_path), "--methods", "finetune", "--seeds", "1"]
     files = tmp_path / "output", tmp_path / "error"
     program = ROOT / "pkd_dist/cli/__main__.py"
