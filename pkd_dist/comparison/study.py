@@ -27,11 +27,11 @@ from pkd_dist.config.schema import Config
 from pkd_dist.data import sources, text
 from pkd_dist.errors import DivergedError, UserError
 from pkd_dist.evaluation.results import Results
-from pkd_dist.files import digest_of, first_free, make_folder, move, write_atomically, write_json
+from pkd_dist.files import digest_of, first_free, move, write_atomically, write_json
 from pkd_dist.lock import Lock
 from pkd_dist.search.crew import Crew, frozen, identity
 from pkd_dist.search.processes import Processes
-from pkd_dist.search.shared import SweepConfig
+from pkd_dist.search.shared import SweepConfig, make_own_folder
 from pkd_dist.search.shares import Share, require_divisible, shares, train_command, visible_devices
 from pkd_dist.search.study import JOURNAL, NAMED, SEED, WORKERS, Named, Study
 from pkd_dist.stages.context import Resolved, resolve
@@ -70,10 +70,7 @@ class Comparison:
             Preempted: A signal stopped it.
         """
         output, wanted = self.sweep.folder, {(method.name, seed) for method in self.methods for seed in self.seeds}
-        try:
-            make_folder(output / WORKERS / "compare")
-        except OSError as error:
-            raise UserError(f"{output} cannot be a folder ({error.strerror}); choose another", "--output") from None
+        make_own_folder(output / WORKERS / "compare")
         held = Lock(output / WORKERS / "compare").acquire()
         try:
             table = self._train()
@@ -162,7 +159,7 @@ def _point(sweep: SweepConfig, run: Resolved, name: str, method: Overrides) -> N
     """
     student, teacher, made = run.config.student, run.config.teacher, dict(method)
     if "cache.dir" in made:
-        raise UserError(f"method {name}: cache.dir cannot be set; a comparison has caches of its own", "--method")
+        raise UserError(f"method {name}: cache.dir cannot be set; a comparison has caches of its own")
     init = str(method.get("student.init", student.init))
     if init != student.init and student.layers is not None:
         made.setdefault("student.layers", None)

@@ -20,7 +20,7 @@ from pkd_dist.lock import waiting_lock
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.student import INIT_METHODS
 from pkd_dist.search.processes import Processes, last_error, python
-from pkd_dist.search.shared import BASE_STAGES, SweepConfig
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig, make_own_folder
 from pkd_dist.search.shares import Share
 from pkd_dist.search.study import WORKERS, Study
 from pkd_dist.stages.base import Markers
@@ -100,7 +100,7 @@ class Crew:
     ) -> None:
         """Run stages of what all points share, on all cores; see `Processes.run`."""
         with waiting_lock(self.sweep.folder / WORKERS / "bases"):
-            make_folder(folder)
+            make_own_folder(folder)
             log.info("%s: %s: %s", self.processes.command, folder, ", ".join(stages))
             arguments = ["--config", self.sweep.file, *self.sweep.given, *overrides, "--stages", ",".join(stages)]
             self.processes.run(arguments, folder / "log.txt", launcher)

@@ -14,7 +14,8 @@ from typing import Any
 
 from pkd_dist.config.load import load
 from pkd_dist.config.schema import Config
-from pkd_dist.files import digest_of
+from pkd_dist.errors import UserError
+from pkd_dist.files import digest_of, make_folder
 from pkd_dist.stages.context import teacher_name
 
 BASE_STAGES = ("data", "teacher", "cache")
@@ -113,6 +114,21 @@ def needs_own_base(key: str, config: Config) -> bool:
     keys = {"student": _STUDENT_KEYS, "distill": _PAIRS | _TERMS}.get(section, set())
     of_pairs = key in _OF_PAIRS and (config.distill.all_tokens or not config.distill.alpha)
     return section in _SECTIONS or name in keys or of_pairs
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make a folder of a study.
+
+    Raises:
+        UserError: It cannot be one.
+    """
+    try:
+        make_folder(folder)
+    except OSError as error:
+        problem = (
+            f"{folder} cannot be a folder ({error.strerror}); remove what is in its place, or choose another folder"
+        )
+        raise UserError(problem, "--output") from None
 
 
 def _override(key: str, value: object) -> str:

@@ -19,7 +19,7 @@ from pkd_dist.files import discard, make_folder
 from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE
 from pkd_dist.search.footprint import Footprint, footprint
-from pkd_dist.search.shared import BASE_STAGES, SweepConfig
+from pkd_dist.search.shared import BASE_STAGES, SweepConfig, make_own_folder
 from pkd_dist.search.space import as_overrides
 from pkd_dist.search.study import POINT, TOGETHER, WORKERS, Claim, Study, objective_value
 from pkd_dist.stages import distill, init
@@ -110,6 +110,7 @@ class Bases:
             def tick() -> None:
                 self._world.interrupt("preparing a study")
 
+            make_own_folder(folder)
             with waiting_lock(lock, tick):
                 with waiting_lock(folder, tick):  # a run that a killed command left behind is still stopping
                     pass

@@ -18,7 +18,7 @@ from pkd_dist.search.runner import Opened
 from pkd_dist.search.shared import SweepConfig
 from pkd_dist.search.study import REASON, WORKERS, Claim, Study, shown_value
 from pkd_dist.search.trial import Bases, Found, OpenTrial, TooLargeError, clean, open_trial, train
-from pkd_dist.telemetry.log import log, to_file
+from pkd_dist.telemetry.log import log, to_file, to_terminal
 
 _FAILURES_IN_A_ROW = 5
 _POLL_SECONDS = 1.0
@@ -63,9 +63,10 @@ def search(opened: Opened, name: str, world: World) -> None:
         UserError: What all points share cannot be made, or points fail one after the other, and none has succeeded.
     """
     sweep, study, bases = opened.sweep, opened.study(), Bases(opened.sweep, world)
-    to_file(sweep.folder / WORKERS / name, 0)
     if opened.one_base:
         bases.of([])  # what is wrong with it is no failure of a trial
+        to_terminal(True)  # leaves the log file of the base
+    to_file(sweep.folder / WORKERS / name, 0)
 
     def train_claims(claims: list[Claim]) -> None:
         trials = (_open(claim, study, bases, opened) for claim in claims)

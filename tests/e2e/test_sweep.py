@@ -125,14 +125,18 @@ def test_a_point_that_fails_is_kept_with_its_reason(done, taught, data, tmp_path
     assert "student.layers" in made.loc[(3e-3, "[1, 9]"), "reason"]
 
 
-def test_what_all_points_share_cannot_be_made(taught, data, tmp_path):
-    """No point fails of it; once it is mended, the same command trains them."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_all_points_share_cannot_be_made(taught, data, tmp_path, workers):
+    """No point fails of it."""
     config, folder = searched(taught, data, tmp_path), tmp_path / "out"
     folder.mkdir()
     (folder / "bases").touch()  # where a folder should be
-    ended = sweep(config, folder)
+    ended = sweep(config, folder, workers=workers)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert str(folder / "bases") in ended.stderr
+    assert (
+        f"{folder / 'bases'}/" in ended.stderr
+        and "cannot be a folder (File exists); remove what is in its place" in ended.stderr
+    )
     assert {trial.state.name for trial in read(folder).trials} == {"WAITING"}
 
 
