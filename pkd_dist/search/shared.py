@@ -125,9 +125,9 @@ def make_own_folder(folder: Path) -> None:
     try:
         make_folder(folder)
     except OSError as error:
-        problem = (
-            f"{folder} cannot be a folder ({error.strerror}); remove what is in its place, or choose another folder"
-        )
+        place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        named = folder if place.is_dir() else place
+        problem = f"{named} cannot be a folder ({error.strerror}); remove what is in its place, or choose another"
         raise UserError(problem, "--output") from None
 
 

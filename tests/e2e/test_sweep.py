@@ -133,10 +133,7 @@ def test_what_all_points_share_cannot_be_made(taught, data, tmp_path, workers):
     (folder / "bases").touch()  # where a folder should be
     ended = sweep(config, folder, workers=workers)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert (
-        f"{folder / 'bases'}/" in ended.stderr
-        and "cannot be a folder (File exists); remove what is in its place" in ended.stderr
-    )
+    assert f"{folder / 'bases'} cannot be a folder (File exists); remove what is in its place" in ended.stderr
     assert {trial.state.name for trial in read(folder).trials} == {"WAITING"}
 
 
