@@ -106,9 +106,13 @@ class Crew:
             self.processes.run(arguments, folder / "log.txt", launcher)
 
     def make_caches(self, points: Iterable[Sequence[str]], shares: Sequence[Share | None]) -> None:
-        """Make the caches of points where they are missing, if no worker would do it with all cores, or with as many GPUs.
+        """Make the missing caches of points before several workers start on a CPU.
 
-        One of several workers would make a cache with its share of the cores, while the others wait.
+        One of them would make a cache with its share of the cores, while the others wait. A single worker has all cores, and on
+        GPUs a worker makes a cache as fast as a process of its own.
+
+        Args:
+            shares: Of the workers.
         """
         if len(shares) == 1 or any(share and share.devices for share in shares):
             return
