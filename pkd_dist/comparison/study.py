@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,11 +101,12 @@ class Comparison:
             crew.train_all(self.shares[: len(study.trials) - study.ended], table.update)
         return table
 
-    def _cached(self, study: Study) -> list[list[str]]:
-        """Return the methods that are left to train and use a cache, as overrides."""
+    def _cached(self, study: Study) -> Iterator[list[str]]:
+        """Yield the methods that are left to train and use a cache, as overrides."""
         left = {Named(*trial.user_attrs[NAMED]).name for trial in study.trials if not trial.state.is_finished()}
-        points = [method.overrides for method in self.methods if method.name in left]
-        return [point for point in points if _resolved(self.sweep, point).cached]
+        for method in self.methods:
+            if method.name in left and _resolved(self.sweep, method.overrides).cached:
+                yield method.overrides
 
 
 def open_comparison(

@@ -53,14 +53,15 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
 
 def until(happens: Callable[[], object], what: str, timeout_seconds: float = 180) -> None:
-    """Looks until it happens, a tenth of the time; what it waits for is a file or a state."""
+    """Looks until it happens, a tenth of the time and at least each second; what it waits for is a file or a state."""
     deadline = time.monotonic() + timeout_seconds
-    began = time.monotonic()
-    while not happens():
-        now = time.monotonic()
-        assert now < deadline, f"{what}: not within {timeout_seconds} s"
-        time.sleep(max(0.02, 10 * (now - began)))
+    while True:
         began = time.monotonic()
+        if happens():
+            return
+        ended = time.monotonic()
+        assert ended < deadline, f"{what}: not within {timeout_seconds} s"
+        time.sleep(min(1.0, max(0.02, 10 * (ended - began))))
 
 
 class Cluster:
