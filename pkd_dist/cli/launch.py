@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from pkd_dist.telemetry.output import keep_going, open_missing
 
 if TYPE_CHECKING:
     from pkd_dist.distributed.world import World
+
+_SPEAKING_SECONDS = 10.0
+"""Delay before a rank leaves in silence: on a busy node the rank that says why may have started seconds later."""
 
 
 def train(argv: Sequence[str], program: str = "launcher/train.py") -> int:
@@ -61,6 +65,8 @@ def train(argv: Sequence[str], program: str = "launcher/train.py") -> int:
     except UserError as error:
         if first_of_node():
             print(f"pkd: {error}; see --help", file=sys.stderr, flush=True)
+        else:
+            _let_first_speak()
         return error.exit_status
     return launch(options.config, options.overrides, names, options.fresh, options.dry_run)
 
@@ -197,12 +203,19 @@ class _Process:
         # The ranks have not met: the first rank of each node speaks where it fails.
         if speaks_without_rank_0() if isinstance(error, LostRank) else first_of_node():
             return _explain(error)
+        self.signals.uninstall()
+        _let_first_speak()
         return None, getattr(error, "exit_status", 1)
 
     def finish(self, status: int) -> None:
         if self.world is not None:
             self.world.linger() if status else self.world.close()
         self.signals.uninstall()
+
+
+def _let_first_speak() -> None:
+    """Wait to be ended by the launcher, which ends all ranks of a node with the first that fails, or has not begun to speak."""
+    time.sleep(_SPEAKING_SECONDS)
 
 
 def leave(status: int) -> NoReturn:

@@ -135,9 +135,14 @@ def test_one_host_listens_on_loopback_only(tmp_path):
 
 
 def test_a_master_that_does_not_resolve(config, tmp_path):
-    """On the second of two nodes, its first rank reports the error although it is not rank 0."""
+    """On the second of two nodes, its first rank reports the error: it is not rank 0, and here it comes last."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, time\ntime.sleep(3 * (os.environ['LOCAL_RANK'] == '0'))\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
     node = by_hand(tmp_path, [1, 2], "nowhere.invalid")[1]
-    [end] = finish(start([[*node, TRAIN, "--config", str(config)]]))
+    [end] = finish(start([[*node, str(late), "--config", str(config)]]))
     assert end.returncode == 2, end.stdout + end.stderr
     [line] = end.stderr.splitlines()
     assert line.startswith("pkd: MASTER_ADDR=nowhere.invalid cannot be reached from ") and "--master_addr" in line
