@@ -22,8 +22,8 @@ def in_background(log, *arguments):
 
 
 def workers_of(process):
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "--worker" in child.cmdline()]
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and child.name() == "pkd worker"]
 
 
 def wait_for(happens, process, timeout_seconds=120):

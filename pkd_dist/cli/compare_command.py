@@ -36,19 +36,23 @@ def compare(
     """
 
     def work() -> None:
-        from rich.table import Table
-
-        from pkd_dist.comparison.methods import parse_methods
-        from pkd_dist.comparison.table import MIN_SEEDS, rows
-        from pkd_dist.telemetry.markup import console
+        from pkd_dist.search.forks import opened
         from pkd_dist.telemetry.output import keep_going
 
         keep_going()  # the table is also in the folder
-        chosen = parse_methods(methods, method or [])
-        with requires_extra("sweep"):
-            from pkd_dist.comparison.study import open_comparison
-        found = open_comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs)
-        made = found.run_all()
+        with opened() as forks:
+            from pkd_dist.comparison.methods import parse_methods
+
+            chosen = parse_methods(methods, method or [])
+            with requires_extra("sweep"):
+                from pkd_dist.comparison.study import open_comparison
+            found = open_comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs)
+            made = found.run_all(forks)
+        from rich.table import Table
+
+        from pkd_dist.comparison.table import MIN_SEEDS, rows
+        from pkd_dist.telemetry.markup import console
+
         header, body = rows(made)
         table = Table(*header)
         for row in body:

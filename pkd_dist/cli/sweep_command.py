@@ -60,12 +60,15 @@ def sweep(
         elif config is None or output is None:
             raise UserError("is missing", "--config" if config is None else "--output")
         else:
-            folder = output
-            found = _opened(config, given, folder)
-            from pkd_dist.search.runner import run
-            from pkd_dist.search.summary import describe
+            from pkd_dist.search.forks import opened
 
-            outcome = run(found, workers, trials_only)
+            folder = output
+            with opened() as forks:
+                found = _opened(config, given, folder)
+                from pkd_dist.search.runner import run
+                from pkd_dist.search.summary import describe
+
+                outcome = run(found, workers, trials_only, forks)
             print(describe(outcome) if outcome else f"sweep: no trial is left; {folder}")
 
     run_command(search)

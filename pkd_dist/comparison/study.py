@@ -30,6 +30,7 @@ from pkd_dist.evaluation.results import Results
 from pkd_dist.files import digest_of, first_free, move, write_atomically, write_json
 from pkd_dist.lock import Lock
 from pkd_dist.search.crew import Crew, frozen, identity
+from pkd_dist.search.forks import Forks
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import SweepConfig, make_own_folder
 from pkd_dist.search.shares import Share, require_divisible, shares, train_command, visible_devices
@@ -60,8 +61,11 @@ class Comparison:
     launcher: str
     shares: Sequence[Share | None]
 
-    def run_all(self) -> Summary:
+    def run_all(self, forks: Forks | None = None) -> Summary:
         """Train the runs that are not finished, write the table after each, and return it.
+
+        Args:
+            forks: See `Processes`.
 
         Raises:
             UserError: A run failed; the other active runs were stopped and resume when the command is rerun. Or the folder has a
@@ -73,7 +77,7 @@ class Comparison:
         make_own_folder(output / WORKERS / "compare")
         held = Lock(output / WORKERS / "compare").acquire()
         try:
-            table = self._train()
+            table = self._train(forks)
         finally:
             held.release()
         if diverged := sorted(wanted - table.shown):
@@ -81,12 +85,13 @@ class Comparison:
             raise DivergedError(f"compare: {named} diverged; the table in {output} has the other runs")
         return table.write()
 
-    def _train(self) -> _Table:
+    def _train(self, forks: Forks | None) -> _Table:
         path = self.sweep.folder / TABLE
         if path.exists() and not (self.sweep.folder / JOURNAL).exists():
             move(path, kept := first_free(path))
             log.info("compare: the table of an earlier version is kept as %s; finished runs are not run again", kept)
-        config, study, processes = self.run.config, open_study(self.sweep.folder), Processes("compare")
+        config, study = self.run.config, open_study(self.sweep.folder)
+        processes = Processes("compare", forks)
         same = identity(config.model_copy(update={"sweep": SETTINGS}), self.run)
         study.prepare(same, self.run.task.main_metric)
         study.request(self.methods, self.seeds)

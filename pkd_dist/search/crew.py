@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from pkd_dist.files import first_free, make_folder, sha256, write_atomically
 from pkd_dist.lock import waiting_lock
 from pkd_dist.model import digests, encoder
 from pkd_dist.model.student import INIT_METHODS
-from pkd_dist.search.processes import Processes, last_error, python
+from pkd_dist.search.processes import Process, Processes, last_error
 from pkd_dist.search.shared import BASE_STAGES, SweepConfig, make_own_folder
 from pkd_dist.search.shares import Share
 from pkd_dist.search.study import WORKERS, Study
@@ -72,7 +71,7 @@ def identity(config: Config, run: Resolved) -> dict[str, object]:
 
 @dataclass
 class _Worker:
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     share: Share | None
 
@@ -144,9 +143,11 @@ class Crew:
                     bar.grow(total)
                     bar.advance(now - ended, note)
                     ended, died = now, 0
-                for worker in [worker for worker in workers if worker.process.poll() is not None]:
+                for worker, status in [(worker, worker.process.poll()) for worker in workers]:
+                    if status is None:
+                        continue
                     workers.remove(worker)
-                    if self._ended_well(worker):
+                    if self._ended_well(worker, status):
                         continue
                     died += 1
                     if died > _RESTARTS:
@@ -162,9 +163,8 @@ class Crew:
         if ignored:
             log.info("%s: cache.dir (%s) is ignored; caches are in %s", command, ignored, folder / "bases")
 
-    def _ended_well(self, worker: _Worker) -> bool:
+    def _ended_well(self, worker: _Worker, status: int) -> bool:
         """Return whether a worker found nothing left to train; False: it was killed. Raises its error."""
-        status = worker.process.returncode
         if status >= 0 and status != Preempted.exit_status:
             self.processes.require_success(worker.process, worker.log, status)
             return True
@@ -182,8 +182,8 @@ class Crew:
             if share.devices:
                 variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
         where = ["--config", sweep.file, "--output", str(sweep.folder), "--worker", folder.name]
-        command = [*python("pkd_dist.cli.worker"), self.study.kind, *where, *self.arguments, *sweep.given]
-        process = self.processes.start(command, folder / "log.txt", variables)
+        arguments = [self.study.kind, *where, *self.arguments, *sweep.given]
+        process = self.processes.start("pkd_dist.cli.worker", arguments, folder / "log.txt", variables)
         if share and share.pinned:
             with suppress(ProcessLookupError):  # before it has started ranks, which divide its cores
                 os.sched_setaffinity(process.pid, share.cores)

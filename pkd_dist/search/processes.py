@@ -15,6 +15,7 @@ from typing import NoReturn
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.lock import waiting_lock
+from pkd_dist.search.forks import Fork, Forks
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,24 +41,34 @@ def program(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", f"{_ends_with_parent()}os.execvp(sys.argv[1], sys.argv[1:])", *command]
 
 
+Process = Fork | subprocess.Popen[bytes]
+
+
 class Processes:
     """The running processes of a command. To be used in the main thread.
 
     Args:
         command: Its name, for messages.
+        forks: What forks them; None: each loads the libraries itself.
     """
 
-    def __init__(self, command: str):
-        self.command = command
-        self._running: list[subprocess.Popen[bytes]] = []
+    def __init__(self, command: str, forks: Forks | None = None):
+        self.command, self._forks = command, forks
+        self._running: list[Process] = []
         self._stopped = f"{command}: stopped; finished runs are kept, rerun the same command to resume"
 
-    def start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a process; its output is appended to a file.
+    def start(self, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> Process:
+        """Start a program of this package, as `python -m module`; its output is appended to a file.
 
         Args:
             variables: Of the environment, beside those of this process.
         """
+        if fork := self._forks and self._forks.start(module, arguments, log, variables):
+            self._running.append(fork)
+            return fork
+        return self._start([*python(module), *arguments], log, variables)
+
+    def _start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> Process:
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **variables}
@@ -76,10 +87,13 @@ class Processes:
         """
         with waiting_lock(log.parent):  # a run that a killed command left behind is still stopping
             pass
-        process = self.start([*(program(launcher) if launcher else python("pkd_dist.train")), *arguments], log, {})
+        if launcher:
+            process = self._start([*program(launcher), *arguments], log, {})
+        else:
+            process = self.start("pkd_dist.train", arguments, log, {})
         self.require_success(process, log, process.wait())
 
-    def require_success(self, process: subprocess.Popen[bytes], log: Path, status: int) -> None:
+    def require_success(self, process: Process, log: Path, status: int) -> None:
         """Raise what a process ended with, unless it ended well."""
         self._running.remove(process)
         if status == Preempted.exit_status:
@@ -88,7 +102,7 @@ class Processes:
             kind = DivergedError if status == DivergedError.exit_status else UserError
             raise kind(f"{last_error(log)} (full output: {log})")
 
-    def forget(self, process: subprocess.Popen[bytes]) -> None:
+    def forget(self, process: Process) -> None:
         """Leave out a process that has ended."""
         self._running.remove(process)
 

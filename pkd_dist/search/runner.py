@@ -23,6 +23,7 @@ from pkd_dist.errors import UserError
 from pkd_dist.lock import waiting_lock
 from pkd_dist.metric_names import DIVERGENCE, METRICS, MULTILABEL_METRICS
 from pkd_dist.search.crew import Crew, frozen, identity
+from pkd_dist.search.forks import Forks
 from pkd_dist.search.outcome import PAGE, Outcome, find
 from pkd_dist.search.processes import Processes
 from pkd_dist.search.shared import SweepConfig, needs_own_base
@@ -104,19 +105,20 @@ def _metrics(task: tasks.Task) -> list[str]:
     return [*own, DIVERGENCE]
 
 
-def run(opened: Opened, workers: int | None, trials_only: bool = False) -> Outcome | None:
+def run(opened: Opened, workers: int | None, trials_only: bool = False, forks: Forks | None = None) -> Outcome | None:
     """Run a sweep to its end.
 
     Args:
         workers: Processes on this machine; None: one for each GPU, without GPUs one for each core.
         trials_only: End when no trial is left, and return None: another call finds the winner.
+        forks: See `Processes`.
 
     Raises:
         UserError, DivergedError, Preempted: See `errors.py`.
     """
     from pkd_dist.search import page  # brings plotly, which the workers do not need
 
-    processes = Processes("sweep")
+    processes = Processes("sweep", forks)
     devices, cores = visible_devices(), sorted(os.sched_getaffinity(0))[: limits.cores()]
     count = workers or len(devices) or len(cores)
     access = load_access(opened.config.metrics) if opened.config.metrics.enabled else Access()
