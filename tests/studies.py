@@ -23,7 +23,8 @@ def in_background(log, *arguments):
 
 def workers_of(process):
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and child.name() == "pkd worker"]
+    living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if child.name() == "pkd worker" or "--worker" in child.cmdline()]  # forked or not
 
 
 def wait_for(happens, process, timeout_seconds=120):

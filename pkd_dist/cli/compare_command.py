@@ -9,7 +9,9 @@ import typer
 
 from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import ConfigFile, Overrides, numbers, run_command
+from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
+from pkd_dist.search import forks
 
 
 def compare(
@@ -36,18 +38,18 @@ def compare(
     """
 
     def work() -> None:
-        from pkd_dist.search.forks import opened
+        from pkd_dist.comparison.methods import parse_methods
         from pkd_dist.telemetry.output import keep_going
 
         keep_going()  # the table is also in the folder
-        with opened() as forks:
-            from pkd_dist.comparison.methods import parse_methods
+        load(config, overrides or [])  # tells at once what is wrong there
+        chosen, wanted = parse_methods(methods, method or []), _seeds(seeds)
+        with requires_extra("sweep"):
+            forks.load_libraries()
+        from pkd_dist.comparison.study import open_comparison
 
-            chosen = parse_methods(methods, method or [])
-            with requires_extra("sweep"):
-                from pkd_dist.comparison.study import open_comparison
-            found = open_comparison(config, overrides or [], chosen, _seeds(seeds), output, launcher, jobs)
-            made = found.run_all(forks)
+        with forks.opened() as source:
+            made = open_comparison(config, overrides or [], chosen, wanted, output, launcher, jobs).run_all(source)
         from rich.table import Table
 
         from pkd_dist.comparison.table import MIN_SEEDS, rows

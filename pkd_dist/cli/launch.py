@@ -214,8 +214,9 @@ class _Process:
 
 
 def _let_first_speak() -> None:
-    """Wait to be ended by the launcher, which ends all ranks of a node with the first that fails, or has not begun to speak."""
-    time.sleep(_SPEAKING_SECONDS)
+    """Wait for the launcher to end this rank: if it left at once, the launcher could end the first rank before that has spoken."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(_SPEAKING_SECONDS)
 
 
 def leave(status: int) -> NoReturn:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pkd_dist.cli.launch import requires_extra
 from pkd_dist.cli.options import run_command
+from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
+from pkd_dist.search import forks
 from pkd_dist.telemetry.output import keep_going
-
-if TYPE_CHECKING:
-    from pkd_dist.search.runner import Opened
 
 
 def sweep(
@@ -60,25 +59,17 @@ def sweep(
         elif config is None or output is None:
             raise UserError("is missing", "--config" if config is None else "--output")
         else:
-            from pkd_dist.search.forks import opened
+            load(config, given)  # tells at once what is wrong there
+            with requires_extra("sweep"):
+                forks.load_libraries()
+            from pkd_dist.search.runner import open_sweep, run
+            from pkd_dist.search.summary import describe
 
-            folder = output
-            with opened() as forks:
-                found = _opened(config, given, folder)
-                from pkd_dist.search.runner import run
-                from pkd_dist.search.summary import describe
-
-                outcome = run(found, workers, trials_only, forks)
-            print(describe(outcome) if outcome else f"sweep: no trial is left; {folder}")
+            with forks.opened() as source:
+                outcome = run(open_sweep(config, given, output), workers, trials_only, source)
+            print(describe(outcome) if outcome else f"sweep: no trial is left; {output}")
 
     run_command(search)
-
-
-def _opened(config: str, overrides: list[str], output: Path) -> Opened:
-    with requires_extra("sweep"):
-        from pkd_dist.search.runner import open_sweep
-
-        return open_sweep(config, overrides, output)
 
 
 def _show(arguments: list[str], options: list[tuple[str, object]]) -> None:

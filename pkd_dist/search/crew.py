@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,18 +142,15 @@ class Crew:
                     bar.grow(total)
                     bar.advance(now - ended, note)
                     ended, died = now, 0
-                for worker, status in [(worker, worker.process.poll()) for worker in workers]:
-                    if status is None:
-                        continue
-                    workers.remove(worker)
-                    if self._ended_well(worker, status):
-                        continue
-                    died += 1
-                    if died > _RESTARTS:
-                        raise UserError(
-                            f"{died} workers were killed without finishing a run; the last one: {last_error(worker.log)}"
-                        )
-                    workers.append(self._start(worker.share))
+                ended_now = [(worker, status) for worker in workers if (status := worker.process.poll()) is not None]
+                killed = [worker for worker, status in ended_now if not self._ended_well(worker, status)]
+                died += bool(killed)  # those of one moment have one cause
+                if died > _RESTARTS:
+                    raise UserError(
+                        f"workers were killed {died} times without finishing a run; the last one: {last_error(killed[-1].log)}"
+                    )
+                workers = [worker for worker in workers if worker not in [each for each, _ in ended_now]]
+                workers += [self._start(worker.share) for worker in killed]
         watch(0)
 
     def _announce(self, workers: int) -> None:
@@ -183,8 +179,6 @@ class Crew:
                 variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.devices)
         where = ["--config", sweep.file, "--output", str(sweep.folder), "--worker", folder.name]
         arguments = [self.study.kind, *where, *self.arguments, *sweep.given]
-        process = self.processes.start("pkd_dist.cli.worker", arguments, folder / "log.txt", variables)
-        if share and share.pinned:
-            with suppress(ProcessLookupError):  # before it has started ranks, which divide its cores
-                os.sched_setaffinity(process.pid, share.cores)
+        cores = share.cores if share and share.pinned else ()
+        process = self.processes.start("pkd_dist.cli.worker", arguments, folder / "log.txt", variables, cores)
         return _Worker(process, folder / "log.txt", share)

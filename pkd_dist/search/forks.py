@@ -1,10 +1,10 @@
 """Starts programs of this package in milliseconds: forks of a process that has loaded the libraries.
 
 A fresh Python needs seconds to load them, and each of a study's programs would hold its own copy in memory. So `pkd sweep` and `pkd compare`
-fork a *source* before they do anything else, when they have no thread yet. It loads the libraries while the command checks its input, and
-then only forks. It ends with the command, and the programs that still run then get SIGTERM.
+load all libraries first and then, while they have no thread yet, fork a *source* that does nothing but fork programs. It ends with the
+command, and the programs that still run then get SIGTERM.
 
-Where there are GPUs no program is forked: what has looked for a GPU before a fork has lost it after.
+Where there are GPUs no program is forked: a process that has asked for a GPU cannot use it after a fork.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.context import ForkProcess
@@ -31,17 +31,20 @@ from pkd_dist.errors import Preempted
 
 _LIBRARIES = (
     "pkd_dist.pipeline", "pkd_dist.search.worker", "pkd_dist.comparison.runs",
-    "transformers.models.auto.modeling_auto", "sklearn.metrics",
+    "transformers.models.auto.modeling_auto",
 )  # fmt: skip
-_GPUS = ("/dev/nvidiactl", "/dev/kfd")
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_WITH_THREADS = ("sklearn.metrics",)
+"""Loaded by the source alone: their threads are not missed in a fork, but the command must have none."""
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-ctrl")
+PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 class _Order(NamedTuple):
     module: str
     arguments: list[str]
-    log: str
+    output: str
     variables: dict[str, str]
+    cores: tuple[int, ...]
 
 
 class Fork:
@@ -76,8 +79,10 @@ class Forks:
 
     def __init__(self) -> None:
         self._line, theirs = Pipe()
-        self._begun: SimpleQueue[Fork | None] = SimpleQueue()
+        self._begun: SimpleQueue[Fork | OSError | None] = SimpleQueue()
         command = os.getpid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a process has ended
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self._source = os.fork()
         if not self._source:
             try:
@@ -87,42 +92,83 @@ class Forks:
                 os._exit(1)
         theirs.close()
         # In a thread, because a signal's exception in the main thread could lose half a message.
-        threading.Thread(target=self._listen, name="forks", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="forks", daemon=True)
+        self._listener.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _listen(self) -> None:
+        """Note what begins and ends, until the source and all programs have ended: each holds the other end of the line."""
         running: dict[int, Fork] = {}
         with suppress(EOFError, OSError):
             while True:
                 pid, status = self._line.recv()
-                if status is None:
+                if pid is None:
+                    self._begun.put(status)
+                elif status is None:
                     running[pid] = Fork(pid)
                     self._begun.put(running[pid])
                 else:
                     running.pop(pid).end(status)
-        for fork in running.values():  # the source was killed, and they stopped with it
-            fork.end(-signal.SIGKILL)
+        for fork in running.values():  # they got SIGTERM when the source ended
+            fork.end(Preempted.exit_status)
         self._begun.put(None)
 
-    def start(self, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> Fork | None:
-        """Fork a program, as `python -m module`; its output is appended to a file. None: the source has ended.
+    def start(
+        self, module: str, arguments: Sequence[str], output: Path, variables: Mapping[str, str], cores: Iterable[int]
+    ) -> Fork | None:
+        """Fork a program, as `python -m module`; return None if the source has ended.
 
         Args:
-            variables: Of the environment, beside those of the command.
+            output: What it prints is appended to this file.
+            variables: Of the environment, beside those that the command began with.
+            cores: The cores that it may use; empty: those of the command.
+
+        Raises:
+            OSError: The file cannot be written, or there is no room for another process.
         """
+        with open(output, "ab"):
+            pass
         try:
-            self._line.send(_Order(module, list(arguments), os.path.abspath(log), dict(variables)))
+            self._line.send(_Order(module, list(arguments), os.path.abspath(output), dict(variables), tuple(cores)))
+            begun = self._begun.get()
         except OSError:
             return None
-        return self._begun.get()
+        except BaseException:  # of a signal's handler: what was begun must not be left alone
+            os.kill(self._source, signal.SIGKILL)
+            raise
+        if isinstance(begun, OSError):
+            raise begun
+        return begun
 
     def close(self) -> None:
+        """End the source, and wait until programs that still run have stopped."""
         os.kill(self._source, signal.SIGKILL)
         os.waitpid(self._source, 0)
+        self._listener.join()
+
+
+def load_libraries() -> None:
+    """Load what all programs need, without starting a thread."""
+    keep_freed_blocks()
+    given = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy's products, which are small here
+    _load(_LIBRARIES)
+    if given is None:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+    else:
+        os.environ["OPENBLAS_NUM_THREADS"] = given
+
+
+def _load(names: Iterable[str]) -> None:
+    gc.disable()  # imports make millions of objects, none of them garbage
+    for name in names:
+        importlib.import_module(name)
+    gc.enable()
 
 
 @contextmanager
 def opened() -> Iterator[Forks | None]:
-    """Fork the source from this process; None where there are GPUs, or this process has threads already."""
+    """Fork the source from this process, after `load_libraries`; None where there are GPUs, or this process has threads."""
     if any(map(os.path.exists, _GPUS)) or len(os.listdir("/proc/self/task")) > 1:
         yield None
         return
@@ -134,38 +180,41 @@ def opened() -> Iterator[Forks | None]:
 
 
 def _serve(line: Connection, command: int) -> NoReturn:
-    """Be the source: load the libraries, then fork a program for each order and report its end, until the command ends."""
+    """Be the source: fork a program for each order and report its end, until the command ends."""
+    # Signals stay blocked: those to all processes of a job are for the others.
     _with_parent(command, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # those to all processes of a job are for the others
+    _name("pkd source")
     _output_to(os.devnull)
-    keep_freed_blocks()
-    gc.disable()
-    for name in _LIBRARIES:
-        importlib.import_module(name)
+    _load(_WITH_THREADS)
     gc.freeze()  # else a collection in a program walks, and so copies, what all share
-    gc.enable()
     running: list[ForkProcess] = []
     while True:
         if line in wait([line, *(process.sentinel for process in running)]):
             process = ForkProcess(target=_become, args=(line.recv(), os.getpid()))
-            process.start()
-            running.append(process)
-            line.send((process.pid, None))
+            try:
+                process.start()
+            except OSError as error:
+                line.send((None, error))
+            else:
+                running.append(process)
+                line.send((process.pid, None))
         for process in [process for process in running if process.exitcode is not None]:
             running.remove(process)
             line.send((process.pid, process.exitcode))
 
 
 def _become(order: _Order, source: int) -> None:
-    """Be a program."""
+    """Be a program. It inherits the source's end of the line, which must stay open: see `Forks._listen`."""
     import torch
 
     _with_parent(source, signal.SIGTERM)
     _name(f"pkd {order.module.rpartition('.')[2]}")
-    _output_to(order.log)
+    _output_to(order.output)
     os.environ.update(order.variables)
-    if (threads := order.variables.get("OMP_NUM_THREADS", "")).isdecimal():  # torch has read the command's
-        torch.set_num_threads(int(threads))
+    if order.cores:
+        os.sched_setaffinity(0, order.cores)
+    if (threads := order.variables.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads):
+        torch.set_num_threads(int(threads))  # it has read the command's
     sys.argv = [order.module, *order.arguments]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     runpy.run_module(order.module, run_name="__main__", alter_sys=True)
@@ -173,7 +222,7 @@ def _become(order: _Order, source: int) -> None:
 
 def _with_parent(parent: int, number: signal.Signals) -> None:
     """Get a signal when the parent ends; end now if it has ended already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(Preempted.exit_status)
 

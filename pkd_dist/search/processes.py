@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -15,14 +15,13 @@ from typing import NoReturn
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import DivergedError, Preempted, UserError
 from pkd_dist.lock import waiting_lock
-from pkd_dist.search.forks import Fork, Forks
-
-_PR_SET_PDEATHSIG = 1
+from pkd_dist.search.forks import PR_SET_PDEATHSIG, Fork, Forks
+from pkd_dist.telemetry.log import log
 
 
 def _ends_with_parent() -> str:
     """Return Python code that asks for SIGTERM when the starting thread ends, and exits at once if this process is already gone."""
-    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM.value})"
+    ask = f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {signal.SIGTERM.value})"
     return f"import ctypes, os, sys; {ask}; os.getppid() == {os.getpid()} or sys.exit({Preempted.exit_status}); "
 
 
@@ -57,50 +56,66 @@ class Processes:
         self._running: list[Process] = []
         self._stopped = f"{command}: stopped; finished runs are kept, rerun the same command to resume"
 
-    def start(self, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> Process:
-        """Start a program of this package, as `python -m module`; its output is appended to a file.
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        output: Path,
+        variables: Mapping[str, str],
+        cores: Iterable[int] = (),
+    ) -> Process:
+        """Start a program of this package, as `python -m module`.
 
         Args:
+            output: What it prints is appended to this file.
             variables: Of the environment, beside those of this process.
+            cores: The cores that it may use; empty: all of this process.
         """
-        if fork := self._forks and self._forks.start(module, arguments, log, variables):
-            self._running.append(fork)
-            return fork
-        return self._start([*python(module), *arguments], log, variables)
+        if self._forks:
+            if fork := self._forks.start(module, arguments, output, variables, cores):
+                self._running.append(fork)
+                return fork
+            log.debug("%s: what forks programs has ended; %s loads the libraries itself", self.command, module)
+        process = self._start([*python(module), *arguments], output, variables)
+        if cores:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, cores)
+        return process
 
-    def _start(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> Process:
-        with open(log, "ab") as output:
+    def _start(self, command: Sequence[str], output: Path, variables: Mapping[str, str]) -> Process:
+        with open(output, "ab") as file:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **variables}
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, **variables}
             )
         self._running.append(process)
         return process
 
-    def run(self, arguments: Sequence[str], log: Path, launcher: Sequence[str] = ()) -> None:
+    def run(self, arguments: Sequence[str], output: Path, launcher: Sequence[str] = ()) -> None:
         """Run the launcher with these arguments to its end.
 
         Args:
+            output: What it prints is appended to this file.
             launcher: See `shares.train_command`; empty: this Python, one rank.
 
         Raises:
             UserError, DivergedError, Preempted: As it ended.
         """
-        with waiting_lock(log.parent):  # a run that a killed command left behind is still stopping
+        with waiting_lock(output.parent):  # a run that a killed command left behind is still stopping
             pass
         if launcher:
-            process = self._start([*program(launcher), *arguments], log, {})
+            process = self._start([*program(launcher), *arguments], output, {})
         else:
-            process = self.start("pkd_dist.train", arguments, log, {})
-        self.require_success(process, log, process.wait())
+            process = self.start("pkd_dist.train", arguments, output, {})
+        self.require_success(process, output, process.wait())
 
-    def require_success(self, process: Process, log: Path, status: int) -> None:
+    def require_success(self, process: Process, output: Path, status: int) -> None:
         """Raise what a process ended with, unless it ended well."""
         self._running.remove(process)
         if status == Preempted.exit_status:
             raise Preempted(self._stopped, signal.SIGTERM)
         if status:
             kind = DivergedError if status == DivergedError.exit_status else UserError
-            raise kind(f"{last_error(log)} (full output: {log})")
+            raise kind(f"{last_error(output)} (full output: {output})")
 
     def forget(self, process: Process) -> None:
         """Leave out a process that has ended."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import forked
 import psutil
@@ -13,94 +14,155 @@ from pkd_dist.search import forks
 PROGRAM = """
 import json, os, pathlib, signal, sys, threading
 print("begins", flush=True)
-said, ended = pathlib.Path(sys.argv[1]), threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: ended.set())
-said.write_text(json.dumps([sys.argv[1:], os.environ["GREETING"], pathlib.Path("/proc/self/comm").read_text().strip(), os.getpid()]))
+said, told = pathlib.Path(sys.argv[1]), threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+facts = os.environ["GREETING"], pathlib.Path("/proc/self/comm").read_text().strip(), sorted(os.sched_getaffinity(0))
+torch = sys.modules.get("torch")
+said.with_suffix(".new").write_text(json.dumps([sys.argv[1:], *facts, torch and torch.get_num_threads()]))
+said.with_suffix(".new").rename(said)
 if "stay" in sys.argv:
-    ended.wait()
+    told.wait()
+    said.with_suffix(".stopped").touch()
     sys.exit(75)
 sys.exit(3)
 """
 COMMAND = """
 import os, pathlib, signal, subprocess, sys, time
-import psutil
 from pkd_dist.search import forks
 from pkd_dist.search.processes import Processes
 
 forks._GPUS = ()
 folder, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], "log")
+def start(name, *arguments, cores=(), **variables):
+    process = processes.start("greet", [str(folder / name), *arguments], log, {"GREETING": name, **variables}, cores)
+    while not (folder / name).exists():
+        time.sleep(0.01)
+    return process
+"""
+BEGIN = """
 with forks.opened() as source:
     assert source
     processes = Processes("test", source)
-
-    def start(name, *arguments):
-        process = processes.start("greet", [str(folder / name), *arguments], log, {"GREETING": name})
-        while not (folder / name).exists() or not (folder / name).read_text():
-            time.sleep(0.01)
-        return process
 """
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a command that forks programs, and return what each has said."""
+    """Run a command that forks programs, and return its status and what each program has said."""
     (tmp_path / "greet.py").write_text(PROGRAM)
 
-    def run(body):
-        (tmp_path / "command.py").write_text(COMMAND + "\n".join(f"    {line}" for line in body.splitlines()))
-        arguments = [tmp_path / "command.py", [tmp_path], ROOT, [environment(PYTHONPATH=str(tmp_path))], 60]
-        ended = forked.run(*arguments)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("said-*")}
+    def run(body, before=""):
+        program, output = tmp_path / "command.py", tmp_path / "output"
+        program.write_text(COMMAND + before + BEGIN + "".join(f"    {line}\n" for line in body.splitlines()))
+        process = forked.Process(program, [tmp_path], ROOT, environment(PYTHONPATH=str(tmp_path)), output, output)
+        try:
+            status = process.wait(60)
+            until_no_program_runs(process.pid)
+        finally:
+            process.kill()
+        said = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("said-*") if not path.suffix}
+        return status, said, output.read_text()
 
     return run
 
 
+def until_no_program_runs(session, deadline_seconds=60):
+    """Waits until nothing of a session runs any more, but for processes that nobody has waited for."""
+    deadline = time.monotonic() + deadline_seconds
+    while any(runs_in(session, process) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # watching, not hoping
+
+
+def runs_in(session, process):
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
 def test_a_fork_is_a_program_of_its_own(command, tmp_path):
-    said = command(
-        "one, two = start('said-one', 'stay'), start('said-two')\n"
+    core = min(os.sched_getaffinity(0))
+    status, said, output = command(
+        "one, two = start('said-one', 'stay', OMP_NUM_THREADS='3'), start('said-two', OMP_NUM_THREADS='0')\n"
         "assert two.wait() == two.poll() == two.returncode == 3\n"
         "assert one.poll() is None\n"
         "one.terminate()\n"
         "assert one.wait() == 75\n"
-        "three = start('said-three', 'stay')\n"
+        f"three = start('said-three', 'stay', cores=[{core}])\n"
         "os.kill(three.pid, signal.SIGKILL)\n"
         "assert three.wait() == -signal.SIGKILL"
     )
-    assert {name: each[:3] for name, each in said.items()} == {
-        "said-one": [[f"{tmp_path}/said-one", "stay"], "said-one", "pkd greet"],
-        "said-two": [[f"{tmp_path}/said-two"], "said-two", "pkd greet"],
-        "said-three": [[f"{tmp_path}/said-three", "stay"], "said-three", "pkd greet"],
+    assert status == 0, output
+    cores = sorted(os.sched_getaffinity(0))
+    assert said == {
+        "said-one": [[f"{tmp_path}/said-one", "stay"], "said-one", "pkd greet", cores, 3],
+        "said-two": [[f"{tmp_path}/said-two"], "said-two", "pkd greet", cores, 1],
+        "said-three": [[f"{tmp_path}/said-three", "stay"], "said-three", "pkd greet", [core], 1],
     }
     assert (tmp_path / "log").read_text() == "begins\n" * 3
 
 
 def test_signals_to_all_processes_of_a_job_leave_the_source(command):
     """SLURM and terminals send them to every process; the command must learn how its programs have ended."""
-    command(
+    status, _, output = command(
         "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):\n"
         "    os.kill(source._source, number)\n"
-        "assert start('said-one').wait() == 3 and source.start('greet', [str(folder / 'two')], log, {'GREETING': ''}).wait() == 3"
+        "one = start('said-one')\n"
+        "assert isinstance(one, forks.Fork) and one.wait() == 3"
     )
+    assert status == 0, output
+
+
+def test_how_programs_end_is_known_where_a_supervisor_ignores_it(command):
+    ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    status, _, output = command("assert start('said-one').wait() == 3", before=ignore)
+    assert status == 0, output
 
 
 def test_without_its_source_a_command_starts_programs_itself(command):
-    said = command(
+    status, said, output = command(
         "one = start('said-one', 'stay')\n"
         "os.kill(source._source, signal.SIGKILL)\n"
-        "assert one.wait() == -signal.SIGKILL, 'how it ended is not known'\n"
-        "while psutil.pid_exists(one.pid) and psutil.Process(one.pid).status() != 'zombie':\n"
-        "    time.sleep(0.01)  # its connection is closed a moment before it ends\n"
+        "assert one.wait() == 75 and (folder / 'said-one.stopped').exists()\n"
         "two = start('said-two')\n"
         "assert isinstance(two, subprocess.Popen) and two.wait() == 3"
     )
+    assert status == 0, output
     assert said["said-two"][2] != "pkd greet"
 
 
-def test_programs_stop_when_the_command_has_ended(command):
-    said = command("start('said-one', 'stay')")
-    psutil.wait_procs([p for p in psutil.process_iter() if p.pid == said["said-one"][3]], timeout=60)
-    assert not psutil.pid_exists(said["said-one"][3])
+def test_without_libraries_a_program_says_itself_what_is_missing(command):
+    body = "two = start('said-two')\nassert isinstance(two, subprocess.Popen) and two.wait() == 3"
+    status, _, output = command(body, before="forks._WITH_THREADS = ('there_is_no_such_library',)\n")
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_programs_stop_when_the_command_has_ended(command, tmp_path, end):
+    status, said, output = command(f"start('said-one', 'stay')\n{end}")
+    assert said and status == (-9 if end else 0), output
+    assert (tmp_path / "said-one.stopped").exists()
+
+
+def test_a_signal_while_a_program_begins_leaves_none_behind(command, tmp_path):
+    """The handler's exception comes while the command waits for the program to begin."""
+    status, said, output = command(
+        "def stop(*_): raise KeyError('stopped')\n"
+        "signal.signal(signal.SIGALRM, stop)\n"
+        "os.kill(source._source, signal.SIGSTOP)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.2)\n"
+        "try: processes.start('greet', [str(folder / 'said-one'), 'stay'], log, {'GREETING': ''})\n"
+        "except KeyError: sys.exit(7)"
+    )
+    assert status == 7, output
+    assert not said and not (tmp_path / "said-one").exists()
+
+
+def test_a_log_that_cannot_be_written_is_an_error_of_the_command(command, tmp_path):
+    (tmp_path / "log").mkdir()
+    status, _, output = command("start('said-one')")
+    assert status == 1 and "IsADirectoryError" in output and f"{tmp_path}/log" in output
 
 
 def test_nothing_is_forked_beside_a_gpu_or_a_thread(monkeypatch, tmp_path):
