@@ -51,7 +51,7 @@ class Comparison:
         run: What its runs have in common.
         methods: Their facts are `overrides` and `layers`, the number of the student's.
         launcher: See `search.shares.train_command`; empty: workers train in their own process.
-        shares: What each worker may use; None: everything.
+        jobs: Runs at a time; they share the cores and the GPUs.
     """
 
     sweep: SweepConfig
@@ -59,7 +59,7 @@ class Comparison:
     methods: list[Named]
     seeds: Sequence[int]
     launcher: str
-    shares: Sequence[Share | None]
+    jobs: int
 
     def run_all(self, forks: Forks | None = None) -> Summary:
         """Train the runs that are not finished, write the table after each, and return it.
@@ -96,15 +96,24 @@ class Comparison:
         study.prepare(same, self.run.task.main_metric)
         study.request(self.methods, self.seeds)
         table = _Table(config, study, digest_of(same))
-        launcher = ["--launcher", self.launcher, *(["--own-port"] if len(self.shares) > 1 else [])]
+        parts = self.shares(len(study.trials) - study.ended)
+        launcher = ["--launcher", self.launcher, *(["--own-port"] if len(parts) > 1 else [])]
         crew = Crew(frozen(self.sweep, "compare.yaml"), study, processes, launcher if self.launcher else [])
         with processes.stopped_on_signal():
             if config.teacher.finetune and not study.done:
                 crew.fine_tune(train_command(self.launcher) if self.launcher else [])
             if not self.launcher:
-                crew.make_caches(self._cached(study), self.shares)
-            crew.train_all(self.shares[: len(study.trials) - study.ended], table.update)
+                crew.make_caches(self._cached(study), parts)
+            crew.train_all(parts, table.update)
         return table
+
+    def shares(self, runs: int) -> Sequence[Share | None]:
+        """Return what each worker may use where so many runs are left; None: everything."""
+        count = min(self.jobs, runs)
+        if count < 2:
+            return [None]
+        cores = sorted(os.sched_getaffinity(0))[: limits.cores()]
+        return shares(count, visible_devices(), cores, one_rank=not self.launcher)
 
     def _cached(self, study: Study) -> Iterator[list[str]]:
         """Yield the methods that are left to train and use a cache, as overrides."""
@@ -128,14 +137,13 @@ def open_comparison(
     Args:
         methods: Name -> overrides of the configuration that all runs share.
         launcher: Of each run; see `Comparison`.
-        jobs: Runs at a time; they share the cores and the GPUs.
+        jobs: See `Comparison`.
 
     Raises:
         UserError: The configuration of a method is invalid.
     """
-    devices = visible_devices() if jobs > 1 else []
     if launcher and jobs > 1:
-        require_divisible(launcher, devices)
+        require_divisible(launcher, visible_devices())
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{', '.join(map(str, seeds))}: a seed is duplicated; give each once", "--seeds")
     if launcher and not shutil.which(program := train_command(launcher)[0]):
@@ -144,10 +152,8 @@ def open_comparison(
     run = _resolved(sweep)
     if sources.is_file(run.config.task.data):
         text.read_all(run.config.task.data, run.task)
-    cores = sorted(os.sched_getaffinity(0))[: limits.cores()]
-    parts = shares(jobs, devices, cores, one_rank=not launcher) if jobs > 1 else [None]
     points = [_point(sweep, run, name, method) for name, method in methods.items()]
-    return Comparison(sweep, run, points, seeds, launcher, parts)
+    return Comparison(sweep, run, points, seeds, launcher, jobs)
 
 
 def _resolved(sweep: SweepConfig, overrides: Sequence[str] = ()) -> Resolved:

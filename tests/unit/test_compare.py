@@ -1,22 +1,25 @@
 """What `pkd compare` accepts, and its table."""
 
 import io
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
+from pkd_dist import limits
 from pkd_dist.cli.main import app
 from pkd_dist.comparison.methods import METHODS, parse_methods
-from pkd_dist.comparison.study import open_comparison
+from pkd_dist.comparison.study import Comparison, open_comparison
 from pkd_dist.comparison.table import as_markdown, mean_interval, plot, summarize
 from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import locate
-from pkd_dist.search.shared import needs_own_base
+from pkd_dist.search.shared import SweepConfig, needs_own_base
 from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices
 
 
@@ -210,6 +213,16 @@ def test_runs_at_a_time_have_their_own_gpus_cores_and_port(monkeypatch):
     require_divisible("deepspeed --num_gpus 2", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, MIG-1")
     assert visible_devices() == ["3", "MIG-1"]
+
+
+def test_runs_that_are_left_share_all_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(limits, "cores", lambda: 8)
+    comparison = Comparison(SweepConfig("", (), Path()), None, [], [], launcher="", jobs=4)
+    assert comparison.shares(1) == [None], "everything"
+    assert [len(share.cores) for share in comparison.shares(2)] == [4, 4]
+    assert [len(share.cores) for share in comparison.shares(9)] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
