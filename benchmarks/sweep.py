@@ -122,12 +122,14 @@ def _cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
+def workers_of(command: psutil.Process) -> list[psutil.Process]:
+    """Return the running workers of `pkd sweep` or `pkd compare`: forks, or beside a GPU processes with arguments of their own."""
     found = []
-    for child in process.children():
+    for process in command.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
-            if "--worker" in child.cmdline():
-                found.append(child)
+            is_worker = process.name() == "pkd worker" or "--worker" in process.cmdline()
+            if is_worker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

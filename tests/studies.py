@@ -7,6 +7,7 @@ import forked
 import psutil
 from conftest import ROOT, environment
 
+from benchmarks import sweep
 from pkd_dist.telemetry.records import read
 
 
@@ -22,9 +23,7 @@ def in_background(log, *arguments):
 
 
 def workers_of(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if child.name() == "pkd worker" or "--worker" in child.cmdline()]  # forked or not
+    return sweep.workers_of(psutil.Process(process.pid))
 
 
 def wait_for(happens, process, timeout_seconds=120):
