@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -42,14 +43,15 @@ def compare(
         from pkd_dist.telemetry.output import keep_going
 
         keep_going()  # the table is also in the folder
-        load(config, overrides or [])  # tells at once what is wrong there
+        load(config, [*(overrides or []), f"run.dir={json.dumps(str(output))}"])  # tells at once what is wrong there
         chosen, wanted = parse_methods(methods, method or []), _seeds(seeds)
         with requires_extra("sweep"):
-            forks.load_libraries()
+            forks.load_libraries("pkd_dist.comparison.runs")
         from pkd_dist.comparison.study import open_comparison
 
         with forks.opened() as source:
             made = open_comparison(config, overrides or [], chosen, wanted, output, launcher, jobs).run_all(source)
+        # Only now: matplotlib starts threads.
         from rich.table import Table
 
         from pkd_dist.comparison.table import MIN_SEEDS, rows

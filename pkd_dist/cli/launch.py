@@ -214,7 +214,7 @@ class _Process:
 
 
 def _let_first_speak() -> None:
-    """Wait for the launcher to end this rank: if it left at once, the launcher could end the first rank before that has spoken."""
+    """Wait for the launcher to end this rank: if it left at once, the launcher could end the first rank before that one has spoken."""
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(_SPEAKING_SECONDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def sweep(
         elif config is None or output is None:
             raise UserError("is missing", "--config" if config is None else "--output")
         else:
-            load(config, given)  # tells at once what is wrong there
+            load(config, [*given, f"run.dir={json.dumps(str(output))}"])  # tells at once what is wrong there
             with requires_extra("sweep"):
                 forks.load_libraries()
             from pkd_dist.search.runner import open_sweep, run

@@ -96,7 +96,7 @@ class Comparison:
         study.prepare(same, self.run.task.main_metric)
         study.request(self.methods, self.seeds)
         table = _Table(config, study, digest_of(same))
-        parts = self.shares(len(study.trials) - study.ended)
+        parts = self.parts(len(study.trials) - study.ended)
         launcher = ["--launcher", self.launcher, *(["--own-port"] if len(parts) > 1 else [])]
         crew = Crew(frozen(self.sweep, "compare.yaml"), study, processes, launcher if self.launcher else [])
         with processes.stopped_on_signal():
@@ -107,7 +107,7 @@ class Comparison:
             crew.train_all(parts, table.update)
         return table
 
-    def shares(self, runs: int) -> Sequence[Share | None]:
+    def parts(self, runs: int) -> Sequence[Share | None]:
         """Return what each worker may use where so many runs are left; None: everything."""
         count = min(self.jobs, runs)
         if count < 2:

@@ -117,10 +117,19 @@ def _nearest(unit_WH: np.ndarray, query_Q: np.ndarray) -> Iterator[np.ndarray]:
     wanted = min(NEAREST * _SPARE, len(unit_WH))
     for start in range(0, len(query_Q), _ROWS):
         query_qH = unit_WH[query_Q[start : start + _ROWS]].astype(np.float64)
-        parts = [query_qH @ unit_WH[i : i + _COLUMNS].astype(np.float64).T for i in range(0, len(unit_WH), _COLUMNS)]
+        parts = [
+            _product(query_qH, unit_WH[i : i + _COLUMNS].astype(np.float64)) for i in range(0, len(unit_WH), _COLUMNS)
+        ]
         for similarity_W in np.concatenate(parts, axis=1):
             best = np.argpartition(-similarity_W, wanted - 1)[:wanted]
             yield best[np.lexsort((best, -similarity_W[best]))]
+
+
+def _product(query_qH: np.ndarray, unit_wH: np.ndarray) -> np.ndarray:
+    """Return (q, w) float64 dot products, with as many threads as torch may use."""
+    import torch  # not for `pkd prepare`, which only checks the setting
+
+    return (torch.from_numpy(query_qH) @ torch.from_numpy(unit_wH).T).numpy()
 
 
 def _other_words(own: str, others: Iterable[str]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from pkd_dist.telemetry.progress import Bar
 
 _POLL_SECONDS = 0.5
 _RESTARTS = 10
-"""Workers that may die one after the other without finishing a trial, before the command gives up."""
+"""How many times in a row workers may be killed without finishing a trial, before the command gives up."""
 
 
 def frozen(sweep: SweepConfig, name: str) -> SweepConfig:
@@ -142,14 +142,16 @@ class Crew:
                     bar.grow(total)
                     bar.advance(now - ended, note)
                     ended, died = now, 0
-                ended_now = [(worker, status) for worker in workers if (status := worker.process.poll()) is not None]
-                killed = [worker for worker, status in ended_now if not self._ended_well(worker, status)]
-                died += bool(killed)  # those of one moment have one cause
+                statuses = [(worker, worker.process.poll()) for worker in workers]
+                killed = [
+                    each for each, status in statuses if status is not None and not self._ended_well(each, status)
+                ]
+                died += bool(killed)  # if what they are forked from is killed, all of them end at once
                 if died > _RESTARTS:
                     raise UserError(
                         f"workers were killed {died} times without finishing a run; the last one: {last_error(killed[-1].log)}"
                     )
-                workers = [worker for worker in workers if worker not in [each for each, _ in ended_now]]
+                workers = [worker for worker, status in statuses if status is None]
                 workers += [self._start(worker.share) for worker in killed]
         watch(0)
 

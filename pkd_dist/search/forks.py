@@ -1,10 +1,10 @@
-"""Starts programs of this package in milliseconds: forks of a process that has loaded the libraries.
+"""Starts programs of this package in milliseconds, by forking a process that has loaded the libraries.
 
 A fresh Python needs seconds to load them, and each of a study's programs would hold its own copy in memory. So `pkd sweep` and `pkd compare`
-load all libraries first and then, while they have no thread yet, fork a *source* that does nothing but fork programs. It ends with the
-command, and the programs that still run then get SIGTERM.
+first load what all programs need and then, while they have no thread yet, fork a *source* that does nothing but fork programs. It ends
+with the command, and the programs that still run then get SIGTERM.
 
-Where there are GPUs no program is forked: a process that has asked for a GPU cannot use it after a fork.
+Where there are GPUs no program is forked: this was never tried there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from typing import NamedTuple, NoReturn
 from pkd_dist.allocator import keep_freed_blocks
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import Preempted
+from pkd_dist.telemetry.log import log
 
-_LIBRARIES = (
-    "pkd_dist.pipeline", "pkd_dist.search.worker", "pkd_dist.comparison.runs",
-    "transformers.models.auto.modeling_auto",
-)  # fmt: skip
+_LIBRARIES = ("pkd_dist.pipeline", "pkd_dist.search.worker", "transformers.models.auto.modeling_auto")
 _WITH_THREADS = ("sklearn.metrics",)
-"""Loaded by the source alone: their threads are not missed in a fork, but the command must have none."""
+"""Loaded by the source alone. A fork works without their threads, but the command must have none when it forks the source."""
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-ctrl")
 PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
@@ -52,25 +50,25 @@ class Fork:
 
     def __init__(self, pid: int):
         self.pid = pid
-        self.returncode: int | None = None
+        self._status: int | None = None
         self._ended = threading.Event()
 
     def poll(self) -> int | None:
         """Return the exit status, negative after a signal; None while it runs."""
-        return self.returncode
+        return self._status
 
     def wait(self) -> int:
         self._ended.wait()
-        assert self.returncode is not None
-        return self.returncode
+        assert self._status is not None
+        return self._status
 
     def terminate(self) -> None:
-        if self.returncode is None:
+        if self._status is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
     def end(self, status: int) -> None:
-        self.returncode = status
+        self._status = status
         self._ended.set()
 
 
@@ -80,21 +78,22 @@ class Forks:
     def __init__(self) -> None:
         self._line, theirs = Pipe()
         self._begun: SimpleQueue[Fork | OSError | None] = SimpleQueue()
-        command = os.getpid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a process has ended
+        self._closed = False
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self._source = os.fork()
-        if not self._source:
-            try:
-                self._line.close()
-                _serve(theirs, command)
-            finally:
-                os._exit(1)
-        theirs.close()
-        # In a thread, because a signal's exception in the main thread could lose half a message.
-        self._listener = threading.Thread(target=self._listen, name="forks", daemon=True)
-        self._listener.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self._source = os.fork()
+            if not self._source:
+                try:
+                    self._line.close()
+                    _serve(theirs)
+                finally:
+                    os._exit(1)
+            theirs.close()
+            # In a thread, because a signal's exception in the main thread could lose half a message.
+            self._listener = threading.Thread(target=self._listen, name="forks", daemon=True)
+            self._listener.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _listen(self) -> None:
         """Note what begins and ends, until the source and all programs have ended: each holds the other end of the line."""
@@ -109,6 +108,8 @@ class Forks:
                     self._begun.put(running[pid])
                 else:
                     running.pop(pid).end(status)
+        if not self._closed:
+            log.info("the process that forks programs was killed; %d that ran have stopped", len(running))
         for fork in running.values():  # they got SIGTERM when the source ended
             fork.end(Preempted.exit_status)
         self._begun.put(None)
@@ -120,7 +121,7 @@ class Forks:
 
         Args:
             output: What it prints is appended to this file.
-            variables: Of the environment, beside those that the command began with.
+            variables: Of the environment, beside those of the command.
             cores: The cores that it may use; empty: those of the command.
 
         Raises:
@@ -133,8 +134,8 @@ class Forks:
             begun = self._begun.get()
         except OSError:
             return None
-        except BaseException:  # of a signal's handler: what was begun must not be left alone
-            os.kill(self._source, signal.SIGKILL)
+        except BaseException:  # of a signal's handler: half an order, or a program that nobody knows
+            self._kill_source()
             raise
         if isinstance(begun, OSError):
             raise begun
@@ -142,17 +143,22 @@ class Forks:
 
     def close(self) -> None:
         """End the source, and wait until programs that still run have stopped."""
-        os.kill(self._source, signal.SIGKILL)
+        self._kill_source()
         os.waitpid(self._source, 0)
         self._listener.join()
 
+    def _kill_source(self) -> None:
+        self._closed = True
+        os.kill(self._source, signal.SIGKILL)
 
-def load_libraries() -> None:
-    """Load what all programs need, without starting a thread."""
+
+def load_libraries(*more: str) -> None:
+    """Load what all programs need, and more modules, without starting a thread."""
     keep_freed_blocks()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in `in_world`: torch reads it when it is loaded
     given = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy's products, which are small here
-    _load(_LIBRARIES)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy's products; large ones are torch's here
+    _load((*_LIBRARIES, *more))
     if given is None:
         del os.environ["OPENBLAS_NUM_THREADS"]
     else:
@@ -169,27 +175,32 @@ def _load(names: Iterable[str]) -> None:
 @contextmanager
 def opened() -> Iterator[Forks | None]:
     """Fork the source from this process, after `load_libraries`; None where there are GPUs, or this process has threads."""
-    if any(map(os.path.exists, _GPUS)) or len(os.listdir("/proc/self/task")) > 1:
-        yield None
-        return
-    forks = Forks()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a process has ended
+    forks = None
+    threads = len(os.listdir("/proc/self/task"))
+    if threads == 1 and not any(map(os.path.exists, _GPUS)):
+        with suppress(OSError):  # no room for another process of this size
+            forks = Forks()
+    if forks is None:
+        log.debug("programs are not forked: %d thread(s)", threads)
     try:
         yield forks
     finally:
-        forks.close()
+        if forks:
+            forks.close()
 
 
-def _serve(line: Connection, command: int) -> NoReturn:
+def _serve(line: Connection) -> NoReturn:
     """Be the source: fork a program for each order and report its end, until the command ends."""
     # Signals stay blocked: those to all processes of a job are for the others.
-    _with_parent(command, signal.SIGKILL)
     _name("pkd source")
     _output_to(os.devnull)
     _load(_WITH_THREADS)
     gc.freeze()  # else a collection in a program walks, and so copies, what all share
     running: list[ForkProcess] = []
     while True:
-        if line in wait([line, *(process.sentinel for process in running)]):
+        # A sentinel stays silent while a process lives that a program has forked, so all are looked at each second.
+        if line in wait([line, *(process.sentinel for process in running)], 1.0):
             process = ForkProcess(target=_become, args=(line.recv(), os.getpid()))
             try:
                 process.start()
@@ -207,24 +218,19 @@ def _become(order: _Order, source: int) -> None:
     """Be a program. It inherits the source's end of the line, which must stay open: see `Forks._listen`."""
     import torch
 
-    _with_parent(source, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != source:  # it had ended before it was asked for
+        os._exit(Preempted.exit_status)
     _name(f"pkd {order.module.rpartition('.')[2]}")
     _output_to(order.output)
     os.environ.update(order.variables)
     if order.cores:
         os.sched_setaffinity(0, order.cores)
     if (threads := order.variables.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads):
-        torch.set_num_threads(int(threads))  # it has read the command's
+        torch.set_num_threads(int(threads))  # torch has read the command's value
     sys.argv = [order.module, *order.arguments]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     runpy.run_module(order.module, run_name="__main__", alter_sys=True)
-
-
-def _with_parent(parent: int, number: signal.Signals) -> None:
-    """Get a signal when the parent ends; end now if it has ended already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:
-        os._exit(Preempted.exit_status)
 
 
 def _name(name: str) -> None:
@@ -233,12 +239,8 @@ def _name(name: str) -> None:
 
 
 def _output_to(path: str) -> None:
-    """Read nothing, and append what this process prints to a file."""
-    for name, numbers, flags in (
-        (os.devnull, (0,), os.O_RDONLY),
-        (path, (1, 2), os.O_WRONLY | os.O_APPEND | os.O_CREAT),
-    ):
-        file = os.open(name, flags, 0o666)
-        for number in numbers:
-            os.dup2(file, number)
-        os.close(file)
+    """Append what this process prints to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)

@@ -48,7 +48,7 @@ class Processes:
 
     Args:
         command: Its name, for messages.
-        forks: What forks them; None: each loads the libraries itself.
+        forks: What forks them; None (there are GPUs): each loads the libraries itself.
     """
 
     def __init__(self, command: str, forks: Forks | None = None):
@@ -75,7 +75,7 @@ class Processes:
             if fork := self._forks.start(module, arguments, output, variables, cores):
                 self._running.append(fork)
                 return fork
-            log.debug("%s: what forks programs has ended; %s loads the libraries itself", self.command, module)
+            log.debug("%s: the source of programs has ended; %s loads the libraries itself", self.command, module)
         process = self._start([*python(module), *arguments], output, variables)
         if cores:
             with suppress(ProcessLookupError):

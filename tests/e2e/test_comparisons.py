@@ -27,11 +27,13 @@ def table(folder):
 
 
 def configured(body, folder):
-    """A configuration with three labeled splits."""
+    """A configuration with three labeled splits, without run.dir: a comparison has its own folder."""
     (folder / "data").mkdir()
     for split, count, seed in (("train", 203, 1), ("dev", 41, 2), ("test", 37, 5)):
         write_tsv(folder / f"data/{split}.tsv", sentences(count, seed))
-    return write_config(whole_run(body, folder / "data", folder), folder)
+    settings = whole_run(body, folder / "data", folder)
+    del settings["run"]["dir"]
+    return write_config(settings, folder)
 
 
 def taught_by(folder):

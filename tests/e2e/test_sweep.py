@@ -17,8 +17,9 @@ TIMES = {"seconds", "latency_ms"}
 
 
 def searched(taught, data, folder, **sweep):
-    """A sweep over six points, on a given teacher, without final runs."""
+    """A sweep over six points, on a given teacher, without final runs, and without run.dir: it has its own folder."""
     settings = whole_run(taught, data, folder)
+    del settings["run"]["dir"]
     settings["teacher"] = {"model": str(taught)}
     settings["sweep"] = {
         "space": {"train.learning_rate": [3e-3, 1e-3], "distill.alpha": [0.3, 0.5, 0.7]},

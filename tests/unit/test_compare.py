@@ -1,5 +1,6 @@
 """What `pkd compare` accepts, and its table."""
 
+import contextlib
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ from pkd_dist.config.load import load
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.errors import UserError
 from pkd_dist.model.encoder import locate
+from pkd_dist.search import forks
 from pkd_dist.search.shared import SweepConfig, needs_own_base
 from pkd_dist.search.shares import require_divisible, shares, train_command, visible_devices
 
@@ -68,7 +70,9 @@ def test_methods_that_are_rejected(names, own, message):
         (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
     ],
 )
-def test_a_comparison_that_is_rejected_before_it_starts(tmp_path, more, message):
+def test_a_comparison_that_is_rejected_before_it_starts(monkeypatch, tmp_path, more, message):
+    monkeypatch.setattr(forks, "load_libraries", lambda *_: None)  # prepare this process for forking itself
+    monkeypatch.setattr(forks, "opened", contextlib.nullcontext)
     output = tmp_path / "out"
     done = CliRunner().invoke(
         app, ["compare", "--config", "configs/movie-reviews.yaml", "--output", str(output), *more]
@@ -220,9 +224,9 @@ def test_runs_that_are_left_share_all_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(limits, "cores", lambda: 8)
     comparison = Comparison(SweepConfig("", (), Path()), None, [], [], launcher="", jobs=4)
-    assert comparison.shares(1) == [None], "everything"
-    assert [len(share.cores) for share in comparison.shares(2)] == [4, 4]
-    assert [len(share.cores) for share in comparison.shares(9)] == [2, 2, 2, 2]
+    assert comparison.parts(1) == comparison.parts(0) == [None], "everything"
+    assert [len(share.cores) for share in comparison.parts(2)] == [4, 4]
+    assert [len(share.cores) for share in comparison.parts(9)] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

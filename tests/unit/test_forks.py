@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import forked
@@ -12,12 +14,16 @@ from conftest import ROOT, environment
 from pkd_dist.search import forks
 
 PROGRAM = """
-import json, os, pathlib, signal, sys, threading
+import json, os, pathlib, signal, sys, threading, time
 print("begins", flush=True)
 said, told = pathlib.Path(sys.argv[1]), threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: told.set())
 facts = os.environ["GREETING"], pathlib.Path("/proc/self/comm").read_text().strip(), sorted(os.sched_getaffinity(0))
 torch = sys.modules.get("torch")
+if "fork" in sys.argv and (child := os.fork()):
+    said.with_suffix(".child").write_text(str(child))
+elif "fork" in sys.argv:
+    time.sleep(60)
 said.with_suffix(".new").write_text(json.dumps([sys.argv[1:], *facts, torch and torch.get_num_threads()]))
 said.with_suffix(".new").rename(said)
 if "stay" in sys.argv:
@@ -51,9 +57,9 @@ def command(tmp_path):
     """Run a command that forks programs, and return its status and what each program has said."""
     (tmp_path / "greet.py").write_text(PROGRAM)
 
-    def run(body, before=""):
+    def run(body, before="", after=""):
         program, output = tmp_path / "command.py", tmp_path / "output"
-        program.write_text(COMMAND + before + BEGIN + "".join(f"    {line}\n" for line in body.splitlines()))
+        program.write_text(COMMAND + before + BEGIN + "".join(f"    {line}\n" for line in body.splitlines()) + after)
         process = forked.Process(program, [tmp_path], ROOT, environment(PYTHONPATH=str(tmp_path)), output, output)
         try:
             status = process.wait(60)
@@ -85,7 +91,7 @@ def test_a_fork_is_a_program_of_its_own(command, tmp_path):
     core = min(os.sched_getaffinity(0))
     status, said, output = command(
         "one, two = start('said-one', 'stay', OMP_NUM_THREADS='3'), start('said-two', OMP_NUM_THREADS='0')\n"
-        "assert two.wait() == two.poll() == two.returncode == 3\n"
+        "assert two.wait() == two.poll() == 3\n"
         "assert one.poll() is None\n"
         "one.terminate()\n"
         "assert one.wait() == 75\n"
@@ -120,6 +126,39 @@ def test_how_programs_end_is_known_where_a_supervisor_ignores_it(command):
     assert status == 0, output
 
 
+def test_how_a_program_ends_is_known_before_what_it_has_forked_ends(command):
+    status, _, output = command(
+        "one = start('said-one', 'stay', 'fork')\n"
+        "one.terminate()\n"
+        "assert one.wait() == 75\n"
+        "os.kill(int((folder / 'said-one.child').read_text()), signal.SIGKILL)  # fails if it has ended"
+    )
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("which", ["the source", "a program"])
+def test_where_there_is_no_room_for_another_process(command, which):
+    """A start that fails is an error of the command, and leaves the others alone; without a source nothing is forked."""
+    full = "def full(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+    if which == "the source":
+        (body, before) = (
+            "",
+            full + "os.fork = full\n" + BEGIN.replace("assert source", "assert source is None") + "    sys.exit(4)\n",
+        )
+    else:
+        before = full + "begin = forks.ForkProcess.start\n"
+        before += "forks.ForkProcess.start = lambda self: full() if (folder / 'said-one').exists() else begin(self)\n"
+        body = (
+            "one = start('said-one', 'stay')\n"
+            "try: start('said-two')\n"
+            "except BlockingIOError: one.terminate()\n"
+            "assert one.wait() == 75\n"
+            "sys.exit(4)"
+        )
+    status, _, output = command(body, before=before)
+    assert status == 4, output
+
+
 def test_without_its_source_a_command_starts_programs_itself(command):
     status, said, output = command(
         "one = start('said-one', 'stay')\n"
@@ -140,29 +179,48 @@ def test_without_libraries_a_program_says_itself_what_is_missing(command):
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_programs_stop_when_the_command_has_ended(command, tmp_path, end):
-    status, said, output = command(f"start('said-one', 'stay')\n{end}")
+    stopped = "assert (folder / 'said-one.stopped').exists(), 'the command waits for it'\n"
+    status, said, output = command(f"start('said-one', 'stay')\n{end}", after=stopped)
     assert said and status == (-9 if end else 0), output
     assert (tmp_path / "said-one.stopped").exists()
 
 
 def test_a_signal_while_a_program_begins_leaves_none_behind(command, tmp_path):
-    """The handler's exception comes while the command waits for the program to begin."""
+    """The handler's exception comes while the command waits for the program to begin: all programs end."""
     status, said, output = command(
         "def stop(*_): raise KeyError('stopped')\n"
+        "one = start('said-one', 'stay')\n"
         "signal.signal(signal.SIGALRM, stop)\n"
         "os.kill(source._source, signal.SIGSTOP)\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0.2)\n"
-        "try: processes.start('greet', [str(folder / 'said-one'), 'stay'], log, {'GREETING': ''})\n"
-        "except KeyError: sys.exit(7)"
+        "signal.setitimer(signal.ITIMER_REAL, 0.5)\n"
+        "try: processes.start('greet', [str(folder / 'said-two'), 'stay'], log, {'GREETING': ''})\n"
+        "except KeyError:\n"
+        "    assert one.wait() == 75\n"
+        "    sys.exit(7)"
     )
     assert status == 7, output
-    assert not said and not (tmp_path / "said-one").exists()
+    assert list(said) == ["said-one"] and (tmp_path / "said-one.stopped").exists()
 
 
 def test_a_log_that_cannot_be_written_is_an_error_of_the_command(command, tmp_path):
     (tmp_path / "log").mkdir()
     status, _, output = command("start('said-one')")
     assert status == 1 and "IsADirectoryError" in output and f"{tmp_path}/log" in output
+
+
+def test_a_fresh_command_has_no_thread_when_it_forks():
+    """Unlike the commands above, which are forked themselves: what it loads must start none, or nothing is forked."""
+    code = (
+        "from pkd_dist.cli.main import app\n"
+        "from pkd_dist.search import forks\n"
+        "forks._GPUS = ()\n"
+        "forks.load_libraries('pkd_dist.comparison.runs')\n"
+        "with forks.opened() as source: print('forks' if source else 'does not')"
+    )
+    variables = {name: value for name, value in environment().items() if not name.endswith("_NUM_THREADS")}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == "forks\n", done.stderr
 
 
 def test_nothing_is_forked_beside_a_gpu_or_a_thread(monkeypatch, tmp_path):
