@@ -52,16 +52,14 @@ def compare(
         with forks.opened() as source:
             made = open_comparison(config, overrides or [], chosen, wanted, output, launcher, jobs).run_all(source)
         # Only now: matplotlib starts threads.
-        from rich.table import Table
-
         from pkd_dist.comparison.table import MIN_SEEDS, rows
-        from pkd_dist.telemetry.markup import console
+        from pkd_dist.telemetry.markup import console, table
 
         header, body = rows(made)
-        table = Table(*header)
+        shown = table(*header)
         for row in body:
-            table.add_row(*row)
-        console().print(table)
+            shown.add_row(*row)
+        console().print(shown)
         print(
             f"{' and '.join(dict.fromkeys((made['metric'], 'agreement')))} in percent, ± half of the 95% interval of the mean over {MIN_SEEDS} or more seeds"
         )

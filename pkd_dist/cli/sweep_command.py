@@ -80,18 +80,16 @@ def _show(arguments: list[str], options: list[tuple[str, object]]) -> None:
             raise UserError("is not allowed with show DIR", option)
     if len(arguments) != 1:
         raise UserError("give one folder: pkd sweep show DIR")
-    from rich.table import Table
-
     with requires_extra("sweep"):
         from pkd_dist.search import summary
         from pkd_dist.search.study import read
-    from pkd_dist.telemetry.markup import console
+    from pkd_dist.telemetry.markup import console, table
 
     found = read(Path(arguments[0]))
     print(summary.progress(found))
     header, body = summary.best(found, rows=20)
     if body:
-        table = Table(*header)
+        shown = table(*header)
         for row in body:
-            table.add_row(*row)
-        console().print(table)
+            shown.add_row(*row)
+        console().print(shown)

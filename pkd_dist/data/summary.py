@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from pkd_dist.data.duplicates import Hashed, Overlap
 from pkd_dist.data.examples import Split, class_counts, is_labelled
 from pkd_dist.data.tasks import Task
-from pkd_dist.telemetry.markup import printable
+from pkd_dist.telemetry.markup import printable, table
 
 _MAX_CLASSES = 20
 TokenLengths = Callable[[Split], np.ndarray]
@@ -26,9 +25,9 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: To
         max_length: longest input, in tokens.
         token_lengths: None: without the column of token counts.
     """
-    table = _table("", "examples", "words p50, p95, max", "repeated", "also in train", "labels")
+    made = table("", "examples", "words p50, p95, max", "repeated", "also in train", "labels")
     if token_lengths:
-        table.add_column(f"tokens p50, p95; over {max_length}", justify="right")
+        made.add_column(f"tokens p50, p95; over {max_length}", justify="right")
     hashed = {name: Hashed(split) for name, split in splits.items()}
     for name, split in splits.items():
         words_N = np.sum([[len(text.split()) for text in column] for column in split.texts], axis=0)
@@ -37,8 +36,8 @@ def splits_table(splits: Mapping[str, Split], max_length: int, token_lengths: To
         if token_lengths:
             lengths_N = token_lengths(split)
             cells.append(f"{_quantiles(lengths_N)}; {(lengths_N > max_length).mean():.1%}")
-        table.add_row(name, *cells)
-    return table
+        made.add_row(name, *cells)
+    return made
 
 
 def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
@@ -50,11 +49,11 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
     labelled = {name: split for name, split in splits.items() if is_labelled(split.labels_N).any()}
     count_SC = np.array([class_counts(s.labels_N, len(classes)) for s in labelled.values()])
     total_S = [len(split) for split in labelled.values()]
-    table = _table("right option" if task.multiple_choice else "class", *labelled)
+    made = table("right option" if task.multiple_choice else "class", *labelled)
 
     def add(name: str, count_S: np.ndarray) -> None:
         shares = zip(count_S, total_S, strict=True)
-        table.add_row(printable(name), *(f"{count:,} ({count / total:.1%})" for count, total in shares))
+        made.add_row(printable(name), *(f"{count:,} ({count / total:.1%})" for count, total in shares))
 
     names = task.names_of(classes)
     order = np.argsort(-count_SC[0], kind="stable") if len(classes) > _MAX_CLASSES else np.arange(len(classes))
@@ -69,14 +68,7 @@ def classes_table(splits: Mapping[str, Split], task: Task) -> Table:
         add(f"{len(rest)} more, {low:,} to {high:,} each in {next(iter(labelled))}", rest_S)
     if task.multilabel:
         add("no class", np.array([int((split.labels_N.sum(axis=1) == 0).sum()) for split in labelled.values()]))
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
-    return table
+    return made
 
 
 def _quantiles(values_N: np.ndarray) -> str:

@@ -5,17 +5,32 @@ HTML is escaped by Jinja's autoescape (`report/pages.py`).
 
 from __future__ import annotations
 
+import os
 import re
 from typing import IO
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
+_FILE_WIDTH = 240
 _MARKDOWN = re.compile(r"[\\`*_<>|~$&]|\](?=[\[(:])")
 
 
 def console(file: IO[str] | None = None) -> Console:
     """Return a console that prints brackets and colons in text as they are, not as rich's markup and emoji codes."""
-    return Console(file=file, markup=False, emoji=False, highlight=False)
+    made = Console(file=file, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _FILE_WIDTH  # rich takes files and pipes for 80 columns, and shortens what does not fit
+    return made
+
+
+def table(*columns: str) -> Table:
+    """Return an empty table: names in the first column, which are wrapped last, and figures in the others."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    return made
 
 
 def printable(text: str) -> str:
