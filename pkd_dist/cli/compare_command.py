@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pkd_dist.cli.launch import requires_extra
-from pkd_dist.cli.options import ConfigFile, Overrides, numbers, run_command
-from pkd_dist.config.load import load
+from pkd_dist.cli.options import ConfigFile, Overrides, load_study, numbers, run_command
 from pkd_dist.errors import UserError
 from pkd_dist.search import forks
 
@@ -43,10 +40,8 @@ def compare(
         from pkd_dist.telemetry.output import keep_going
 
         keep_going()  # the table is also in the folder
-        load(config, [*(overrides or []), f"run.dir={json.dumps(str(output))}"])  # tells at once what is wrong there
         chosen, wanted = parse_methods(methods, method or []), _seeds(seeds)
-        with requires_extra("sweep"):
-            forks.load_libraries("pkd_dist.comparison.runs")
+        load_study(config, overrides or [], output, "pkd_dist.comparison.runs")
         from pkd_dist.comparison.study import open_comparison
 
         with forks.opened() as source:
@@ -56,10 +51,7 @@ def compare(
         from pkd_dist.telemetry.markup import console, table
 
         header, body = rows(made)
-        shown = table(*header)
-        for row in body:
-            shown.add_row(*row)
-        console().print(shown)
+        console().print(table(*header, rows=body))
         print(
             f"{' and '.join(dict.fromkeys((made['metric'], 'agreement')))} in percent, ± half of the 95% interval of the mean over {MIN_SEEDS} or more seeds"
         )

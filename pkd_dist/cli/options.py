@@ -7,12 +7,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pkd_dist.cli.launch import guarded
+from pkd_dist.cli.launch import guarded, requires_extra
+from pkd_dist.config.load import load
 from pkd_dist.errors import UserError
+from pkd_dist.search import forks
 from pkd_dist.telemetry.log import to_terminal
 from pkd_dist.telemetry.output import drop
 
@@ -118,6 +121,21 @@ def named_as_options() -> Iterator[None]:
     except UserError as error:
         message = key.sub(lambda found: OPTIONS[found[0]], error.message)
         raise UserError(message, error.setting and OPTIONS.get(error.setting, error.setting)) from None
+
+
+def load_study(config: str, overrides: Sequence[str], output: Path, *modules: str) -> None:
+    """Check the configuration of a study, which tells at once what is wrong there; then load the libraries of its programs.
+
+    Args:
+        output: Of the study; it takes the place of `run.dir`.
+        modules: See `forks.load_libraries`.
+
+    Raises:
+        UserError: The configuration is invalid, or the extra `sweep` is not installed.
+    """
+    load(config, [*overrides, f"run.dir={json.dumps(str(output))}"])
+    with requires_extra("sweep"):
+        forks.load_libraries(*modules)
 
 
 def run_command(work: Callable[[], object]) -> None:

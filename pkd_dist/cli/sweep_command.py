@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pkd_dist.cli.launch import requires_extra
-from pkd_dist.cli.options import run_command
-from pkd_dist.config.load import load
+from pkd_dist.cli.options import load_study, run_command
 from pkd_dist.errors import UserError
 from pkd_dist.search import forks
 from pkd_dist.telemetry.output import keep_going
@@ -60,9 +58,7 @@ def sweep(
         elif config is None or output is None:
             raise UserError("is missing", "--config" if config is None else "--output")
         else:
-            load(config, [*given, f"run.dir={json.dumps(str(output))}"])  # tells at once what is wrong there
-            with requires_extra("sweep"):
-                forks.load_libraries()
+            load_study(config, given, output)
             from pkd_dist.search.runner import open_sweep, run
             from pkd_dist.search.summary import describe
 
@@ -89,7 +85,4 @@ def _show(arguments: list[str], options: list[tuple[str, object]]) -> None:
     print(summary.progress(found))
     header, body = summary.best(found, rows=20)
     if body:
-        shown = table(*header)
-        for row in body:
-            shown.add_row(*row)
-        console().print(shown)
+        console().print(table(*header, rows=body))

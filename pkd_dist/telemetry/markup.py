@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 from rich import box
@@ -25,11 +26,13 @@ def console(file: IO[str] | None = None) -> Console:
     return made
 
 
-def table(*columns: str) -> Table:
-    """Return an empty table: names in the first column, which are wrapped last, and figures in the others."""
+def table(*columns: str, rows: Iterable[Sequence[str]] = ()) -> Table:
+    """Return a table: names in the first column, which are wrapped last, and figures in the others."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        made.add_row(*row)
     return made
 
 

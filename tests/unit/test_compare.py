@@ -71,7 +71,7 @@ def test_methods_that_are_rejected(names, own, message):
     ],
 )
 def test_a_comparison_that_is_rejected_before_it_starts(monkeypatch, tmp_path, more, message):
-    monkeypatch.setattr(forks, "load_libraries", lambda *_: None)  # prepare this process for forking itself
+    monkeypatch.setattr(forks, "load_libraries", lambda *_: None)  # this process must not be prepared to be forked
     monkeypatch.setattr(forks, "opened", contextlib.nullcontext)
     output = tmp_path / "out"
     done = CliRunner().invoke(

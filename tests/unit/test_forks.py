@@ -54,20 +54,21 @@ with forks.opened() as source:
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a command that forks programs, and return its status and what each program has said."""
+    """Run a command that forks programs and check how it ends; return what each program has said, and the command."""
     (tmp_path / "greet.py").write_text(PROGRAM)
 
-    def run(body, before="", after=""):
+    def run(body, before="", after="", status=0):
         program, output = tmp_path / "command.py", tmp_path / "output"
         program.write_text(COMMAND + before + BEGIN + "".join(f"    {line}\n" for line in body.splitlines()) + after)
         process = forked.Process(program, [tmp_path], ROOT, environment(PYTHONPATH=str(tmp_path)), output, output)
         try:
-            status = process.wait(60)
+            ended = process.wait(60)
             until_no_program_runs(process.pid)
         finally:
             process.kill()
+        assert ended == status, output.read_text()
         said = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("said-*") if not path.suffix}
-        return status, said, output.read_text()
+        return said, output.read_text()
 
     return run
 
@@ -89,7 +90,7 @@ def runs_in(session, process):
 
 def test_a_fork_is_a_program_of_its_own(command, tmp_path):
     core = min(os.sched_getaffinity(0))
-    status, said, output = command(
+    said, _ = command(
         "one, two = start('said-one', 'stay', OMP_NUM_THREADS='3'), start('said-two', OMP_NUM_THREADS='0')\n"
         "assert two.wait() == two.poll() == 3\n"
         "assert one.poll() is None\n"
@@ -99,7 +100,6 @@ def test_a_fork_is_a_program_of_its_own(command, tmp_path):
         "os.kill(three.pid, signal.SIGKILL)\n"
         "assert three.wait() == -signal.SIGKILL"
     )
-    assert status == 0, output
     cores = sorted(os.sched_getaffinity(0))
     assert said == {
         "said-one": [[f"{tmp_path}/said-one", "stay"], "said-one", "pkd greet", cores, 3],
@@ -111,29 +111,26 @@ def test_a_fork_is_a_program_of_its_own(command, tmp_path):
 
 def test_signals_to_all_processes_of_a_job_leave_the_source(command):
     """SLURM and terminals send them to every process; the command must learn how its programs have ended."""
-    status, _, output = command(
+    command(
         "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):\n"
         "    os.kill(source._source, number)\n"
         "one = start('said-one')\n"
         "assert isinstance(one, forks.Fork) and one.wait() == 3"
     )
-    assert status == 0, output
 
 
 def test_how_programs_end_is_known_where_a_supervisor_ignores_it(command):
     ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
-    status, _, output = command("assert start('said-one').wait() == 3", before=ignore)
-    assert status == 0, output
+    command("assert start('said-one').wait() == 3", before=ignore)
 
 
 def test_how_a_program_ends_is_known_before_what_it_has_forked_ends(command):
-    status, _, output = command(
+    command(
         "one = start('said-one', 'stay', 'fork')\n"
         "one.terminate()\n"
         "assert one.wait() == 75\n"
         "os.kill(int((folder / 'said-one.child').read_text()), signal.SIGKILL)  # fails if it has ended"
     )
-    assert status == 0, output
 
 
 @pytest.mark.parametrize("which", ["the source", "a program"])
@@ -141,9 +138,9 @@ def test_where_there_is_no_room_for_another_process(command, which):
     """A start that fails is an error of the command, and leaves the others alone; without a source nothing is forked."""
     full = "def full(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
     if which == "the source":
-        (body, before) = (
+        body, before = (
             "",
-            full + "os.fork = full\n" + BEGIN.replace("assert source", "assert source is None") + "    sys.exit(4)\n",
+            full + "os.fork = full\n" + BEGIN.replace("assert source", "assert source is None; sys.exit(4)"),
         )
     else:
         before = full + "begin = forks.ForkProcess.start\n"
@@ -155,39 +152,36 @@ def test_where_there_is_no_room_for_another_process(command, which):
             "assert one.wait() == 75\n"
             "sys.exit(4)"
         )
-    status, _, output = command(body, before=before)
-    assert status == 4, output
+    command(body, before=before, status=4)
 
 
 def test_without_its_source_a_command_starts_programs_itself(command):
-    status, said, output = command(
+    said, _ = command(
         "one = start('said-one', 'stay')\n"
         "os.kill(source._source, signal.SIGKILL)\n"
         "assert one.wait() == 75 and (folder / 'said-one.stopped').exists()\n"
         "two = start('said-two')\n"
         "assert isinstance(two, subprocess.Popen) and two.wait() == 3"
     )
-    assert status == 0, output
     assert said["said-two"][2] != "pkd greet"
 
 
 def test_without_libraries_a_program_says_itself_what_is_missing(command):
     body = "two = start('said-two')\nassert isinstance(two, subprocess.Popen) and two.wait() == 3"
-    status, _, output = command(body, before="forks._WITH_THREADS = ('there_is_no_such_library',)\n")
-    assert status == 0, output
+    command(body, before="forks._WITH_THREADS = ('there_is_no_such_library',)\n")
 
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_programs_stop_when_the_command_has_ended(command, tmp_path, end):
     stopped = "assert (folder / 'said-one.stopped').exists(), 'the command waits for it'\n"
-    status, said, output = command(f"start('said-one', 'stay')\n{end}", after=stopped)
-    assert said and status == (-9 if end else 0), output
+    said, _ = command(f"start('said-one', 'stay')\n{end}", after=stopped, status=-9 if end else 0)
+    assert said
     assert (tmp_path / "said-one.stopped").exists()
 
 
 def test_a_signal_while_a_program_begins_leaves_none_behind(command, tmp_path):
     """The handler's exception comes while the command waits for the program to begin: all programs end."""
-    status, said, output = command(
+    said, _ = command(
         "def stop(*_): raise KeyError('stopped')\n"
         "one = start('said-one', 'stay')\n"
         "signal.signal(signal.SIGALRM, stop)\n"
@@ -196,16 +190,16 @@ def test_a_signal_while_a_program_begins_leaves_none_behind(command, tmp_path):
         "try: processes.start('greet', [str(folder / 'said-two'), 'stay'], log, {'GREETING': ''})\n"
         "except KeyError:\n"
         "    assert one.wait() == 75\n"
-        "    sys.exit(7)"
+        "    sys.exit(7)",
+        status=7,
     )
-    assert status == 7, output
     assert list(said) == ["said-one"] and (tmp_path / "said-one.stopped").exists()
 
 
 def test_a_log_that_cannot_be_written_is_an_error_of_the_command(command, tmp_path):
     (tmp_path / "log").mkdir()
-    status, _, output = command("start('said-one')")
-    assert status == 1 and "IsADirectoryError" in output and f"{tmp_path}/log" in output
+    _, output = command("start('said-one')", status=1)
+    assert "IsADirectoryError" in output and f"{tmp_path}/log" in output
 
 
 def test_a_fresh_command_has_no_thread_when_it_forks():
