@@ -2,7 +2,8 @@
 
 The kernel releases the lock on FOLDER/run.lock when the process that holds it ends. Shared file systems may not pass such
 locks on to other hosts. There the modification time of the file decides: the holder keeps renewing it, and a holder on
-another host that has been silent for `LEASE_SECONDS` is considered dead.
+another host that has been silent for `LEASE_SECONDS` is considered dead. On file systems without kernel locks, a holder on this host
+is dead if its process is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from pkd_dist.errors import UserError
 from pkd_dist.files import make_folder
 from pkd_dist.telemetry.log import log
@@ -27,8 +30,10 @@ from pkd_dist.telemetry.log import log
 NAME = "run.lock"
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 6
+_CLOCK_SECONDS = 1.0
+"""How far the start of a process, which is known to a tick, may be off."""
 _LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""From file systems without kernel locks, on which the modification time alone decides."""
+"""From file systems without kernel locks."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Lock:
 
     def _try(self, tick: Callable[[], None]) -> bool:
         while True:
-            file = open(self._path, "a+")  # noqa: SIM115 - held until `release`
+            file, locked = open(self._path, "a+"), True  # noqa: SIM115 - held until `release`
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -91,14 +96,20 @@ class Lock:
                 if error.errno not in _LOCKS_UNSUPPORTED:
                     file.close()
                     raise
+                locked = False
             if not self._is_current(file):  # the previous holder removed the file after it was opened here
                 file.close()
                 continue
-            if self._is_held_elsewhere(file, tick):
+            if self._is_held(file, locked, tick):
                 file.close()
                 return False
-            self._file = file
             self._write(file)
+            if not locked:
+                self._pause(tick)  # of several that found it free, the last to write has it
+                if not self._is_ours():
+                    file.close()
+                    return False
+            self._file = file
             threading.Thread(target=self._renew, name="lock", daemon=True).start()
             return True
 
@@ -108,11 +119,16 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def _is_held_elsewhere(self, file: IO[str], tick: Callable[[], None]) -> bool:
-        """Return whether a job on another host, whose kernel lock may not be visible here, renews the file."""
+    def _is_held(self, file: IO[str], locked: bool, tick: Callable[[], None]) -> bool:
+        """Return whether a job that the kernel's lock, if there is one, did not keep out holds the file.
+
+        One on another host is alive if it renews the file.
+        """
         holder = _read(self._path)
-        if holder is None or holder.host == socket.gethostname():
+        if holder is None:
             return False
+        if holder.host == socket.gethostname():
+            return not locked and _runs(holder)
         before = modified = os.fstat(file.fileno()).st_mtime_ns
         log.info(
             "%s: checking for %g s whether %s is alive", self._path.parent, self._lease_seconds, self._describe_holder()
@@ -178,6 +194,15 @@ def _read(path: Path) -> _Holder | None:
         return _Holder(str(content["host"]), int(content["pid"]), float(content["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _runs(holder: _Holder) -> bool:
+    """Return whether a process of this host still runs; a later one with its ID began after it had taken the lock."""
+    try:
+        process = psutil.Process(holder.pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= holder.since + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _format_age(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The lock of a folder: one job at a time, and a crash leaves nothing locked. Holders are real processes."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, environment
 
@@ -74,6 +76,42 @@ def test_waiting_ends_when_the_lock_is_released(tmp_path, holder):
     lock = Lock(tmp_path).acquire(wait=True, tick=tick)
     assert ticks
     lock.release()
+
+
+@pytest.fixture
+def no_kernel_locks(monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("pkd_dist.lock.fcntl.flock", flock)
+
+
+def test_without_kernel_locks_a_holder_on_this_host_is_alive_while_its_process_is(tmp_path, holder, no_kernel_locks):
+    with pytest.raises(UserError, match=rf"in use by process {holder.pid} on {socket.gethostname()}"):
+        Lock(tmp_path).acquire()
+    holder.kill()
+    holder.wait()
+    lock = Lock(tmp_path).acquire()
+    with pytest.raises(UserError, match=rf"in use by process {os.getpid()}"):
+        Lock(tmp_path).acquire()
+    lock.release()
+    assert not (tmp_path / NAME).exists()
+
+
+def test_without_kernel_locks_a_later_process_of_the_same_number_holds_nothing(tmp_path, no_kernel_locks):
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": psutil.Process().create_time() - 60}
+    (tmp_path / NAME).write_text(json.dumps(own))
+    Lock(tmp_path).acquire().release()
+
+
+def test_without_kernel_locks_the_last_of_two_that_find_it_free_has_it(tmp_path, no_kernel_locks):
+    def another_writes():
+        (tmp_path / NAME).write_text(
+            json.dumps({"host": socket.gethostname(), "pid": os.getppid(), "since": time.time()})
+        )
+
+    with pytest.raises(UserError, match=rf"in use by process {os.getppid()}"):
+        Lock(tmp_path).acquire(tick=another_writes)
 
 
 def elsewhere(folder):
