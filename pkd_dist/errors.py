@@ -19,6 +19,10 @@ class UserError(Exception):
         self.message, self.setting = message, setting
 
 
+class FullDiskError(UserError):
+    """A disk or quota is full; the message names the folder."""
+
+
 class DivergedError(Exception):
     """A loss or gradient is not finite. Raised on every rank before the update is applied."""
 

@@ -11,7 +11,7 @@ import torch
 from optuna.trial import TrialState
 
 from pkd_dist.distributed.world import World
-from pkd_dist.errors import DivergedError, UserError
+from pkd_dist.errors import DivergedError, FullDiskError, UserError
 from pkd_dist.files import is_full, make_folder
 from pkd_dist.lock import Lock
 from pkd_dist.search.runner import Opened
@@ -111,9 +111,9 @@ def _open(claim: Claim, study: Study, bases: Bases, opened: Opened) -> OpenTrial
 
 def _fail(claim: Claim, error: Exception, study: Study, sweep: SweepConfig) -> None:
     """Note that a trial failed; what is no failure of the trial is raised."""
-    if isinstance(error, OSError) and is_full(error):
-        reason = f"the disk is full ({error})"
-    elif isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, FullDiskError) or is_full(error):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError):
         reason = "out of memory; lower sweep.students_per_step, or leave large students out"
     elif isinstance(error, UserError | DivergedError):
         reason = str(error)

@@ -1,5 +1,6 @@
 """The study of a sweep: which trials there are, and who trains them, whatever a kill has interrupted."""
 
+import errno
 import itertools
 import os
 
@@ -8,11 +9,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from pkd_dist.config.sweep import Sweep
-from pkd_dist.errors import UserError
+from pkd_dist.errors import FullDiskError, UserError
 from pkd_dist.lock import waiting_lock
 from pkd_dist.search.outcome import ranked
+from pkd_dist.search.shared import SweepConfig
 from pkd_dist.search.space import Space, as_overrides
 from pkd_dist.search.study import COMPARISON, JOURNAL, NAMED, POINT, SEED, Named, Study, read
+from pkd_dist.search.worker import _fail
 
 GRID = {
     "train.learning_rate": CategoricalDistribution([0.1, 0.2]),
@@ -112,6 +115,16 @@ def test_a_failure_keeps_its_reason_and_a_study_can_be_read(tmp_path):
         "reason"
     ] == "too hot"
     assert found.objective == "accuracy" and found.seeds == (1,)
+
+
+def test_a_full_disk_is_no_failure_of_a_trial(tmp_path):
+    study = make(tmp_path, trials=1)
+    claim = study.claim("here")
+    for error in (FullDiskError("no space left"), OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises(type(error)):
+            _fail(claim, error, study, SweepConfig("run.yaml", (), tmp_path))
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+    assert study.claim("there").number == claim.number, "another worker continues it"
 
 
 def test_values_of_any_type_are_overrides():
