@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from pkd_dist.errors import UserError
+from pkd_dist.errors import FullDiskError, UserError
 
 
 @contextlib.contextmanager
@@ -88,8 +88,22 @@ def make_folder(folder: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Durably rename a complete file or folder, on one file system."""
-    os.replace(source, target)
+    """Durably rename a complete file or folder; one on another file system is copied, and removed then."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(f".{target.name}.tmp")
+        remove(copy)
+        if source.is_dir():
+            shutil.copytree(source, copy, symlinks=True)
+            _flush(copy)
+        else:
+            shutil.copy2(source, copy)
+            sync(copy)
+        move(copy, target)
+        remove(source)
     sync(target.parent)
     if source.parent.resolve() != target.parent.resolve():
         sync(source.parent)
@@ -163,13 +177,13 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> Iterator[None]:
         what: is written, for the message.
 
     Raises:
-        UserError: less space is free, or the disk ran full during the work.
+        FullDiskError: less space is free, or the disk ran full during the work.
     """
 
-    def disk_is_full() -> UserError:
+    def disk_is_full() -> FullDiskError:
         free = shutil.disk_usage(folder).free
         space = f"it needs {needed_bytes:,} bytes, {free:,} are free" if needed_bytes else f"{free:,} bytes are free"
-        return UserError(f"{folder}: no space left for {what}: {space}; free some space and rerun the same command")
+        return FullDiskError(f"{folder}: no space left for {what}: {space}; free some space and rerun the same command")
 
     if shutil.disk_usage(folder).free < needed_bytes:
         raise disk_is_full()

@@ -19,8 +19,9 @@ from pkd_dist.distributed.world import World
 from pkd_dist.environment import Environment
 from pkd_dist.errors import UserError
 from pkd_dist.files import first_free, is_full, make_folder, move, remove, remove_leftovers, write_atomically
-from pkd_dist.stages.base import NAMES, Artifacts
+from pkd_dist.stages.base import NAMES, Artifacts, Markers
 from pkd_dist.stages.context import Resolved
+from pkd_dist.stages.translation import translate
 from pkd_dist.telemetry.log import log, to_file
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
@@ -41,9 +42,13 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
     held = lock.Lock(folder)
 
     def prepare() -> None:
+        _require_own_results(run)
         if fresh and folder.exists():
             lock.Lock(folder).acquire(tick=world.beat).release()  # not while another job uses it
-            log.info("--fresh: the earlier run is kept in %s", move_aside(folder))
+            kept = move_aside(folder)
+            log.info("--fresh: the earlier run is kept in %s", kept)
+            if kept and run.paths.results.exists():
+                move(run.paths.results, kept / run.paths.results.name)
         with _writable("run.dir", folder):
             make_folder(folder)
             _set_aside_other_kinds(folder)
@@ -65,6 +70,22 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
         yield
     finally:
         held.release()
+
+
+def _require_own_results(run: Resolved) -> None:
+    """Raise UserError where `evaluate.result_dir` has the results of another run."""
+    setting = run.config.evaluate.result_dir
+    if not setting or not run.paths.results.exists():
+        return
+    try:
+        marker = Markers(run.paths.run, translate).read("evaluate")
+    except UserError:  # damaged: the stage will say so
+        return
+    if marker is None or marker.inputs.get("evaluate.result_dir") != setting:
+        raise UserError(
+            f"{run.paths.results} exists, but this run did not make it; choose another folder, or move it away",
+            "evaluate.result_dir",
+        )
 
 
 def _set_aside_other_kinds(folder: Path) -> None:

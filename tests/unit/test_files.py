@@ -33,6 +33,18 @@ def small(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_moves_to_another_file_system_is_copied(small, tmp_path, kind):
+    source, target = tmp_path / "source", small / "target"
+    if kind == "folder":
+        source.mkdir()
+    inner = source / "inner" if kind == "folder" else source
+    inner.write_text("content")
+    move(source, target)
+    assert (target / "inner" if kind == "folder" else target).read_text() == "content"
+    assert not source.exists() and [path.name for path in small.iterdir()] == ["target"]
+
+
 def save_tensors(path):
     save_file({"w": torch.zeros(1 << 16)}, path)
 
