@@ -112,8 +112,9 @@ def _check_precision(data: DeepSpeedConfig, path: Path) -> None:
             auto = ', "auto"' if key == "torch_autocast" else ""
             raise UserError(f"{path}: {key}.enabled: {enabled!r} is invalid; allowed: true, false{auto}")
     dtype = data.get("torch_autocast", {}).get("dtype", "auto")
-    if dtype not in ("auto", "bfloat16", "float16"):
-        raise UserError(f"{path}: torch_autocast.dtype: {dtype!r} is invalid; allowed: auto, bfloat16, float16")
+    if dtype not in ("auto", "bfloat16"):
+        scaled = "; float16 needs scaled losses, which `fp16: {enabled: true}` has" if dtype == "float16" else ""
+        raise UserError(f"{path}: torch_autocast.dtype: {dtype!r} is invalid; allowed: auto, bfloat16{scaled}")
     enabled_keys = [key for key in PRECISIONS if data.get(key, {}).get("enabled")]
     if len(enabled_keys) > 1:
         raise UserError(f"{path}: {' and '.join(enabled_keys)} are both enabled; enable one precision")

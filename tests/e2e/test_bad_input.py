@@ -121,6 +121,16 @@ CONFIGURATION = {
         ["run.dir={at}/taken/run"],
         r"run\.dir: {at}/taken/run is not writable \(.+\); choose another run\.dir",
     ),
+    "results of another run": (
+        {"elsewhere/results_eval.json": "{}"},
+        ["evaluate.result_dir={at}/elsewhere"],
+        r"evaluate\.result_dir: {at}/elsewhere/results_eval\.json exists, but this run did not make it; choose another folder",
+    ),
+    "float16 without scaled losses": (
+        {"ds.json": '{"torch_autocast": {"enabled": true, "dtype": "float16"}}'},
+        ["train.deepspeed={at}/ds.json"],
+        r"{at}/ds\.json: torch_autocast\.dtype: 'float16' is invalid; allowed: auto, bfloat16; float16 needs scaled losses",
+    ),
     "decay without one": (
         {},
         ["train.decay_ratio=0.5"],
