@@ -41,7 +41,7 @@ def plan(
     config: Config, config_file: str | Path | None, world: World, names: Sequence[str] = NAMES, fresh: bool = False
 ) -> list[str]:
     """Return a line for each stage of `names`: done, or why it would run. Writes nothing; raises UserError as `run`."""
-    resolved = resolve(config, config_file, world.device)
+    resolved = resolve(config, config_file, world.device, fresh=fresh)
     if config.metrics.enabled and world.node_main:
         load_access(config.metrics)
     world.on_main(lambda: run_folder.require_writable(resolved))
@@ -93,7 +93,7 @@ def run(
     Raises:
         UserError, DivergedError, Preempted, LostRank: see `errors.py`.
     """
-    resolved = resolve(config, config_file, world.device, base.resolved.paths.data if base else None)
+    resolved = resolve(config, config_file, world.device, base.resolved.paths.data if base else None, fresh)
     access = load_access(config.metrics) if config.metrics.enabled and world.node_main else Access()
     planned = Context(resolved, world, Telemetry(RunMetrics(), show=False), VERSIONS)
     markers = Markers(resolved.paths.run, translate)
@@ -110,8 +110,14 @@ def run(
         torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
         log.info(
             "%d rank(s) started by %s on %s; training in %s%s", world.size, world.launcher, world.device.type,
-            resolved.precision, "" if resolved.has_answers else f", the teacher in {resolved.teacher_precision}",
+            resolved.here[0], "" if resolved.has_answers else f", the teacher in {resolved.here[1]}",
         )  # fmt: skip
+        if resolved.here != (resolved.precision, resolved.teacher_precision):
+            log.warning(
+                "the run began, or its cache was made, on another kind of host: training in %s, the teacher in %s; what is done is "
+                "kept, and the rest is computed as this host does it, so that the bytes are not those of one host alone",
+                resolved.precision, resolved.teacher_precision,
+            )  # fmt: skip
         with _telemetry(resolved, world, access) as (telemetry, publisher):
             context = Context(resolved, world, telemetry, VERSIONS)
             world.on_main(markers.upgrade)
@@ -194,7 +200,7 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
     counters = folder / "counters" / f"node-{node}.json" if node is not None and config.metrics.enabled else None
     metrics = RunMetrics(counters)
     metrics.info.labels(
-        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.precision,
+        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.here[0],
         os.environ.get("SLURM_JOB_ID", ""),
     ).set(1)  # fmt: skip
     for name in NAMES:

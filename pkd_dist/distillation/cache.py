@@ -246,7 +246,6 @@ class CacheReader:
         verified = range(len(manifest.shards)) if checksums is None else checksums
         for index, entry in enumerate(manifest.shards):
             require_shard(folder, entry, checksum=index in verified)
-        self.rows = manifest.rows
         self.all_tokens = manifest.fingerprint.states == "tokens"
         self._layer_positions = [manifest.fingerprint.layers.index(layer) for layer in expected.layers]
         self._shards = [map_tensors(folder / entry.file)[:2] for entry in manifest.shards]

@@ -63,7 +63,6 @@ def identity(config: Config, run: Resolved) -> dict[str, object]:
         if student.init in INIT_METHODS
         else digests.weights_digest(encoder.locate(student.init, "student.init")),
         "DeepSpeed JSON": run.deepspeed,
-        "precision": [run.precision, run.teacher_precision],
     }
     return found | ({"run.seed": config.run.seed} if teacher.finetune else {})
 

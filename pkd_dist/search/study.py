@@ -145,6 +145,7 @@ class Study:
         if before is None:
             self._study.set_user_attr("identity", content)
             return
+        before.pop("precision", None)  # of earlier versions: what this kind of host computes in
         changed = [key for key in {**before, **content} if before.get(key) != content.get(key)]
         if changed:
             raise UserError(

@@ -222,14 +222,19 @@ def learned_answers(context: Context, name: str) -> np.ndarray:
     return scale.standardize(logits_NC) if scale else logits_NC
 
 
-def live_teacher(context: Context, layers: Sequence[int], all_tokens: bool) -> LiveTeacher:
-    """Load the teachers, with the hidden states of `layers` of the first, counted from 1 (0: the embeddings)."""
+def live_teacher(context: Context, layers: Sequence[int], all_tokens: bool, states_alone: bool = False) -> LiveTeacher:
+    """Load the teachers, with the hidden states of `layers` of the first, counted from 1 (0: the embeddings).
+
+    Args:
+        states_alone: load the first alone; its logits are not those of all.
+    """
     run, scale = context.resolved, context.output(DataOutput).scale
-    model, *others = (standardize(encoder.load_model(folder), scale) for folder in teacher_folders(context))
+    folders = teacher_folders(context)[: 1 if states_alone else None]
+    model, *others = (standardize(encoder.load_model(folder), scale) for folder in folders)
     return LiveTeacher(
         model,
         layers,
-        run.teacher_precision,
+        run.here[1],
         run.config.cache.dtype,
         all_tokens,
         context.world.device,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pkd_dist.config.deepspeed import load_deepspeed
+from pkd_dist.config.deepspeed import PRECISIONS, DeepSpeedConfig, load_deepspeed
 from pkd_dist.config.schema import Config
 from pkd_dist.data import answers, class_mapping, sources, tasks, trimming
 from pkd_dist.data.tasks import Task
+from pkd_dist.distillation import cache
 from pkd_dist.distillation.teacher import resolve_teacher_precision
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
@@ -32,7 +35,7 @@ from pkd_dist.model.families import num_layers
 from pkd_dist.model.layers import LayerMap
 from pkd_dist.stages.base import Inputs
 from pkd_dist.telemetry import Telemetry, trackers
-from pkd_dist.training.engine import require_precision, resolve_precision
+from pkd_dist.training.engine import leaves_precision_open, require_precision, resolve_precision
 
 T = TypeVar("T")
 
@@ -139,7 +142,9 @@ class Resolved:
         layer_map: the layers of student and teacher that the loss compares.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
         kept_layers: teacher layers, from 1, whose states a cache that is built now holds.
-        precision, teacher_precision: of the training, such as `autocast bfloat16`, and of the teacher's pass.
+        precision, teacher_precision: of the training, such as `autocast bfloat16`, and of the teacher's pass. Where the settings
+            leave them to the host: those of the host on which the run began, and of the cache that it finds.
+        here: the same two, of this host.
     """
 
     config: Config
@@ -157,6 +162,7 @@ class Resolved:
     kept_layers: tuple[int, ...]
     precision: str
     teacher_precision: str
+    here: tuple[str, str]
 
     @property
     def source(self) -> str:
@@ -269,12 +275,19 @@ class Context:
         self._outputs.update(other._outputs)
 
 
-def resolve(config: Config, config_file: str | Path | None, device: torch.device, data: Path | None = None) -> Resolved:
+def resolve(
+    config: Config,
+    config_file: str | Path | None,
+    device: torch.device,
+    data: Path | None = None,
+    fresh: bool = False,
+) -> Resolved:
     """Work out what a configuration means for this teacher, data and device. Reads; writes nothing.
 
     Args:
         config_file: for messages.
         data: where the data of another run is, which this one uses.
+        fresh: the run starts over; what it has made so far does not count.
 
     Raises:
         UserError: the teacher, the data, the student or a setting cannot be used, or they do not fit each other.
@@ -305,9 +318,12 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
     if layer_map.attention:
         shape = student.planned_config(config.student, source_config)
         require_comparable(config.distill, source_config, shape)
+    paths = paths_of(config, data)
+    here = resolve_precision(deepspeed, device)[1], resolve_teacher_precision(config.cache.precision, device)
+    precision, teacher_precision = here if fresh else _precisions_at_start(config, deepspeed, paths, here)
     resolved = Resolved(
         config=config,
-        paths=paths_of(config, data),
+        paths=paths,
         deepspeed=deepspeed,
         task=task,
         teachers=teachers,
@@ -319,8 +335,9 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
         layer_map=layer_map,
         copied_layers=student.copied_teacher_layers(config.student, source_config),
         kept_layers=() if config.teacher.answers else layers.kept_layers(config.cache, layer_map.teacher_states, depth),
-        precision=resolve_precision(deepspeed, device)[1],
-        teacher_precision=resolve_teacher_precision(config.cache.precision, device),
+        precision=precision,
+        teacher_precision=teacher_precision,
+        here=here,
     )
     if config.evaluate.best_by == "divergence" and not resolved.needs_teacher:
         raise UserError(
@@ -328,6 +345,26 @@ def resolve(config: Config, config_file: str | Path | None, device: torch.device
             "use metric", "evaluate.best_by",
         )  # fmt: skip
     return resolved
+
+
+def _precisions_at_start(
+    config: Config, deepspeed: DeepSpeedConfig, paths: RunPaths, here: tuple[str, str]
+) -> tuple[str, str]:
+    """Return `Resolved.precision` and `teacher_precision`: a job that is requeued on another kind of host keeps what it has made."""
+    training, teacher = here
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        before = yaml.safe_load((paths.run / "config.yaml").read_text(encoding="utf-8"))
+        then = before["resolved"]
+        same = all(then["deepspeed"].get(key) == deepspeed.get(key) for key in PRECISIONS)
+        if same and leaves_precision_open(deepspeed):
+            training = str(then["precision"])
+        if config.cache.precision == before["cache"]["precision"] == "auto":
+            teacher = str(then["teacher_precision"])
+    if config.cache.precision == "auto":
+        with contextlib.suppress(UserError, OSError):  # the stage `cache` will say so
+            if manifest := cache.read_manifest(paths.cache):
+                teacher = manifest.fingerprint.precision
+    return training, teacher
 
 
 def _task(config: Config) -> tasks.Task:

@@ -195,7 +195,9 @@ def _teacher_outputs(context: Context, reader: CacheReader | None) -> AddTeacher
         return None
     if reader and not recomputes(context):
         return cached_outputs(reader)
-    teacher = live_teacher(context, run.layer_map.teacher_states, run.config.distill.all_tokens)
+    teacher = live_teacher(
+        context, run.layer_map.teacher_states, run.config.distill.all_tokens, states_alone=reader is not None
+    )
     return RecomputedStates(reader, teacher) if reader else live_outputs(teacher)
 
 
@@ -241,7 +243,7 @@ def _teacher_attention(context: Context) -> TeacherAttention | None:
     layers = [teacher_layer for _, teacher_layer in run.layer_map.attention]
     if not layers:
         return None
-    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.teacher_precision], world.device)
+    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.here[1]], world.device)
 
 
 def _require_cache_unaltered(context: Context) -> None:

@@ -134,18 +134,22 @@ def resolve_precision(deepspeed: DeepSpeedJson, device: torch.device) -> tuple[D
     config = dict(deepspeed)
     autocast = config.get("torch_autocast")
     if isinstance(autocast, dict):
-        enabled, dtype = autocast.get("enabled", False), autocast.get("dtype", "auto")
+        enabled = autocast.get("enabled", False)
         if enabled == "auto":
-            enabled = device.type == "cuda" or cpu_has_bfloat16()
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16"
-        config["torch_autocast"] = {**autocast, "enabled": bool(enabled), "dtype": dtype}
+            on_gpu = device.type == "cuda"
+            enabled = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bfloat16()
+        config["torch_autocast"] = {**autocast, "enabled": bool(enabled), "dtype": "bfloat16"}
         if enabled:
-            return config, f"autocast {dtype}"
+            return config, "autocast bfloat16"
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         if config.get(key, {}).get("enabled"):
             return config, name
     return config, "float32"
+
+
+def leaves_precision_open(deepspeed: DeepSpeedJson) -> bool:
+    """Return whether `resolve_precision` looks at the device."""
+    return deepspeed.get("torch_autocast", {}).get("enabled") == "auto"
 
 
 def require_precision(deepspeed: DeepSpeedJson, device: torch.device) -> None:

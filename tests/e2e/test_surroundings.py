@@ -204,3 +204,32 @@ def test_a_command_whose_output_cannot_be_written(arguments, way, status, said):
         argv, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: exec(before, {"os": os})
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("moment", ["teacher_metrics.jsonl:9", "metrics.jsonl:9"])
+def test_a_job_that_is_requeued_on_another_kind_of_host_keeps_what_it_has_made(body, data, tmp_path, moment):
+    """Where the settings leave the precision to the host; here the first multiplies in bfloat16, and the second does not."""
+    settings = whole_run(body, data, tmp_path)
+    settings["checkpoint"]["every_steps"] = 4
+    config, run = write_config(settings, tmp_path), tmp_path / "run"
+    hosts = {}
+    for name, features in (("new", {"avx512_bf16": True}), ("old", {"avx2": True})):
+        (folder := tmp_path / name).mkdir()
+        hosts[name] = after(f"import torch\ntorch.cpu.get_capabilities = lambda: {features}", folder)
+    files = tmp_path / "out", tmp_path / "err"
+    job = forked.Process(hosts["new"], ["--config", config], ROOT, environment(), *files)
+    try:
+        until(moment, run, [job])
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 75
+    finally:
+        job.kill()
+    done = forked.run(hosts["old"], ["--config", config, *TO_EXPORT], ROOT, [environment()], 120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "another kind of host: training in autocast bfloat16, the teacher in bfloat16" in done.stdout + done.stderr
+    assert "resuming from step" in done.stdout and not (run / "previous").exists(), done.stdout
+    explicit = "train.deepspeed=ds_configs/zero1_fp32.json"
+    plan = forked.run(hosts["old"], ["--config", config, explicit, "--dry-run"], ROOT, [environment()], 120)
+    assert "teacher: runs, because the training precision changed (autocast bfloat16 -> float32)" in plan.stdout, (
+        plan.stdout
+    )
