@@ -14,13 +14,17 @@ from pkd_dist.stages.labels import label
 Inputs = dict[str, object]
 """What decides a stage's outcome: dotted key -> a value that JSON can hold."""
 
+_LOOKED_AT_LATER = ("data.class_names", "export.reads")
+
 
 def changed_inputs(before: Inputs, now: Inputs) -> tuple[Inputs, list[str]]:
     """Return `before` completed, and the keys whose values differ.
 
-    A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior.
+    A setting that the marker's version did not have is unchanged at its default, which keeps the earlier behavior; of what a
+    stage did not look at then, nobody knows.
     """
-    before = {**{key: default for key, default in _defaults().items() if key in now}, **before}
+    unknown = {key: now[key] for key in _LOOKED_AT_LATER if key in now}
+    before = {**unknown, **{key: default for key, default in _defaults().items() if key in now}, **before}
     return before, [key for key in {**now, **before} if now.get(key) != before.get(key)]
 
 

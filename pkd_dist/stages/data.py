@@ -192,7 +192,7 @@ def _prepare(context: Context) -> DataOutput:
         if not (run.finetunes or run.has_answers) and getattr(teacher.source_config, "thresholds_in_bias", None):
             log.warning(
                 "data: teacher.model: the biases of %s contain thresholds (thresholds_in_bias in its config.json), so its scores are "
-                "no probabilities, and the student learns them as they are; the teacher of its run has none", teacher.model,
+                "not probabilities, and the student learns them as they are; the teacher of its run has none", teacher.model,
             )  # fmt: skip
     write_json(folder / SAMPLE, {"texts": splits["dev"].inputs(slice(SAMPLE_TEXTS))})
     answered = _answers(context, splits, names) if run.has_answers else None

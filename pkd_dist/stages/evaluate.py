@@ -61,6 +61,7 @@ def inputs(context: Context) -> Inputs:
         "distill.weights": context.output(DistillOutput).weights,
         "teacher.weights": context.output(TeacherOutput).all_weights,
         **{f"data.{split}": data.sets[split].digest for split in data.scored},
+        "data.class_names": list(data.class_names),
         "task.metric": run.task.metric,
         **positive_input(context),
         "evaluate.calibrate": run.config.evaluate.calibrate,

@@ -60,6 +60,8 @@ def inputs(context: Context) -> Inputs:
         "distill.weights": context.output(DistillOutput).weights,
         "evaluate.results": digest_of(context.output(EvaluateOutput).results),
         "export.formats": context.resolved.config.export.formats,
+        "data.class_names": list(context.output(DataOutput).class_names),
+        "export.reads": dict(manifest.of_task(context.resolved.task, context.resolved.student_length)),
         **length_input(context),
         **student_reading_input(context),
     }

@@ -20,6 +20,7 @@ LABELS = {
     "evaluate.results": "the results",
     "export.weights": "the exported weights",
     "export.files": "the exported files",
+    "export.reads": "what the model reads",
     "precision": "the training precision",
 }
 """Input key -> what people call it; a key that is not here is a configuration key and is shown as it is."""
