@@ -32,7 +32,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": stage_command("finetune", "teacher", "Fine-tune a run's teacher, and prepare its data first."),
     "cache": stage_command("cache", "cache", "Build a run's teacher cache, and what it needs first."),
     "init-student": model_commands.init_student,
-    "distill": stage_command("distill", "distill", "Distil a run's student, and what it needs first."),
+    "distill": stage_command(
+        "distill", "report", "Distil a run's student from data to report: the launcher with one rank."
+    ),
     "evaluate": model_commands.evaluate,
     "answers": answers_command.answers,
     "export": run_commands.export,

@@ -142,11 +142,12 @@ def folder(body: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def export(training: Path, folder: Path) -> Path:
-    """The export of a run: one rank of `pkd distill`, then two of torchrun."""
-    run(training / "pkd", "distill", "--config", "run.yaml", cwd=folder)
+    """The export of a run: the training on two ranks of torchrun, then the rest by `pkd distill`, which runs all stages."""
     torchrun = [training / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    out = run(*torchrun, "-m", "pkd_dist.train", "--config", "run.yaml", cwd=folder)
-    assert (folder / "run/report.html").exists(), out
+    stages = ["--stages", "data,teacher,cache,init,distill"]
+    run(*torchrun, "-m", "pkd_dist.train", "--config", "run.yaml", *stages, cwd=folder)
+    out = run(training / "pkd", "distill", "--config", "run.yaml", cwd=folder)
+    assert (folder / "run/report.html").exists() and out.endswith("report: run/report.html\n"), out
     return folder / "run/export"
 
 
