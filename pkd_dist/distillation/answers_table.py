@@ -46,6 +46,8 @@ def write_table(
     """
     if output.suffix not in KINDS:
         raise UserError(f"{output} is not one of {', '.join(KINDS)}", "--output")
+    if not output.parent.is_dir():
+        raise UserError(f"no such folder: {output.parent}", "--output")
     if output.exists():
         raise UserError(f"{output} exists; remove it, or give another name", "--output")
     if ID in names:

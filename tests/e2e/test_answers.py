@@ -29,6 +29,11 @@ def run(body, data, tmp_path_factory):
     return folder
 
 
+def test_a_table_in_no_folder_is_refused(run):
+    made = pkd("answers", run / "run", "--output", run / "none/answers.csv")
+    assert (made.returncode, made.stderr) == (2, f"pkd: --output: no such folder: {run / 'none'}\n")
+
+
 def answered(run, folder, data, answers, **teacher):
     """Settings of the same run without its teacher."""
     settings = whole_run("unused", data, folder)
