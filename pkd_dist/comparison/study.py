@@ -148,6 +148,9 @@ def open_comparison(
         raise UserError(f"{', '.join(map(str, seeds))}: a seed is duplicated; give each once", "--seeds")
     if launcher and not shutil.which(program := train_command(launcher)[0]):
         raise UserError(f"{program!r} is not a program on PATH; give one such as deepspeed", "--launcher")
+    fixed = {override.partition("=")[0] for override in RUN_OVERRIDES}
+    if ignored := [override for override in overrides if override.partition("=")[0].strip() in fixed]:
+        raise UserError(f"command line: {ignored[0]}: a comparison sets this for all of its runs; leave it out")
     sweep = SweepConfig(config_file, (*overrides, *RUN_OVERRIDES), output)
     run = _resolved(sweep)
     if sources.is_file(run.config.task.data):

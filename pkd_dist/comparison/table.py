@@ -204,10 +204,10 @@ def plot(summary: Summary) -> Figure:
     label = summary["metric"] + " on " + " + ".join(summary["pooled"])
     titles = {"score": f"{label}, %", "agreement": "agreement with the teacher, %"}
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        _plot_panel(axes, methods, key)
-        if key == "score":
+        if key == "score":  # first, so that the axis reaches it
             axes.axvline(100 * summary["teacher"][key], color="#b5541c", linestyle="--", linewidth=1.2)
             axes.set_title("dashed: the teacher", fontsize=9, loc="right", color="#b5541c")
+        _plot_panel(axes, methods, key)
         axes.set_xlabel(title)
     return figure
 

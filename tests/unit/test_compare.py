@@ -66,6 +66,7 @@ def test_methods_that_are_rejected(names, own, message):
         (["--method", "deep: student.layers=[9]"], "method deep: student.layers: layer 9 is out of range"),
         (["--method", "pairs: distill.patience=[1,2,3,4]"], "distill.patience: [1, 2, 3, 4] names 4 teacher layer(s)"),
         (["--method", "own: cache.dir=x"], "method own: cache.dir cannot be set; a comparison has caches of its own"),
+        (["evaluate.latency_samples=500"], "evaluate.latency_samples=500: a comparison sets this for all of its runs"),
         (["--seeds", "1,2,1"], "--seeds: 1, 2, 1: a seed is duplicated"),
         (["task.unlabeled=[nope.txt]"], "task.unlabeled: no such file: nope.txt"),
     ],
@@ -308,3 +309,10 @@ def test_no_axis_leaves_0_to_100_percent():
     for axes in plot(made).axes:
         low, high = axes.get_xlim()
         assert 0 <= low < high <= 100
+
+
+def test_the_teachers_line_is_in_the_plot():
+    made = summarized({"kd": {1: result(0.5, 0.5, 0.6), 2: result(0.52, 0.51, 0.6)}}, kd=2)
+    made["teacher"]["score"] = 0.9
+    score, agreement = plot(made).axes
+    assert score.get_xlim()[0] < 50 and score.get_xlim()[1] > 90 and len(score.lines) == len(agreement.lines) + 1
