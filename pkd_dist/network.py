@@ -16,6 +16,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Return HOST:PORT as URLs have it, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def interface_towards(address: str) -> str | None:
     """Return the interface through which `address` is reached; None if its local address belongs to no interface.
 

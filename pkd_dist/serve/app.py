@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -41,7 +42,11 @@ class _Metrics:
 
 
 class _Service:
-    """The handlers, and what they share."""
+    """The handlers, and what they share.
+
+    Attributes:
+        cut_off: requests that the end of the server left without an answer.
+    """
 
     def __init__(self, model: ServedModel, limits: Limits):
         self._model, self._limits = model, limits
@@ -50,7 +55,7 @@ class _Service:
             model.answer, limits.batch, limits.delay_seconds, limits.queue, self._metrics.batch_texts.observe
         )
         self._metrics.waiting_texts.set_function(lambda: self._batcher.waiting)
-        self._active = 0
+        self._active = self.cut_off = 0
 
     async def predict(self, request: Request) -> Response:
         start = time.perf_counter()
@@ -64,6 +69,9 @@ class _Service:
             response = _error_response(error)
         except ClientDisconnect:
             response = Response(status_code=499)
+        except asyncio.CancelledError:
+            self.cut_off += 1
+            raise
         except Exception:
             log.exception("serve: a request failed")
             response = _error_response(HTTPException(500, "internal error; see the log of the server"))
@@ -94,9 +102,9 @@ class _Service:
 
 
 def make_app(model: ServedModel, limits: Limits) -> Starlette:
-    """Return the application that serves a loaded model."""
+    """Return the application that serves a loaded model; `state.service` is its `_Service`."""
     service = _Service(model, limits)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/predict", service.predict, methods=["POST"]),
             Route("/healthz", service.healthz),
@@ -105,6 +113,8 @@ def make_app(model: ServedModel, limits: Limits) -> Starlette:
         lifespan=service.lifespan,
         exception_handlers={HTTPException: _on_http_exception},
     )
+    app.state.service = service
+    return app
 
 
 async def _on_http_exception(_: Request, error: Exception) -> Response:

@@ -63,9 +63,10 @@ class Batcher:
         self._worker = asyncio.create_task(self._work())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """Answer everything in the queue, then stop."""
-        await self._queue.join()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Answer everything in the queue, then stop; stop at once where the block ended with an exception, such as a cancellation."""
+        if kind is None:
+            await self._queue.join()
         assert self._worker is not None
         self._worker.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -80,10 +81,13 @@ class Batcher:
                 await asyncio.sleep(self._max_delay_seconds)
             while len(batch) < self._max_batch and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            self._on_batch(len(batch))
+            asked = [(text, future) for text, future in batch if not future.done()]  # done: the request was cut off
+            self._on_batch(len(asked))
             try:
-                answers = await loop.run_in_executor(self._thread, self._answer, [text for text, _ in batch])
-                for (_, future), answer in zip(batch, answers, strict=True):
+                answers = (
+                    await loop.run_in_executor(self._thread, self._answer, [text for text, _ in asked]) if asked else []
+                )
+                for (_, future), answer in zip(asked, answers, strict=True):
                     if not future.done():  # done: the client has disconnected
                         future.set_result(answer)
             except Exception as error:

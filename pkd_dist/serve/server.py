@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from pkd_dist.errors import UserError
+from pkd_dist.network import host_and_port
 from pkd_dist.serve import connections
 from pkd_dist.serve.app import make_app
 from pkd_dist.serve.model import ServedModel
@@ -79,6 +80,9 @@ def serve(
             timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
         listening.listen(config.backlog)  # before the line below: a script connects as soon as it reads it
-        log.info("serving %s on http://%s:%d/predict", folder, *listening.getsockname()[:2])
+        log.info("serving %s on http://%s/predict", folder, host_and_port(*listening.getsockname()[:2]))
         _Server(config).run(sockets=[listening])
-    log.info("serve: stopped; all accepted requests were answered")
+    cut_off = app.state.service.cut_off
+    log.info(
+        "serve: stopped; %s", f"{cut_off} request(s) were cut off" if cut_off else "all accepted requests were answered"
+    )

@@ -172,6 +172,27 @@ def test_requests_in_progress_are_answered_after_a_signal(folder):
         assert process.wait(30) == 0
 
 
+def test_a_second_ctrl_c_cuts_requests_off_and_says_so(folder):
+    with server(folder, "--max-delay-ms", "10000") as (process, port):
+
+        async def ask():
+            asked = [asyncio.create_task(Client(port).post({"text": text})) for text in TEXTS[:3]]
+            watch = Client(port)
+            while b"pkd_serve_waiting_texts 2.0" not in (await watch.get("/metrics"))[1]:
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(ConnectionRefusedError):
+                while True:  # until it has noted the first: two at once would be one
+                    (await asyncio.open_connection("127.0.0.1", port))[1].close()
+                    await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        assert not any(isinstance(answer, tuple) and answer[0] == 200 for answer in asyncio.run(ask()))
+        process.wait(30)
+        assert "serve: stopped; 3 request(s) were cut off" in process.stdout.read()
+
+
 def test_a_port_in_use(folder, port):
     done = pkd("serve", folder, "--port", port)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
