@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ from pkd_dist.files import write_json
 
 DEFAULT_WORKERS = 4
 PACKAGE = Path(__file__).resolve().parents[1]
+_OF_A_JOB, _OF_THE_CLUSTER = ("SLURM_", "SLURMD_", "SRUN_"), ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
@@ -313,12 +315,15 @@ def submit(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True)
         _snapshot(config, folder)
     except OSError as error:
-        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror}); choose another run.dir") from None
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"run.dir: {folder} cannot be written ({error.strerror or error}); choose another run.dir"
+        ) from None
     jobs: list[str] = []
     for command in commands:
         done = subprocess.run(
             [argument.replace("afterany:ARRAY", f"afterany:{''.join(jobs[:1])}") for argument in command],
-            capture_output=True, text=True, check=False,
+            capture_output=True, text=True, check=False, env=_outside_of_jobs(),
         )  # fmt: skip
         if done.returncode:
             if jobs:
@@ -331,6 +336,13 @@ def submit(argv: Sequence[str]) -> None:
         _print_sweep(jobs, options, folder)
     else:
         _print_job(jobs[0], options, folder)
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    """Return the environment without what describes the job in which the command may have been called: sbatch passes it on."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_OF_A_JOB) or name in _OF_THE_CLUSTER
+    }
 
 
 def _print_sweep(jobs: Sequence[str], options: argparse.Namespace, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """`pkd-submit` without SLURM: invalid input and `--dry-run`."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -124,6 +125,22 @@ def test_dry_run_prints_the_command_and_the_script_and_writes_nothing(config, tm
     ]  # fmt: skip
     assert script == (ROOT / "slurm/train.sbatch").read_text()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_describes_the_job_around_it_is_not_passed_on(config, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nenv > environment\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    around = {
+        "SLURM_ARRAY_JOB_ID": "3",
+        "SLURM_RESTART_COUNT": "50",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SRUN_CPUS_PER_TASK": "16",
+    }
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = pkd_submit("--config", "run.yaml", cwd=tmp_path, PATH=path, SLURM_CONF="here", **around)
+    assert done.returncode == 0 and done.stdout.startswith("job 7: "), done.stderr
+    passed_on = dict(line.partition("=")[::2] for line in (tmp_path / "environment").read_text().splitlines())
+    assert passed_on["SLURM_CONF"] == "here" and not around.keys() & passed_on.keys()
 
 
 def test_a_sweep_is_an_array_and_a_job_after_it(config, tmp_path):
