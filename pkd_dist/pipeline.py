@@ -196,7 +196,7 @@ def _outcome(stage: Stage[Any], context: Context, markers: Markers) -> Any:
 def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Telemetry, Publisher | None]]:
     """Make the run's metrics, and publish them for the block; collective."""
     folder, config = run.paths.run, run.config
-    node = _node(world)
+    node, nodes = _node(world)
     counters = folder / "counters" / f"node-{node}.json" if node is not None and config.metrics.enabled else None
     metrics = RunMetrics(counters)
     metrics.info.labels(
@@ -210,7 +210,7 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
     also = trackers.Trackers(folder, config.trackers, config.model_dump(mode="json"))
     with contextlib.ExitStack() as stack:
         publisher = world.together(
-            lambda: stack.enter_context(publishing(metrics, config.metrics, access, folder, node))
+            lambda: stack.enter_context(publishing(metrics, config.metrics, access, folder, node, nodes))
         )
         try:
             yield Telemetry(metrics, world.main, also), publisher
@@ -219,7 +219,7 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
             raise
 
 
-def _node(world: World) -> int | None:
-    """Return the number of this node on its first rank, None on the others; collective."""
+def _node(world: World) -> tuple[int | None, int]:
+    """Return the number of this node on its first rank, None on the others, and how many nodes there are; collective."""
     first_ranks = [rank for rank, first in enumerate(world.gather(world.node_main)) if first]
-    return first_ranks.index(world.rank) if world.node_main else None
+    return first_ranks.index(world.rank) if world.node_main else None, len(first_ranks)

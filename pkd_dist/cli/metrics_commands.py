@@ -68,11 +68,14 @@ def withdraw(config: ConfigFile) -> None:
         from pkd_dist.telemetry import discovery
 
         settings = load(config)
-        if settings.metrics.discovery_dir:
-            run = Path(settings.run.dir)
-            lock = Lock(run).acquire() if run.is_dir() else None  # another job of this run may have published it
-            discovery.withdraw(Path(settings.metrics.discovery_dir), run)
-            if lock:
-                lock.release()
+        if not settings.metrics.discovery_dir:
+            print(f"{config}: metrics.discovery_dir is null, so there is nothing to remove")
+            return
+        run, folder = Path(settings.run.dir), Path(settings.metrics.discovery_dir)
+        lock = Lock(run).acquire() if run.is_dir() else None  # another job of this run may have published it
+        removed = discovery.withdraw(folder, run)
+        if lock:
+            lock.release()
+        print("\n".join(f"{file}: removed" for file in removed) or f"{folder}: has no file of {run.absolute()}")
 
     run_command(work)

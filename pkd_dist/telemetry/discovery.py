@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pkd_dist.errors import UserError
 from pkd_dist.files import digest_of, write_json
-from pkd_dist.network import own_addresses
+from pkd_dist.network import host_and_port, own_addresses
 
 STALE_SECONDS = 600.0
 """A file that is silent for longer belongs to a run that has crashed."""
@@ -104,7 +104,7 @@ def reachable_address(host: str, port: int, by_name: bool) -> str:
     """Return HOST:PORT at which other hosts reach a server that listens on `host`."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.gethostname() if by_name else next(iter(own_addresses()), socket.gethostname())
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return host_and_port(host, port)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,16 @@ def sweep(folder: Path) -> list[TargetFile]:
     return removed
 
 
-def withdraw(folder: Path, run: Path) -> None:
-    """Remove the target files of a run that has ended, for all nodes; alerts on its crash end."""
-    for file in folder.glob(target_file(folder, run, 0).name.replace("-0.json", "-*.json")):
-        file.unlink(missing_ok=True)
+def withdraw(folder: Path, run: Path, first_node: int = 0) -> list[Path]:
+    """Remove the target files of a run that has ended, and return them; alerts on its crash end.
+
+    Args:
+        first_node: only those of this node and of later ones.
+    """
+    prefix, removed = target_name(run, 0).removesuffix("0"), []
+    for file in sorted(folder.glob(f"{prefix}*.json")):
+        node = file.stem.removeprefix(prefix)
+        if node.isdigit() and int(node) >= first_node:
+            file.unlink(missing_ok=True)
+            removed.append(file)
+    return removed

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from prometheus_client import push_to_gateway
+from prometheus_client import delete_from_gateway, push_to_gateway
 
 from pkd_dist.config.schema import Metrics
 from pkd_dist.errors import Preempted, UserError
 from pkd_dist.files import is_denied, is_full
+from pkd_dist.network import host_and_port
 from pkd_dist.telemetry import discovery
 from pkd_dist.telemetry.endpoint import Access, serve
 from pkd_dist.telemetry.log import log
@@ -24,7 +25,7 @@ _PUSH_TIMEOUT_SECONDS = 5.0
 class Publisher:
     """Publishes the metrics of a node until `close`. `push` and `close` never raise."""
 
-    def __init__(self, metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int):
+    def __init__(self, metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int, nodes: int):
         self._metrics, self._config, self._run, self._node = metrics, config, run, node
         self._push_failed = False
         self._target: discovery.Target | None = None
@@ -33,23 +34,37 @@ class Publisher:
         if self._endpoint is None:
             return
         port, https = self._endpoint.port, access.tls is not None
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        log.info("metrics: %s://%s:%d/metrics", "https" if https else "http", host, port)
+        log.info("metrics: %s://%s/metrics", "https" if https else "http", host_and_port(config.host, port))
         if config.discovery_dir:
             try:
                 self._target = discovery.Target(Path(config.discovery_dir), run, node, config.host, port, https)
             except BaseException:
                 self._endpoint.close()
                 raise
+        if node == 0:
+            self._forget_nodes(nodes)
+
+    def _forget_nodes(self, nodes: int) -> None:
+        """Remove what nodes that the run had and has no more left for Prometheus: nobody else would, and their alerts would stay."""
+        if self._config.discovery_dir:
+            discovery.withdraw(Path(self._config.discovery_dir), self._run, first_node=nodes)
+        if self._config.pushgateway:
+            numbers = [file.stem.removeprefix("node-") for file in (self._run / "counters").glob("node-*.json")]
+            for gone in [int(number) for number in numbers if number.isdigit() and int(number) >= nodes]:
+                with contextlib.suppress(Exception):  # no failure of a gateway may end a run
+                    delete_from_gateway(self._config.pushgateway, PUSHED_JOB, self._group(gone), _PUSH_TIMEOUT_SECONDS)
+
+    def _group(self, node: int) -> dict[str, str]:
+        """Return the labels that a gateway keeps the values of a node under."""
+        return {"run": str(self._run.absolute()), "node": str(node), "instance": discovery.instance(self._run, node)}
 
     def push(self) -> bool:
         """Push the current values to the Pushgateway, if one is configured, and return whether it has them; warn once if not."""
         if not self._config.pushgateway:
             return False
-        group = {"run": str(self._run.absolute()), "node": str(self._node)}
-        group["instance"] = discovery.instance(self._run, self._node)
+        group, registry = self._group(self._node), self._metrics.registry
         try:
-            push_to_gateway(self._config.pushgateway, PUSHED_JOB, self._metrics.registry, group, _PUSH_TIMEOUT_SECONDS)
+            push_to_gateway(self._config.pushgateway, PUSHED_JOB, registry, group, _PUSH_TIMEOUT_SECONDS)
         except Exception as error:  # no failure of a gateway may end a run
             report = log.debug if self._push_failed else log.warning
             report("metrics: cannot push to %s (%s); the run continues", self._config.pushgateway, error)
@@ -74,7 +89,7 @@ class Publisher:
 
 @contextlib.contextmanager
 def publishing(
-    metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int | None
+    metrics: RunMetrics, config: Metrics, access: Access, run: Path, node: int | None, nodes: int = 1
 ) -> Iterator[Publisher | None]:
     """Publish the metrics for the duration of the block.
 
@@ -82,6 +97,7 @@ def publishing(
         access: TLS and authentication of the endpoint.
         run: run folder.
         node: index of this node on its first rank; None on other ranks, which publish nothing.
+        nodes: number of nodes.
 
     Raises:
         UserError: `metrics.discovery_dir` is not writable.
@@ -89,7 +105,7 @@ def publishing(
     if node is None or not config.enabled:
         yield None
         return
-    publisher = Publisher(metrics, config, access, run, node)
+    publisher = Publisher(metrics, config, access, run, node, nodes)
     status = 0
     try:
         yield publisher

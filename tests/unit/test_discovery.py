@@ -174,10 +174,25 @@ def test_cli_withdraws_the_files_of_all_nodes(tmp_path):
         file.write_text("[]")
     config = tmp_path / "run.yaml"
     config.write_text(f"run: {{dir: {run}}}\nmetrics: {{discovery_dir: {folder}}}\n")
-    assert pkd("metrics", "withdraw", "--config", config) == (0, "")
+    assert pkd("metrics", "withdraw", "--config", config) == (0, "".join(f"{file}: removed\n" for file in mine))
     assert list(folder.iterdir()) == [other]
+    assert pkd("metrics", "withdraw", "--config", config) == (0, f"{folder}: has no file of {run}\n")
     config.write_text(f"run: {{dir: {run}}}\n")
-    assert pkd("metrics", "withdraw", "--config", config) == (0, "")
+    assert pkd("metrics", "withdraw", "--config", config) == (
+        0, f"{config}: metrics.discovery_dir is null, so there is nothing to remove\n",
+    )  # fmt: skip
+
+
+def test_a_run_on_fewer_nodes_removes_the_files_of_the_others(tmp_path):
+    folder, run = tmp_path / "targets", tmp_path / "run"
+    other = left_behind(folder, "other", 1)
+    for node in (1, 2, 10):
+        target_file(folder, run, node).write_text("[]")
+    config = Metrics(port=0, discovery_dir=str(folder))
+    with publishing(RunMetrics(), config, Access(), run, 1, 2):
+        assert target_file(folder, run, 2).exists(), "the first node does it"
+    with publishing(RunMetrics(), config, Access(), run, 0, 2):
+        assert {file.name for file in folder.iterdir()} == {other.name, target_file(folder, run, 0).name}
 
 
 def test_unwritable_folder_is_rejected(tmp_path):
