@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -21,15 +20,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
-from pkd_dist.allocator import keep_freed_blocks
 from pkd_dist.cli.arguments import OneValue
 from pkd_dist.config.deepspeed import load_deepspeed
-from pkd_dist.config.load import load
+from pkd_dist.config.load import load, replaced_by_preset
 from pkd_dist.config.schema import Config
 from pkd_dist.distributed.ranks import Ranks, discover, first_of_node, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals
 from pkd_dist.errors import LostRank, Preempted, UserError
 from pkd_dist.files import is_denied, is_full
+from pkd_dist.loading import loading
 from pkd_dist.stages.base import NAMES
 from pkd_dist.telemetry.log import log, to_terminal
 from pkd_dist.telemetry.output import keep_going, open_missing
@@ -111,6 +110,10 @@ def launch(
             if world.main:
                 _print_plan(config, plan)
             return
+        if replaced := replaced_by_preset(config_file, overrides, config):
+            log.info(
+                "distill.preset=%s replaces settings of %s: %s", config.distill.preset, config_file, ", ".join(replaced)
+            )
         context = pipeline.run(config, config_file, world, names, fresh)
         if names[-1] == "report" and world.main:
             from pkd_dist.stages.report import summary
@@ -143,8 +146,6 @@ def in_world(
     open_missing()
     if keeps_going:
         keep_going()
-    keep_freed_blocks()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank would warn of lost connections
     process = _Process(StopSignals().install())
 
     def connected() -> None:
@@ -152,11 +153,9 @@ def in_world(
         to_terminal(ranks.main)
         config = load(config_file, overrides)
         load_deepspeed(config, config_file)  # checked here, before torch is imported
-        gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
-        world_type = _import_world()
-        from pkd_dist import pipeline  # noqa: F401 - the rest of what is imported
-
-        gc.enable()
+        with loading():
+            world_type = _import_world()
+            from pkd_dist import pipeline  # noqa: F401 - the rest of what is imported
         process.world = world = world_type(ranks, config.run.timeout_seconds, process.signals)
         work(world)
 

@@ -52,6 +52,26 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise _user_error(error, origin) from None
 
 
+def replaced_by_preset(path: str | Path, overrides: Sequence[str], config: Config) -> list[str]:
+    """Return the settings of the file that a preset from the command line replaces, such as `train.epochs 4 by 2`.
+
+    Args:
+        config: what `load` made of the same.
+    """
+    dropped = _drop_preset_keys(
+        _read_yaml(project_path(path))[0], [_Override.parse(override) for override in overrides]
+    )
+    given = {override.partition("=")[0].strip() for override in overrides}
+    found = []
+    for key, before in dropped.items():
+        now: object = config
+        for name in key.split("."):
+            now = getattr(now, name, None)
+        if now != before and not any(key == name or key.startswith(f"{name}.") for name in given):
+            found.append(f"{key} {before} by {now}")
+    return found
+
+
 # --------------------------------------------------------------------------------------------------------------- input
 
 
@@ -126,16 +146,19 @@ class _Override:
         data[self.keys[-1]] = self.value
 
 
-def _drop_preset_keys(data: dict[str, object], overrides: Sequence[_Override]) -> None:
-    """Remove the file's keys that a preset from the command line sets, since the command line takes precedence."""
+def _drop_preset_keys(data: dict[str, object], overrides: Sequence[_Override]) -> dict[str, object]:
+    """Remove the file's keys that a preset from the command line sets, since the command line takes precedence.
+
+    Returns:
+        The removed values by dotted key.
+    """
     presets = [override.value for override in overrides if override.keys == ("distill", "preset")]
-    if not presets:
-        return
-    preset = str(presets[-1])
+    preset, dropped = str(presets[-1]) if presets else "", {}
     for section, values in {("distill",): PRESETS.get(preset, {}), **RECIPES.get(preset, {})}.items():
         found = _section(data, section)
-        for key in values.keys() & found.keys():
-            del found[key]
+        for key in [key for key in values if key in found]:
+            dropped[".".join((*section, key))] = found.pop(key)
+    return dropped
 
 
 def _add_recipe(data: dict[str, object]) -> None:

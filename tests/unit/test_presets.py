@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from pkd_dist.config.load import load
+from pkd_dist.config.load import load, replaced_by_preset
 from pkd_dist.config.presets import PRESETS
 from pkd_dist.config.task import Augment
 from pkd_dist.distillation.objective import DistillationLoss
@@ -103,7 +103,18 @@ def test_strong_sets_extra_text_and_epochs_where_they_are_not_given(tmp_path):
     assert (given.train.epochs, given.task.augment.copies, given.task.augment.neighbours) == (7, 3, 0.2)
     assert load(None, ["run.dir=x", "distill.preset=strong", "task.augment=null"]).task.augment is None
     (tmp_path / "run.yaml").write_text("run: {dir: x}\ntrain: {epochs: 9}\ndistill: {beta: 3}\n")
-    assert load(tmp_path / "run.yaml", ["distill.preset=strong"]).train.epochs == 2, "the command line takes precedence"
+    strong = load(tmp_path / "run.yaml", ["distill.preset=strong"])
+    assert strong.train.epochs == 2, "the command line takes precedence"
+    assert replaced_by_preset(tmp_path / "run.yaml", ["distill.preset=strong"], strong) == [
+        "distill.beta 3 by 0.0", "train.epochs 9 by 2",
+    ]  # fmt: skip
+    own = ["distill.preset=strong", "train.epochs=3"]
+    assert replaced_by_preset(tmp_path / "run.yaml", own, load(tmp_path / "run.yaml", own)) == ["distill.beta 3 by 0.0"]
+    (tmp_path / "more.yaml").write_text("run: {dir: x}\ntask: {augment: {copies: 3}}\n")
+    for section in ("null", "{copies: 5}"):
+        own = ["distill.preset=strong", f"task.augment={section}"]
+        assert replaced_by_preset(tmp_path / "more.yaml", own, load(tmp_path / "more.yaml", own)) == []
+    assert replaced_by_preset(tmp_path / "run.yaml", [], load(tmp_path / "run.yaml")) == []
     (tmp_path / "run.yaml").write_text("run: {dir: x}\ntrain: {epochs: 9}\ndistill: {preset: strong}\n")
     assert load(tmp_path / "run.yaml").train.epochs == 9
     paper = load(None, ["run.dir=x", "distill.preset=paper"])
