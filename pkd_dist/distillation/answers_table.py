@@ -14,7 +14,7 @@ from pkd_dist.data.target_scale import TargetScale
 from pkd_dist.distillation import cache
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation import predictions
-from pkd_dist.evaluation.calibration import log_softmax
+from pkd_dist.evaluation.probabilities import sigmoid, softmax
 from pkd_dist.evaluation.thresholds import cutoffs
 from pkd_dist.files import write_atomically
 
@@ -57,7 +57,7 @@ def write_table(
     found: dict[int, list[float]] = {}
     for ids_N, values_NC in _answers(cached, evaluated, scale, thresholds):
         if probabilities:
-            values_NC = np.exp(log_softmax(values_NC)) if thresholds is None else 1 / (1 + np.exp(-values_NC))
+            values_NC = softmax(values_NC) if thresholds is None else sigmoid(values_NC)
         for example, values in zip(ids_N.tolist(), values_NC.tolist(), strict=True):
             found.setdefault(example, values)  # the same text in two splits
     write_atomically(output, lambda tmp: _write(tmp, output.suffix, [ID, *(names or [PREDICTION])], found))

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pkd_dist.evaluation.probabilities import sigmoid, softmax
+
 Answer = dict[str, object]
 """What JSON holds for one text; see `answer`."""
 
@@ -34,7 +36,7 @@ def answer(logits_C: np.ndarray, names: Mapping[int, str], truncated: bool = Fal
     """
     note: Answer = {"truncated": True} if truncated else {}
     if multilabel:
-        scores = (1 / (1 + np.exp(-logits_C.astype(np.float64)))).astype(np.float32).tolist()
+        scores = sigmoid(logits_C).astype(np.float32).tolist()
         by_name = {names[i]: score for i, score in enumerate(scores)}
         return {"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name} | note
     if len(logits_C) == 1:
@@ -70,6 +72,5 @@ def choice(logits_C: np.ndarray, options: Sequence[str], truncated: bool = False
 
 
 def _probabilities(logits_C: np.ndarray) -> list[float]:
-    powers_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
-    probabilities: list[float] = (powers_C / powers_C.sum()).astype(np.float32).tolist()
+    probabilities: list[float] = softmax(logits_C).astype(np.float32).tolist()
     return probabilities

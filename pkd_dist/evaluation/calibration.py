@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from typing_extensions import NotRequired, TypedDict
 
+from pkd_dist.evaluation.probabilities import log_softmax
+
 BINS = 15
 """Of equal width, for the expected calibration error."""
 LOWEST, HIGHEST = 0.05, 20.0
@@ -60,13 +62,6 @@ class Calibration(TypedDict):
     temperature: float
     unfitted: NotRequired[str]
     splits: dict[str, SplitCalibration]
-
-
-def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Return log-probabilities, float64 (N, C)."""
-    logits_NC = logits_NC.astype(np.float64)
-    shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True)
-    return np.asarray(shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True)))
 
 
 def fit_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float | None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from pkd_dist.data.tasks import Task
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.evaluation.calibration import log_softmax
 from pkd_dist.evaluation.intervals import wilson_interval
+from pkd_dist.evaluation.probabilities import log_softmax
 from pkd_dist.evaluation.results import Scores
 from pkd_dist.metric_names import AGREEMENT, MAIN_METRIC
 

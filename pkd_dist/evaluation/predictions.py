@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from pkd_dist.data.examples import is_labelled
 from pkd_dist.data.tokens import TokenSet
 from pkd_dist.errors import UserError
+from pkd_dist.evaluation.probabilities import sigmoid, softmax
 from pkd_dist.evaluation.results import SIDES
 from pkd_dist.files import write_atomically
 
@@ -52,13 +53,8 @@ class Predictions:
     @cached_property
     def probabilities(self) -> dict[str, np.ndarray]:
         """Side -> (N, C) float64; for multi-label the scores of the classes, above 0.5 where a text has them."""
-        if self.multilabel:
-            return {side: 1 / (1 + np.exp(-logits_NC.astype(np.float64))) for side, logits_NC in self.logits.items()}
-        probabilities = {}
-        for side, logits_NC in self.logits.items():
-            powers_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
-            probabilities[side] = powers_NC / powers_NC.sum(axis=1, keepdims=True)
-        return probabilities
+        of = sigmoid if self.multilabel else softmax
+        return {side: of(logits_NC) for side, logits_NC in self.logits.items()}
 
     def confusion(self, side: str) -> np.ndarray:
         """Return the (C, C) confusion matrix of a model; rows are true classes."""

@@ -14,6 +14,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from pkd_dist.data.examples import present
+from pkd_dist.evaluation.probabilities import sigmoid
 
 CHOSEN_ON = "dev"
 DEFAULT = 0.5
@@ -53,7 +54,7 @@ def choose(logits_NC: np.ndarray, labels_NC: np.ndarray) -> np.ndarray:
     others that are equally good it is the one nearest to 0.5.
     """
     cutoffs_C = [_best_cutoff(*of_class) for of_class in zip(logits_NC.T, labels_NC.T, strict=True)]
-    return 1 / (1 + np.exp(-np.asarray(cutoffs_C, np.float64)))
+    return sigmoid(np.asarray(cutoffs_C))
 
 
 def _best_cutoff(logit_N: np.ndarray, true_N: np.ndarray) -> float:

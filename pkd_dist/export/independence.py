@@ -9,6 +9,7 @@ import torch
 
 from pkd_dist.data.batches import collate
 from pkd_dist.data.tokens import TokenSet
+from pkd_dist.evaluation.probabilities import sigmoid, softmax
 from pkd_dist.evaluation.scoring import Inputs
 from pkd_dist.export.manifest import BatchEffect
 
@@ -58,13 +59,13 @@ def holds(effect: Mapping[str, float], exact: bool) -> bool:
 def compare(alone_NC: np.ndarray, together_NC: np.ndarray, multilabel: bool = False) -> BatchEffect:
     """Return the effect of batches on logits."""
     if multilabel:
-        scores = [1 / (1 + np.exp(-logits_NC.astype(np.float64))) for logits_NC in (alone_NC, together_NC)]
+        scores = [sigmoid(logits_NC) for logits_NC in (alone_NC, together_NC)]
         changed_N = ((alone_NC > 0) != (together_NC > 0)).any(axis=1)
     elif alone_NC.shape[1] == 1:
         scores = [logits_NC / (float(np.ptp(alone_NC)) or 1.0) for logits_NC in (alone_NC, together_NC)]
         changed_N = np.zeros(len(alone_NC), bool)
     else:
-        scores = [_probabilities(logits_NC) for logits_NC in (alone_NC, together_NC)]
+        scores = [softmax(logits_NC) for logits_NC in (alone_NC, together_NC)]
         changed_N = alone_NC.argmax(1) != together_NC.argmax(1)
     moved_N = np.abs(scores[0] - scores[1]).max(axis=1)
     return {
@@ -72,8 +73,3 @@ def compare(alone_NC: np.ndarray, together_NC: np.ndarray, multilabel: bool = Fa
         "batch_effect_mean": float(moved_N.mean()),
         "batch_changed_labels": int(changed_N.sum()),
     }
-
-
-def _probabilities(logits_NC: np.ndarray) -> np.ndarray:
-    powers_NC: np.ndarray = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
-    return powers_NC / powers_NC.sum(axis=1, keepdims=True)

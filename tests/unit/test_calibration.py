@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from families import FAMILIES, make_folder
 from torch import nn
@@ -17,9 +18,9 @@ from pkd_dist.evaluation.calibration import (
     divided,
     ece_sentence,
     fit_temperature,
-    log_softmax,
     reliability,
 )
+from pkd_dist.evaluation.probabilities import log_softmax, sigmoid, softmax
 from pkd_dist.model.encoder import load_model
 from pkd_dist.model.head import divide_logits, output_layer
 from pkd_dist.model.regression_head import standardize
@@ -127,8 +128,15 @@ def test_calibration_is_fitted_on_dev_alone_and_judged_everywhere():
     assert "on dev (400 examples, on which it was fitted)" in said and said.endswith("on test (400 examples)")
 
 
-def test_log_softmax_of_large_logits():
-    assert log_softmax(np.asarray([[1000.0, 0.0]], np.float32)).tolist() == [[0.0, -1000.0]]
+@pytest.mark.filterwarnings("error")
+def test_probabilities_are_those_of_scipy_also_of_large_logits():
+    logits_NC = np.vstack([np.random.default_rng(0).normal(0, 5, (50, 3)), [[1000.0, 0.0, -1000.0]]]).astype(np.float32)
+    wide_NC = logits_NC.astype(np.float64)
+    for own, independent in ((softmax, scipy.special.softmax), (log_softmax, scipy.special.log_softmax)):
+        assert own(logits_NC).dtype == np.float64
+        np.testing.assert_allclose(own(logits_NC), independent(wide_NC, axis=-1), rtol=1e-14)
+        np.testing.assert_array_equal(own(logits_NC[3]), own(logits_NC)[3])
+    np.testing.assert_allclose(sigmoid(logits_NC), scipy.special.expit(wide_NC), rtol=1e-14)
 
 
 @pytest.mark.parametrize("outputs", [2, 3, 32])  # 32: as many as the model is wide
