@@ -1,16 +1,31 @@
-"""Settings of the C allocator for the large blocks of a training step.
+"""What a process sets before it loads torch and the libraries that need it.
 
-A step allocates and frees the same few dozen blocks of several megabytes. By default, glibc returns each to the kernel,
+A training step allocates and frees the same few dozen blocks of several megabytes. By default, glibc returns each to the kernel,
 which clears its pages again in the next step: a third of the step on a CPU. Kept blocks in huge pages avoid this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Load torch, and what needs it, in the block."""
+    keep_freed_blocks()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every rank warns of lost connections
+    gc.disable()  # imports make millions of objects, none of them garbage: collecting takes a fifth of their time
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep_freed_blocks() -> None:

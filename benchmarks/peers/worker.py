@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pkd_dist.allocator import keep_freed_blocks
+from pkd_dist.loading import keep_freed_blocks
 
 MODULES = {"authors": "authors", "textbrewer": "brewer", "hf": "hf"}
 """First word of a contestant's name -> module of this package."""

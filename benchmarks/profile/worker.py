@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pkd_dist.allocator import keep_freed_blocks
+from pkd_dist.loading import keep_freed_blocks
 
 keep_freed_blocks()
 

@@ -11,7 +11,6 @@ import time
 BEGUN = time.time()
 
 import builtins  # noqa: E402
-import gc  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -67,12 +66,10 @@ def main() -> None:
     builtins.__import__ = spans.wrapped(builtins.__import__, IMPORTS)
     importlib.import_module = spans.wrapped(importlib.import_module, IMPORTS)
     with spans.span(REST):
-        from pkd_dist.allocator import keep_freed_blocks
+        from pkd_dist.loading import loading
 
-        keep_freed_blocks()  # this and gc like the launcher
-        gc.disable()
-        follow(spans, end)
-        gc.enable()
+        with loading():  # like the launcher
+            follow(spans, end)
         from pkd_dist.cli.launch import leave, train
 
         status = train(argv)

@@ -25,9 +25,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, NoReturn
 
-from pkd_dist.allocator import keep_freed_blocks
 from pkd_dist.distributed.signals import SIGNALS
 from pkd_dist.errors import Preempted
+from pkd_dist.loading import loading
 from pkd_dist.telemetry.log import log
 
 _LIBRARIES = ("pkd_dist.pipeline", "pkd_dist.search.worker", "transformers.models.auto.modeling_auto")
@@ -154,8 +154,6 @@ class Forks:
 
 def load_libraries(*more: str) -> None:
     """Load what all programs need, and more modules, without starting a thread."""
-    keep_freed_blocks()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in `in_world`: torch reads it when it is loaded
     given = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy's products; large ones are torch's here
     _load((*_LIBRARIES, *more))
@@ -166,10 +164,9 @@ def load_libraries(*more: str) -> None:
 
 
 def _load(names: Iterable[str]) -> None:
-    gc.disable()  # imports make millions of objects, none of them garbage
-    for name in names:
-        importlib.import_module(name)
-    gc.enable()
+    with loading():
+        for name in names:
+            importlib.import_module(name)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pkd_dist import pipeline
@@ -244,8 +244,9 @@ def clean(sweep: SweepConfig, number: int) -> None:
 
 
 def _context(base: Context, config: Config, sweep: SweepConfig) -> Context:
-    """Return the context of a run on the data and the cache of a base."""
+    """Return the context of a run on the data and the cache of a base, whose precision it has on every host."""
     resolved = resolve(config, sweep.file, base.world.device, base.resolved.paths.data)
+    resolved = replace(resolved, precision=base.resolved.precision, teacher_precision=base.resolved.teacher_precision)
     context = Context(resolved, base.world, Telemetry(RunMetrics(), show=False), pipeline.VERSIONS)
     context.adopt(base)
     return context

@@ -9,7 +9,7 @@ from pkd_dist.stages.base import NAMES
 
 PACKAGE = Path(__file__).parents[2] / "pkd_dist"
 ORDER = [
-    "errors", "files", "network", "limits", "allocator", "metric_names", "environment", "config", "telemetry", "lock", "distributed", "data", "model",
+    "errors", "files", "network", "limits", "loading", "metric_names", "environment", "config", "telemetry", "lock", "distributed", "data", "model",
     "evaluation", "distillation", "training", "export", "report", "stages", "disk_space", "pipeline", "serve", "search", "comparison", "cli", "train", "api",
 ]  # fmt: skip
 """Modules and folders of the package; each imports only from those before it, and from its own folder."""
