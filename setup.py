@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 DEFAULTS = ("configs", "ds_configs", "data/movie-reviews", "launcher", "slurm/train.sbatch")
 """Files and folders of the checkout that an installed package also needs, in `pkd_dist/defaults/`.
 
-`pkd_dist.config.deepspeed.packaged_path` finds them in both places.
+`pkd_dist.config.paths.packaged_path` finds them in both places.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -220,6 +221,8 @@ def predict(
                 file=sys.stderr,
             )
         typed = not texts and file == "-" and sys.stdin.isatty()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # half a surrogate pair becomes an escape of JSON
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         try:
             with named_as_options():
                 for answer in predictor(given, 1 if typed else batch_size):

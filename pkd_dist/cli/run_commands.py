@@ -148,7 +148,7 @@ def _from_checkpoint(checkpoint: Path, output: Path, dtype: str) -> None:
     from pkd_dist.stages.data import TRIMMED
     from pkd_dist.stages.translation import translate
 
-    run = checkpoint.absolute().parents[1]
+    run = checkpoint.absolute().parent.parent
     markers = Markers(run, translate)
     marker = markers.read("distill")
     started_from = str(marker.inputs["init.weights"]) if marker else None

@@ -56,9 +56,9 @@ class Hashed:
             text, label = int(self.hash_N[row]), _label(self.split, row)
             if text in labels_of:
                 found_N[row] = True
-                relabelled_N[row] = labelled_N[row] and label not in labels_of[text]
+                relabelled_N[row] = labelled_N[row] and bool(labels_of[text]) and label not in labels_of[text]
             if other is None:
-                labels_of.setdefault(text, set()).add(label)
+                labels_of.setdefault(text, set()).update({label} if labelled_N[row] else ())
         return Overlap(found_N, relabelled_N)
 
     def example(self, mask_N: np.ndarray) -> str:
@@ -81,10 +81,12 @@ def _repeated(hash_N: np.ndarray) -> np.ndarray:
 
 
 def _labels_of(hashed: Hashed, known: set[int]) -> dict[int, set[object]]:
-    """Return the labels that each known text has."""
+    """Return the labels that each known text has, if any."""
     labels: dict[int, set[object]] = {}
+    labelled_N = is_labelled(hashed.split.labels_N)
     for row in np.flatnonzero(np.isin(hashed.hash_N, list(known))).tolist():
-        labels.setdefault(int(hashed.hash_N[row]), set()).add(_label(hashed.split, row))
+        of_text = labels.setdefault(int(hashed.hash_N[row]), set())
+        of_text.update({_label(hashed.split, row)} if labelled_N[row] else ())
     return labels
 
 

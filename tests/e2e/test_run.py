@@ -132,6 +132,14 @@ def test_the_export_loads_without_us(finished):
     assert found["layers"] == 2
 
 
+def test_half_a_surrogate_pair_in_a_column_that_is_kept(finished, tmp_path):
+    folder, _, _ = finished
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"sentence": "a good film", "note": "cut \\ud83d"}\n')
+    done = pkd("predict", "--model", folder / "run/export", "--file", rows)
+    assert done.returncode == 0 and json.loads(done.stdout)["note"] == "cut \ud83d", done.stderr
+
+
 def test_a_run_says_how_much_disk_it_needs(finished):
     folder, _, done = finished
     said = re.search(rf"{folder}/run: needs about ([\d.]+) ([kM]B) of disk, [\d.]+ [GMk]B are free", done.stdout)

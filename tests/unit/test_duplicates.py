@@ -1,5 +1,7 @@
 """Texts in several splits: counted, dropped or refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,16 @@ def test_they_are_reported():
     assert found["test"].notes == (
         "1 of 3 texts are also in train, such as 'c'; task.duplicates: drop removes them from train",
         "1 of 3 texts are also in dev, such as 'e'; task.duplicates: drop removes them from dev",
+    )
+
+
+def test_text_without_labels_has_no_other_labels():
+    given = splits()
+    train = replace(given["train"], labels_N=np.full(len(given["train"].labels_N), -1))
+    found = settled(given | {"train": train}, task("keep"))
+    assert found["train"].notes == ()
+    assert found["dev"].notes == (
+        "1 of 4 texts are also in train, such as 'b'; task.duplicates: drop removes them from train",
     )
 
 
