@@ -195,6 +195,10 @@ def _job(bench: Bench) -> dict[str, Any]:
     return {"job": {"stages": _medians(rounds, "stages"), "seconds": seconds, "command_seconds": command_seconds}}
 
 
+_ROUNDING = 1e-6
+"""Of shares of the examples, which some contestants have in float32."""
+
+
 def _time_to_quality(bench: Bench, reference: str | None) -> dict[str, Any]:
     """Return who reaches the agreement with the teacher that the fastest peer ends with, and when.
 
@@ -211,7 +215,7 @@ def _time_to_quality(bench: Bench, reference: str | None) -> dict[str, Any]:
     reached = {
         name: {
             "title": CONTESTANTS[name].title,
-            "seconds": next((epoch["seconds"] for epoch in curve if epoch["agreement"] >= target), None),
+            "seconds": next((epoch["seconds"] for epoch in curve if epoch["agreement"] >= target - _ROUNDING), None),
             "epochs": curve,
         }
         for name, curve in curves.items()
