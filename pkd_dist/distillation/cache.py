@@ -231,7 +231,6 @@ class CacheReader:
         checksums: indices of the shards whose sha256 is verified, by default all. Sizes are always verified.
 
     Attributes:
-        rows: examples in the cache.
         all_tokens: the states are those of all tokens, not of [CLS] alone.
 
     Raises:
