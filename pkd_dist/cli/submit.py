@@ -313,9 +313,12 @@ def submit(argv: Sequence[str]) -> None:
         raise UserError("sbatch is not on PATH; submit from a SLURM login node (--dry-run works without)")
     try:
         folder.mkdir(parents=True)
-        _snapshot(config, folder)
+        try:
+            _snapshot(config, folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             f"run.dir: {folder} cannot be written ({error.strerror or error}); choose another run.dir"
         ) from None

@@ -82,11 +82,11 @@ class Batcher:
             while len(batch) < self._max_batch and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             asked = [(text, future) for text, future in batch if not future.done()]  # done: the request was cut off
-            self._on_batch(len(asked))
             try:
-                answers = (
-                    await loop.run_in_executor(self._thread, self._answer, [text for text, _ in asked]) if asked else []
-                )
+                if not asked:
+                    continue
+                self._on_batch(len(asked))
+                answers = await loop.run_in_executor(self._thread, self._answer, [text for text, _ in asked])
                 for (_, future), answer in zip(asked, answers, strict=True):
                     if not future.done():  # done: the client has disconnected
                         future.set_result(answer)
