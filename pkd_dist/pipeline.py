@@ -110,7 +110,7 @@ def run(
         torch.set_float32_matmul_precision("highest")  # float32 means float32, on a GPU too
         log.info(
             "%d rank(s) started by %s on %s; training in %s%s", world.size, world.launcher, world.device.type,
-            resolved.here[0], "" if resolved.has_answers else f", the teacher in {resolved.here[1]}",
+            resolved.here.training, "" if resolved.has_answers else f", the teacher in {resolved.here.teacher}",
         )  # fmt: skip
         if resolved.here != (resolved.precision, resolved.teacher_precision):
             log.warning(
@@ -200,7 +200,7 @@ def _telemetry(run: Resolved, world: World, access: Access) -> Iterator[tuple[Te
     counters = folder / "counters" / f"node-{node}.json" if node is not None and config.metrics.enabled else None
     metrics = RunMetrics(counters)
     metrics.info.labels(
-        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.here[0],
+        __version__, str(folder.absolute()), run.task.name, socket.gethostname(), str(world.size), run.here.training,
         os.environ.get("SLURM_JOB_ID", ""),
     ).set(1)  # fmt: skip
     for name in NAMES:

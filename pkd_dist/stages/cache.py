@@ -234,7 +234,7 @@ def live_teacher(context: Context, layers: Sequence[int], all_tokens: bool, stat
     return LiveTeacher(
         model,
         layers,
-        run.here[1],
+        run.here.teacher,
         run.config.cache.dtype,
         all_tokens,
         context.world.device,

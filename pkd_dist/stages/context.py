@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -128,6 +128,13 @@ class Teacher:
         return self.run / f"{self.name}_metrics.jsonl"
 
 
+class Precisions(NamedTuple):
+    """Of a training, such as `autocast bfloat16`, and of the teacher's pass."""
+
+    training: str
+    teacher: str
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A run as its configuration, the DeepSpeed JSON, the teacher and the device decide it.
@@ -142,8 +149,8 @@ class Resolved:
         layer_map: the layers of student and teacher that the loss compares.
         copied_layers: teacher layers, from 0, that the student starts from; None where it starts otherwise.
         kept_layers: teacher layers, from 1, whose states a cache that is built now holds.
-        precision, teacher_precision: of the training, such as `autocast bfloat16`, and of the teacher's pass. Where the settings
-            leave them to the host: those of the host on which the run began, and of the cache that it finds.
+        precision, teacher_precision: of the training and of the teacher's pass. Where the settings leave them to the host: those of
+            the host on which the run began, and of the cache that it finds.
         here: the same two, of this host.
     """
 
@@ -162,7 +169,7 @@ class Resolved:
     kept_layers: tuple[int, ...]
     precision: str
     teacher_precision: str
-    here: tuple[str, str]
+    here: Precisions
 
     @property
     def source(self) -> str:
@@ -319,7 +326,9 @@ def resolve(
         shape = student.planned_config(config.student, source_config)
         require_comparable(config.distill, source_config, shape)
     paths = paths_of(config, data)
-    here = resolve_precision(deepspeed, device)[1], resolve_teacher_precision(config.cache.precision, device)
+    here = Precisions(
+        resolve_precision(deepspeed, device)[1], resolve_teacher_precision(config.cache.precision, device)
+    )
     precision, teacher_precision = here if fresh else _precisions_at_start(config, deepspeed, paths, here)
     resolved = Resolved(
         config=config,
@@ -347,9 +356,7 @@ def resolve(
     return resolved
 
 
-def _precisions_at_start(
-    config: Config, deepspeed: DeepSpeedConfig, paths: RunPaths, here: tuple[str, str]
-) -> tuple[str, str]:
+def _precisions_at_start(config: Config, deepspeed: DeepSpeedConfig, paths: RunPaths, here: Precisions) -> Precisions:
     """Return `Resolved.precision` and `teacher_precision`: a job that is requeued on another kind of host keeps what it has made."""
     training, teacher = here
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
@@ -364,7 +371,7 @@ def _precisions_at_start(
         with contextlib.suppress(UserError, OSError):  # the stage `cache` will say so
             if manifest := cache.read_manifest(paths.cache):
                 teacher = manifest.fingerprint.precision
-    return training, teacher
+    return Precisions(training, teacher)
 
 
 def _task(config: Config) -> tasks.Task:

@@ -243,7 +243,7 @@ def _teacher_attention(context: Context) -> TeacherAttention | None:
     layers = [teacher_layer for _, teacher_layer in run.layer_map.attention]
     if not layers:
         return None
-    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.here[1]], world.device)
+    return teacher_attention(load_model(teacher_folder(context)), layers, DTYPES[run.here.teacher], world.device)
 
 
 def _require_cache_unaltered(context: Context) -> None:
