@@ -69,9 +69,9 @@ class _Service:
             response = _error_response(error)
         except ClientDisconnect:
             response = Response(status_code=499)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # not raised again: the server ends, and waits only for this response
             self.cut_off += 1
-            raise
+            response = _error_response(HTTPException(503, "the server was stopped"))
         except Exception:
             log.exception("serve: a request failed")
             response = _error_response(HTTPException(500, "internal error; see the log of the server"))
@@ -97,8 +97,9 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        async with self._batcher:
-            yield
+        with contextlib.suppress(asyncio.CancelledError):  # the server ends without waiting
+            async with self._batcher:
+                yield
 
 
 def make_app(model: ServedModel, limits: Limits) -> Starlette:

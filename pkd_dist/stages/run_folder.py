@@ -73,8 +73,10 @@ def opened(run: Resolved, world: World, artifacts: Iterable[Artifacts], fresh: b
 
 
 def _require_own_results(run: Resolved) -> None:
-    """Raise UserError where `evaluate.result_dir` has the results of another run."""
+    """Raise UserError where `evaluate.result_dir` is no folder, or has the results of another run."""
     setting = run.config.evaluate.result_dir
+    if setting and Path(setting).is_file():
+        raise UserError(f"{setting} is a file; give a folder", "evaluate.result_dir")
     if not setting or not run.paths.results.exists():
         return
     try:

@@ -121,6 +121,11 @@ CONFIGURATION = {
         ["run.dir={at}/taken/run"],
         r"run\.dir: {at}/taken/run is not writable \(.+\); choose another run\.dir",
     ),
+    "results in a file": (
+        {"taken.json": "{}"},
+        ["evaluate.result_dir={at}/taken.json"],
+        r"evaluate\.result_dir: {at}/taken\.json is a file; give a folder",
+    ),
     "results of another run": (
         {"elsewhere/results_eval.json": "{}"},
         ["evaluate.result_dir={at}/elsewhere"],
