@@ -137,6 +137,7 @@ def test_probabilities_are_those_of_scipy_also_of_large_logits():
         np.testing.assert_allclose(own(logits_NC), independent(wide_NC, axis=-1), rtol=1e-14)
         np.testing.assert_array_equal(own(logits_NC[3]), own(logits_NC)[3])
     np.testing.assert_allclose(sigmoid(logits_NC), scipy.special.expit(wide_NC), rtol=1e-14)
+    assert log_softmax(np.asarray([[1000.0, 0.0]], np.float32)).tolist() == [[0.0, -1000.0]]
 
 
 @pytest.mark.parametrize("outputs", [2, 3, 32])  # 32: as many as the model is wide
