@@ -64,6 +64,7 @@ class World:
         else:
             self.device = torch.device("cpu")
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_flush_denormal(True)  # for this thread, and those that PyTorch starts for its operations from now on
         ranks.export()  # DeepSpeed reads these variables even if the process group exists
         self.signals = signals or StopSignals()
         places = self._meet(timeout_seconds)
