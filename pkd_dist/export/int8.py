@@ -107,7 +107,7 @@ class _Quantizer:
 
         if weight not in self._quantised:
             weight_IO = numpy_helper.to_array(self._tables[weight])
-            scale_O = np.maximum(np.abs(weight_IO).max(axis=0), np.finfo(np.float32).tiny) / self._levels
+            scale_O = np.maximum(np.abs(weight_IO).max(axis=0) / self._levels, np.finfo(np.float32).tiny)
             names = f"{weight}_int8", f"{weight}_scale"
             rounded_IO = np.rint(weight_IO / scale_O).astype(np.int8)
             for name, value in zip(names, (rounded_IO, scale_O.astype(np.float32)), strict=True):
@@ -138,7 +138,7 @@ def _store_as_int8(graph: GraphProto, table: TensorProto) -> tuple[str, str]:
     from onnx import numpy_helper
 
     values_NM = numpy_helper.to_array(table)
-    scale_N1 = np.maximum(np.abs(values_NM).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    scale_N1 = np.maximum(np.abs(values_NM).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
     rows, scales = f"{table.name}_int8", f"{table.name}_scale"
     graph.initializer.remove(table)
     graph.initializer.append(numpy_helper.from_array(np.rint(values_NM / scale_N1).astype(np.int8), rows))

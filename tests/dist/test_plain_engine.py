@@ -1,7 +1,11 @@
 """A training at a usual learning rate on one rank, against a plain loop: one example at a time, torch's clipping and AdamW."""
 
+from pathlib import Path
+
+import forked
 import pytest
 import torch
+from conftest import ROOT, bare_ranks
 from plain import BATCH, SETTINGS, make_model, make_tokens, train
 
 from pkd_dist.config.schema import Train
@@ -34,3 +38,8 @@ def test_losses_over_200_steps_are_those_of_a_plain_loop(plain, dtype, tolerance
         losses.append(loss.item())
     assert losses == pytest.approx(plain, rel=0, abs=tolerance)
     assert max(plain) - min(plain) > 0.05
+
+
+def test_subnormal_numbers_are_zero_on_every_thread():
+    done = forked.run(Path(__file__).parent / "subnormal.py", (), ROOT, bare_ranks(1), timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ["0"]), done.stdout + done.stderr

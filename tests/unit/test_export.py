@@ -115,6 +115,24 @@ def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
     assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * (tmp_path / "model.onnx").stat().st_size
 
 
+def test_no_scale_of_int8_rows_is_subnormal(tmp_path):
+    """In a process that trains, subnormal numbers are zero, and zeros would be divided by zero."""
+    import onnx as onnx_package
+    from onnx import numpy_helper
+
+    made = subject(tmp_path)
+    with torch.no_grad():
+        made.student.bert.embeddings.word_embeddings.weight[7] = 0
+        made.student.bert.encoder.layer[0].intermediate.dense.weight[3] = 0
+    onnx.write(made.student, made.tokenizer, tmp_path / "model.onnx")
+    onnx.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", "per token")
+    graph = onnx_package.load(tmp_path / "int8.onnx").graph
+    scales = [numpy_helper.to_array(table) for table in graph.initializer if table.name.endswith("_scale")]
+    smallest = np.array([scale.min() for scale in scales])
+    assert (smallest >= np.finfo(np.float32).tiny).all()
+    assert (smallest == np.finfo(np.float32).tiny).sum() == 2, "of the row and of the column of zeros"
+
+
 def test_a_file_with_other_logits_is_rejected_and_nothing_is_left(tmp_path, monkeypatch):
     made = subject(tmp_path)
     write = onnx.write
