@@ -52,7 +52,9 @@ class Table:
         return place(self.name, number, self.unit)
 
     def require_unicode(self, number: int, column: str, value: str) -> None:
-        """Raise UserError if a value of a row cannot be written as UTF-8."""
+        """Raise UserError if a value of a row cannot be written as UTF-8, or holds a NUL."""
+        if "\0" in value:
+            raise UserError(f"{self.at(number)}: {column} contains a NUL character (code 0); remove it")
         if value.isascii():
             return
         try:
@@ -197,6 +199,8 @@ def decoded(path: Path) -> Iterator[str]:
                     raise UserError(
                         f"{path}:{number}: byte 0x{raw[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
                     ) from None
+                if "\0" in line:
+                    raise UserError(f"{path}:{number}: contains a NUL byte, as UTF-16 does; save the file as UTF-8")
                 yield line if number > 1 else line.removeprefix("\ufeff")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be decompressed as gzip: {error}; write the file again") from None

@@ -188,6 +188,7 @@ def test_regression_labels_are_numbers(tmp_path):
         ("sentence\tlabel\nfine\t1\nso\t2\n", "train.tsv:3: label '2' is not one of the labels: 0, 1"),
         ("sentence\tlabel\nfine\t1\nso\t1\n", "every example has the label '1'; training needs at least two"),
         (b"sentence\tlabel\nfine\t1\n\xff\xfe\t0\n", "train.tsv:3: byte 0xff is not valid UTF-8"),
+        ("sentence\tlabel\nfine\t1\n".encode("utf-16-le"), "train.tsv:1: contains a NUL byte, as UTF-16 does"),
     ],
 )
 def test_errors_in_a_tsv_name_file_and_line(tmp_path, content, message):
@@ -204,6 +205,7 @@ def test_errors_in_a_tsv_name_file_and_line(tmp_path, content, message):
         ("train.jsonl", '{"a": "1", "b": "2", "y": 0}\n{"a": \n', "train.jsonl:2: not valid JSON"),
         ("train.jsonl", '{"a": "1", "y": 0}\n', "train.jsonl:1: has no column 'b'"),
         ("train.jsonl", '{"a": "x \\ud83d", "b": "2", "y": 0}\n', "train.jsonl:1: a contains an unpaired surrogate"),
+        ("train.jsonl", '{"a": "x", "b": "2", "y": "\\u0000"}\n', "train.jsonl:1: y contains a NUL character"),
         (
             "train.jsonl",
             '{"a": ["x"], "b": "2", "y": 0}\n',
