@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pkd_dist.cli.options import run_command
+from pkd_dist.cli.options import require_run, run_command
 from pkd_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def answers(
         from pkd_dist.stages.base import Markers
         from pkd_dist.stages.translation import translate
 
+        require_run(run)
         markers = Markers(run, translate)
-        marker = markers.read("data") if (run / "config.yaml").is_file() else None
+        marker = markers.read("data")
         if marker is None or not marker.outputs:
-            raise UserError(f"{run}: is not the folder of a run; give one, such as runs/demo")
+            raise UserError(f"{run}: is not evaluated yet; rerun the run's command to resume it")
         names = list(map(str, cast(list[str], marker.outputs["class_names"])))
         scale = cast(dict[str, float] | None, marker.outputs.get("scale"))
         evaluated = markers.read("evaluate")

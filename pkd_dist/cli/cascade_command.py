@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pkd_dist.cli.options import run_command
+from pkd_dist.cli.options import require_run, run_command
 from pkd_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def _evaluated(run: Path) -> tuple[dict[str, Predictions], Results]:
     from pkd_dist.stages.base import Markers
     from pkd_dist.stages.translation import translate
 
-    if not (run / "stages").is_dir():
-        raise UserError(f"{run}: is not a run folder; give one, such as runs/demo")
+    require_run(run)
     marker = Markers(run, translate).read("evaluate")
     if marker is None or not marker.done:
         raise UserError(f"{run}: is not evaluated yet; rerun the run's command to resume it")

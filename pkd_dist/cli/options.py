@@ -100,6 +100,14 @@ def data_or_demo(data: str | None, task: str) -> str:
     return DEMO_DATA
 
 
+def require_run(run: Path) -> None:
+    """Raise UserError unless a folder is that of a run."""
+    if not run.exists():
+        raise UserError(f"no such folder: {run}; give a run folder, such as runs/demo")
+    if not (run / "stages").is_dir():
+        raise UserError(f"{run}: is not a run folder; give one, such as runs/demo")
+
+
 def numbers(text: str, option: str, example: str) -> list[int]:
     """Return the integers of an option such as `1,2,3`.
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pkd_dist.cli.options import run_command
-from pkd_dist.errors import UserError
+from pkd_dist.cli.options import require_run, run_command
 
 
 def clean(
@@ -25,8 +24,7 @@ def clean(
         from pkd_dist.lock import Lock
         from pkd_dist.stages.base import previous_folder
 
-        if not (run / "stages").is_dir():
-            raise UserError(f"{run}: is not a run folder; give one, such as runs/demo")
+        require_run(run)
         previous = previous_folder(run)
         size = readable_bytes(size_of(previous))
         if not previous.exists():

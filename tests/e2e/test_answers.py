@@ -261,7 +261,7 @@ def test_what_needs_a_model_is_refused(run, data, tmp_path, arguments, message):
     [
         (["{run}", "--output", "{tmp}/x.txt"], "--output: {tmp}/x.txt is not one of .csv, .jsonl, .parquet"),
         (["{run}", "--output", "{answers}"], "--output: {answers} exists; remove it, or give another name"),
-        (["{tmp}", "--output", "{tmp}/x.csv"], "{tmp}: is not the folder of a run"),
+        (["{tmp}", "--output", "{tmp}/x.csv"], "{tmp}: is not a run folder"),
     ],
 )
 def test_pkd_answers_says_what_is_wrong(run, tmp_path, arguments, message):

@@ -218,7 +218,8 @@ def test_an_agreement_that_is_no_share(run, value):
 
 
 def test_runs_that_have_no_cascade(run, tmp_path):
-    assert refused(tmp_path / "none") == f"{tmp_path}/none: is not a run folder; give one, such as runs/demo"
+    assert refused(tmp_path / "none") == f"no such folder: {tmp_path}/none; give a run folder, such as runs/demo"
+    assert refused(tmp_path) == f"{tmp_path}: is not a run folder; give one, such as runs/demo"
     path = run / predictions.FILE
     before = path.read_bytes()
     path.write_bytes(before[:-1] + b"x")
