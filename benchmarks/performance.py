@@ -7,12 +7,14 @@ from benchmarks.common import DOCS, RESULTS, read_json, table, write_page
 
 PAGE = DOCS / "performance.md"
 COMMANDS = {
+    "peers-amx": "make bench-peers ARGS='--results benchmarks/results/peers-amx.json'",
     "peers": "make bench-peers", "peers-avx512": "make bench-peers ARGS='--results benchmarks/results/peers-avx512.json'",
     "peers-avx2": "make bench-peers ARGS='--results benchmarks/results/peers-avx2.json'", "peers-cuda": "make bench-peers ARGS='--device cuda'", "profile": "make bench-profile",
     "scaling": "make bench-ranks",
 }  # fmt: skip
 """Result file -> the command that measures it."""
 CPUS = {
+    "peers-amx": "Intel Xeon, AMX",
     "peers": "AMD EPYC (Zen 4), AVX512 with bfloat16", "peers-avx512": "Intel Xeon, AVX512 without bfloat16",
     "peers-avx2": "AMD EPYC, AVX2 alone",
 }  # fmt: skip
