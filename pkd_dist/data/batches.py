@@ -18,12 +18,10 @@ import numpy as np
 import torch
 
 from pkd_dist.data.tokens import TokenSet
-from pkd_dist.limits import cpu_has_bfloat16
 
 _POOL_BATCHES = 50
-# GPU kernels are fastest at multiples of 8. A CPU pays for padding, so it rounds less; but in bfloat16 PyTorch generates kernels
-# for each length on first use.
-MULTIPLE = 8 if torch.cuda.is_available() else 4 if cpu_has_bfloat16() else 2
+# GPU kernels are fastest at multiples of 8. A CPU pays for padding, so it rounds less.
+MULTIPLE = 8 if torch.cuda.is_available() else 2
 
 
 @dataclass(frozen=True)
