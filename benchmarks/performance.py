@@ -146,8 +146,8 @@ def _verdict(made: dict[str, Any]) -> str:
     if "gemm_share" in made:
         text += f"- Our training steps reach **{made['gemm_share']:.0%}** of the peak of matrix multiplications (executed).\n"
     if "accuracy_holds" in made:
-        ahead, held = max(made["accuracy_ahead"].values()), "within" if made["accuracy_holds"] else "beyond"
-        text += f"- Accuracy: the best other is {100 * ahead:+.2f} points from ours, {held} the standard error of our mean.\n"
+        ahead, held = max(made["accuracy_ahead"].values()), "not more" if made["accuracy_holds"] else "more"
+        text += f"- Accuracy: the best other is {100 * ahead:+.2f} points from ours, {held} than the standard error of our mean.\n"
     if found := made.get("accuracy_difference"):
         peer, seeds = made["contestants"][made["best_peer"]]["title"], len(found["seeds"])
         text += (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -51,6 +51,21 @@ def cpu_has_bfloat16() -> bool:
 
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
+
+
+@contextmanager
+def subnormals_are_zero() -> Iterator[None]:
+    """Count subnormal numbers (below 1e-38) as zero, in this thread and in those that are started in the block.
+
+    An Intel CPU takes 15 times as long for them, and AdamW's momentum of a word is one after 800 steps without the word.
+    """
+    import torch
+
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _groups(controller: str) -> Iterator[Path]:

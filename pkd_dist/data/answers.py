@@ -144,6 +144,7 @@ def _rows(
             ids.append(_id_of(record, place))
         elif by_text:
             for column, value in zip(texts, _texts_of(record, task, len(texts), place), strict=True):
+                table.require_unicode(number, "the text", value)
                 column.append(value)
     if not logits:
         raise UserError(f"{path}: has no answers")

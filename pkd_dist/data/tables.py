@@ -19,6 +19,7 @@ _WHITESPACE = b"\xef\xbb\xbf \r\n\t"
 _EXACT_INTEGERS = 2**53
 _MAX_UNUSED = 50
 _MAX_NUMBERS_IN_NOTE = 5
+NUL_REMEDY = "save the file as UTF-8 if it is UTF-16, else remove it"
 
 Fields = list[str | None]
 """Values of the requested columns; None for a missing value."""
@@ -54,7 +55,7 @@ class Table:
     def require_unicode(self, number: int, column: str, value: str) -> None:
         """Raise UserError if a value of a row cannot be written as UTF-8, or holds a NUL."""
         if "\0" in value:
-            raise UserError(f"{self.at(number)}: {column} contains a NUL character (code 0); remove it")
+            raise UserError(f"{self.at(number)}: {column} contains a NUL character; {NUL_REMEDY}")
         if value.isascii():
             return
         try:
@@ -200,7 +201,7 @@ def decoded(path: Path) -> Iterator[str]:
                         f"{path}:{number}: byte 0x{raw[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
                     ) from None
                 if "\0" in line:
-                    raise UserError(f"{path}:{number}: contains a NUL byte, as UTF-16 does; save the file as UTF-8")
+                    raise UserError(f"{path}:{number}: contains a NUL character; {NUL_REMEDY}")
                 yield line if number > 1 else line.removeprefix("\ufeff")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be decompressed as gzip: {error}; write the file again") from None

@@ -28,7 +28,7 @@ from pkd_dist.distributed.ranks import Ranks, speaks_without_rank_0
 from pkd_dist.distributed.signals import StopSignals, name_of
 from pkd_dist.distributed.watchdog import LATE_SECONDS, Watchdog, first_remote_rank
 from pkd_dist.errors import DivergedError, LostRank, Preempted, UserError
-from pkd_dist.limits import cores
+from pkd_dist.limits import cores, subnormals_are_zero
 from pkd_dist.network import own_address_towards
 from pkd_dist.telemetry.log import log, log_file
 
@@ -38,6 +38,15 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)
 _LAST_WORDS_SECONDS = 2.5
 _RETRY_SECONDS = 0.05
 _RESUME = "; rerun the same command to resume"
+
+
+def _start_threads() -> None:
+    """Start the threads of PyTorch's operations; in them, subnormal numbers are zero (see `subnormals_are_zero`).
+
+    A thread inherits the mode of the one that starts it, and keeps it.
+    """
+    with subnormals_are_zero():
+        torch.empty(1 << 20).fill_(1)
 
 
 class World:
@@ -64,8 +73,6 @@ class World:
         else:
             self.device = torch.device("cpu")
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # AdamW's momentum of a word that did not occur for 800 steps is subnormal, and arithmetic then takes 15 times as long.
-        torch.set_flush_denormal(True)  # in this thread, and in those that PyTorch starts for its operations from now on
         ranks.export()  # DeepSpeed reads these variables even if the process group exists
         self.signals = signals or StopSignals()
         places = self._meet(timeout_seconds)
@@ -75,6 +82,7 @@ class World:
             self._watchdog.hosts = self._hosts
         if self.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or self.size > 1):
             torch.set_num_threads(max(1, cores() // places.count(places[self.rank])))
+        _start_threads()
 
     def _meet(self, timeout_seconds: float) -> list[tuple[str, tuple[int, ...]]]:
         """Connect the ranks, start the watchdog if there are others, and return each rank's host and cores."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pkd_dist.data import multiple_choice
 from pkd_dist.data.rows import FILE_EXTENSIONS, is_table, read_file
-from pkd_dist.data.tables import TableSpec
+from pkd_dist.data.tables import NUL_REMEDY, TableSpec
 from pkd_dist.data.tasks import GLUE, NO_LABEL, Task
 from pkd_dist.errors import UserError
 from pkd_dist.evaluation.answer import is_empty
@@ -160,7 +160,7 @@ def lines(file: str, notes: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (place, text) for each non-blank line of a file, or of standard input (`-`). A note tells how many are blank.
 
     Raises:
-        UserError: The file cannot be read, or a line is not UTF-8.
+        UserError: The file cannot be read, or a line is not UTF-8 or contains a NUL.
     """
     name = "standard input" if file == "-" else file
     if file != "-":
@@ -174,6 +174,8 @@ def lines(file: str, notes: list[str]) -> Iterator[tuple[str, str]]:
                 raise UserError(
                     f"{name}:{number}: byte 0x{line[error.start]:02x} is not valid UTF-8; save the text as UTF-8"
                 ) from None
+            if "\0" in text:
+                raise UserError(f"{name}:{number}: contains a NUL character; {NUL_REMEDY}")
             if text.strip():
                 yield f"{name}:{number}", text
             else:

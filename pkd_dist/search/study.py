@@ -322,6 +322,8 @@ def read(folder: Path) -> Reading:
     Raises:
         UserError: There is none.
     """
+    if not folder.exists():
+        raise UserError(f"no such folder: {folder}; give a folder that `pkd sweep` wrote")
     if not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL}; give a folder that `pkd sweep` wrote")
     try:

@@ -26,6 +26,7 @@ from torch import nn
 from pkd_dist.distributed.shared_memory import SharedMemory, open_shared_memory
 from pkd_dist.distributed.world import World
 from pkd_dist.errors import UserError
+from pkd_dist.limits import subnormals_are_zero
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.job import DeepSpeedJson
@@ -111,10 +112,12 @@ class DeepSpeedEngine:
         set_learning_rate(self._adam, self.schedule.learning_rate(step))
         if self._clips:
             norm = clip_gradients(self._adam, self._trained, self.schedule.settings.max_grad_norm)
-            self._engine.step()
+            with subnormals_are_zero():
+                self._engine.step()
             return norm
         skipped = self._engine.skipped_steps
-        self._engine.step()
+        with subnormals_are_zero():
+            self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         if self._engine.skipped_steps > skipped:
             norm = float("nan")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pkd_dist.limits import subnormals_are_zero
 from pkd_dist.model.encoder import Encoder
 from pkd_dist.model.outputs import Outputs
 from pkd_dist.training.optimization import Schedule, autocast, clip_gradients, make_adamw, set_learning_rate
@@ -46,7 +47,8 @@ class PlainEngine:
     def step(self, step: int) -> float:
         set_learning_rate(self.optimizer, self.schedule.learning_rate(step))
         norm = clip_gradients(self.optimizer, self._trained, self.schedule.settings.max_grad_norm)
-        self.optimizer.step()
+        with subnormals_are_zero():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -41,5 +41,23 @@ def test_losses_over_200_steps_are_those_of_a_plain_loop(plain, dtype, tolerance
 
 
 def test_subnormal_numbers_are_zero_on_every_thread():
-    done = forked.run(Path(__file__).parent / "subnormal.py", (), ROOT, bare_ranks(1), timeout=60)
-    assert (done.returncode, done.stdout.split()) == (0, ["0"]), done.stdout + done.stderr
+    environments = [ranks | {"OMP_NUM_THREADS": "2"} for ranks in bare_ranks(1)]
+    done = forked.run(Path(__file__).parent / "subnormal.py", (), ROOT, environments, timeout=90)
+    assert (done.returncode, done.stdout.split()) == (0, ["2", "0", "1000"]), done.stdout + done.stderr
+
+
+def test_a_step_leaves_no_subnormal_moments():
+    schedule = Schedule(Train(**SETTINGS), 2, BATCH, 1)
+    engine = PlainEngine(Encoder(make_model()), schedule, torch.device("cpu"), None)
+    engine.train()
+    batches = TrainingBatches(make_tokens(), BATCH, "auto", 7, 0, 1, 0)
+    (batch,) = batches.step(batches.order(0), 0)
+    words = engine.module.model.get_input_embeddings().weight
+    for step in range(2):
+        engine.backward(engine(batch.inputs).logits_BC.sum())
+        unseen = (words.grad == 0).all(dim=1)
+        engine.step(step)
+        momentum = engine.optimizer.state[words]["exp_avg"][unseen]
+        assert unseen.any() and not momentum.any()
+        engine.optimizer.state[words]["exp_avg"][unseen] = 1e-40
+    assert (torch.full((10,), 1e-40) * 0.5).all(), "outside of the step they are numbers as before"

@@ -223,7 +223,8 @@ def test_show_reads_the_study(done):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nowhere"], "nowhere: no study.journal; give a folder that `pkd sweep` wrote"),
+        (["show", "nowhere"], "no such folder: nowhere; give a folder that `pkd sweep` wrote"),
+        (["show", "."], ".: no study.journal; give a folder that `pkd sweep` wrote"),
         (["show"], "give one folder"),
         (["show", "x", "--workers", 2], "--workers: is not allowed with show DIR"),
         (["--output", "x"], "--config: is missing"),

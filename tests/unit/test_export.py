@@ -116,7 +116,7 @@ def test_the_graph_is_fused_and_its_last_layer_computes_one_row(tmp_path):
 
 
 def test_no_scale_of_int8_rows_is_subnormal(tmp_path):
-    """In a process that trains, subnormal numbers are zero, and zeros would be divided by zero."""
+    """Runtimes may count subnormal numbers as zero, and zeros would be divided by zero."""
     import onnx as onnx_package
     from onnx import numpy_helper
 

@@ -99,6 +99,11 @@ def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\nbr\xe9ak\n")))
     with pytest.raises(UserError, match="standard input:2: byte 0xe9 is not valid UTF-8; save the text as UTF-8"):
         list(lines("-", notes))
+    (tmp_path / "wide.txt").write_bytes("one\ntwo\n".encode("utf-16-le"))
+    with pytest.raises(
+        UserError, match=r"wide\.txt:1: contains a NUL character; save the file as UTF-8 if it is UTF-16"
+    ):
+        list(lines(str(tmp_path / "wide.txt"), notes))
     with pytest.raises(UserError, match=r"--file: no/such\.txt cannot be read"):
         list(lines("no/such.txt", notes))
 

@@ -188,7 +188,10 @@ def test_regression_labels_are_numbers(tmp_path):
         ("sentence\tlabel\nfine\t1\nso\t2\n", "train.tsv:3: label '2' is not one of the labels: 0, 1"),
         ("sentence\tlabel\nfine\t1\nso\t1\n", "every example has the label '1'; training needs at least two"),
         (b"sentence\tlabel\nfine\t1\n\xff\xfe\t0\n", "train.tsv:3: byte 0xff is not valid UTF-8"),
-        ("sentence\tlabel\nfine\t1\n".encode("utf-16-le"), "train.tsv:1: contains a NUL byte, as UTF-16 does"),
+        (
+            "sentence\tlabel\nfine\t1\n".encode("utf-16-le"),
+            "train.tsv:1: contains a NUL character; save the file as UTF-8",
+        ),
     ],
 )
 def test_errors_in_a_tsv_name_file_and_line(tmp_path, content, message):
