@@ -44,14 +44,11 @@ def answers(
 
         require_run(run)
         markers = Markers(run, translate)
-        marker = markers.read("data")
-        if marker is None or not marker.outputs:
+        marker, evaluated = markers.read("data"), markers.read("evaluate")
+        if marker is None or not marker.outputs or evaluated is None or not evaluated.outputs:
             raise UserError(f"{run}: is not evaluated yet; rerun the run's command to resume it")
         names = list(map(str, cast(list[str], marker.outputs["class_names"])))
         scale = cast(dict[str, float] | None, marker.outputs.get("scale"))
-        evaluated = markers.read("evaluate")
-        if evaluated is None or not evaluated.outputs:
-            raise UserError(f"{run}: is not evaluated yet; rerun the run's command to resume it")
         found = cast("Results", evaluated.outputs["results"]).get("multilabel")
         thresholds = list(found["thresholds"]["teacher"].values()) if found else None
         cached = load(str(run / "config.yaml")).cache.dir

@@ -40,15 +40,6 @@ _RETRY_SECONDS = 0.05
 _RESUME = "; rerun the same command to resume"
 
 
-def _start_threads() -> None:
-    """Start the threads of PyTorch's operations; in them, subnormal numbers are zero (see `subnormals_are_zero`).
-
-    A thread inherits the mode of the one that starts it, and keeps it.
-    """
-    with subnormals_are_zero():
-        torch.empty(1 << 20).fill_(1)
-
-
 class World:
     """The ranks of a run. Methods are collective unless they say otherwise.
 
@@ -332,6 +323,15 @@ class World:
 
 def _rendezvous() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _start_threads() -> None:
+    """Start the threads of PyTorch's operations; in them, subnormal numbers are zero (see `subnormals_are_zero`).
+
+    A thread inherits the mode of the one that starts it, and keeps it.
+    """
+    with subnormals_are_zero():
+        torch.empty(1 << 20).fill_(1)
 
 
 def _open_store(rank: int, size: int, timeout_seconds: float) -> torch_dist.Store:

@@ -110,14 +110,13 @@ class DeepSpeedEngine:
 
     def step(self, step: int) -> float:
         set_learning_rate(self._adam, self.schedule.learning_rate(step))
+        clipped, skipped = None, self._engine.skipped_steps
         if self._clips:
-            norm = clip_gradients(self._adam, self._trained, self.schedule.settings.max_grad_norm)
-            with subnormals_are_zero():
-                self._engine.step()
-            return norm
-        skipped = self._engine.skipped_steps
+            clipped = clip_gradients(self._adam, self._trained, self.schedule.settings.max_grad_norm)
         with subnormals_are_zero():
             self._engine.step()
+        if clipped is not None:
+            return clipped
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         if self._engine.skipped_steps > skipped:
             norm = float("nan")
